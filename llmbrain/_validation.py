@@ -1,0 +1,69 @@
+"""Checks shared by every room: one wording for bad input, optional packages and devices."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class InputError(ValueError):
+    """What the user passed cannot be used; the message names the parameter, its value and what is allowed."""
+
+
+def check_option(name: str, value: Any, allowed: Iterable[Any]) -> Any:
+    """Return `value` if it is one of `allowed`, else raise `InputError` naming all three."""
+    options = list(allowed)
+    if value not in options:
+        raise InputError(f"{name}={value!r} is not known: allowed are {', '.join(map(repr, options))}")
+    return value
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return `value` if it is a finite number within the given bounds, else raise `InputError`."""
+    number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    inside = number and value == value and abs(value) != float("inf")
+    if inside and low is not None:
+        inside = value > low if open_low else value >= low
+    if inside and high is not None:
+        inside = value < high if open_high else value <= high
+    if not inside:
+        left = "(-inf" if low is None else f"{'(' if open_low else '['}{low}"
+        right = "inf)" if high is None else f"{high}{')' if open_high else ']'}"
+        raise InputError(f"{name}={value!r} must be a number in {left}, {right}")
+    return value
+
+
+def soft_import(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say which extra of llmbrain installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{purpose} needs {module.split('.')[0]}: pip install 'llmbrain[{extra}]'") from error
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Turn ``"auto"`` into CUDA when it is there, else CPU; any other name is checked by torch."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device={device!r} is not a device: use 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={device!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return resolved
