@@ -1,9 +1,9 @@
 """Where each model family keeps its MLP neurons and its attention heads.
 
-One row of `FAMILIES` describes a family by the paths inside one of its blocks; which axis of a weight the neurons lie on
-follows from the class of the module. A model is matched by structure: the row all of whose paths exist in every block. A
-model that no row fits is recognised by the shapes of its linear layers where those are unambiguous, else one error says
-what was looked for. To teach llmbrain a new family, add a row.
+One row of `FAMILIES` describes a family by the paths inside one of its blocks; which axis of a weight the neurons lie
+on follows from the class of the module. A model is matched by structure: the row all of whose paths exist in every
+block. A model that no row fits is recognised by the shapes of its linear layers where those are unambiguous, else one
+error says what was looked for. To teach llmbrain a new family, add a row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +43,19 @@ class Family:
         return [*mlp, *(f"{self.attention}.{p}" for p in (*self.qkv, self.out))]
 
 
-_GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj", "act": "mlp.act_fn"}
-_4H = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h", "qkv_layout": "grouped", "qkv": ("query_key_value",)}
-
 FAMILIES: tuple[Family, ...] = (
-    Family("llama (Mistral, Qwen2, Qwen3, Gemma, OLMo, ...)", **_GATED),
+    Family("llama (Mistral, Qwen2, Qwen3, Gemma, OLMo, ...)", gate="mlp.gate_proj", up="mlp.up_proj",
+           down="mlp.down_proj", act="mlp.act_fn"),
     Family("phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj", down="mlp.down_proj", act="mlp.activation_fn",
            qkv=("qkv_proj",)),
     Family("gpt2", up="mlp.c_fc", down="mlp.c_proj", act="mlp.act", attention="attn", qkv=("c_attn",), out="c_proj"),
     Family("opt", up="fc1", down="fc2", act="activation_fn", out="out_proj"),
-    Family("gpt_neox", **_4H, act="mlp.act", attention="attention", out="dense"),
-    Family("bloom", **_4H, act="mlp.gelu_impl", attention="self_attention", out="dense"),
-    Family("falcon", **_4H, act="mlp.act", attention="self_attention", out="dense"),
+    Family("gpt_neox", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="mlp.act", attention="attention",
+           qkv=("query_key_value",), qkv_layout="grouped", out="dense"),
+    Family("bloom", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="mlp.gelu_impl", attention="self_attention",
+           qkv=("query_key_value",), qkv_layout="grouped", out="dense"),
+    Family("falcon", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="mlp.act", attention="self_attention",
+           qkv=("query_key_value",), qkv_layout="grouped", out="dense"),
     Family("gptj", up="mlp.fc_in", down="mlp.fc_out", act="mlp.act", attention="attn", out="out_proj"),
     Family("phi", up="mlp.fc1", down="mlp.fc2", act="mlp.activation_fn", out="dense"),
     Family("starcoder2", up="mlp.c_fc", down="mlp.c_proj", act="mlp.act"),
@@ -71,8 +73,8 @@ FAMILIES: tuple[Family, ...] = (
 class Projection:
     """A run of units (neurons, or key/value groups of heads) along one axis of a weight.
 
-    Unit ``u`` is the ``size`` consecutive entries from ``start + u * size`` on, along `axis` of ``module.weight``; where
-    the units are the module's outputs, its bias has them too.
+    Unit ``u`` is the ``size`` consecutive entries from ``start + u * size`` on, along `axis` of ``module.weight``;
+    where the units are the module's outputs, its bias has them too.
     """
 
     module: nn.Module
@@ -192,8 +194,8 @@ def anatomy(model: nn.Module) -> Anatomy:
         fits = [s for s in stacks if all(_has(block, family) for block in s[1])]
         if len(fits) == 1:
             path, blocks = fits[0]
-            layers = [_layer(i, f"{path}.{i}", block, family, _config(model)) for i, block in enumerate(blocks)]
-            return Anatomy(family.name, layers)
+            config = _config(model)
+            return Anatomy(family.name, [_layer(i, f"{path}.{i}", b, family, config) for i, b in enumerate(blocks)])
         if len(fits) > 1:
             raise InputError(
                 f"model {type(model).__name__} has {len(fits)} stacks of {family.name} blocks "
@@ -206,9 +208,9 @@ def anatomy(model: nn.Module) -> Anatomy:
                     f"model {type(model).__name__}: blocks {[i for i, h in enumerate(has) if not h]} of {path} are not "
                     f"{family.name} blocks as the others are (mixture-of-experts layers have no single MLP)"
                 )
-    found = [(path, layers) for path, blocks in stacks if (layers := _by_structure(path, blocks))]
+    found = [recognised for path, blocks in stacks if (recognised := _by_structure(path, blocks))]
     if len(found) == 1:
-        return Anatomy("recognised by structure", found[0][1])
+        return Anatomy("recognised by structure", found[0])
     raise InputError(
         f"model {type(model).__name__} is of no known family and its blocks are ambiguous: looked for a ModuleList of "
         f"blocks with the paths of one of {[f.name for f in FAMILIES]}, or for exactly one MLP a block (linear layers "
@@ -232,11 +234,11 @@ def context_length(model: nn.Module) -> int | None:
     return int(length)
 
 
-# -- matching by table ---------------------------------------------------------------------------------------------------
+# -- matching by table -----------------------------------------------------------------------------------------------
 
 
 def _config(model: nn.Module) -> object | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -283,8 +285,8 @@ def _layer(index: int, path: str, block: nn.Module, family: Family, config: obje
     mlp = _mlp(path, get(family.down), family.down, [(get(p), p) for p in (family.gate, family.up) if p])
     act = get(family.act) if family.act else None
     attention = get(family.attention)
-    parts = _attention(f"{path}.{family.attention}", attention, family, config)
-    return LayerAnatomy(index, path, block, *mlp, act, attention, *parts)
+    heads, out, *sizes = _attention(f"{path}.{family.attention}", attention, family, config)
+    return LayerAnatomy(index, path, block, *mlp, act, attention, heads, out, *sizes)
 
 
 def _mlp(
@@ -353,7 +355,7 @@ def _first_int(owners: Sequence[object | None], names: Sequence[str]) -> int | N
     return None
 
 
-# -- recognition by structure ------------------------------------------------------------------------------------------------
+# -- recognition by structure ----------------------------------------------------------------------------------------
 
 
 def _by_structure(path: str, blocks: list[nn.Module]) -> list[LayerAnatomy] | None:
