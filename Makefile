@@ -1,0 +1,44 @@
+# Two commands do all the set-up on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check lint types layers install install-dev clean
+
+demo: install  ## scan, decompose, lesion and prune the embedded model; writes demo-out/report.html
+	$(BIN)/llmbrain demo --out demo-out
+
+test: install-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: lint types layers  ## what CI asks besides the tests
+
+lint: install-dev
+	$(BIN)/ruff check llmbrain tests benchmarks tutorials data
+	$(BIN)/ruff format --check llmbrain tests benchmarks tutorials data
+
+types: install-dev
+	$(BIN)/mypy
+
+layers: install-dev
+	$(BIN)/lint-imports
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+# CPU torch first: the pin has a small CPU build, and what is installed satisfies every later range.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(f'Python 3.11 to 3.13 is needed, this is {sys.version}' if not (3, 11) <= sys.version_info[:2] < (3, 14) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,picard,encoding,recovery]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info
