@@ -184,7 +184,9 @@ def main() -> None:
         torch.save({**state, "seconds": time.perf_counter() - began}, partial)
         partial.replace(state_file)
         heldout = " ".join(f"{name} {entry['heldout'][name]['accuracy']:.2f}" for name in ABILITIES)
-        print(f"{step:6d} {entry['seconds']:7.0f} s  loss {entry['weighted_loss']:.3f}  held-out: {heldout}", flush=True)
+        print(
+            f"{step:6d} {entry['seconds']:7.0f} s  loss {entry['weighted_loss']:.3f}  held-out: {heldout}", flush=True
+        )
 
     model.eval().cpu().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)

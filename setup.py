@@ -1,0 +1,9 @@
+"""Everything is in pyproject.toml, except that `data/demo/` travels inside the package as `llmbrain.datasets.demo_files`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["llmbrain*"]), "llmbrain.datasets.demo_files"],
+    package_dir={"llmbrain.datasets.demo_files": "data/demo"},
+    package_data={"llmbrain.datasets.demo_files": ["*.json", "*.jsonl", "*.safetensors", "*.md"]},
+)
