@@ -1,0 +1,71 @@
+"""Perplexity in packed windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmbrain._validation import InputError
+from llmbrain.evaluation.windows import as_windows, batches, evaluating, input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | Tensor,
+    *,
+    window: int | None = None,
+    max_windows: int | None = None,
+) -> float:
+    """How surprised a causal language model is by texts.
+
+    Texts are tokenised without special tokens, each preceded by BOS where the tokenizer has one, joined and cut into
+    windows; each window predicts its own tokens but the first. ``exp`` of the mean cross-entropy of all of them.
+
+    Parameters
+    ----------
+    model : causal language model of transformers
+    tokenizer : its tokenizer; None if `texts` are windows
+    texts : list of str, or int64 windows ``(n, window)``
+    window : int, optional
+        Tokens in a window; default the model's context length, at most 2048.
+    max_windows : int, optional
+        Use only the first so many.
+
+    Returns
+    -------
+    float
+        ``inf`` where the loss is too large for a float.
+
+    Raises
+    ------
+    InputError
+        If there is less text than one window, a window exceeds the context, or the model predicts no next token.
+    """
+    return math.exp(min(mean_loss(model, as_windows(model, tokenizer, texts, window, max_windows)), 709.0))
+
+
+def mean_loss(model: nn.Module, windows: Tensor) -> float:
+    """Mean cross-entropy (nats a token) over windows ``(n, window)``, positions 1 to the end of each."""
+    if type(model).__name__.endswith("ForMaskedLM"):
+        raise InputError(f"model {type(model).__name__} reads in both directions: it has no next-token perplexity")
+    total = 0.0
+    with evaluating(model):
+        for batch in batches(windows):
+            ids = batch.to(input_device(model))
+            logits = getattr(model(input_ids=ids), "logits", None)
+            if logits is None or logits.shape[:2] != ids.shape:
+                raise InputError(f"model {type(model).__name__} gives no next-token logits: use a causal model")
+            target = ids[:, 1:].flatten().to(logits.device)
+            total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="sum").item()
+    mean = total / (len(windows) * (windows.shape[1] - 1))
+    if math.isnan(mean):
+        raise InputError(f"model {type(model).__name__} gives NaN logits: its weights or dtype are broken")
+    return mean

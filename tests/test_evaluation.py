@@ -1,0 +1,74 @@
+"""Perplexity against known answers and against transformers' own loss."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmbrain import InputError
+from llmbrain.evaluation.perplexity import perplexity
+from llmbrain.evaluation.windows import evaluating, packed_windows
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data):
+    folder = shared_data / "models" / "stories260K"
+    texts = json.loads((shared_data / "corpora/tinystories-1000.json").read_text(encoding="utf-8"))
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), texts
+
+
+def test_known_answer_on_stories(stories):
+    model, tokenizer, texts = stories
+    assert perplexity(model, tokenizer, texts[700:], window=256, max_windows=96) == pytest.approx(4.6457, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_known_answer_on_shakespeare(shared_data):
+    folder = shared_data / "models" / "shakespeare-gpt2"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = (shared_data / "corpora/tinyshakespeare.txt").read_text(encoding="utf-8")
+    assert perplexity(model, tokenizer, [text[int(0.9 * len(text)) :]], window=48) == pytest.approx(6.1107, abs=1e-3)
+
+
+def test_equals_the_loss_of_transformers(stories):
+    model, tokenizer, texts = stories
+    windows = packed_windows(tokenizer, texts[900:], 64, 5)
+    with torch.inference_mode():
+        losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
+    assert perplexity(model, None, windows) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+
+
+def test_windows_start_with_bos_and_drop_the_rest(stories):
+    _, tokenizer, texts = stories
+    ids = [i for t in texts[:3] for i in [1, *tokenizer(t, add_special_tokens=False).input_ids]]
+    windows = packed_windows(tokenizer, texts[:3], 100)
+    assert windows.flatten().tolist() == ids[: len(ids) // 100 * 100]
+
+
+def test_bad_input_is_named(stories):
+    model, tokenizer, texts = stories
+    with pytest.raises(InputError, match=r"fewer than one window=256"):
+        perplexity(model, tokenizer, ["Once"], window=256)
+    with pytest.raises(InputError, match="context of 512"):
+        perplexity(model, tokenizer, texts, window=600)
+    with pytest.raises(InputError, match="at least one text"):
+        perplexity(model, tokenizer, [])
+    with pytest.raises(InputError, match="max_windows=0"):
+        perplexity(model, tokenizer, texts, window=256, max_windows=0)
+
+
+def test_the_training_mode_comes_back(stories):
+    model, *_ = stories
+    model.train()
+    model.lm_head.eval()
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    with pytest.raises(InputError), evaluating(model):
+        raise InputError("inside")
+    assert model.training
+    assert not model.lm_head.training
+    model.eval()
