@@ -95,7 +95,8 @@ class Scan:
         self.offsets = None if offsets is None else np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         self.positions: NDArray[np.int64] = np.arange(n) % (block_size or max(n, 1))
         self.events = pd.DataFrame(columns=list(EVENT_COLUMNS)) if events is None else check_events(events)
-        for what, value in {"token_ids": self.token_ids, "tokens": self.tokens, "offsets": self.offsets}.items():
+        parts: dict[str, Any] = {"token_ids": self.token_ids, "tokens": self.tokens, "offsets": self.offsets}
+        for what, value in parts.items():
             if value is not None and len(value) != n:
                 raise InputError(f"{what} has {len(value)} entries, but the scan has {n} tokens")
         ends = self.events["onset"] + self.events["duration"]
