@@ -1,4 +1,4 @@
-"""Everything is in pyproject.toml, except that `data/demo/` travels inside the package as `llmbrain.datasets.demo_files`."""
+"""Only what pyproject.toml cannot say: `data/demo/` travels in the package, as `llmbrain.datasets.demo_files`."""
 
 from setuptools import find_packages, setup
 

@@ -1,8 +1,8 @@
 """Train the demo brain from nothing: ``python data/build_demo.py`` writes `data/demo/`.
 
 A Llama of 4 layers x 512 neurons (1.06 million parameters) learns the eight abilities of
-`llmbrain.datasets.abilities` from lines made on the fly. What is hard gets more lines: every `EVAL_EVERY` steps the share of
-an ability becomes its error rate on fresh training-side lines plus a floor. Held-out lines are only ever measured.
+`llmbrain.datasets.abilities` from lines made on the fly. What is hard gets more lines: every `EVAL_EVERY` steps the
+share of an ability becomes its error rate on fresh training-side lines plus a floor. Held-out lines are only measured.
 
 The run is seeded and, for one device and thread count, repeatable; it saves its state at every evaluation, and
 ``--resume`` goes on from there to the same end. The log (`training_log.jsonl`) holds one line an evaluation.

@@ -1,4 +1,4 @@
-"""The demo brain: generation is repeatable, the split holds, events meet their tokens, the model knows its abilities."""
+"""The demo brain: generation is repeatable, the split holds, events meet tokens, the model knows its abilities."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """The abilities of the demo brain: eight small text tasks, each asking for a different computation.
 
-Every example is one line, ``prompt + answer + "\\n"``; the answer follows from the prompt alone and is unique, so that an
-exact match is the only right answer. All text is made here from a seed, none comes from elsewhere.
+Every example is one line, ``prompt + answer + "\\n"``; the answer follows from the prompt alone and is unique, so that
+an exact match is the only right answer. All text is made here from a seed, none comes from elsewhere.
 
-An example belongs to one side of a fixed split, found from a checksum of what defines it (its `key`): one item in eight is
-held out and never enters training, whatever the seed. The key ignores what would leak: the order of two summands, the
-order of the letters to sort.
+An example belongs to one side of a fixed split, found from a checksum of what defines it (its `key`): one item in eight
+is held out and never enters training, whatever the seed. The key ignores what would leak: the order of two summands,
+the order of the letters to sort.
 """
 
 from __future__ import annotations

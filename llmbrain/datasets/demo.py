@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.datasets.abilities import ABILITIES, Example, draw_example
@@ -30,7 +30,7 @@ def demo_folder() -> Path:
         if (folder / "model.safetensors").is_file():
             return folder
     raise FileNotFoundError(
-        f"the demo brain's files are neither in {here.parent / 'demo_files'} nor in {here.parents[2] / 'data' / 'demo'}: "
+        f"the demo brain is neither in {here.parent / 'demo_files'} nor in {here.parents[2] / 'data' / 'demo'}: "
         "reinstall llmbrain, or train it anew with `python data/build_demo.py`"
     )
 
@@ -119,8 +119,10 @@ class Demo:
         Raises
         ------
         InputError
-            For an unknown split, design or ability, weights that do not fit the abilities, or a text too short for a line.
+            For an unknown split, design or ability, weights that do not fit, or an `n_tokens` too short for a line.
         """
+        from llmbrain.scanning import Stimulus
+
         check_option("split", split, SIDES)
         check_option("design", design, DESIGNS)
         names = self._names(abilities)
@@ -132,24 +134,22 @@ class Demo:
                 check_range(f"weights[{name!r}]", weight, 0)
             if sum(weights.values()) <= 0:
                 raise InputError(f"weights={dict(weights)!r} must have at least one ability above 0")
+        n_lines = block_lines if design == "block" else 1
         stimuli = []
         for run in range(n):
             rng = random.Random(f"{split}-{design}-{seed}-{run}")
-            segments, used = [], 1  # the beginning-of-text token
+            segments, used = [], 1  # <s>
             for ability in _turns(names, weights, rng):
-                lines = [
-                    draw_example(ability, SIDES[split], rng) for _ in range(block_lines if design == "block" else 1)
-                ]
+                lines = [draw_example(ability, SIDES[split], rng) for _ in range(n_lines)]
                 length = sum(len(line.text) for line in lines)  # one token a character
                 if used + length > n_tokens:
                     break
                 segments += _segments(lines, design)
                 used += length
             if not segments:
-                raise InputError(
-                    f"n_tokens={n_tokens} is too short for a single {'block' if design == 'block' else 'line'}"
-                )
-            stimuli.append(self._stimulus(segments, name=f"{split}-{design}-seed{seed}-run{run + 1:02d}"))
+                raise InputError(f"n_tokens={n_tokens} is too short: {n_lines} line(s) of {ability} take {length + 1}")
+            name = f"{split}-{design}-seed{seed}-run{run + 1:02d}"
+            stimuli.append(Stimulus.from_segments(segments, self.tokenizer, name))
         return stimuli
 
     def examples(
@@ -197,13 +197,15 @@ class Demo:
         self, model: PreTrainedModel | None = None, *, n: int = 200, seed: int = 0, split: str = "heldout"
     ) -> dict[str, float]:
         """Exact-answer accuracy of each ability; see `scores`."""
-        return self.scores(model, n=n, seed=seed, split=split)["accuracy"].to_dict()
+        accuracy = self.scores(model, n=n, seed=seed, split=split)["accuracy"]
+        return {str(ability): float(share) for ability, share in accuracy.items()}
 
     def ability_loss(
         self, model: PreTrainedModel | None = None, *, n: int = 200, seed: int = 0, split: str = "heldout"
     ) -> dict[str, float]:
         """Mean loss on the answer of each ability, in nats per token; see `scores`."""
-        return self.scores(model, n=n, seed=seed, split=split)["loss"].to_dict()
+        loss = self.scores(model, n=n, seed=seed, split=split)["loss"]
+        return {str(ability): float(nats) for ability, nats in loss.items()}
 
     def _names(self, abilities: Sequence[str] | str | None) -> list[str]:
         """The abilities asked for, checked."""
@@ -211,21 +213,6 @@ class Demo:
         if not names:
             raise InputError(f"abilities={abilities!r} is empty: name at least one of {', '.join(ABILITIES)}")
         return [check_option("abilities", name, ABILITIES) for name in names]
-
-    def _stimulus(self, segments: list[tuple[str, str | None]], name: str) -> Stimulus:
-        """Join the segments and find the tokens of each that has a condition."""
-        import pandas as pd
-
-        from llmbrain.scanning import Stimulus
-
-        text = "".join(segment for segment, _ in segments)
-        # The first token is <s>, then one token a character: a character's token is its place plus one.
-        onset, rows = 1, []
-        for segment, condition in segments:
-            if condition is not None:
-                rows.append((onset, len(segment), condition))
-            onset += len(segment)
-        return Stimulus(text, events=pd.DataFrame(rows, columns=["onset", "duration", "trial_type"]), name=name)
 
 
 def _turns(names: list[str], weights: Mapping[str, float] | None, rng: random.Random) -> Iterator[str]:
