@@ -1,0 +1,54 @@
+"""The commands. Nothing heavy is imported before a command needs it, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from llmbrain import __version__
+from llmbrain.cli import demo, run, steps
+from llmbrain.cli._common import fail
+
+app = typer.Typer(
+    name="llmbrain",
+    help="A neuroimaging toolkit whose subject is a large language model: scan it, find its functional networks, "
+    "lesion them, cut away what belongs to none.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmbrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+for module in (demo, run, steps):
+    module.register(app)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2; `LLMBRAIN_DEBUG=1` shows the traceback."""
+    from llmbrain._validation import InputError
+
+    try:
+        app()
+    except (InputError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        if os.environ.get("LLMBRAIN_DEBUG"):
+            raise
+        fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what was written is kept; the same command goes on from there", err=True)
+        sys.exit(130)

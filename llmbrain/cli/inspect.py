@@ -1,0 +1,113 @@
+"""What is in a folder or a file: the answers of ``llmbrain info``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmbrain._validation import InputError
+
+
+def describe_path(path: Path) -> dict[str, Any]:
+    """Name and contents of what lies at a path.
+
+    Parameters
+    ----------
+    path : Path
+        A NIfTI, a scan store, networks, a pruning plan, a model folder, or a folder that ``llmbrain run`` wrote.
+
+    Returns
+    -------
+    dict
+        ``what`` and its main figures.
+
+    Raises
+    ------
+    InputError
+        If nothing is there, or nothing that llmbrain knows.
+    """
+    if not path.exists():
+        raise InputError(f"path {path} does not exist")
+    if path.name.endswith((".nii", ".nii.gz")):
+        return _nifti(path)
+    if path.is_file() and path.suffix == ".json":
+        return _plan(path)
+    for mark, describe in (
+        ("summary.json", _study),
+        ("manifest.json", _scan),
+        ("networks.json", _networks),
+        ("config.json", _model),
+    ):
+        if (path / mark).is_file():
+            return describe(path)
+    raise InputError(f"path {path} holds nothing that llmbrain knows (scan, networks, study, model, plan or NIfTI)")
+
+
+def _nifti(path: Path) -> dict[str, Any]:
+    import nibabel as nib
+
+    from llmbrain.imaging import read_nifti
+
+    image = nib.load(path)
+    facts = {"what": f"{type(image).__name__} {image.shape} {image.get_data_dtype()}"}
+    try:
+        _, space = read_nifti(path)
+    except InputError:
+        return {**facts, "space": "not one of llmbrain's (no space in its header)"}
+    return {**facts, "space": space}
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    from llmbrain.pruning import PruningPlan
+
+    return {"what": "pruning plan", "summary": PruningPlan.load(path).summary()}
+
+
+def _study(path: Path) -> dict[str, Any]:
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return {"what": "study of `llmbrain run`", **{k: v for k, v in summary.items() if k != "provenance"}}
+
+
+def _scan(path: Path) -> dict[str, Any]:
+    from llmbrain.scanning import load_scans
+
+    scans = load_scans(path)
+    events = {e for s in scans if s.events is not None for e in s.events["trial_type"]}
+    return {
+        "what": "scan",
+        "model": scans[0].model_id,
+        "sites": ", ".join(scans[0].sites),
+        "space": scans[0].space,
+        "runs": len(scans),
+        "tokens": sum(s.n_tokens for s in scans),
+        "conditions": ", ".join(sorted(events)) or "none",
+    }
+
+
+def _networks(path: Path) -> dict[str, Any]:
+    from llmbrain.networks import FunctionalNetworks
+
+    networks = FunctionalNetworks.load(path)
+    return {
+        "what": f"{len(networks)} functional networks",
+        "space": networks.space,
+        "threshold": networks.threshold,
+        "neurons in each": networks.masks.sum(axis=1).tolist(),
+    }
+
+
+def _model(path: Path) -> dict[str, Any]:
+    from llmbrain.architectures import anatomy
+    from llmbrain.checkpoints import load_model
+
+    model, _ = load_model(path)
+    parts = anatomy(model)
+    return {
+        "what": f"model {type(model).__name__}",
+        "family": parts.family,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "mlp neurons per layer": list(parts.widths),
+        "heads per layer": list(parts.n_heads),
+        "dtype": next(model.parameters()).dtype,
+    }
