@@ -1,0 +1,282 @@
+"""Dual regression: from group maps to each run's own time courses and maps.
+
+Runs are read one at a time and never kept; all sums are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri, stdtr
+
+from llmbrain._validation import InputError, resolve_device
+from llmbrain.decomposition._chunks import Workers, workers
+from llmbrain.decomposition._preprocess import Preprocessing, kept_tokens
+from llmbrain.decomposition._runs import Runs
+
+if TYPE_CHECKING:
+    from llmbrain.space import NeuronSpace
+
+# Below this share of a neuron's variance a residual is rounding: the neuron counts as fitted to this precision.
+_EXACT = 1e-14
+
+
+@dataclass(frozen=True)
+class DualRegression:
+    """What `dual_regression` returns.
+
+    Attributes
+    ----------
+    time_courses : list of array ``(n_tokens, n_networks)``, float64
+        Stage 1, for every token, in the units of the data over those of the maps.
+    maps : array ``(n_runs, n_networks, n_neurons)``, float64 for float64 runs, else float32
+        Stage 2: change of a neuron, in its own units, for one SD of the network's time course (with ``normalize``).
+    z_maps : array, same shape
+        The same, divided by its standard error and turned into z.
+    names : list of str
+        One a run.
+    space : NeuronSpace or None
+    """
+
+    time_courses: list[NDArray[np.float64]]
+    maps: NDArray[Any]
+    z_maps: NDArray[Any]
+    names: list[str] = field(default_factory=list)
+    space: NeuronSpace | None = None
+
+    def __len__(self) -> int:
+        return len(self.time_courses)
+
+    def __repr__(self) -> str:
+        runs, networks, neurons = self.maps.shape
+        return f"DualRegression({runs} runs, {networks} networks, {neurons} neurons)"
+
+
+def dual_regression(
+    maps: Any,
+    scans: Any,
+    *,
+    normalize: bool = True,
+    mask: ArrayLike | str | None = None,
+    drop_first: int = 0,
+    drop_positions: int = 1,
+    mask_img: Any = None,
+    out: str | Path | None = None,
+    device: str | torch.device = "auto",
+) -> DualRegression:
+    """Find each run's own version of group networks.
+
+    Parameters
+    ----------
+    maps : FunctionalNetworks, GroupICA or array ``(n_networks, n_neurons)``
+        The group's maps.
+    scans : sequence of runs, or one
+        Scans, arrays ``(n_tokens, n_neurons)``, or NIfTI images or paths; read one at a time.
+    normalize : bool
+        Scale stage 1 time courses to unit SD (ddof 1) before stage 2, so that a run's amplitude goes into its maps
+        (FSL's ``des_norm``).
+    mask : bool array ``(n_neurons,)``, ``"varying"`` or None
+        Neurons that take part; the maps are zero elsewhere. ``"varying"`` leaves out every neuron that is constant in
+        at least one run, as FSL does; it reads the runs twice. Default: all.
+    drop_first, drop_positions : int
+        Tokens that stage 2 leaves out: the first of a run, and those at the first positions of a context block (scans
+        know them). The first token of a block is the attention sink: one token with activations a thousand times the
+        others' would decide every map. As in `GroupICA`.
+    mask_img : NIfTI image or path, optional
+        Brain mask, for runs that are fMRI images.
+    out : path, optional
+        Folder for the maps (``dr_maps.npy``, ``dr_z_maps.npy``, memory-mapped), for more runs than memory holds.
+    device : str or torch.device
+
+    Returns
+    -------
+    DualRegression
+
+    Raises
+    ------
+    InputError
+        If widths differ, values are not finite, a run has too few tokens (``n_tokens <= n_networks + 1``), or the maps
+        or a run's time courses are linearly dependent; the message names the run.
+
+    Notes
+    -----
+    Stage 1 regresses each token on the maps, both centred over neurons; stage 2 regresses each neuron on the time
+    courses, both centred over tokens (Nickerson et al. 2017, Front Neurosci 11:115, eqs. 1 and 2). Residual degrees of
+    freedom are ``n_tokens - n_networks - 1``. Tokens are correlated, so that z is a scale to compare neurons on, not a
+    test; for a test, see `permutation_test`.
+    """
+    runs = Runs(scans, mask_img=mask_img)
+    group = _as_maps(maps)
+    settings = Preprocessing(drop_first=drop_first, drop_positions=drop_positions)
+    keep_neurons = _as_mask(mask, runs, group.shape[1])
+    weights = _spatial_weights(group, keep_neurons)
+    shape = (len(runs), *group.shape)
+    time_courses: list[NDArray[np.float64]] = []
+    stage2: NDArray[Any] | None = None
+    z_maps: NDArray[Any] | None = None
+    with workers(resolve_device(device)) as team:
+        for i, data in enumerate(runs):
+            name = runs.name(i)
+            _check_width(data, group.shape[1], name)
+            if stage2 is None or z_maps is None:
+                stage2 = _storage(out, "dr_maps.npy", shape, data.dtype)
+                z_maps = _storage(out, "dr_z_maps.npy", shape, data.dtype)
+            keep = kept_tokens(len(data), settings, runs.positions(i), name)
+            if keep.sum() <= len(group) + 1:
+                raise InputError(
+                    f"{name} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} networks"
+                )
+            course = stage_one(weights, data, team)
+            time_courses.append(course)
+            stage2[i], z_maps[i] = stage_two(course, data, team, keep=keep, normalize=normalize, name=name)
+            if keep_neurons is not None:
+                stage2[i][:, ~keep_neurons] = 0
+                z_maps[i][:, ~keep_neurons] = 0
+    assert stage2 is not None
+    assert z_maps is not None  # Runs is never empty
+    space = getattr(maps, "space", None) or getattr(maps, "space_", None) or runs.space
+    return DualRegression(time_courses, stage2, z_maps, [runs.name(i) for i in range(len(runs))], space)
+
+
+def stage_one(weights: NDArray[np.float64], data: NDArray[Any], team: Workers) -> NDArray[np.float64]:
+    """Time courses ``(n_tokens, n_networks)`` of one run; see `_spatial_weights`."""
+    source, columns = torch.from_numpy(data), torch.from_numpy(weights)
+
+    def block(part: slice) -> torch.Tensor:
+        return source[:, part].to(team.device, torch.float64) @ columns[part].to(team.device)
+
+    total = torch.zeros((len(data), weights.shape[1]), dtype=torch.float64, device=team.device)
+    for partial in team.map(block, len(weights), rows=2 * len(data)):
+        total += partial
+    return total.cpu().numpy()
+
+
+def stage_two(
+    course: NDArray[np.float64],
+    data: NDArray[Any],
+    team: Workers,
+    *,
+    keep: NDArray[np.bool_] | None = None,
+    normalize: bool = True,
+    name: str = "run",
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Maps and z-maps ``(n_networks, n_neurons)`` of one run from its time courses and its data, over tokens `keep`."""
+    rows = None if keep is None or keep.all() else torch.from_numpy(np.flatnonzero(keep))
+    course = course if rows is None else course[rows]
+    n_tokens, n_networks = course.shape
+    design = course - course.mean(axis=0)
+    if normalize:
+        spread = design.std(axis=0, ddof=1)
+        if not spread.all():
+            raise InputError(f"{name}: the time course of network {int(np.argmin(spread))} is constant")
+        design = design / spread
+    basis, triangle = np.linalg.qr(design)
+    _check_rank(triangle, f"the time courses of {name} are")
+    inverse = np.linalg.inv(triangle)
+    error = np.sqrt((inverse**2).sum(axis=1))[:, None]  # of a coefficient, for unit residual SD
+    df = n_tokens - n_networks - 1
+    source = torch.from_numpy(data)
+    project = torch.from_numpy(basis.T.copy()).to(team.device)
+    maps, z_maps = (np.empty((n_networks, data.shape[1])) for _ in range(2))
+
+    def block(part: slice) -> None:
+        x = source[:, part] if rows is None else source[rows, part]
+        x = x.to(team.device, torch.float64)
+        x = x - x[0]  # exact zeros for constant neurons, whatever their value
+        x -= x.mean(dim=0)
+        scores = project @ x
+        total = x.square().sum(dim=0)
+        residual = torch.maximum(total - scores.square().sum(dim=0), _EXACT * total).cpu().numpy()
+        maps[:, part] = inverse @ scores.cpu().numpy()
+        scale = error * np.sqrt(residual / df)
+        t = np.divide(maps[:, part], scale, out=np.zeros_like(maps[:, part]), where=scale > 0)
+        z_maps[:, part] = t_to_z(t, df)
+
+    for _ in team.map(block, data.shape[1], rows=2 * n_tokens):
+        pass
+    return maps, z_maps
+
+
+def t_to_z(t: ArrayLike, df: float) -> NDArray[np.float64]:
+    """The z with the same tail probability as `t` has with `df` degrees of freedom.
+
+    Where that probability underflows, the approximation of Wallace 1959 (Ann Math Stat 30:1121) keeps the order.
+    """
+    t = np.asarray(t, dtype=np.float64)
+    tail = stdtr(df, -np.abs(t))
+    far = tail < 1e-300
+    size = np.abs(ndtri(np.where(far, 0.5, tail)))
+    if far.any():
+        size[far] = (8 * df + 1) / (8 * df + 3) * np.sqrt(df * np.log1p(t[far] ** 2 / df))
+    return np.copysign(size, t)
+
+
+def _as_maps(maps: Any) -> NDArray[np.float64]:
+    for attribute in ("components_", "maps"):
+        maps = getattr(maps, attribute, maps)
+    group = np.atleast_2d(np.asarray(maps, dtype=np.float64))
+    if group.ndim != 2 or 0 in group.shape:
+        raise InputError(f"maps has shape {group.shape}: expected (n_networks, n_neurons)")
+    if not np.isfinite(group).all():
+        network, neuron = np.argwhere(~np.isfinite(group))[0]
+        raise InputError(f"maps holds {group[network, neuron]} in network {network} at neuron {neuron}")
+    return group
+
+
+def _as_mask(mask: ArrayLike | str | None, runs: Runs, n_neurons: int) -> NDArray[np.bool_] | None:
+    if mask is None:
+        return None
+    if isinstance(mask, str):
+        if mask != "varying":
+            raise InputError(f"mask={mask!r} is not known: pass a bool array, 'varying' or None")
+        keep = np.ones(n_neurons, dtype=bool)
+        for i, data in enumerate(runs):
+            _check_width(data, n_neurons, runs.name(i))
+            keep &= (data != data[0]).any(axis=0)
+    else:
+        keep = np.asarray(mask)
+        if keep.shape != (n_neurons,) or keep.dtype != bool:
+            raise InputError(f"mask has shape {keep.shape} and dtype {keep.dtype}: expected bool ({n_neurons},)")
+    if not keep.any():
+        raise InputError(f"mask={mask if isinstance(mask, str) else 'array'!r} removes every neuron")
+    return keep
+
+
+def _check_width(data: NDArray[Any], n_neurons: int, name: str) -> None:
+    if data.shape[1] != n_neurons:
+        raise InputError(f"{name} has {data.shape[1]} neurons, the maps have {n_neurons}: they must be the same")
+
+
+def _check_rank(triangle: NDArray[np.float64], subject: str) -> None:
+    singular = np.linalg.svd(triangle, compute_uv=False)
+    rank = int((singular > len(triangle) * 1e-13 * singular[0]).sum()) if singular[0] > 0 else 0
+    if rank < len(triangle):
+        raise InputError(
+            f"{subject} linearly dependent: rank {rank} of {len(triangle)}; leave out the surplus networks"
+        )
+
+
+def _spatial_weights(group: NDArray[np.float64], keep: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """``(n_neurons, n_networks)``: a token times this is its least-squares fit by the maps, centred over neurons.
+
+    The weights of each network sum to zero, so the token itself need not be centred.
+    """
+    part = group if keep is None else group[:, keep]
+    basis, triangle = np.linalg.qr((part - part.mean(axis=1, keepdims=True)).T)
+    _check_rank(triangle, "maps are")
+    weights = np.zeros(group.shape[::-1])
+    weights[slice(None) if keep is None else keep] = basis @ np.linalg.inv(triangle).T
+    return weights
+
+
+def _storage(out: str | Path | None, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if out is None:
+        return np.empty(shape, dtype=dtype)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape)

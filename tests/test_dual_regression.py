@@ -1,0 +1,245 @@
+"""Dual regression against the closed form, nilearn's GLM and the phantom; permutation tests against brute force."""
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from llmbrain import InputError
+from llmbrain.datasets.phantom import make_phantom
+from llmbrain.decomposition.regression import dual_regression, t_to_z
+from llmbrain.decomposition.permutation import permutation_test
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    maps = rng.laplace(size=(4, 700)) + 0.3
+    runs = [rng.standard_normal((n, 4)) @ maps + rng.standard_normal((n, 700)) + 5 for n in (60, 45)]
+    return maps, runs
+
+
+def closed_form(maps, data, normalize):
+    """Both stages by least squares, centred by an explicit constant."""
+    n_tokens, n_neurons = data.shape
+    spatial = np.column_stack([maps.T, np.ones(n_neurons)])
+    course = np.linalg.lstsq(spatial, data.T, rcond=None)[0][:-1].T
+    design = course / course.std(axis=0, ddof=1) if normalize else course
+    temporal = np.column_stack([design, np.ones(n_tokens)])
+    return course, np.linalg.lstsq(temporal, data, rcond=None)[0][:-1], temporal
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equals_the_closed_form(problem, normalize):
+    maps, runs = problem
+    result = dual_regression(maps, runs, normalize=normalize)
+    for i, data in enumerate(runs):
+        course, stage2, _ = closed_form(maps, data, normalize)
+        np.testing.assert_allclose(result.time_courses[i], course, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(result.maps[i], stage2, rtol=0, atol=1e-10)
+
+
+def test_z_equals_nilearn(problem):
+    from nilearn.glm import compute_contrast
+    from nilearn.glm.first_level import run_glm
+
+    maps, runs = problem
+    result = dual_regression(maps, runs)
+    for i, data in enumerate(runs):
+        _, _, design = closed_form(maps, data, True)
+        labels, fits = run_glm(data, design, noise_model="ols")
+        for k in range(len(maps)):
+            contrast = compute_contrast(labels, fits, np.eye(5)[k], stat_type="t")
+            np.testing.assert_allclose(result.maps[i, k], contrast.effect_size(), atol=1e-10)
+            np.testing.assert_allclose(result.z_maps[i, k], contrast.z_score(), atol=1e-8)
+
+
+def test_float32_runs_many_blocks_and_memory_map(problem, tmp_path):
+    maps, runs = problem
+    single = [data.astype(np.float32) for data in runs]
+    result = dual_regression(maps, single, out=tmp_path)
+    assert result.maps.dtype == np.float32
+    assert isinstance(result.maps, np.memmap)
+    np.testing.assert_allclose(np.load(tmp_path / "dr_maps.npy"), dual_regression(maps, runs).maps, atol=1e-4)
+    wide = np.tile(maps, 20) + 0.1 * np.random.default_rng(1).standard_normal((4, 14000))
+    data = np.tile(runs[0], 20)
+    _, stage2, _ = closed_form(wide, data, True)
+    np.testing.assert_allclose(dual_regression(wide, [data]).maps[0], stage2, atol=1e-10)
+
+
+def test_phantom_runs_get_their_own_maps_not_a_copy():
+    phantom = make_phantom(relocation=0.1, overlap=0.2, cnr=1.0, n_runs=8, random_state=2)
+    result = dual_regression(phantom.maps, phantom.scans)
+    score = phantom.score(phantom.maps, result.time_courses, result.maps, standardized=False)
+    assert score["time_course_r_min"] > 0.95
+    assert score["run_map_r_own"] > 0.9
+    assert score["run_map_r_own"] > score["run_map_r_group"] + 0.05
+    assert score["amplitude_slope"] == pytest.approx(1, abs=0.1)
+
+
+def test_normalize_moves_amplitude_into_the_maps(problem):
+    maps, runs = problem
+    loud = [runs[0], 3 * runs[0]]
+    raw, normal = (dual_regression(maps, loud, normalize=n).maps for n in (False, True))
+    np.testing.assert_allclose(raw[1], raw[0], atol=1e-9)
+    np.testing.assert_allclose(normal[1], 3 * normal[0], atol=1e-9)
+
+
+def test_masks_and_constant_neurons(problem):
+    maps, runs = problem
+    runs = [data.copy() for data in runs]
+    runs[0][:, 3] = 7.3
+    runs[1][:, 5] = 0
+    keep = np.ones(700, dtype=bool)
+    keep[[3, 5]] = False
+    varying = dual_regression(maps, runs, mask="varying")
+    given = dual_regression(maps, runs, mask=keep)
+    part = dual_regression(maps[:, keep], [data[:, keep] for data in runs])
+    np.testing.assert_array_equal(varying.maps, given.maps)
+    np.testing.assert_allclose(varying.maps[:, :, keep], part.maps, atol=1e-10)
+    assert not varying.maps[:, :, ~keep].any()
+    plain = dual_regression(maps, runs)
+    assert not plain.z_maps[0, :, 3].any()
+    assert not plain.maps[0, :, 3].any()
+
+
+def test_dropped_tokens_do_not_decide_the_maps(problem):
+    maps, runs = problem
+    sink = runs[0].copy()
+    sink[0] *= 1000
+    clean = dual_regression(maps, [runs[0][1:]])
+    dropped = dual_regression(maps, [sink], drop_first=1)
+    np.testing.assert_allclose(dropped.maps, clean.maps, atol=1e-9)
+    assert len(dropped.time_courses[0]) == len(sink)
+    assert np.abs(dual_regression(maps, [sink]).maps - clean.maps).max() > 1
+
+
+@pytest.mark.parametrize("df", [3, 40, 4000])
+def test_t_to_z_keeps_tails(df):
+    t = np.array([-8.0, -1, 0, 0.5, 3, 6])
+    expected = np.sign(t) * stats.norm.isf(stats.t.sf(np.abs(t), df))
+    np.testing.assert_allclose(t_to_z(t, df), expected, atol=1e-10)
+    far = t_to_z(np.linspace(0, 400, 20001), df)
+    assert np.isfinite(far).all()
+    assert (np.diff(far) >= 0).all()
+
+
+# -- permutation tests -------------------------------------------------------------------------------------------------
+
+
+def test_sign_flips_equal_brute_force():
+    y = np.random.default_rng(1).standard_normal((6, 2, 5)) + 0.8
+    result = permutation_test(y, n_permutations=1000)
+    assert result.exhaustive
+    assert result.n_permutations == 2**6 - 1
+    np.testing.assert_allclose(result.t, stats.ttest_1samp(y, 0).statistic)
+    flips = np.array(
+        [stats.ttest_1samp(np.array(s)[:, None, None] * y, 0).statistic for s in product([1, -1], repeat=6)]
+    )
+    tied = np.abs(flips) >= np.abs(result.t) - 1e-9
+    np.testing.assert_allclose(result.p, tied.mean(axis=0))
+    largest = np.abs(flips).max(axis=2)
+    expected = (largest[:, :, None] >= np.abs(result.t) - 1e-9).mean(axis=0)
+    np.testing.assert_allclose(result.p_fwe, expected)
+    together = permutation_test(y, n_permutations=1000, family="all")
+    largest = largest.max(axis=1)
+    np.testing.assert_allclose(together.p_fwe, (largest[:, None, None] >= np.abs(result.t) - 1e-9).mean(axis=0))
+
+
+def test_label_permutations_equal_scipy():
+    rng = np.random.default_rng(2)
+    y = rng.standard_normal((9, 1, 4))
+    groups = ["b", "a", "a", "b", "a", "b", "a", "a", "b"]
+    first = np.array(groups) == "b"
+    result = permutation_test(y, groups=groups)
+    assert result.n_permutations == comb(9, 4) - 1
+    np.testing.assert_allclose(result.t, stats.ttest_ind(y[first], y[~first]).statistic)
+
+    def t(x, z, axis):
+        return stats.ttest_ind(x, z, axis=axis).statistic
+
+    exact = stats.permutation_test((y[first, 0], y[~first, 0]), t, n_resamples=np.inf, axis=0, alternative="greater")
+    one_sided = permutation_test(y, groups=groups, two_sided=False)
+    np.testing.assert_allclose(one_sided.p[0], exact.pvalue, atol=1e-12)
+
+
+def test_pairs_are_sign_flips_of_differences():
+    rng = np.random.default_rng(3)
+    y = rng.standard_normal((8, 2, 6))
+    paired = permutation_test(y, groups=["on", "off"] * 4, pairs=[0, 0, 1, 1, 2, 2, 3, 3])
+    differences = permutation_test(y[::2] - y[1::2])
+    np.testing.assert_array_equal(paired.t, differences.t)
+    np.testing.assert_array_equal(paired.p_fwe, differences.p_fwe)
+
+
+def test_family_wise_error_is_held_and_effects_are_found():
+    rng = np.random.default_rng(4)
+    false, n = 0, 200
+    for i in range(n):
+        noise = rng.standard_normal((12, 1, 30))
+        false += (
+            permutation_test(noise, groups=[0] * 6 + [1] * 6, n_permutations=99, random_state=i).p_fwe <= 0.05
+        ).any()
+    assert false / n < 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
+    effect = rng.standard_normal((20, 1, 30))
+    effect[:10, 0, :3] += 3
+    found = permutation_test(effect, groups=[0] * 10 + [1] * 10, n_permutations=999).p_fwe[0] <= 0.05
+    assert found[:3].all()
+    assert not found[3:].any()
+    uncorrected = permutation_test(rng.standard_normal((12, 1, 400)), n_permutations=199).p
+    assert (uncorrected <= 0.05).mean() == pytest.approx(0.05, abs=0.035)
+
+
+def test_condition_effect_of_the_phantom_is_found_in_its_network_only():
+    kwargs = {"n_sources": 3, "n_neurons": 400, "n_layers": 4, "n_tokens": 100, "jitter": 0.1, "presence": 1}
+    low = make_phantom(n_runs=6, amplitude_sd=0.05, **kwargs)
+    result = dual_regression(low.maps, low.scans)
+    scaled = result.maps.copy()
+    scaled[3:, 1] *= 1.5
+    test = permutation_test(scaled, groups=["low"] * 3 + ["high"] * 3, two_sided=True)
+    assert test.n_permutations == 19
+    strong = np.abs(low.maps) > np.quantile(np.abs(low.maps), 0.99)
+    sign = -np.sign(low.maps[1, strong[1]])
+    assert (test.t[1, strong[1]] * sign > 0).mean() > 0.9
+    assert test.p_fwe.min() >= 1 / 20
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named(problem):
+    maps, runs = problem
+    with pytest.raises(InputError, match=r"699 neurons, the maps have 700"):
+        dual_regression(maps, [runs[0][:, 1:]])
+    with pytest.raises(InputError, match="run 0 keeps 5 tokens"):
+        dual_regression(maps, [runs[0][:5]])
+    with pytest.raises(InputError, match=r"maps are linearly dependent: rank 4 of 5"):
+        dual_regression(np.vstack([maps, maps[0] + maps[1]]), runs)
+    with pytest.raises(InputError, match="run 0: the time course of network 0 is constant"):
+        dual_regression(maps, [np.ones((30, 700))])
+    with pytest.raises(InputError, match="mask='fsl'"):
+        dual_regression(maps, runs, mask="fsl")
+    with pytest.raises(InputError, match="removes every neuron"):
+        dual_regression(maps, runs, mask=np.zeros(700, dtype=bool))
+    broken = maps.copy()
+    broken[2, 9] = np.nan
+    with pytest.raises(InputError, match="network 2 at neuron 9"):
+        dual_regression(broken, runs)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"groups": [0, 1]}, "groups has 2 labels for 4 runs"),
+        ({"groups": [0, 1, 2, 0]}, "exactly 2"),
+        ({"pairs": [0, 0, 1, 1]}, "pairs needs groups"),
+        ({"groups": [0, 0, 1, 1], "pairs": [0, 0, 1, 1]}, "pairs: 0 must name two runs"),
+        ({"family": "both"}, "family='both'"),
+        ({"n_permutations": 0}, "n_permutations=0"),
+    ],
+)
+def test_bad_designs_are_named(options, named):
+    with pytest.raises(InputError, match=named):
+        permutation_test(np.zeros((4, 1, 3)), **options)
