@@ -1,0 +1,5 @@
+"""``python -m llmbrain``."""
+
+from llmbrain.cli import main
+
+main()
