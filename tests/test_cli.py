@@ -207,8 +207,8 @@ def test_claim_and_components(tmp_path):
 
 
 def test_model_comes_back_untouched(model_folder, text_file, tmp_path):
-    from llmbrain.cli.main_job import main_job
     from llmbrain.checkpoints import load_model
+    from llmbrain.cli.main_job import main_job
 
     model, tokenizer = load_model(model_folder)
     before = {k: v.clone() for k, v in model.state_dict().items()}
