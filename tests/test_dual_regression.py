@@ -87,6 +87,20 @@ def test_normalize_moves_amplitude_into_the_maps(problem):
     np.testing.assert_allclose(normal[1], 3 * normal[0], atol=1e-9)
 
 
+def test_standardize_is_z_scoring_first(problem):
+    maps, runs = problem
+    scales = np.exp(np.random.default_rng(5).normal(0, 2, 700))
+    loud = [data * scales for data in runs]
+    scored = [(data - data.mean(axis=0)) / data.std(axis=0) for data in runs]
+    result = dual_regression(maps, loud, standardize=True)
+    expected = dual_regression(maps, scored)
+    for ours, theirs in zip(result.time_courses, expected.time_courses):
+        np.testing.assert_allclose(ours, theirs, atol=1e-10)
+    np.testing.assert_allclose(result.maps, expected.maps, atol=1e-10)
+    np.testing.assert_allclose(result.z_maps, expected.z_maps, atol=1e-8)
+    assert np.abs(dual_regression(maps, loud).z_maps - expected.z_maps).max() > 1
+
+
 def test_masks_and_constant_neurons(problem):
     maps, runs = problem
     runs = [data.copy() for data in runs]

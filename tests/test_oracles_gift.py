@@ -3,9 +3,6 @@
 The files are test data kept outside the repository: without them these tests are skipped.
 """
 
-import os
-from pathlib import Path
-
 import h5py
 import nibabel as nib
 import numpy as np
@@ -21,81 +18,79 @@ from llmbrain.decomposition._runs import Runs
 from llmbrain.decomposition.back_reconstruction import KINDS, back_reconstruct, reduce_rows, remove_token_means
 from llmbrain.decomposition.regression import dual_regression
 
-DATA = Path(os.environ.get("LLMBRAIN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-GIFT = DATA / "fmri" / "gift"
-oracle = pytest.mark.skipif(not GIFT.is_dir(), reason=f"GIFT's stored outputs are not at {GIFT}")
+BACK = "test_icatb_backReconstruct"
+
+
+@pytest.fixture(scope="module")
+def gift(shared_data):
+    return shared_data / "fmri" / "gift"
 
 
 def mat5(path, key):
-    return sio.loadmat(GIFT / path)[key]
+    return sio.loadmat(path)[key]
 
 
-def mat73(name, key):
-    with h5py.File(GIFT / "test_icatb_backReconstruct" / name) as file:
+def mat73(path, key):
+    with h5py.File(path) as file:
         return file[key][()].T
 
 
-def mask_image(image):
-    index = mat5("test_icatb_preproc/rem_mn_timepoint.mat", "mask_ind").ravel().astype(int) - 1
+def mask_image(gift, image):
+    index = mat5(gift / "test_icatb_preproc/rem_mn_timepoint.mat", "mask_ind").ravel().astype(int) - 1
     mask = np.zeros(np.prod(image.shape[:3]), dtype=np.uint8)
     mask[index] = 1
     return nib.Nifti1Image(mask.reshape(image.shape[:3], order="F"), image.affine), index
 
 
 @pytest.fixture(scope="module")
-def subject():
+def subject(gift):
     """Raw data (time x voxels) in GIFT's voxel order, float64."""
-    image = nib.load(GIFT / "subjects/sub-007_lowres.nii")
-    _, index = mask_image(image)
+    image = nib.load(gift / "subjects/sub-007_lowres.nii")
+    _, index = mask_image(gift, image)
     return image.get_fdata().reshape(-1, 50, order="F")[index].T
 
 
-@oracle
-def test_our_reader_and_mask_read_the_same_voxels(subject):
-    image = nib.load(GIFT / "subjects/sub-007_lowres.nii")
-    mask, index = mask_image(image)
+def test_our_reader_and_mask_read_the_same_voxels(gift, subject):
+    image = nib.load(gift / "subjects/sub-007_lowres.nii")
+    mask, index = mask_image(gift, image)
     read = Runs([image], mask_img=mask)[0]
     ours = np.flatnonzero(mask.get_fdata().ravel())  # row-major; GIFT counts column-major
     gift = np.ravel_multi_index(np.unravel_index(index, image.shape[:3], order="F"), image.shape[:3])
     np.testing.assert_allclose(read[:, np.searchsorted(ours, gift)], subject, rtol=1e-6)
 
 
-@oracle
-def test_remove_mean_per_time_point(subject):
-    stored = mat5("test_icatb_preproc/rem_mn_timepoint.mat", "data").T
+def test_remove_mean_per_time_point(gift, subject):
+    stored = mat5(gift / "test_icatb_preproc/rem_mn_timepoint.mat", "data").T
     np.testing.assert_allclose(remove_token_means(subject), stored, rtol=0, atol=1e-10)
 
 
-@oracle
-def test_variance_normalisation(subject):
-    stored = mat5("test_icatb_preproc_var/preproc_data_varnorm_post.mat", "preproc_data_varnorm_post").T
+def test_variance_normalisation(gift, subject):
+    stored = mat5(gift / "test_icatb_preproc_var/preproc_data_varnorm_post.mat", "preproc_data_varnorm_post").T
     settings = Preprocessing(detrend="linear", standardize="zscore")
     ours = prepare(np.ascontiguousarray(subject), settings, dtype=torch.float64).data.numpy()
     np.testing.assert_allclose(ours * np.sqrt(49 / 50), stored, rtol=0, atol=1e-6)  # GIFT divides by the ddof-1 SD
 
 
-@oracle
-def test_pca_eigenvalues_scores_and_whitening(subject):
+def test_pca_eigenvalues_scores_and_whitening(gift, subject):
     centred = remove_token_means(subject)
-    stored_scores = mat73("lores_pca_r1-1.mat", "pcasig").T
-    eigenvalues = np.sort(np.diag(mat73("lores_pca_r1-1.mat", "Lambda")))[::-1]
+    stored_scores = mat73(gift / BACK / "lores_pca_r1-1.mat", "pcasig").T
+    eigenvalues = np.sort(np.diag(mat73(gift / BACK / "lores_pca_r1-1.mat", "Lambda")))[::-1]
     ours = reduce_rows(centred, 20)
     np.testing.assert_allclose(ours.eigenvalues, eigenvalues[:20], rtol=1e-9)
     core = run_pca(torch.from_numpy(centred), 20)
     np.testing.assert_allclose(core.eigenvalues[:20].numpy() / (centred.shape[1] - 1), eigenvalues[:20], rtol=1e-9)
     white = whiten(torch.from_numpy(centred), 20, n_samples=centred.shape[1] - 1).data.numpy()
-    order = np.argsort(-np.diag(mat73("lores_pca_r1-1.mat", "Lambda")))[:20]  # MATLAB's eig sorts upwards
+    order = np.argsort(-np.diag(mat73(gift / BACK / "lores_pca_r1-1.mat", "Lambda")))[:20]  # MATLAB's eig sorts upwards
     for scores in (ours.scores, white):
         sign = np.sign((scores * stored_scores[order]).sum(axis=1, keepdims=True))
         np.testing.assert_allclose(sign * scores, stored_scores[order], rtol=0, atol=1e-6)
 
 
-@oracle
-def test_ica_identities_and_back_reconstruction(subject):
+def test_ica_identities_and_back_reconstruction(gift, subject):
     """Our reduction, rotated to GIFT's component order, with GIFT's W, gives GIFT's maps and time courses."""
-    w, a, sources = (mat73("lores_ica.mat", key) for key in ("W", "A", "icasig"))
-    ic, tc = (mat73("lores_ica_br1_match.mat", key) for key in ("compSet/ic", "compSet/tc"))
-    stored_scores = mat73("lores_pca_r1-1.mat", "pcasig").T
+    w, a, sources = (mat73(gift / BACK / "lores_ica.mat", key) for key in ("W", "A", "icasig"))
+    ic, tc = (mat73(gift / BACK / "lores_ica_br1_match.mat", key) for key in ("compSet/ic", "compSet/tc"))
+    stored_scores = mat73(gift / BACK / "lores_pca_r1-1.mat", "pcasig").T
     ours = reduce_rows(remove_token_means(subject), 20)
     turn = stored_scores @ ours.scores.T / (subject.shape[1] - 1)  # signs and order of eigenvectors are free
     np.testing.assert_allclose(np.abs(turn).max(axis=1), 1, atol=1e-9)
@@ -106,23 +101,21 @@ def test_ica_identities_and_back_reconstruction(subject):
     np.testing.assert_allclose(np.linalg.pinv(w), a, atol=1e-12)
 
 
-@oracle
-def test_dual_regression_stage_one_gives_gifts_time_courses(subject):
-    ic, tc = (mat73("lores_ica_br1_match.mat", key) for key in ("compSet/ic", "compSet/tc"))
+def test_dual_regression_stage_one_gives_gifts_time_courses(gift, subject):
+    ic, tc = (mat73(gift / BACK / "lores_ica_br1_match.mat", key) for key in ("compSet/ic", "compSet/tc"))
     result = dual_regression(ic, [np.ascontiguousarray(subject)])
     np.testing.assert_allclose(result.time_courses[0], tc.T, rtol=0, atol=1e-8)
 
 
-@oracle
-def test_identities_on_three_subjects():
-    images = [nib.load(GIFT / f"subjects/sub-{s}_lowres.nii") for s in ("007", "018", "067")]
-    mask, _ = mask_image(images[0])
+def test_identities_on_three_subjects(gift):
+    images = [nib.load(gift / f"subjects/sub-{s}_lowres.nii") for s in ("007", "018", "067")]
+    mask, _ = mask_image(gift, images[0])
     check_identities([run.astype(np.float64) for run in Runs(images, mask_img=mask)], n_run=15, n=8)
 
 
 def test_identities_on_the_phantom():
-    check_identities([s.data() if hasattr(s, "data") and callable(s.data) else s for s in make_phantom(
-        n_runs=3, n_neurons=600, n_tokens=80).scans], n_run=15, n=8)  # fmt: skip
+    phantom = make_phantom(n_runs=3, n_neurons=600, n_tokens=80)
+    check_identities([scan.data() for scan in phantom.scans], n_run=15, n=8)
 
 
 def check_identities(runs, n_run, n):

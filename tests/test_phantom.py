@@ -10,14 +10,10 @@ from llmbrain.datasets.phantom import PHANTOM_CELLS, make_phantom
 from llmbrain.decomposition._matching import correlate_rows, match_maps
 
 
-def data_of(scan):
-    return scan.data() if hasattr(scan, "data") and callable(scan.data) else np.asarray(scan)
-
-
 def test_scan_is_time_courses_times_maps_plus_noise():
     phantom = make_phantom(n_sources=5, n_neurons=300, n_layers=4, n_runs=3, n_tokens=4000, random_state=1)
     for scan, course, run_map in zip(phantom.scans, phantom.time_courses, phantom.run_maps):
-        noise = data_of(scan) - course @ run_map
+        noise = scan.data() - course @ run_map
         assert noise.std() == pytest.approx(1, abs=0.01)
         assert np.abs(course.T @ noise / len(noise)).max() < 0.1
         np.testing.assert_allclose(course.mean(axis=0), 0, atol=1e-12)
@@ -28,9 +24,9 @@ def test_repeatable_and_runs_do_not_depend_on_their_number():
     few, many = (make_phantom(n_runs=n, n_neurons=200, n_tokens=30, random_state=3) for n in (2, 5))
     again = make_phantom(n_runs=2, n_neurons=200, n_tokens=30, random_state=3)
     other = make_phantom(n_runs=2, n_neurons=200, n_tokens=30, random_state=4)
-    np.testing.assert_array_equal(data_of(few.scans[1]), data_of(again.scans[1]))
+    np.testing.assert_array_equal(few.scans[1].data(), again.scans[1].data())
     np.testing.assert_array_equal(few.maps, many.maps)
-    assert not np.array_equal(data_of(few.scans[1]), data_of(other.scans[1]))
+    assert not np.array_equal(few.scans[1].data(), other.scans[1].data())
 
 
 def test_contrast_to_noise_is_the_median_over_active_neurons():
@@ -84,27 +80,30 @@ def test_autocorrelation_and_source_correlation(ar):
 def test_nuisances():
     plain = {"n_neurons": 1000, "n_runs": 2, "n_tokens": 300, "random_state": 5}
     heavy = make_phantom(noise="t3", **plain)
-    residual = data_of(heavy.scans[0]) - heavy.time_courses[0] @ heavy.run_maps[0]
+    residual = heavy.scans[0].data() - heavy.time_courses[0] @ heavy.run_maps[0]
     assert np.abs(residual).max() > 10 > 3 * residual.std()
     outliers = make_phantom(outliers=0.01, **plain)
     loud = outliers.noise_sd == 10
     assert loud.sum() == 10
-    assert data_of(outliers.scans[0])[:, loud].var() == pytest.approx(100, rel=0.2)
+    assert outliers.scans[0].data()[:, loud].var() == pytest.approx(100, rel=0.2)
     position = make_phantom(position_gain=10, **plain)
-    loudest = np.abs(data_of(position.scans[0])).sum(axis=1).argmax()
+    loudest = np.abs(position.scans[0].data()).sum(axis=1).argmax()
     assert loudest == 0
     gone = make_phantom(missing=0.1, **plain)
     assert gone.missing.sum(axis=1).tolist() == [100, 100]
-    assert not data_of(gone.scans[0])[:, gone.missing[0]].any()
+    assert not gone.scans[0].data()[:, gone.missing[0]].any()
     assert (gone.missing[0] != gone.missing[1]).any()
     slow = make_phantom(noise_ar=0.8, **plain)
-    residual = data_of(slow.scans[0]) - slow.time_courses[0] @ slow.run_maps[0]
+    residual = slow.scans[0].data() - slow.time_courses[0] @ slow.run_maps[0]
     assert (residual[1:] * residual[:-1]).mean() == pytest.approx(0.8, abs=0.03)
 
 
 def test_conditions_drive_their_own_source_only():
     phantom = make_phantom(3, n_neurons=200, n_runs=8, conditions=("sum", "sort"), condition_effect=2.0)
     on = (np.arange(400) // 20) % 2 == 0
+    events = phantom.scans[0].events
+    assert events["trial_type"].tolist()[:3] == ["sum", "sort", "sum"]
+    assert events["onset"].tolist()[:3] == [0, 20, 40]
     contrast = np.mean([c[on].mean(axis=0) - c[~on].mean(axis=0) for c in phantom.time_courses], axis=0)
     assert contrast[0] > 1
     assert contrast[1] < -1
@@ -134,7 +133,7 @@ def test_score_of_the_truth_is_perfect_and_of_noise_is_not():
 
 def test_standardized_maps_are_what_z_scored_neurons_hold():
     phantom = make_phantom(n_neurons=500, n_runs=1, n_tokens=30000, jitter=0, presence=1, amplitude_sd=0, overlap=0.3)
-    data = data_of(phantom.scans[0]).astype(float)
+    data = phantom.scans[0].data().astype(float)
     beta = np.linalg.lstsq(phantom.time_courses[0], data / data.std(axis=0), rcond=None)[0]
     np.testing.assert_allclose(beta, phantom.standardized(), atol=0.03)
 

@@ -19,6 +19,7 @@ from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.decomposition._matching import correlate_rows, match_maps
+from llmbrain.scanning import Scan
 from llmbrain.space import NeuronSpace
 
 Array = NDArray[np.float64]
@@ -76,7 +77,7 @@ class Phantom:
         Expected correlation of the time courses.
     """
 
-    scans: list[Any]
+    scans: list[Scan]
     space: NeuronSpace
     maps: Array
     run_maps: Array
@@ -333,7 +334,7 @@ def make_phantom(
         if nuisance_map is not None and nuisance_time_course is not None:
             data += np.outer(nuisance_time_course, nuisance_map)
         data[:, gone] = 0
-        scans.append(_as_scan(data, space, events, run))
+        scans.append(Scan.from_array(data.astype(np.float32), space, events=events, name=f"phantom-{run + 1:04d}"))
         run_maps.append(run_map)
         time_courses.append(course)
         silent.append(gone)
@@ -471,7 +472,3 @@ def _block_design(
     durations = np.minimum(block, n_tokens - onsets)
     names = [conditions[k] for k in which]
     return pd.DataFrame({"onset": onsets, "duration": durations, "trial_type": names}), task
-
-
-def _as_scan(data: Array, space: NeuronSpace, events: pd.DataFrame | None, run: int) -> Any:
-    return data.astype(np.float32)

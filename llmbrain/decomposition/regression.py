@@ -62,6 +62,7 @@ def dual_regression(
     scans: Any,
     *,
     normalize: bool = True,
+    standardize: bool = False,
     mask: ArrayLike | str | None = None,
     drop_first: int = 0,
     drop_positions: int = 1,
@@ -80,6 +81,10 @@ def dual_regression(
     normalize : bool
         Scale stage 1 time courses to unit SD (ddof 1) before stage 2, so that a run's amplitude goes into its maps
         (FSL's ``des_norm``).
+    standardize : bool
+        Z-score each neuron over the tokens of a run first, as `GroupICA` does by default; maps are then in SD of the
+        neuron. Without it (as in FSL) stage 1 listens most to the neurons with the largest variance, and in language
+        models a few have a thousand times that of the others.
     mask : bool array ``(n_neurons,)``, ``"varying"`` or None
         Neurons that take part; the maps are zero elsewhere. ``"varying"`` leaves out every neuron that is constant in
         at least one run, as FSL does; it reads the runs twice. Default: all.
@@ -131,9 +136,15 @@ def dual_regression(
                 raise InputError(
                     f"{name} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} networks"
                 )
-            course = stage_one(weights, data, team)
+            if standardize:
+                mean, scale = _mean_and_scale(data, keep, team)
+                course = stage_one(weights * scale[:, None], data, team) - (mean * scale) @ weights
+            else:
+                course = stage_one(weights, data, team)
             time_courses.append(course)
             stage2[i], z_maps[i] = stage_two(course, data, team, keep=keep, normalize=normalize, name=name)
+            if standardize:
+                stage2[i] *= scale
             if keep_neurons is not None:
                 stage2[i][:, ~keep_neurons] = 0
                 z_maps[i][:, ~keep_neurons] = 0
@@ -200,6 +211,24 @@ def stage_two(
     for _ in team.map(block, data.shape[1], rows=2 * n_tokens):
         pass
     return maps, z_maps
+
+
+def _mean_and_scale(
+    data: NDArray[Any], keep: NDArray[np.bool_], team: Workers
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and 1 / SD (ddof 0) of each neuron over tokens `keep`; the scale of a constant neuron is 0."""
+    source = torch.from_numpy(data)
+    rows = None if keep.all() else torch.from_numpy(np.flatnonzero(keep))
+
+    def block(part: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        x = source[:, part] if rows is None else source[rows, part]
+        x = x.to(team.device, torch.float64)
+        mean = x.mean(dim=0)
+        spread = (x - x[0]).std(dim=0, correction=0)
+        return mean.cpu().numpy(), torch.where(spread > 0, 1 / spread, 0).cpu().numpy()
+
+    means, scales = zip(*team.map(block, data.shape[1], rows=2 * len(data)))
+    return np.concatenate(means), np.concatenate(scales)
 
 
 def t_to_z(t: ArrayLike, df: float) -> NDArray[np.float64]:
