@@ -1,0 +1,338 @@
+"""The store of a study: safetensors shards by token block, a JSON manifest, the runs, and checksums.
+
+::
+
+    study/
+      manifest.json       what was scanned and how; which tokens each shard holds
+      runs.jsonl          one line a run: text, token ids, tokens, character spans, events
+      SHA256SUMS          one line a finished shard, as `sha256sum -c` reads it
+      shards/0000.safetensors ...
+
+The tokens of all runs, one after another, are cut into shards. A shard holds one tensor ``(n_tokens, units)`` for each
+site and layer, named ``site.layer``. It is whole or absent: written under a temporary name, flushed to disk, renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmbrain._validation import InputError
+from llmbrain.scanning.runs import Run, ScanWarning
+from llmbrain.scanning.scans import Scan
+from llmbrain.space import NeuronSpace
+
+FORMAT = "llmbrain-scan"
+FORMAT_VERSION = 1
+
+
+class CorruptStoreError(InputError):
+    """A file of a scan store is missing, truncated or edited; the message names it."""
+
+
+def key_of(site: str, layer: int) -> str:
+    """Name of a tensor in a shard."""
+    return f"{site}.{layer}"
+
+
+# -- where shards are ------------------------------------------------------------------------------------------------
+
+
+class MemoryShards:
+    """Shards that stay in memory, in the model's dtype."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = np.asarray(rows)
+        self.tensors: dict[int, Mapping[str, Tensor]] = {}
+
+    def write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a shard."""
+        self.tensors[index] = tensors
+
+    def read(self, index: int, keys: Sequence[str], start: int, stop: int) -> list[Tensor]:
+        """Rows ``start..stop`` of some tensors of a shard."""
+        return [self.tensors[index][key][start:stop] for key in keys]
+
+
+class FileShards:
+    """Shards in a folder; each is verified against its checksum before it is first read."""
+
+    def __init__(self, folder: Path, rows: Sequence[int]) -> None:
+        self.folder, self.rows = folder, np.asarray(rows)
+        self.sums = _read_sums(folder / "SHA256SUMS")
+        self._verified: set[int] = set()
+
+    @property
+    def n_shards(self) -> int:
+        """How many shards the finished study has."""
+        return len(self.rows) - 1
+
+    def name(self, index: int) -> str:
+        """Path of a shard within the folder."""
+        return f"shards/{index:04d}.safetensors"
+
+    def is_done(self, index: int) -> bool:
+        """Whether a shard was finished."""
+        return self.name(index) in self.sums and (self.folder / self.name(index)).is_file()
+
+    def write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a shard and its checksum; only then does it exist."""
+        from safetensors.torch import save_file
+
+        path = self.folder / self.name(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            save_file(dict(tensors), temporary)
+            with temporary.open("rb+") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+        with (self.folder / "SHA256SUMS").open("a", encoding="utf-8", newline="\n") as file:
+            file.write(f"{digest}  {self.name(index)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.sums[self.name(index)] = digest
+        self._verified.discard(index)
+
+    def read(self, index: int, keys: Sequence[str], start: int, stop: int) -> list[Tensor]:
+        """Rows ``start..stop`` of some tensors of a shard; nothing else is read but for the checksum, once."""
+        from safetensors import SafetensorError, safe_open
+
+        self.verify(index)
+        path = self.folder / self.name(index)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return [shard.get_slice(key)[start:stop] for key in keys]
+        except SafetensorError as error:
+            raise CorruptStoreError(f"{path} does not hold what manifest.json says: {error}") from None
+
+    def verify(self, index: int) -> None:
+        """Compare a shard with its checksum, once.
+
+        Raises
+        ------
+        CorruptStoreError
+            If it is missing, or was truncated or edited.
+        """
+        if index in self._verified:
+            return
+        path = self.folder / self.name(index)
+        if not self.is_done(index):
+            raise CorruptStoreError(
+                f"{path} is missing: the study is not complete. Run the same scan into {self.folder} again to finish it"
+            )
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.sums[self.name(index)]:
+            raise CorruptStoreError(
+                f"{path} does not match its checksum: it was truncated or edited after it was written. Delete it and "
+                f"run the same scan into {self.folder} again to make it anew"
+            )
+        self._verified.add(index)
+
+    def resume(self) -> list[int]:
+        """Shards still to be made. Left-over temporary files go; a damaged shard is made anew, and that is said."""
+        for leftover in (self.folder / "shards").glob("*.tmp"):
+            leftover.unlink()
+        if self.sums:  # a last line that a kill cut short must not swallow the next one
+            _write_text(self.folder / "SHA256SUMS", "".join(f"{v}  {k}\n" for k, v in self.sums.items()))
+        missing = []
+        for index in range(self.n_shards):
+            if self.is_done(index):
+                try:
+                    self.verify(index)
+                    continue
+                except CorruptStoreError as error:
+                    warnings.warn(f"{str(error).partition('. ')[0]}: it is made anew", ScanWarning, stacklevel=3)
+            missing.append(index)
+        return missing
+
+
+Shards = MemoryShards | FileShards
+
+
+class ShardSignals:
+    """The rows of one run, for one site; see `llmbrain.scanning.scans.Signals`."""
+
+    def __init__(self, shards: Shards, site: str, space: NeuronSpace, first_row: int, n_tokens: int) -> None:
+        self.shards, self.site, self.space = shards, site, space
+        self.first_row, self.n_tokens = first_row, n_tokens
+
+    def read(self, layers: Sequence[int], start: int, stop: int) -> NDArray[np.float32]:
+        """Units of `layers` at tokens ``start..stop`` of the run; float32 ``(stop - start, units)``."""
+        columns = np.cumsum([0, *(self.space.widths[layer] for layer in layers)])
+        values = np.empty((stop - start, int(columns[-1])), dtype=np.float32)
+        target = torch.from_numpy(values)
+        keys = [key_of(self.site, layer) for layer in layers]
+        begin, end = self.first_row + start, self.first_row + stop
+        first = int(np.searchsorted(self.shards.rows, begin, side="right")) - 1
+        while keys and begin < end:
+            low, high = (int(x) for x in self.shards.rows[first : first + 2])
+            part = slice(begin - self.first_row - start, min(high, end) - self.first_row - start)
+            tensors = self.shards.read(first, keys, begin - low, min(high, end) - low)
+            for tensor, (a, b) in zip(tensors, pairwise(columns)):
+                target[part, a:b] = tensor
+            begin, first = high, first + 1
+        return values
+
+
+def scans_of(shards: Shards, runs: Sequence[Run], manifest: Mapping[str, Any]) -> list[Scan]:
+    """One `Scan` a run over shards that hold them all."""
+    study = manifest["study"]
+    spaces = {site: NeuronSpace(facts["widths"]) for site, facts in study["sites"].items()}
+    first_rows = np.cumsum([0] + [len(run.tokens) for run in runs])
+    scans = []
+    for run, first in zip(runs, first_rows.tolist()):
+        n = len(run.tokens)
+        signals = {site: ShardSignals(shards, site, space, first, n) for site, space in spaces.items()}
+        scans.append(
+            Scan(
+                signals,
+                name=run.name,
+                text=run.text,
+                token_ids=run.token_ids,
+                tokens=run.tokens,
+                offsets=run.offsets,
+                block_size=study["block_size"],
+                events=run.events,
+                model_id=manifest["model"]["id"],
+            )
+        )
+    return scans
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def runs_to_text(runs: Sequence[Run]) -> str:
+    """The content of ``runs.jsonl``."""
+    return "".join(json.dumps(run.to_record()) + "\n" for run in runs)
+
+
+def open_study(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> tuple[FileShards, dict[str, Any]]:
+    """Begin a study in `folder`, or go on with the same one; returns its shards and the manifest that holds.
+
+    Raises
+    ------
+    InputError
+        If the folder holds another study; says what differs.
+    """
+    path = folder / "manifest.json"
+    if path.exists():
+        known = _read_manifest(folder)
+        for what, value in manifest["study"].items():
+            there = known["study"].get(what)
+            if there != value:
+                raise InputError(
+                    f"out={str(folder)!r} already holds another study: its {what} is {_short(there)}, not "
+                    f"{_short(value)}. Give another folder"
+                )
+        manifest = known
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+        _write_text(folder / "runs.jsonl", runs_to_text(runs))
+        _write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return FileShards(folder, manifest["rows"]), manifest
+
+
+def load_scans(folder: str | Path) -> list[Scan]:
+    """Bring a study back: one `Scan` a run, as `llmbrain.scan` gave them. No model or tokenizer is needed.
+
+    Parameters
+    ----------
+    folder : path
+        What was given to `llmbrain.scan` as `out`.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no study, or one that is not finished.
+    CorruptStoreError
+        If a file does not match its checksum. Shards are verified when they are first read.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    path = folder / "runs.jsonl"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CorruptStoreError(f"{path} can not be read: {error.strerror}") from None
+    if hashlib.sha256(text).hexdigest() != manifest["study"]["runs_sha256"]:
+        raise CorruptStoreError(f"{path} does not match its checksum: it was truncated or edited after it was written")
+    runs = [Run.from_record(json.loads(line)) for line in text.decode().split("\n") if line]
+    shards = FileShards(folder, manifest["rows"])
+    missing = [i for i in range(shards.n_shards) if not shards.is_done(i)]
+    if missing:
+        raise CorruptStoreError(
+            f"{folder / shards.name(missing[0])} is missing: the study has {len(missing)} of {shards.n_shards} shards "
+            "still to be made. Run the same scan into this folder again to finish it"
+        )
+    return scans_of(shards, runs, manifest)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise InputError(f"{str(folder)!r} holds no scan: there is no manifest.json")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CorruptStoreError(f"{path} is not JSON: it was truncated or edited") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not the manifest of a scan (format {FORMAT!r})")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {manifest.get('format_version')}; this version reads 1")
+    needed = {"study", "rows", "model"}
+    if not needed <= manifest.keys() or not {"sites", "block_size", "runs_sha256"} <= manifest["study"].keys():
+        raise CorruptStoreError(f"{path} lacks entries of a scan's manifest: it was edited")
+    return manifest
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    """Checksums by file; a last line that was cut short by a kill does not count."""
+    if not path.is_file():
+        return {}
+    lines = [line.split("  ") for line in path.read_text(encoding="utf-8").split("\n")]
+    return {line[1]: line[0] for line in lines if len(line) == 2 and len(line[0]) == 64 and line[1].endswith("tensors")}
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename last; only POSIX systems can open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
