@@ -2,8 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import typer
+
+from llmbrain.cli._common import COMPONENTS, DEVICE, SEED, print_table, say
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from llmbrain.datasets import Demo
+
+N_TEXTS, N_TOKENS = 64, 256  # calibration: 64 runs of one context each
+N_LINES = 100  # held-out lines an ability is scored on
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
+    app.command("demo")(demo)
+
+
+def demo(
+    out: Path = typer.Option(Path("demo-out"), "--out", help="Folder to write."),
+    components: COMPONENTS = "24",
+    n_random: int = typer.Option(20, help="Random control lesions per network."),
+    device: DEVICE = "auto",
+    seed: SEED = 0,
+    overwrite: bool = typer.Option(True, help="Write over an earlier demo in --out."),
+) -> None:
+    """Meet a model whose functions are known: scan it, find its networks, lesion them, prune it."""
+    from llmbrain._validation import resolve_device
+    from llmbrain.cli._common import parse_components
+    from llmbrain.cli.main_job import main_job
+    from llmbrain.cli.run import show_summary
+    from llmbrain.datasets import load_demo
+
+    brain = load_demo()
+    model = brain.model.to(resolve_device(device))
+    texts = brain.texts("calibration", n=N_TEXTS, n_tokens=N_TOKENS, seed=seed)
+    say(
+        f"The subject: a Llama with {sum(p.numel() for p in model.parameters()):,} parameters that has learned "
+        f"{len(brain.abilities)} abilities ({', '.join(brain.abilities)}).\n"
+        "In this field's words: each neuron of its MLPs is a voxel, each layer a slice, each token a volume (TR), each "
+        "text a run.\nIn the other's: the scan is the input of every down projection, a 4D NIfTI; networks come from "
+        "group ICA, as in fMRI.\n"
+    )
+    summary = main_job(
+        model, brain.tokenizer, texts, out, model_id="llmbrain demo brain", components=parse_components(components),
+        ratio=0.3, device=device, seed=seed, overwrite=overwrite, extras=_extras(brain, out, n_random, seed),
+    )  # fmt: skip
+    show_summary(summary)
+    say(f"\nreport: {out / 'report.html'}")
+
+
+def _extras(brain: Demo, out: Path, n_random: int, seed: int) -> Callable[..., dict[str, Any]]:
+    """What the demo adds to the main job: which network does what, and what pruning costs each ability."""
+
+    def extras(*, model: Any, pruned: Any, networks: Any, scans: Any) -> dict[str, Any]:
+        say(
+            f"    lesions: each network set to zero in turn, beside {n_random} random sets of as many neurons in the "
+            "same layers"
+        )
+        lesions = lesion_effects(brain, networks, n_random=n_random, seed=seed)
+        lesions.save(out / "lesions")
+        show_lesions(lesions)
+        say("    pruning at 50% too, and what both cost each ability")
+        abilities = ability_costs(brain, pruned, networks, scans, seed)
+        print_table(abilities.reset_index(), "exact answers on held-out lines, by share of neurons removed")
+        return {
+            "abilities": abilities.to_dict(),
+            "double_dissociations": len(lesions.double_dissociations()),
+            "report": {"lesions": lesions.frame, "abilities": abilities},
+        }
+
+    return extras
+
+
+def lesion_effects(brain: Demo, networks: Any, *, n_random: int, seed: int) -> Any:
+    """Loss added on each ability's held-out answers by each network's lesion, with its controls.
+
+    Returns
+    -------
+    LesionTable
+    """
+    from llmbrain.intervention import TokenEvaluation, lesion_table
+
+    evaluations = {}
+    for ability in brain.abilities:
+        lines = brain.examples("heldout", ability, n=N_LINES, seed=seed)
+        evaluations[ability] = TokenEvaluation.from_answers(
+            brain.tokenizer, [line.prompt for line in lines], [f"{line.answer}\n" for line in lines], score="loss"
+        )
+    return lesion_table(brain.model, networks, evaluations, n_random=n_random, random_state=seed)
+
+
+def show_lesions(lesions: Any) -> None:
+    """Print network x ability, and how many pairs dissociate doubly."""
+    effect = lesions.matrix("effect")
+    effect.insert(0, "neurons", lesions.frame.groupby("network", sort=False)["size"].first())
+    print_table(effect.reset_index(), "loss added (nats a token) when a network is lesioned", digits=2)
+    random = lesions.frame.groupby("network", sort=False)["random_effect"].max().max()
+    say(f"    random sets of the same size and layers add at most {random:.3f} on average")
+    pairs = lesions.double_dissociations()
+    say(f"    double dissociations beyond both controls: {len(pairs)} pairs of networks and abilities")
+
+
+def ability_costs(brain: Demo, pruned: Any, networks: Any, scans: Any, seed: int) -> pd.DataFrame:
+    """Accuracy of each ability: dense, 30% and 50% of the neurons removed, and 50% at random as the control."""
+    import pandas as pd
+
+    from llmbrain.pruning import plan_pruning, prune
+
+    texts = [scan.text for scan in scans]
+    models = {"dense": brain.model, "30%": pruned}
+    for name, method in (("50%", "networks"), ("50% random", "random")):
+        plan = plan_pruning(
+            brain.model, networks, scans, ratio=0.5, method=method, random_state=seed, tokenizer=brain.tokenizer,
+            calibration=texts,
+        )  # fmt: skip
+        models[name] = prune(
+            brain.model, plan, tokenizer=brain.tokenizer, calibration=texts, compensate="least-squares"
+        )
+    return pd.DataFrame({name: brain.ability_accuracy(model, n=N_LINES, seed=seed) for name, model in models.items()})
