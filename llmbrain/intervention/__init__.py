@@ -1,6 +1,21 @@
 """Lesion, keep or amplify networks of a living model, and measure what that does, beside its controls."""
 
 from llmbrain.intervention.context import Intervention, amplify, keep_only, lesion
+from llmbrain.intervention.curves import amplification_curve, keep_only_curve
+from llmbrain.intervention.evaluations import TokenEvaluation, score_conditions
+from llmbrain.intervention.table import LesionTable, lesion_table
 from llmbrain.intervention.targets import Heads
 
-__all__ = ["Heads", "Intervention", "amplify", "keep_only", "lesion"]
+__all__ = [
+    "Heads",
+    "Intervention",
+    "LesionTable",
+    "TokenEvaluation",
+    "amplification_curve",
+    "amplify",
+    "keep_only",
+    "keep_only_curve",
+    "lesion",
+    "lesion_table",
+    "score_conditions",
+]

@@ -1,0 +1,376 @@
+"""The lesion table: what happens without each network, beside what happens without as many other neurons."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.architectures import anatomy
+from llmbrain.intervention.controls import matched_masks, random_masks
+from llmbrain.intervention.evaluations import (
+    TokenEvaluation,
+    activation_levels,
+    as_evaluations,
+    levels_of_runs,
+    score_conditions,
+)
+from llmbrain.intervention.targets import neuron_mask
+from llmbrain.networks import FunctionalNetworks, Network
+from llmbrain.space import NeuronSpace
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+Items = dict[str, NDArray[np.float64]]  # evaluation -> (n_conditions, n_items)
+
+
+@dataclass(frozen=True)
+class LesionTable:
+    """Network x evaluation.
+
+    Attributes
+    ----------
+    frame : DataFrame
+        One row a network and evaluation; see `lesion_table` for the columns.
+    draws : DataFrame
+        Effect of every control draw: network, evaluation, control ("random" or "matched"), draw, effect.
+    provenance : dict
+        Settings that made it.
+    """
+
+    frame: pd.DataFrame
+    draws: pd.DataFrame
+    provenance: dict[str, Any]
+
+    def matrix(self, column: str = "effect") -> pd.DataFrame:
+        """One column of the table as network (rows) x evaluation (columns)."""
+        check_option("column", column, self.frame.columns)
+        networks, evaluations = (list(dict.fromkeys(self.frame[c])) for c in ("network", "evaluation"))
+        wide = self.frame.pivot(index="network", columns="evaluation", values=column)
+        return wide.loc[networks, evaluations]
+
+    def double_dissociations(self, alpha: float = 0.05) -> pd.DataFrame:
+        """Pairs of networks and evaluations where each network is the one whose loss harms its own evaluation.
+
+        Network a harms evaluation i more than network b does, and b harms j more than a does; in both the confidence
+        intervals do not touch, and the harm exceeds every kind of control drawn (``q < alpha``).
+
+        Returns
+        -------
+        DataFrame
+            network_a, evaluation_a, network_b, evaluation_b, and the harms aa, ab, bb, ba (network, evaluation), the
+            clearest first.
+        """
+        import pandas as pd
+
+        harm, low, high = (self.matrix(c).to_numpy() for c in ("harm", "harm_low", "harm_high"))
+        real = low > 0
+        for q in ("q_random", "q_matched"):
+            values = self.matrix(q).to_numpy()
+            real &= np.isnan(values) | (values < alpha)
+        names, evaluations = self.matrix().index, self.matrix().columns
+        rows = []
+        for a, i in np.argwhere(real):
+            for b, j in np.argwhere(real):
+                apart = low[a, i] > high[b, i] and low[b, j] > high[a, j]
+                if a < b and i != j and apart:
+                    pair = (harm[a, i], harm[a, j], harm[b, j], harm[b, i])
+                    rows.append((names[a], evaluations[i], names[b], evaluations[j], *pair))
+        columns = ["network_a", "evaluation_a", "network_b", "evaluation_b", "aa", "ab", "bb", "ba"]
+        frame = pd.DataFrame(rows, columns=columns)
+        values = {column: frame[column].to_numpy(dtype=np.float64) for column in columns[4:]}
+        clear = np.minimum(values["aa"] - values["ba"], values["bb"] - values["ab"])
+        return frame.iloc[np.argsort(-clear, kind="stable")].reset_index(drop=True)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``lesion_table.tsv``, ``lesion_draws.tsv`` and ``lesion_table_provenance.json`` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.frame.to_csv(folder / "lesion_table.tsv", sep="\t", index=False)
+        self.draws.to_csv(folder / "lesion_draws.tsv", sep="\t", index=False)
+        record = json.dumps(self.provenance, indent=2) + "\n"
+        (folder / "lesion_table_provenance.json").write_text(record, encoding="utf-8")
+        return folder
+
+
+def lesion_table(
+    model: nn.Module,
+    networks: FunctionalNetworks | Sequence[Network] | Mapping[str, Any],
+    evaluations: Mapping[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n_random: int = 20,
+    n_matched: int | None = None,
+    value: str = "zero",
+    reference: Any = None,
+    window: int | None = None,
+    max_windows: int | None = None,
+    n_bootstrap: int = 2000,
+    level: float = 0.95,
+    random_state: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> LesionTable:
+    """Lesion each network, measure, and hold it against two controls of the same number of neurons in every layer.
+
+    Parameters
+    ----------
+    model : causal language model
+        Stays loaded and unchanged; a network and its controls share forward passes.
+    networks : FunctionalNetworks, list of Network, or dict of name -> anything that `lesion` takes but heads
+    evaluations : dict of name -> texts, token ids ``(n, length)``, `TokenEvaluation` or callable
+        Texts and token ids are scored by their mean loss in windows (`window`, `max_windows`; texts need `tokenizer`).
+        A callable takes the model and gives a number, or one number an item; more counts as better unless it has an
+        attribute ``higher_is_better = False``.
+    n_random : int
+        Control sets of random neurons. The smallest p is ``1 / (n_random + 1)``, and FDR is over the whole table: a
+        table of m rows needs ``n_random`` of some ``m / 0.05`` before its single strongest row can reach q < .05.
+    n_matched : int, optional
+        Control sets of neurons that are as active as the network's (default `n_random`); they need to know the
+        activations: from `reference`, else from the tokens of the evaluations.
+    value : {"zero", "mean"}
+        What lesioned neurons hold; "mean" is over `reference`, else over the tokens of the evaluations.
+    reference : scans or arrays ``(n_tokens, n_neurons)``, optional
+    n_bootstrap, level : int, float
+        Confidence intervals: percentile bootstrap over items (windows, examples), lesion and baseline paired.
+    out : path, optional
+        Folder that finished networks are kept in; the same call goes on where it was stopped.
+    progress : bool
+        Show a bar (only on a terminal).
+
+    Returns
+    -------
+    LesionTable
+        Columns of ``frame``: network, evaluation, size; baseline, lesioned; effect = lesioned - baseline with
+        effect_low, effect_high; harm (the effect, positive where worse) with harm_low, harm_high; for each control
+        (random, matched): its mean effect ``*_effect``, ``z_*`` = (effect - mean) / SD over draws,
+        ``p_* = (b + 1) / (n + 1)`` with b the draws whose ``|effect|`` is at least the network's, and ``q_*``
+        (Benjamini-Hochberg over the table). nan where a control or interval does not exist: one item only, no draw, or
+        a layer with fewer neurons outside the network than inside (no matched set).
+
+    Raises
+    ------
+    InputError
+        If a network lies in another space, an evaluation has no data, or `out` holds another table.
+    """
+    check_option("value", value, ("zero", "mean"))
+    check_range("n_random", n_random, 0)
+    n_matched = n_random if n_matched is None else int(check_range("n_matched", n_matched, 0))
+    check_range("n_bootstrap", n_bootstrap, 1)
+    check_range("level", level, 0, 1, open_low=True, open_high=True)
+    space = NeuronSpace(anatomy(model).widths)
+    masks = _named_masks(networks, space)
+    ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
+    levels = _levels_for(model, ready, reference, space) if n_matched or value == "mean" else None
+    fill = None if levels is None or value == "zero" else levels[0]
+    baseline = score_conditions(model, np.ones((1, space.n_neurons)), ready)
+    settings = {"n_random": n_random, "n_matched": n_matched, "value": value, "random_state": random_state}
+    store = None if out is None else _Store(Path(out), masks, ready, settings, baseline)
+    results: list[tuple[Items, int, int]] = []
+    for k, mask in enumerate(_bar(masks.values(), "lesions", progress)):
+        kept = store.read(k) if store is not None else None
+        if kept is None:
+            controls = _controls(mask, space, levels, n_random, n_matched, np.random.default_rng([random_state, k]))
+            sets = np.concatenate([mask[None], *controls])
+            kept = score_conditions(model, ~sets, ready, fill=fill), len(controls[0]), len(controls[1])
+            if store is not None:
+                store.write(k, *kept)
+        results.append(kept)
+    frame, draws = _frames(masks, ready, baseline, results, n_bootstrap, level, random_state)
+    provenance = {
+        **settings,
+        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        "level": level,
+        "n_bootstrap": n_bootstrap,
+        "items": {name: int(v.shape[1]) for name, v in baseline.items()},
+    }
+    return LesionTable(frame, draws, provenance)
+
+
+def _named_masks(networks: Any, space: NeuronSpace) -> dict[str, NDArray[np.bool_]]:
+    if isinstance(networks, (FunctionalNetworks, Network)):
+        networks = list(networks) if isinstance(networks, FunctionalNetworks) else [networks]
+    if not isinstance(networks, Mapping):
+        if not all(isinstance(n, Network) for n in networks):
+            raise InputError("networks must be FunctionalNetworks, a list of Network, or a dict of name -> neurons")
+        names = [n.name for n in networks]
+        networks = {
+            name if names.count(name) == 1 else f"{i}:{name}": n for i, (name, n) in enumerate(zip(names, networks))
+        }
+    if not networks:
+        raise InputError("networks is empty: there is nothing to lesion")
+    masks = {str(name): neuron_mask(what, space, f"networks[{name!r}]") for name, what in networks.items()}
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    if empty:
+        import warnings
+
+        warnings.warn(f"networks {empty} hold no neuron: their effect is zero", UserWarning, stacklevel=3)
+    return masks
+
+
+def _levels_for(
+    model: nn.Module, evaluations: Mapping[str, Any], reference: Any, space: NeuronSpace
+) -> NDArray[np.float64]:
+    if reference is not None:
+        return levels_of_runs(reference, space)
+    tokens = [e for e in evaluations.values() if isinstance(e, TokenEvaluation)]
+    if not tokens:
+        raise InputError(
+            "activation-matched controls and value='mean' need to know the activations: pass reference= scans, or "
+            "n_matched=0 and value='zero'"
+        )
+    return activation_levels(model, tokens)
+
+
+def _controls(
+    mask: NDArray[np.bool_],
+    space: NeuronSpace,
+    levels: NDArray[np.float64] | None,
+    n_random: int,
+    n_matched: int,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    nothing = np.zeros((0, space.n_neurons), dtype=bool)
+    if not mask.any():
+        return nothing, nothing
+    random = random_masks(mask, space, n_random, rng)
+    matched = matched_masks(mask, space, levels[1:], n_matched, rng) if n_matched and levels is not None else None
+    return random, nothing if matched is None else matched
+
+
+def _frames(
+    masks: Mapping[str, NDArray[np.bool_]],
+    evaluations: Mapping[str, Any],
+    baseline: Items,
+    results: Sequence[tuple[Items, int, int]],
+    n_bootstrap: int,
+    level: float,
+    random_state: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    import pandas as pd
+    from scipy.stats import false_discovery_control
+
+    rows, draws = [], []
+    for (name, mask), (items, n_random, _) in zip(masks.items(), results):
+        for evaluation, scores in items.items():
+            change = scores - baseline[evaluation]
+            effects = change.mean(axis=1)
+            rng = np.random.default_rng(random_state)  # the same items in every row: rows can be compared
+            low, high = bootstrap_mean(change[0], n_bootstrap, level, rng)
+            worse = -1 if getattr(evaluations[evaluation], "higher_is_better", True) else 1
+            row = {
+                "network": name, "evaluation": evaluation, "size": int(mask.sum()),
+                "baseline": baseline[evaluation].mean(), "lesioned": scores[0].mean(),
+                "effect": effects[0], "effect_low": low, "effect_high": high,
+                "harm": worse * effects[0], "harm_low": min(worse * low, worse * high),
+                "harm_high": max(worse * low, worse * high),
+            }  # fmt: skip
+            controls = {"random": effects[1 : 1 + n_random], "matched": effects[1 + n_random :]}
+            for control, values in controls.items():
+                row |= _against(effects[0], values, control)
+                draws += [(name, evaluation, control, i, v) for i, v in enumerate(values)]
+            rows.append(row)
+    frame = pd.DataFrame(rows)
+    for control in ("random", "matched"):
+        p = frame[f"p_{control}"]
+        frame[f"q_{control}"] = np.nan
+        if p.notna().any():
+            frame.loc[p.notna(), f"q_{control}"] = false_discovery_control(p.dropna())
+    return frame, pd.DataFrame(draws, columns=["network", "evaluation", "control", "draw", "effect"])
+
+
+def _against(effect: float, null: NDArray[np.float64], control: str) -> dict[str, float]:
+    if not len(null):
+        return {f"{control}_effect": np.nan, f"z_{control}": np.nan, f"p_{control}": np.nan}
+    sd = null.std(ddof=1) if len(null) > 1 else 0.0
+    # An equal effect must count as reached, also where its last bit differs between passes.
+    reached = (np.abs(null) >= np.abs(effect) * (1 - 1e-6)).sum()
+    return {
+        f"{control}_effect": float(null.mean()),
+        f"z_{control}": float((effect - null.mean()) / sd) if sd > 0 else np.nan,
+        f"p_{control}": float((reached + 1) / (len(null) + 1)),
+    }
+
+
+def bootstrap_mean(values: NDArray[np.float64], n: int, level: float, rng: np.random.Generator) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`; nan for fewer than two."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    means = values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _bar(items: Any, what: str, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=what, disable=None if show else True)
+
+
+class _Store:
+    """Finished networks of a table, one file each, in a folder that knows which table it belongs to."""
+
+    def __init__(
+        self, folder: Path, masks: Mapping[str, NDArray[np.bool_]], evaluations: Mapping[str, Any],
+        settings: Mapping[str, Any], baseline: Items,
+    ) -> None:  # fmt: skip
+        self.folder, self.evaluations = folder, list(evaluations)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, mask in masks.items():
+            digest.update(name.encode() + np.packbits(mask).tobytes())
+        for name, evaluation in evaluations.items():
+            digest.update(name.encode())
+            if isinstance(evaluation, TokenEvaluation):
+                digest.update(evaluation.ids.numpy().tobytes() + evaluation.scored.numpy().tobytes())
+                digest.update(evaluation.score.encode())
+        means = {k: float(v.mean()) for k, v in baseline.items()}
+        record = {"table": digest.hexdigest(), "baseline": means}
+        path = folder / "lesions.json"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(path, json.dumps(record, indent=2).encode())
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same_model = all(np.isclose(before["baseline"].get(k, np.nan), v, rtol=1e-5) for k, v in means.items())
+        if before["table"] != record["table"] or not same_model:
+            raise InputError(f"out={str(folder)!r} holds another lesion table (other model, networks or settings)")
+
+    def _path(self, k: int) -> Path:
+        return self.folder / f"network-{k:04d}.safetensors"
+
+    def read(self, k: int) -> tuple[Items, int, int] | None:
+        """What was measured of network `k`, or None."""
+        from safetensors.numpy import load_file
+
+        if not self._path(k).exists():
+            return None
+        tensors = load_file(self._path(k))
+        n_random, n_matched = tensors.pop("controls").tolist()
+        return {name: tensors[f"{i}"] for i, name in enumerate(self.evaluations)}, n_random, n_matched
+
+    def write(self, k: int, items: Items, n_random: int, n_matched: int) -> None:
+        """Keep what was measured; whole or not at all."""
+        from safetensors.numpy import save
+
+        tensors = {f"{i}": np.ascontiguousarray(items[name]) for i, name in enumerate(self.evaluations)}
+        _replace(self._path(k), save({**tensors, "controls": np.array([n_random, n_matched])}))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
