@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -144,11 +145,14 @@ def _check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _check_ids(model: nn.Module, runs: Sequence[Run]) -> None:
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    rows = getattr(table, "num_embeddings", None)
+    rows = getattr(_embeddings(model), "num_embeddings", None)
     largest = max(int(run.token_ids.max()) for run in runs)
     if rows is not None and largest >= rows:
         raise InputError(f"tokenizer gives token id {largest}, but the model knows {rows}: do they belong together?")
+
+
+def _embeddings(model: Any) -> nn.Module | None:
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
 
 
 def _say_blocks(runs: Sequence[Run], size: int | None) -> None:
@@ -250,7 +254,7 @@ def _manifest(
     import numpy
     import transformers
 
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     for volatile in ("_name_or_path", "transformers_version", "_commit_hash"):
         settings.pop(volatile, None)
@@ -319,6 +323,7 @@ class _Reader:
     body: nn.Module
     device: torch.device
     padding: int
+    options: Mapping[str, Any]
 
     def batch(self, runs: Sequence[Run], blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         """Token ids and mask (bool), both ``(blocks, longest)``, padded on the right."""
@@ -334,16 +339,6 @@ class _Reader:
         attention = None if bool(mask.all()) else mask.to(self.device, torch.long)
         self.body(input_ids=ids.to(self.device), attention_mask=attention, **self.options)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Decoders keep no cache for us."""
-        config = getattr(self.body, "config", None)
-        return {"use_cache": False} if hasattr(config, "use_cache") and not _is_encoder(config) else {}
-
-
-def _is_encoder(config: Any) -> bool:
-    return getattr(config, "model_type", "") in ("distilbert", "modernbert")
-
 
 @contextmanager
 def _reading(model: nn.Module) -> Iterator[_Reader]:
@@ -351,16 +346,17 @@ def _reading(model: nn.Module) -> Iterator[_Reader]:
     from transformers import PreTrainedModel
 
     body = model.base_model if isinstance(model, PreTrainedModel) else model
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(table, "weight", None)
+    weight = getattr(_embeddings(model), "weight", None)
     weight = next(model.parameters()) if weight is None or weight.is_meta else weight
     device = weight.device if not weight.is_meta else torch.device("cpu")
     padding = getattr(getattr(body, "config", None), "pad_token_id", None)
+    # A decoder would keep its keys and values for a next token that never comes.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         with torch.inference_mode():
-            yield _Reader(body, device, padding if isinstance(padding, int) and padding >= 0 else 0)
+            yield _Reader(body, device, padding if isinstance(padding, int) and padding >= 0 else 0, options)
     finally:
         for module in training:
             module.training = True
@@ -423,7 +419,7 @@ def _record(
             tensors = pool.take(rows[index + 1] - rows[index])
             recorder.buffers = {(tap.site, tap.layer): tensors[key_of(tap.site, tap.layer)] for tap in recorder.taps}
             row = 0
-            for low, high in plan.batches(*plan.shards[index], batch_size):
+            for low, high in plan.batches(plan.shards[index][0], plan.shards[index][1], batch_size):
                 ids, mask = reader.batch(runs, plan.blocks[low:high])
                 recorder.expect(mask, row)
                 reader(ids, mask)

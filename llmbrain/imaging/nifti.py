@@ -1,0 +1,234 @@
+"""NIfTI: values of neurons as images, and back.
+
+Axes are (column, row, layer, token or map); numbers are float32; the affine is the identity, since a voxel is a neuron
+and there are no millimetres. NIfTI-1 holds at most 32767 along an axis: beyond, NIfTI-2 is written. The geometry
+travels as JSON in a header extension and, for files that llmbrain writes, in a ``.json`` beside the image, so that a
+tool that drops extensions does not lose it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llmbrain._validation import InputError
+from llmbrain.space import NeuronSpace
+
+FORMAT = "llmbrain-space"
+LONGEST_NIFTI1 = 32767
+SUFFIXES = (".nii", ".nii.gz")
+_BLOCK = 64  # volumes laid out at once
+
+
+def maps_to_nifti(maps: ArrayLike, space: NeuronSpace, facts: Mapping[str, Any] | None = None) -> Any:
+    """Values of neurons as an image in memory.
+
+    Parameters
+    ----------
+    maps : array ``(n_neurons,)`` or ``(n_maps, n_neurons)``
+        Gives a 3D or a 4D image.
+    space : NeuronSpace
+    facts : mapping, optional
+        More to keep in the header extension; must be JSON.
+
+    Returns
+    -------
+    nibabel Nifti1Image, or Nifti2Image where an axis exceeds 32767
+        float32, padding cells 0.
+
+    Raises
+    ------
+    InputError
+        If the values do not fit the space.
+    """
+    values = np.asarray(maps, dtype=np.float32)
+    if values.ndim not in (1, 2):
+        raise InputError(f"maps of shape {values.shape} must be (n_neurons,) or (n_maps, n_neurons)")
+    image_class, header = _header((*space.shape, *values.shape[:-1]), space, facts)
+    return image_class(space.to_volume(values), space.affine, header)
+
+
+def write_nifti(
+    path: str | Path,
+    values: ArrayLike | Iterable[NDArray[Any]],
+    space: NeuronSpace,
+    n_volumes: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write values of neurons as a NIfTI file with its ``.json`` sidecar.
+
+    Parameters
+    ----------
+    path : path
+        Ends in ``.nii`` or ``.nii.gz``; the sidecar has the same stem.
+    values : array ``(n_neurons,)`` or ``(n_volumes, n_neurons)``, or iterable of such arrays with `n_volumes`
+        An iterable is written piece by piece, so that memory is bounded by its largest piece.
+    space : NeuronSpace
+    n_volumes : int, optional
+        Number of volumes that the iterable will give in all.
+    facts : mapping, optional
+        More to keep in the header extension and the sidecar.
+
+    Returns
+    -------
+    Path
+        Of the image. It exists only if all was written.
+    """
+    path = Path(path)
+    suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), None)
+    if suffix is None:
+        raise InputError(f"path={str(path)!r} must end in .nii or .nii.gz")
+    pieces: Iterable[NDArray[Any]]
+    if n_volumes is None:
+        array = np.asarray(values)
+        if array.ndim not in (1, 2):
+            raise InputError(f"values of shape {array.shape} must be (n_neurons,) or (n_volumes, n_neurons)")
+        pieces, shape = [np.atleast_2d(array)], (*space.shape, *array.shape[:-1])
+    else:
+        pieces, shape = values, (*space.shape, n_volumes)  # type: ignore[assignment]
+    _, header = _header(shape, space, facts)
+    temporary = path.with_name(f".{path.name[: -len(suffix)]}.tmp{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _stream(temporary, header, pieces, space, int(np.prod(shape[3:])))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    record = {"axes": ["column", "row", "layer", "token"][: len(shape)], **_record(space, facts)}
+    sidecar_of(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_nifti(image: Any, space: NeuronSpace | None = None) -> tuple[NDArray[np.float32], NeuronSpace]:
+    """Values of neurons in an image that llmbrain made, or that a tool made from one.
+
+    Parameters
+    ----------
+    image : path or nibabel image
+    space : NeuronSpace, optional
+        For an image that has lost its header extension and its sidecar (nilearn's results in memory).
+
+    Returns
+    -------
+    values : float32 array ``(n_neurons,)`` or ``(n_volumes, n_neurons)``
+    space : NeuronSpace
+
+    Raises
+    ------
+    InputError
+        If the file is no NIfTI, has no header of ours, or does not have the shape its header says.
+    """
+    loaded, path = _load(image)
+    name = str(path) if path else "this image"
+    if space is None:
+        space = _space_of(loaded, path, name)
+    if tuple(loaded.shape[:3]) != space.shape or len(loaded.shape) > 4:
+        raise InputError(
+            f"{name} has shape {loaded.shape}, but its space needs {space.shape} and at most one more axis"
+        )
+    if len(loaded.shape) == 3:
+        return space.from_volume(np.asarray(loaded.dataobj, dtype=np.float32)), space
+    values = np.empty((loaded.shape[3], space.n_neurons), dtype=np.float32)
+    for start in range(0, len(values), _BLOCK):
+        block = np.asarray(loaded.dataobj[..., start : start + _BLOCK], dtype=np.float32)
+        values[start : start + _BLOCK] = space.from_volume(block)
+    return values, space
+
+
+def sidecar_of(path: Path) -> Path:
+    """The ``.json`` beside a ``.nii`` or ``.nii.gz``."""
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _record(space: NeuronSpace, facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"format": FORMAT, "format_version": 1, "space": space.to_dict(), **(facts or {})}
+
+
+def _header(shape: tuple[int, ...], space: NeuronSpace, facts: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Image class and header for float32 data of this shape, with the space in an extension."""
+    from nibabel.nifti1 import Nifti1Extension, Nifti1Image
+    from nibabel.nifti2 import Nifti2Image
+
+    image_class = Nifti1Image if max(shape) <= LONGEST_NIFTI1 else Nifti2Image
+    header = image_class.header_class()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.float32)
+    header.set_sform(space.affine, code="aligned")
+    header["descrip"] = b"llmbrain: a voxel is a neuron"
+    content = json.dumps(_record(space, facts)).encode("utf-8")
+    header.extensions.append(Nifti1Extension("comment", content))
+    return image_class, header
+
+
+def _stream(path: Path, header: Any, pieces: Iterable[NDArray[Any]], space: NeuronSpace, n_volumes: int) -> None:
+    """Header, then the volumes as they come; a volume is contiguous in NIfTI's order."""
+    from nibabel.openers import ImageOpener
+
+    written = 0
+    with ImageOpener(str(path), "wb") as file:
+        header.write_to(file)
+        at = int(header["vox_offset"]) or header.single_vox_offset + header.extensions.get_sizeondisk()
+        file.write(b"\0" * (at - file.tell()))
+        for block in _small(pieces):
+            volumes = space.to_volume(block.astype("<f4", copy=False))
+            file.write(volumes.tobytes(order="F"))
+            written += len(block)
+    if written != n_volumes:
+        raise InputError(f"{written} volumes were given where n_volumes={n_volumes}")
+
+
+def _small(pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    for piece in pieces:
+        for start in range(0, len(piece), _BLOCK):
+            yield piece[start : start + _BLOCK]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _load(image: Any) -> tuple[Any, Path | None]:
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.nifti1 import Nifti1Pair
+
+    if isinstance(image, (str, Path)):
+        path = Path(image)
+        try:
+            loaded = nibabel.load(path)
+        except ImageFileError as error:
+            raise InputError(f"{path} is not a NIfTI image: {error}") from None
+    else:
+        loaded = image
+        file = image.get_filename() if hasattr(image, "get_filename") else None
+        path = Path(file) if file else None  # type: ignore[assignment]
+    if not isinstance(loaded, Nifti1Pair):  # NIfTI-2 is a subclass
+        raise InputError(f"image={image!r} is not a NIfTI image or the path of one")
+    return loaded, path
+
+
+def _space_of(image: Any, path: Path | None, name: str) -> NeuronSpace:
+    """From the header extension, else from the sidecar."""
+    texts = [extension.get_content() for extension in image.header.extensions]
+    if path is not None and sidecar_of(path).is_file():
+        texts.append(sidecar_of(path).read_bytes())
+    for text in texts:
+        try:
+            record = json.loads(text.rstrip(b"\0") if isinstance(text, bytes) else str(text).rstrip("\0"))
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("format") == FORMAT:
+            try:
+                return NeuronSpace.from_dict(record["space"])
+            except (KeyError, TypeError):
+                raise InputError(f"{name} has an llmbrain header without a space: it was edited") from None
+    raise InputError(
+        f"{name} has no llmbrain header (nor a .json beside it): which neuron a voxel is can not be known. Pass space="
+    )
