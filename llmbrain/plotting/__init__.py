@@ -1,0 +1,35 @@
+"""Pictures (matplotlib): each function takes `ax` or `figure`, returns the figure, and works without a display.
+
+Neurons are shown on the model's own anatomy, layer by layer, and never on a brain.
+"""
+
+from llmbrain.plotting._comparison import plot_coupling, plot_lag_profile
+from llmbrain.plotting._maps import plot_glass_model, plot_layer_profile, plot_network
+from llmbrain.plotting._pruning import kept_widths, plot_latency, plot_tradeoff, plot_widths
+from llmbrain.plotting._tables import (
+    long_lesions,
+    plot_connectivity,
+    plot_lesion_table,
+    plot_model_order,
+    plot_stability,
+)
+from llmbrain.plotting._time import plot_carpet, plot_time_courses
+
+__all__ = [
+    "kept_widths",
+    "long_lesions",
+    "plot_carpet",
+    "plot_connectivity",
+    "plot_coupling",
+    "plot_glass_model",
+    "plot_lag_profile",
+    "plot_latency",
+    "plot_layer_profile",
+    "plot_lesion_table",
+    "plot_model_order",
+    "plot_network",
+    "plot_stability",
+    "plot_time_courses",
+    "plot_tradeoff",
+    "plot_widths",
+]

@@ -1,0 +1,133 @@
+"""What each network responds to: tokens, and conditions beside their control."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from llmbrain.reporting._text import context_of
+
+MIN_SHIFT = 10  # tokens; a smaller shift leaves the labels where they were
+
+
+def standardised(courses: Sequence[Any]) -> list[NDArray[np.float32]]:
+    """Time courses in standard deviations over all runs together, so that runs can be compared.
+
+    Parameters
+    ----------
+    courses : list of arrays ``(n_tokens, n_networks)``
+    """
+    joined = np.concatenate([np.asarray(c, dtype=np.float64) for c in courses])
+    mean, spread = np.nanmean(joined, axis=0), np.nanstd(joined, axis=0)
+    spread[spread == 0] = 1
+    return [((np.asarray(c) - mean) / spread).astype(np.float32) for c in courses]
+
+
+def labels_of(scan: Any) -> NDArray[np.object_]:
+    """Condition of each token of a scan; None where none is on (the last one wins where two overlap)."""
+    labels = np.full(int(scan.n_tokens), None, dtype=object)
+    events = getattr(scan, "events", None)
+    if events is None or "trial_type" not in getattr(events, "columns", ()):
+        return labels
+    for onset, duration, kind in events[["onset", "duration", "trial_type"]].itertuples(index=False):
+        labels[max(0, int(onset)) : max(0, int(np.ceil(onset + max(duration, 1))))] = str(kind)
+    return labels
+
+
+def condition_effects(courses: Sequence[NDArray[np.float32]], scans: Sequence[Any]) -> pd.DataFrame:
+    """How much more active each network is in one condition than in the others.
+
+    The effect is a difference of means, in standard deviations of the time course. Its control: the same number after
+    the labels of all runs were shifted in a circle against the series, by every shift of at least 10 tokens; this keeps
+    the series' own memory, which a t test ignores. ``p = (b + 1) / (n + 1)``, where b counts the shifts whose largest
+    ``|effect|`` over all networks and conditions reaches this one (family-wise error).
+
+    Parameters
+    ----------
+    courses : list of arrays ``(n_tokens, n_networks)``
+    scans : list of Scan
+        Their events name the conditions.
+
+    Returns
+    -------
+    DataFrame
+        Columns network, condition, tokens, effect, control (95% of the largest shifted ``|effect|``), p. Empty where
+        fewer than two conditions have tokens or the series is too short to shift.
+    """
+    columns = ["network", "condition", "tokens", "effect", "control", "p"]
+    labels = np.concatenate([labels_of(scan) for scan in scans])
+    series = np.concatenate(standardised(courses)).astype(np.float64)
+    kinds = sorted({kind for kind in labels if kind is not None})
+    if len(kinds) < 2 or len(series) < 4 * MIN_SHIFT:
+        return pd.DataFrame(columns=columns)
+    labelled = np.array([kind is not None for kind in labels])
+    n = len(series)
+    spectrum = np.fft.rfft(series, axis=0)
+    largest = np.zeros(n)
+    effects = np.empty((len(kinds), series.shape[1]))
+    for i, kind in enumerate(kinds):
+        inside = labels == kind
+        outside = labelled & ~inside
+        weights = inside / inside.sum() - outside / outside.sum()
+        # the effect at every circular shift is a cross-correlation: one FFT instead of n sums
+        shifted = np.fft.irfft(spectrum * np.conj(np.fft.rfft(weights))[:, None], n=n, axis=0)
+        effects[i] = shifted[0]
+        largest = np.maximum(largest, np.abs(shifted).max(axis=1))
+    null = largest[MIN_SHIFT : n - MIN_SHIFT + 1]
+    beaten = len(null) - np.searchsorted(np.sort(null), np.abs(effects) - 1e-12)
+    p = (1 + beaten) / (1 + len(null))
+    rows = [
+        (k, kind, int((labels == kind).sum()), effects[i, k], float(np.quantile(null, 0.95)), p[i, k])
+        for k in range(series.shape[1])
+        for i, kind in enumerate(kinds)
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def top_tokens(course: Sequence[NDArray[np.float32]], texts: Sequence[list[str]], n: int = 8) -> list[dict[str, Any]]:
+    """The tokens at which one network is most active, with their context; at least 8 tokens apart.
+
+    Parameters
+    ----------
+    course : list of arrays ``(n_tokens,)``
+        Activity of the network in each run.
+    texts : list of list of str
+        Shown text of the tokens of each run.
+    """
+    run_of = np.repeat(np.arange(len(course)), [len(c) for c in course])
+    within = np.concatenate([np.arange(len(c)) for c in course])
+    values = np.concatenate(course)
+    found: list[dict[str, Any]] = []
+    taken: dict[int, list[int]] = defaultdict(list)
+    for i in np.argsort(-values, kind="stable")[: 50 * n]:
+        run, at = int(run_of[i]), int(within[i])
+        if any(abs(at - other) < 8 for other in taken[run]):
+            continue
+        taken[run].append(at)
+        before, token, after = context_of(texts[run], at)
+        found.append(
+            {"run": run, "token": at, "value": float(values[i]), "before": before, "text": token, "after": after}
+        )
+        if len(found) == n:
+            break
+    return found
+
+
+def token_types(
+    course: Sequence[NDArray[np.float32]], texts: Sequence[list[str]], n: int = 8, min_count: int = 3
+) -> list[tuple[str, float, int]]:
+    """Token types with the highest mean activity: ``(text, mean, count)``; only those seen `min_count` times."""
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for values, text in zip(course, texts):
+        for value, token in zip(values.tolist(), text):
+            if token.strip():
+                sums[token] += value
+                counts[token] += 1
+    means = [(token, sums[token] / count, count) for token, count in counts.items() if count >= min_count]
+    return sorted(means, key=lambda item: -item[1])[:n]

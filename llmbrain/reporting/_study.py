@@ -1,0 +1,134 @@
+"""What a report is made of: whatever there is, in one shape, with the reason where something is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from llmbrain.reporting._effects import condition_effects, standardised
+from llmbrain.reporting._text import shown_tokens
+
+ALPHA = 0.05
+
+
+@dataclass
+class Study:
+    """Everything `write_report` was given; each part may be missing."""
+
+    title: str
+    scans: Sequence[Any] | None = None
+    ica: Any = None
+    networks: Any = None
+    plan: Any = None
+    dense: Mapping[str, Any] | None = None
+    pruned: Mapping[str, Any] | None = None
+    abilities: pd.DataFrame | None = None
+    lesions: pd.DataFrame | None = None
+    stability: Any = None
+    connectivity: Any = None
+    comparison: Mapping[str, Any] | None = None
+    warnings: Sequence[Any] = ()
+    provenance: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    # -- networks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_networks(self) -> int:
+        """Number of networks, 0 where there are none."""
+        return 0 if self.networks is None else len(self.networks.maps)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Name of each network."""
+        names = getattr(self.networks, "names", None)
+        return [str(name) for name in names] if names is not None else [f"IC{k:02d}" for k in range(self.n_networks)]
+
+    @property
+    def space(self) -> Any:
+        """Where the neurons lie, or None."""
+        return None if self.networks is None else getattr(self.networks, "space", None)
+
+    @cached_property
+    def profiles(self) -> NDArray[np.int64] | None:
+        """Key neurons per layer, ``(n_networks, n_layers)``; None without a space."""
+        if self.space is None:
+            return None
+        layers = [self.space.layer_of[np.flatnonzero(mask)] for mask in self.networks.masks]
+        return np.stack([np.bincount(found, minlength=self.space.n_layers) for found in layers])
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def courses(self) -> list[NDArray[np.float32]] | None:
+        """Time course of each network in each run, in standard deviations over all runs; None where there is none."""
+        own = getattr(self.networks, "time_courses", None)
+        courses = list(own) if own is not None and len(own) else list(getattr(self.ica, "mixing_", None) or [])
+        if not courses or self.n_networks == 0 or any(np.shape(c)[1] != self.n_networks for c in courses):
+            return None
+        return standardised(courses)
+
+    @cached_property
+    def runs(self) -> list[Any]:
+        """The scans that the time courses belong to; empty where they do not fit each other."""
+        scans = list(self.scans or [])
+        courses = self.courses
+        if courses is None or not scans:
+            return []
+        if [len(c) for c in courses] != [int(s.n_tokens) for s in scans]:
+            self.notes.append(
+                f"time courses of {[len(c) for c in courses][:8]} tokens do not fit scans of "
+                f"{[int(s.n_tokens) for s in scans][:8]} tokens: shown without their text"
+            )
+            return []
+        return scans
+
+    @cached_property
+    def texts(self) -> list[list[str]]:
+        """Shown text of the tokens of each run."""
+        return [shown_tokens(scan) for scan in self.runs]
+
+    @cached_property
+    def effects(self) -> pd.DataFrame:
+        """Condition effects; empty where there are no conditions."""
+        if self.courses is None or not self.runs:
+            return pd.DataFrame()
+        return condition_effects(self.courses, self.runs)
+
+    # -- tables of other rooms -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def iq(self) -> NDArray[np.float64] | None:
+        """Stability of each network between 0 and 1 (cluster quality Iq), or None."""
+        values = first(self.stability, "iq", "Iq", "iq_", "quality", "stability")
+        if values is None and isinstance(self.stability, (list, tuple, np.ndarray)):
+            values = self.stability
+        if values is None or np.shape(values) != (self.n_networks,):
+            return None
+        return np.asarray(values, dtype=float)
+
+    @cached_property
+    def lesion_rows(self) -> pd.DataFrame | None:
+        """Lesion table in long form; see `llmbrain.plotting.long_lesions`."""
+        if self.lesions is None:
+            return None
+        from llmbrain.plotting import long_lesions
+
+        return long_lesions(self.lesions, self.names)
+
+
+def first(source: Any, *names: str) -> Any:
+    """The first of these entries, columns or attributes that `source` has, else None."""
+    for name in names:
+        if isinstance(source, (Mapping, pd.DataFrame)):
+            if name in source:
+                return source[name]
+        elif getattr(source, name, None) is not None:
+            return getattr(source, name)
+    return None
