@@ -75,7 +75,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiConfig", "PhiForCausalLM", _SIZES),
     "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", _LLAMA),
     "bert": ("BertConfig", "BertForMaskedLM", _ENCODER),
-    "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**_ENCODER, "max_position_embeddings": CONTEXT + 1}),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", _ENCODER),
     "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", {
         "vocab_size": VOCAB, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "pad_token_id": 0,
         "max_position_embeddings": CONTEXT,
@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     }),
     "codegen": ("CodeGenConfig", "CodeGenForCausalLM", {**_GPT2, "rotary_dim": 4}),
     "mpt": ("MptConfig", "MptForCausalLM", {
-        "vocab_size": VOCAB, "d_model": 16, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": CONTEXT,
+        "vocab_size": VOCAB, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT,
     }),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}),
 }  # fmt: skip
