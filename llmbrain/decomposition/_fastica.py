@@ -128,13 +128,9 @@ def fastica(
             def block(columns: slice, w: torch.Tensor = w) -> Step:
                 z = white[:, columns]
                 g, derivative = function(w @ z)
-                return (g @ z.T).double(), derivative
+                return g @ z.T, derivative
 
-            moment = torch.zeros((k, k), dtype=torch.float64, device=white.device)
-            slope = torch.zeros(k, dtype=torch.float64, device=white.device)
-            for product, derivative in team.map(block, n_columns, rows=k):
-                moment += product
-                slope += derivative
+            moment, slope = team.sum(block, n_columns, rows=k)
             update = moment.cpu() - (slope.cpu() - offset)[:, None] * unmixing
             if not bool(torch.isfinite(update).all()):
                 raise InputError(f"FastICA with fun={fun!r} overflowed in step {step}: use fun='logcosh'")
@@ -152,8 +148,8 @@ def fastica(
 def warn_not_converged(method: str, max_iter: int, change: float, tol: float) -> None:
     """One wording for all algorithms: what happened, and which number to change."""
     warnings.warn(
-        f"{method} did not converge in max_iter={max_iter} steps (last change {change:.2g}, tol={tol:g}): raise max_iter, "
-        "or lower n_components; maps of an unconverged fit are not reliable",
+        f"{method} did not converge in max_iter={max_iter} steps (last change {change:.2g}, tol={tol:g}): raise "
+        "max_iter, or lower n_components; maps of an unconverged fit are not reliable",
         ConvergenceWarning,
         stacklevel=3,
     )
@@ -167,7 +163,7 @@ def negentropy(sources: torch.Tensor, fun: str = "logcosh", *, n_samples: int | 
     check_option("fun", fun, FUNCTIONS)
     n_samples = sources.shape[1] if n_samples is None else n_samples
 
-    def block(columns: slice) -> torch.Tensor:
+    def block(columns: slice) -> tuple[torch.Tensor]:
         y = sources[:, columns]
         if fun == "logcosh":
             value = y.abs() + torch.nn.functional.softplus(-2 * y.abs()) - math.log(2)  # log cosh without overflow
@@ -175,9 +171,9 @@ def negentropy(sources: torch.Tensor, fun: str = "logcosh", *, n_samples: int | 
             value = -torch.exp(-0.5 * y.square())
         else:
             value = y.pow(4) / 4
-        return value.sum(dim=1).double()
+        return (value.sum(dim=1),)
 
     with workers(sources.device) as team:
-        total = torch.stack(list(team.map(block, sources.shape[1], rows=sources.shape[0]))).sum(dim=0)
+        (total,) = team.sum(block, sources.shape[1], rows=sources.shape[0])
     at_zero = {"logcosh": 0.0, "exp": -1.0, "cube": 0.0}[fun] * (sources.shape[1] - n_samples)
     return float((((total - at_zero) / n_samples) - _NORMAL_MEAN[fun]).square().sum())

@@ -1,14 +1,12 @@
-"""Units, sign and order of component maps, and the time courses that go with them."""
+"""Units and sign of component maps, and the time courses that go with them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
 from llmbrain.decomposition._chunks import workers
-from llmbrain.decomposition._pca import gram, project
+from llmbrain.decomposition._pca import gram
+from llmbrain.decomposition._preprocess import PreparedRun
 
 
 def standardize_maps(maps: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
@@ -16,59 +14,47 @@ def standardize_maps(maps: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 
     The sign is the one that makes the largest absolute value positive.
     """
-    used = maps.double() * live
     n_live = int(live.sum())
-    used = (used - used.sum(dim=1, keepdim=True) / n_live) * live
-    used /= (used.square().sum(dim=1, keepdim=True) / n_live).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    peak = used.gather(1, used.abs().argmax(dim=1, keepdim=True))
-    return (used * torch.where(peak < 0, -1.0, 1.0)).to(maps.dtype)
+    out = torch.empty_like(maps)
+    for row, done in zip(maps, out):  # one map at a time: no float64 copy of all
+        used = row.double() * live
+        used = (used - used.sum() / n_live) * live
+        used /= (used.square().sum() / n_live).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+        done.copy_(-used if used[used.abs().argmax()] < 0 else used)
+    return out
 
 
 class Regressor:
-    """Least squares of tokens on fixed maps, over neurons.
+    """Least squares of tokens on fixed maps, over neurons; tokens and maps are centred over the live neurons.
 
     Parameters
     ----------
-    maps : Tensor (K, n_neurons)
+    maps : Tensor (K, n_columns)
+        With zero mean over the neurons used.
+    columns : slice, optional
+        Which neurons of a run they are for; all by default.
     """
 
-    def __init__(self, maps: torch.Tensor) -> None:
-        self.maps = maps
+    def __init__(self, maps: torch.Tensor, columns: slice | None = None) -> None:
+        self.maps, self.columns = maps, columns or slice(0, maps.shape[1])
         self.gram = gram(maps)
         self.inverse = torch.linalg.pinv(self.gram, hermitian=True)
 
-    def products(self, data: torch.Tensor) -> torch.Tensor:
-        """``data @ maps.T`` in float64, (n_tokens, K), summed block by block."""
-        with workers(data.device) as team:
-            parts = team.map(
-                lambda block: (data[:, block] @ self.maps[:, block].T).double(), data.shape[1], rows=data.shape[0]
-            )
-            return sum(parts, start=torch.zeros((), dtype=torch.float64, device=data.device))
+    def products(self, run: PreparedRun) -> torch.Tensor:
+        """Products (n_tokens, K) in float64 of every token, centred over the run's live neurons, with the maps."""
+        first = self.columns.start
+        live = run.live[self.columns]
 
-    def time_courses(self, data: torch.Tensor) -> torch.Tensor:
-        """Time courses (n_tokens, K) in float64: ``data ~ time_courses @ maps``."""
-        return self.products(data) @ self.inverse
+        def block(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            y = run.block(slice(first + part.start, first + part.stop))
+            return y @ self.maps[:, part].T, y.sum(dim=1)
 
+        with workers(run.device) as team:
+            found, sums = team.sum(block, self.maps.shape[1], rows=run.n_tokens)
+        # maps have zero mean over the group's neurons; only a run with fewer live ones needs this correction
+        weight = (self.maps.double() * live).sum(dim=1)
+        return found - torch.outer(sums / int(live.sum()), weight)
 
-@dataclass
-class ExplainedVariance:
-    """Sums over runs from which shares of variance follow."""
-
-    alone: np.ndarray
-    joint: float = 0.0
-    total: float = 0.0
-
-    def add(self, data: torch.Tensor, products: torch.Tensor, courses: torch.Tensor, maps_gram: torch.Tensor) -> None:
-        """Take one run: its data (tokens, neurons), their products with the maps, and the time courses."""
-        shared = (courses * products).sum(dim=0)
-        own = courses.square().sum(dim=0) * maps_gram.diagonal()
-        self.alone += (2 * shared - own).cpu().numpy()
-        self.joint += float(shared.sum())
-        with workers(data.device) as team:
-            parts = team.map(
-                lambda block: torch.linalg.vector_norm(data[:, block]).double(), data.shape[1], rows=data.shape[0]
-            )
-            self.total += float(sum(part.square() for part in parts))
-
-
-__all__ = ["ExplainedVariance", "Regressor", "project", "standardize_maps"]
+    def time_courses(self, run: PreparedRun) -> torch.Tensor:
+        """Time courses (n_tokens, K) in float64: ``run ~ time_courses @ maps``."""
+        return self.products(run) @ self.inverse

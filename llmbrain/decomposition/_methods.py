@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +27,46 @@ class Unmixed:
     scores: list[float] = field(default_factory=list)
 
 
+@dataclass
+class Algorithm:
+    """Which ICA, and its settings: see `GroupICA`."""
+
+    method: str
+    fun: str
+    n_init: int
+    max_iter: int
+    tol: float
+    random_state: np.random.RandomState
+
+    def unmix(self, white: torch.Tensor, n_samples: int | None = None) -> Unmixed:
+        """Call `unmix` with these settings."""
+        return unmix(
+            white,
+            method=self.method,
+            fun=self.fun,
+            n_init=self.n_init,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            random_state=self.random_state,
+            n_samples=n_samples,
+        )
+
+
 def unmix(
     white: torch.Tensor,
     *,
     method: str,
     fun: str,
     n_init: int,
-    random_state: np.random.RandomState,
     max_iter: int,
     tol: float,
+    random_state: np.random.RandomState,
     n_samples: int | None = None,
 ) -> Unmixed:
-    """ICA of (k, n) white data from `n_init` random starts; the start of the largest negentropy is kept."""
+    """ICA of (k, n) white data from `n_init` random starts; the start of the largest negentropy is kept.
+
+    `n_samples` counts the columns that are not constant 0, when some are.
+    """
     best: Unmixed | None = None
     scores = []
     for _ in range(n_init):
@@ -72,9 +99,18 @@ def _picard(white: torch.Tensor, fun: str, start: np.ndarray, max_iter: int, tol
         warnings.simplefilter("always")
         # its tolerance is on the gradient: the square root of FastICA's (picard's documentation)
         _, unmixing, _, n_iter = picard.picard(
-            white.double().cpu().numpy(), fun=density, check_fun=False, ortho=True, extended=True, whiten=False, centering=False,
-            w_init=left @ right, max_iter=max_iter, tol=tol**0.5, return_n_iter=True,
-        )  # fmt: skip
+            white.double().cpu().numpy(),
+            fun=density,
+            check_fun=False,
+            ortho=True,
+            extended=True,
+            whiten=False,
+            centering=False,
+            w_init=left @ right,
+            max_iter=max_iter,
+            tol=tol**0.5,
+            return_n_iter=True,
+        )
     failed = any("converge" in str(warning.message).lower() for warning in caught)
     return Unmixed(np.asarray(unmixing, dtype=np.float64), int(n_iter) + 1, not failed, tol**0.5 if failed else 0.0)
 
@@ -97,9 +133,15 @@ def dictionary_maps(
     volume[: rows.shape[1]] = rows.T
     image = Nifti1Image(volume.reshape(side, side, 1, k), np.eye(4))
     learner = DictLearning(
-        n_components=k, mask=Nifti1Image(mask.reshape(side, side, 1), np.eye(4)), smoothing_fwhm=None, standardize=False,
-        standardize_confounds=False, detrend=False, reduction_ratio=1.0, random_state=random_state.randint(2**31 - 1),
-    )  # fmt: skip
+        n_components=k,
+        mask=Nifti1Image(mask.reshape(side, side, 1), np.eye(4)),
+        smoothing_fwhm=None,
+        standardize=None,
+        standardize_confounds=False,
+        detrend=False,
+        reduction_ratio=1.0,
+        random_state=random_state.randint(2**31 - 1),
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         learner.fit([image])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,20 +10,20 @@ import torch
 from sklearn.utils import check_random_state
 
 from llmbrain.decomposition._pca import gram
-from llmbrain.decomposition._preprocess import PreparedRun, center_over_neurons
+from llmbrain.decomposition._preprocess import PreparedRun
 
-_MAX_RUNS = 5  # the order is a property of the data, not of how many runs there are: the first few tell
 _MAX_NEURONS = 8192  # for parallel analysis
 _IID_ENTROPY = 1.40  # of at most log(2 pi e) / 2 = 1.419 nats; Li et al. 2007 call a sample independent close to it
 
 
 def estimate_order(
-    runs: Iterable[PreparedRun],
+    runs: Iterator[PreparedRun],
+    columns: slice,
     *,
     random_state: int | np.random.RandomState | None = 0,
     lattice: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Number of components by both criteria: the median over the first five runs, and each run's own.
+    """Number of components of some neurons by both criteria: the median over runs, and each run's own.
 
     Returns
     -------
@@ -32,11 +32,9 @@ def estimate_order(
     """
     rng = check_random_state(random_state)
     mdl, parallel, depths = [], [], []
-    for number, run in enumerate(runs):
-        if number == _MAX_RUNS:
-            break
-        live = run.live.cpu().numpy()
-        data = center_over_neurons(run).kept[:, run.live]
+    for run in runs:
+        live = run.live[columns].cpu().numpy()
+        data = run.matrix(columns)[:, run.live[columns]]
         places = np.flatnonzero(live)[:, None] if lattice is None else lattice[live]
         order, depth = mdl_order(data, places)
         mdl.append(order)
@@ -59,8 +57,8 @@ def mdl_order(data: torch.Tensor, lattice: np.ndarray | None = None) -> tuple[in
     data : Tensor (n_tokens, n_neurons)
         One centred run; neurons are the samples.
     lattice : int array (n_neurons, n_axes), optional
-        Where the samples lie. Neighbours that resemble each other are no independent samples, so only every so many along
-        each axis are used; how many is found from the entropy rate of the most Gaussian components.
+        Where the samples lie. Neighbours that resemble each other are no independent samples, so only every so many
+        along each axis are used; how many is found from the entropy rate of the most Gaussian components.
 
     Returns
     -------
@@ -91,7 +89,7 @@ def mdl_order(data: torch.Tensor, lattice: np.ndarray | None = None) -> tuple[in
 
 
 def _noise_quantiles(p: int, n: int) -> np.ndarray:
-    """Expected eigenvalues, falling, of the covariance of p independent unit series of n samples (Marchenko & Pastur)."""
+    """Expected eigenvalues, falling, of the covariance of p unit series of n samples (Marchenko & Pastur 1967)."""
     if p > n:
         return np.concatenate([_noise_quantiles(n, p) * p / n, np.ones(p - n)])
     ratio = p / n
@@ -126,8 +124,8 @@ def _independent_step(maps: np.ndarray, lattice: np.ndarray, max_step: int = 8) 
 def _entropy_rate(values: np.ndarray, lattice: np.ndarray, step: int, max_lag: int = 16) -> float:
     """Entropy rate in nats of a Gaussian series of unit variance with the autocorrelation seen along the lattice axes.
 
-    Kolmogorov's formula, ``log(2 pi e) / 2`` plus half the mean log spectrum; autocorrelation with a Parzen window. Axes
-    add up: what one axis predicts, another does not predict again.
+    Kolmogorov's formula, ``log(2 pi e) / 2`` plus half the mean log spectrum; autocorrelation with a Parzen window.
+    Axes add up: what one axis predicts, another does not predict again.
     """
     values = (values - values.mean()) / values.std()
     shape = lattice.max(axis=0) // step + 1

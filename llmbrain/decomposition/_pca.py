@@ -1,50 +1,93 @@
-"""PCA through the Gram matrix of the small side, PCA over runs that grows with neither runs nor tokens, and whitening."""
+"""PCA through the Gram matrix of the small side, PCA over any number of runs, and whitening."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from llmbrain._validation import InputError
-from llmbrain.decomposition._chunks import Workers, workers
+from llmbrain.decomposition._chunks import workers
 
-_GRAM_COLUMNS = 8192  # one block's product in single precision; blocks are added in double
+if TYPE_CHECKING:
+    from llmbrain.decomposition._preprocess import PreparedRun
+
+_WIDTH = 1024  # columns of one product in single precision; products are added in double
+_TILE = 128
+_LARGE = 1024  # from here on, products are large enough for the threads of BLAS itself
+
+
+def _add_gram(total: torch.Tensor, y: torch.Tensor) -> None:
+    """Add the lower triangle of ``y @ y.T``, tile by tile."""
+    if y.device.type != "cpu":
+        total += y @ y.T
+        return
+    for start in range(0, len(y), _TILE):
+        stop = min(start + _TILE, len(y))
+        total[start:stop, :stop] += y[start:stop] @ y[:stop].T
+
+
+def gram_of_blocks(
+    block: Callable[[slice], torch.Tensor], n_rows: int, n_columns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Y @ Y.T`` (n_rows, n_rows) and the row sums of a matrix Y that is read block by block, in float64."""
+    with workers(device) as team:
+
+        def part(lane: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            total = torch.zeros((n_rows, n_rows), dtype=torch.float64, device=device)
+            sums = torch.zeros(n_rows, dtype=torch.float64, device=device)
+            width = _WIDTH if device.type == "cpu" else max(_WIDTH, 64 * 1024**2 // n_rows)
+            for start in range(lane.start, lane.stop, width):
+                y = block(slice(start, min(start + width, lane.stop)))
+                _add_gram(total, y)
+                sums += y.sum(dim=1)
+            return total, sums
+
+        if device.type != "cpu" or n_rows > _LARGE:
+            with team.all_threads():
+                total, sums = part(slice(0, n_columns))
+        else:
+            # a fixed number of partial sums, whatever the number of cores
+            total, sums = team.sum(part, n_columns, width=max(_WIDTH, -(-n_columns // 16)))
+    return total.tril() + total.tril(-1).T, sums
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
-    """``rows @ rows.T`` in float64 for (n_rows, n_columns) float32 or float64 `rows`, summed block by block."""
-    n_rows, n_columns = rows.shape
-    with workers(rows.device) as team:
-        total = torch.zeros((n_rows, n_rows), dtype=torch.float64, device=rows.device)
-        width = n_columns if rows.device.type != "cpu" else _GRAM_COLUMNS
-        for part in team.map(lambda block: rows[:, block] @ rows[:, block].T, n_columns, width=width):
-            total += part
-    return total
+    """``rows @ rows.T`` in float64 for (n_rows, n_columns) float32 or float64 `rows`."""
+    return gram_of_blocks(lambda part: rows[:, part], rows.shape[0], rows.shape[1], rows.device)[0]
 
 
-def project(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``weights @ rows`` for (k, n_rows) and (n_rows, n_columns), computed block by block in the dtype of `rows`."""
-    weights = weights.to(rows.dtype)
-    out = torch.empty((weights.shape[0], rows.shape[1]), dtype=rows.dtype, device=rows.device)
+def project_blocks(
+    weights: torch.Tensor, block: Callable[[slice], torch.Tensor], n_columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """``weights @ Y`` for (k, n_rows) weights and a matrix Y that is read block by block."""
+    weights = weights.to(dtype)
+    out = torch.empty((weights.shape[0], n_columns), dtype=dtype, device=weights.device)
 
-    def block(columns: slice) -> None:
-        torch.matmul(weights, rows[:, columns], out=out[:, columns])
+    def part(columns: slice) -> None:
+        torch.matmul(weights, block(columns), out=out[:, columns])
 
-    with workers(rows.device) as team:
-        for _ in team.map(block, rows.shape[1], rows=rows.shape[0]):
+    with workers(weights.device) as team:
+        for _ in team.map(part, n_columns, rows=weights.shape[1]):
             pass
     return out
 
 
-def _eigh(matrix: torch.Tensor, team: Workers) -> tuple[torch.Tensor, torch.Tensor]:
+def project(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``weights @ rows`` for (k, n_rows) and (n_rows, n_columns), block by block in the dtype of `rows`."""
+    return project_blocks(weights, lambda part: rows[:, part], rows.shape[1], rows.dtype)
+
+
+def symmetric_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (falling) and eigenvectors of a symmetric float64 matrix; negative rounding becomes 0."""
-    if matrix.shape[0] > 512:
-        with team.all_threads():
+    with workers(matrix.device) as team:
+        if matrix.shape[0] > _LARGE // 2:
+            with team.all_threads():
+                values, vectors = torch.linalg.eigh(matrix)
+        else:
             values, vectors = torch.linalg.eigh(matrix)
-    else:
-        values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 
 
@@ -67,32 +110,52 @@ class RunPCA:
     total: float
 
 
-def run_pca(data: torch.Tensor, n_components: int | float) -> RunPCA:
-    """PCA of one (n_tokens, n_neurons) run, which must be centred already.
+def pca_of_run(run: PreparedRun, columns: slice, n_components: int | float) -> RunPCA:
+    """PCA of the kept tokens of one run over some neurons, each token centred over the live ones.
 
     Parameters
     ----------
-    data : Tensor (n_tokens, n_neurons)
+    run : PreparedRun
+    columns : slice
+        The neurons.
     n_components : int or float
         How many, or the share of variance to keep; never more than the run's rank.
     """
+    n_neurons, live = columns.stop - columns.start, run.live[columns]
+    if n_neurons < run.n_kept:
+        return run_pca(run.matrix(columns), n_components)
+
+    def block(part: slice) -> torch.Tensor:
+        return run.kept_block(slice(columns.start + part.start, columns.start + part.stop))
+
+    # centring takes n * mean mean' from the Gram matrix: no centred copy is made
+    matrix, sums = gram_of_blocks(block, run.n_kept, n_neurons, run.device)
+    mean = sums / int(live.sum())
+    values, vectors = symmetric_eigen(matrix - torch.outer(mean, sums))
+    weights = vectors[:, : _size(values, n_components, run.dtype)].T.contiguous()
+    rows = project_blocks(weights, block, n_neurons, run.dtype)
+    rows -= (weights @ mean).to(run.dtype)[:, None] * live
+    return RunPCA(rows, values, float(values.sum()))
+
+
+def run_pca(data: torch.Tensor, n_components: int | float) -> RunPCA:
+    """PCA of one (n_tokens, n_neurons) run that is centred already; `n_components` as in `pca_of_run`."""
     n_tokens, n_neurons = data.shape
-    with workers(data.device) as team:
-        tall = n_neurons < n_tokens
-        values, vectors = _eigh(gram(data.T if tall else data), team)
-        total = float(values.sum())
-        if not total > 0:
-            raise InputError("a run has no variance: all of its neurons are constant")
-        rank = numerical_rank(values, data.dtype)
-        if isinstance(n_components, float):
-            share = torch.cumsum(values, 0) / total
-            n_components = int(torch.searchsorted(share, n_components)) + 1
-        k = min(n_components, rank)
-        if tall:
-            rows = (vectors[:, :k] * values[:k].sqrt()).T.to(data.dtype).contiguous()
-        else:
-            rows = project(vectors[:, :k].T.contiguous(), data)
-    return RunPCA(rows, values, total)
+    values, vectors = symmetric_eigen(gram(data.T if n_neurons < n_tokens else data))
+    vectors = vectors[:, : _size(values, n_components, data.dtype)]
+    if n_neurons < n_tokens:
+        rows = (vectors * values[: vectors.shape[1]].sqrt()).T.to(data.dtype).contiguous()
+    else:
+        rows = project(vectors.T.contiguous(), data)
+    return RunPCA(rows, values, float(values.sum()))
+
+
+def _size(eigenvalues: torch.Tensor, n_components: int | float, dtype: torch.dtype) -> int:
+    """A number or share of components as a number, at most the rank."""
+    if isinstance(n_components, float):
+        share = torch.cumsum(eigenvalues, 0) / eigenvalues.sum()
+        n_components = int((share < n_components).sum()) + 1
+    return min(n_components, numerical_rank(eigenvalues, dtype))
 
 
 def numerical_rank(eigenvalues: torch.Tensor, dtype: torch.dtype) -> int:
@@ -103,8 +166,8 @@ def numerical_rank(eigenvalues: torch.Tensor, dtype: torch.dtype) -> int:
 class GroupPCA:
     """PCA over runs, one run at a time (MELODIC's incremental group PCA, Smith et al. 2014, NeuroImage 101).
 
-    The reduced runs are stacked; when the stack outgrows `max_rows` it is replaced by its own leading components, each as
-    long as its singular value. Up to that point the result is the PCA of all runs together, exactly.
+    The reduced runs are stacked; when the stack outgrows twice `max_rows` it is replaced by its own leading components,
+    each as long as its singular value. Until then the result is the PCA of the stacked runs, exactly.
 
     Parameters
     ----------
@@ -126,9 +189,8 @@ class GroupPCA:
         self._parts.append(rows)
         if self.n_rows > 2 * self.max_rows:
             stack = self.stack()
-            with workers(stack.device) as team:
-                _, vectors = _eigh(gram(stack), team)
-                self._parts = [project(vectors[:, : self.max_rows].T.contiguous(), stack)]
+            _, vectors = symmetric_eigen(gram(stack))
+            self._parts = [project(vectors[:, : self.max_rows].T.contiguous(), stack)]
 
     def stack(self) -> torch.Tensor:
         """All rows as one (n_rows, n_neurons) tensor."""
@@ -172,32 +234,25 @@ def whiten(rows: torch.Tensor, n_components: int | None = None, *, n_samples: in
     Raises
     ------
     InputError
-        When the data have a lower rank than `n_components`; the message names it. (scikit-learn's own whitening can lose a
-        component without a word here: it scales eigenvectors by the sign of an entry that may be 0.)
+        When the data have a lower rank than `n_components`; the message names it. (scikit-learn's own whitening can
+        lose a component without a word: it scales eigenvectors by the sign of an entry that may be 0.)
     """
     n_rows, n_columns = rows.shape
     k = n_rows if n_components is None else n_components
     n_samples = n_columns if n_samples is None else n_samples
-    with workers(rows.device) as team:
-        values, vectors = _eigh(gram(rows), team)
-        rank = numerical_rank(values, rows.dtype) if bool(values[0] > 0) else 0
-        if k > rank:
-            raise InputError(f"n_components={k} is more than the rank of the data, {rank}: ask for at most {rank}")
-        scale = (values[:k] / n_samples).sqrt()
-        whitening = (vectors[:, :k] / scale).T.contiguous()
-        data = project(whitening, rows)
-        # single precision leaves the small components slightly correlated: take out what is left
-        rest = gram(data) / n_samples
-        lengths, turn = torch.linalg.eigh(rest)
-        if bool((lengths < 0.5).any()):
-            raise InputError(f"n_components={k}: the data are too close to a lower rank to be whitened in {rows.dtype}")
-        correction = (turn / lengths.sqrt()) @ turn.T
-        data = project(correction, data)
+    values, vectors = symmetric_eigen(gram(rows))
+    rank = numerical_rank(values, rows.dtype) if bool(values[0] > 0) else 0
+    if k > rank:
+        raise InputError(f"n_components={k} is more than the rank of the data, {rank}: ask for at most {rank}")
+    scale = (values[:k] / n_samples).sqrt()
+    whitening = (vectors[:, :k] / scale).T.contiguous()
+    data = project(whitening, rows)
+    # single precision leaves the small components slightly correlated: take out what is left
+    lengths, turn = torch.linalg.eigh(gram(data) / n_samples)
+    if bool((lengths < 0.5).any()):
+        raise InputError(f"n_components={k}: the data are too close to a lower rank to be whitened in {rows.dtype}")
+    correction = (turn / lengths.sqrt()) @ turn.T
+    data = project(correction, data)
     whitening = correction @ whitening
     dewhitening = (vectors[:, :k] * scale) @ torch.linalg.inv(correction)
     return Whitened(data, values, whitening, dewhitening)
-
-
-def split_rows(matrix: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
-    """Cut a stacked (sum(lengths), k) array into one array a run."""
-    return np.split(matrix, np.cumsum(lengths)[:-1])

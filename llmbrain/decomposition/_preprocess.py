@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,16 @@ class Preprocessing:
     detrend : {"none", "linear"} or int
         What is removed over tokens besides the mean: nothing, a line, or a polynomial of this degree.
     standardize : {"zscore", "center", "none"}
-        Over tokens, per neuron: zero mean and unit variance (ddof 0); zero mean; nothing (then `detrend` must be "none").
+        Over tokens, per neuron: zero mean and unit variance (ddof 0); zero mean; nothing (then `detrend` must
+        be "none").
     drop_first : int
         Tokens at the start of a run that are not fitted.
     drop_positions : int
-        Tokens whose position in their context block is below this are not fitted: 1 leaves out the first token of every
-        block, which is the BOS token or the attention sink. Needs runs that know positions (scans); no effect on others.
+        Tokens whose position in their context block is below this are not fitted: 1 leaves out the first token of
+        every block, the BOS token or attention sink. Needs runs that know positions (scans); no effect on others.
     outliers : {"keep", "clip", "mask"}
-        "clip" limits |z| to `outlier_threshold`; "mask" leaves out tokens whose root mean square over neurons exceeds
-        `outlier_threshold` times the median token's (the counterpart of motion scrubbing).
+        "clip" limits values to `outlier_threshold` standard deviations; "mask" leaves out tokens whose root mean square
+        over neurons exceeds `outlier_threshold` times the median token's (the counterpart of motion scrubbing).
     outlier_threshold : float, optional
         Default: 10 for "clip", 3 for "mask".
     """
@@ -68,34 +69,126 @@ class Preprocessing:
         return 3.0 if self.outliers == "mask" else 10.0
 
 
-@dataclass
 class PreparedRun:
-    """A run ready for decomposition.
+    """A run that is preprocessed block by block when it is read: no second copy of it is ever made.
 
     Attributes
     ----------
-    data : Tensor (n_tokens, n_neurons)
-        All tokens, standardised with the statistics of the kept ones; constant neurons are 0.
     keep : bool array (n_tokens,)
         Tokens that are fitted.
     live : bool Tensor (n_neurons,)
-        Neurons that vary over the kept tokens.
+        Neurons that vary over the kept tokens; the others read as 0.
     report : dict
-        Tokens dropped and values clipped: see `GroupICA.preprocessing_report_`.
+        Tokens dropped and masked, values clipped: see ``GroupICA.preprocessing_report_``.
     """
 
-    data: torch.Tensor
-    keep: np.ndarray
-    live: torch.Tensor
-    report: dict[str, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        source: torch.Tensor,
+        settings: Preprocessing,
+        keep: np.ndarray,
+        device: torch.device,
+        dtype: torch.dtype,
+        neurons: torch.Tensor | None,
+    ) -> None:
+        self.keep, self.device, self.dtype = keep, device, dtype
+        self.n_tokens, self.n_neurons = source.shape
+        self.report: dict[str, Any] = {}
+        self._source = source.to(device)  # nothing to do on the CPU; one transfer on a GPU
+        self._settings = settings
+        self._kept = _selector(keep, device)
+        self._all_kept = bool(keep.all())
+        # an orthonormal polynomial basis over the kept tokens, continued over the dropped ones
+        self._basis = _polynomials(keep, settings.degree).to(device, dtype) if settings.degree else None
+        self.live = torch.empty(self.n_neurons, dtype=torch.bool, device=device)
+        self._mean, self._scale, self._shift = (
+            torch.empty(self.n_neurons, dtype=dtype, device=device) for _ in range(3)
+        )
+        self._trend = torch.empty((settings.degree, self.n_neurons), dtype=dtype, device=device)
+        self._limit: torch.Tensor | None = None
+        if settings.outliers == "clip":
+            self._limit = torch.empty(self.n_neurons, dtype=dtype, device=device)
+        self._measure(neurons)
 
     @property
-    def kept(self) -> torch.Tensor:
-        """The kept tokens: a view when they follow one another, as they do unless some were masked."""
-        return self.data[_selector(self.keep, self.data.device)]
+    def n_kept(self) -> int:
+        """Number of tokens that are fitted."""
+        return int(self.keep.sum())
+
+    @property
+    def data(self) -> torch.Tensor:
+        """All tokens of all neurons, (n_tokens, n_neurons): a new tensor, for small runs."""
+        return self.block(slice(0, self.n_neurons))
+
+    def block(self, columns: slice) -> torch.Tensor:
+        """All tokens of some neurons, (n_tokens, n_columns), standardised with the statistics of the kept ones."""
+        y = self._source[:, columns].to(self.dtype) - self._mean[columns]
+        if self._basis is not None:
+            y -= self._basis @ self._trend[:, columns]
+        y *= self._scale[columns]
+        if self._limit is not None:
+            limit = self._limit[columns]
+            torch.clamp(y, -limit, limit, out=y)
+            y -= self._shift[columns]
+        return y
+
+    def kept_block(self, columns: slice) -> torch.Tensor:
+        """The kept tokens of `block`."""
+        y = self.block(columns)
+        return y if self._all_kept else y[self._kept]
+
+    def matrix(self, columns: slice) -> torch.Tensor:
+        """Kept tokens of many neurons at once, (n_kept, n_columns), centred over the live ones."""
+        live = self.live[columns]
+        y = self.kept_block(columns)
+        y -= (y.sum(dim=1, keepdim=True, dtype=torch.float64) / int(live.sum())).to(y.dtype)
+        return y * live
+
+    def _measure(self, neurons: torch.Tensor | None) -> None:
+        """Statistics over the kept tokens of every neuron."""
+        settings = self._settings
+        # a neuron is constant when its spread is rounding error of its mean
+        rounding = 16 * torch.finfo(self.dtype if self._source.dtype == torch.float64 else torch.float32).eps
+
+        def block(columns: slice) -> torch.Tensor:
+            y = self._source[:, columns].to(self.dtype)
+            kept = y if self._all_kept else y[self._kept]
+            mean = kept.mean(dim=0)
+            kept = kept - mean
+            if self._basis is not None:
+                self._trend[:, columns] = trend = self._basis[self._kept].T @ kept
+                kept -= self._basis[self._kept] @ trend
+            spread = kept.square().mean(dim=0).sqrt_()
+            alive = spread > rounding * mean.abs()
+            if neurons is not None:
+                alive &= neurons[columns]
+            one = torch.ones((), dtype=self.dtype, device=self.device)
+            scale = torch.where(alive, 1 / spread if settings.standardize == "zscore" else one, 0 * one)
+            self.live[columns], self._scale[columns] = alive, scale
+            self._mean[columns] = mean if settings.standardize != "none" else 0
+            if self._limit is None:
+                return torch.empty(0)
+            limit = settings.threshold * spread * scale
+            kept = (kept if settings.standardize != "none" else kept + mean) * scale
+            hit = (kept.abs() > limit).sum(dim=0)
+            self._limit[columns] = limit
+            clipped = torch.clamp(kept, -limit, limit)  # clipping one side moves the mean
+            self._shift[columns] = clipped.mean(dim=0) if settings.standardize != "none" else 0
+            return hit
+
+        with workers(self.device) as team:
+            counts = torch.cat(list(team.map(block, self.n_neurons, rows=self.n_tokens))).cpu().numpy()
+        if self._limit is not None:
+            worst = np.argsort(-counts, kind="stable")[:10]
+            self.report = {
+                "n_clipped": int(counts.sum()),
+                "n_neurons_clipped": int((counts > 0).sum()),
+                "most_clipped": [(int(unit), int(counts[unit])) for unit in worst if counts[unit]],
+            }
 
 
 def _selector(keep: np.ndarray, device: torch.device) -> slice | torch.Tensor:
+    """The kept tokens as an index: a slice (a view) when they follow one another, as they do unless some are masked."""
     index = np.flatnonzero(keep)
     if index[-1] - index[0] + 1 == index.size:
         return slice(int(index[0]), int(index[-1]) + 1)
@@ -137,93 +230,31 @@ def prepare(
         Position of each token in its context block.
     neurons : bool Tensor (n_neurons,), optional
         Neurons to use; the others become 0 and count as constant.
+    name : str
+        What errors call the run.
     """
     device = torch.device(device)
     source = torch.as_tensor(data)
     keep = kept_tokens(source.shape[0], settings, positions, name)
-    prepared = _standardise(source, settings, keep, device, dtype, neurons)
-    report: dict[str, Any] = {"n_tokens": int(keep.size), "dropped": np.flatnonzero(~keep).tolist(), "masked": []}
+    run = PreparedRun(source, settings, keep, device, dtype, neurons)
+    report = {"n_tokens": int(keep.size), "dropped": np.flatnonzero(~keep).tolist(), "masked": []}
     if settings.outliers == "mask":
-        loud = loud_tokens(prepared, settings.threshold)
+        loud = loud_tokens(run, settings.threshold)
         if loud.any():
             if (keep & ~loud).sum() < 2 + settings.degree:
                 raise InputError(f"{name}: outliers='mask' at threshold {settings.threshold} leaves too few tokens")
             report["masked"] = np.flatnonzero(loud).tolist()
-            prepared = _standardise(source, settings, keep & ~loud, device, dtype, neurons)
-    prepared.report = report | prepared.report
-    return prepared
+            run = PreparedRun(source, settings, keep & ~loud, device, dtype, neurons)
+    run.report = {**report, **run.report}
+    return run
 
 
 def loud_tokens(run: PreparedRun, threshold: float) -> np.ndarray:
     """Kept tokens whose root mean square over neurons exceeds `threshold` times the median: bool (n_tokens,)."""
-    rms = torch.linalg.vector_norm(run.data, dim=1).cpu().numpy()
+    with workers(run.device) as team:
+        (power,) = team.sum(lambda part: (run.block(part).square().sum(dim=1),), run.n_neurons, rows=run.n_tokens)
+    rms = power.sqrt().cpu().numpy()
     return run.keep & (rms > threshold * np.median(rms[run.keep]))
-
-
-def _standardise(
-    source: torch.Tensor,
-    settings: Preprocessing,
-    keep: np.ndarray,
-    device: torch.device,
-    dtype: torch.dtype,
-    neurons: torch.Tensor | None,
-) -> PreparedRun:
-    n_tokens, n_neurons = source.shape
-    chosen = _selector(keep, device)
-    whole = bool(keep.all())
-    out = torch.empty((n_tokens, n_neurons), dtype=dtype, device=device)
-    live = torch.empty(n_neurons, dtype=torch.bool, device=device)
-    n_kept = int(keep.sum())
-    # an orthonormal polynomial basis over the kept tokens, continued over the dropped ones
-    basis = _polynomials(keep, settings.degree).to(device, dtype) if settings.degree else None
-    # a neuron is constant when its spread is rounding error of its mean
-    rounding = 16 * torch.finfo(dtype if source.dtype == torch.float64 else torch.float32).eps
-    clip = settings.threshold if settings.outliers == "clip" else None
-
-    def block(columns: slice) -> tuple[int, torch.Tensor | None]:
-        y = out[:, columns]
-        y.copy_(source[:, columns])
-        fitted = y if whole else y[chosen]
-        mean = fitted.mean(dim=0)
-        if settings.standardize != "none":
-            y -= mean
-            if basis is not None:
-                y -= basis @ (basis[chosen].T @ y[chosen])
-            fitted = y if whole else y[chosen]
-        centred = fitted if settings.standardize != "none" else fitted - mean
-        spread = centred.square().mean(dim=0).sqrt_()
-        alive = spread > rounding * mean.abs()
-        if neurons is not None:
-            alive &= neurons[columns]
-        live[columns] = alive
-        if settings.standardize == "zscore":
-            y *= torch.where(alive, 1 / spread, 0.0)
-        elif not bool(alive.all()):
-            y *= alive
-        if clip is None:
-            return 0, None
-        limit = clip if settings.standardize == "zscore" else clip * spread
-        hit = y.abs() > limit
-        hit[torch.from_numpy(~keep).to(device)] = False
-        count = hit.sum(dim=0)
-        if bool(count.any()):
-            y.clamp_(-limit, limit) if isinstance(limit, float) else torch.clamp(y, -limit, limit, out=y)
-            if settings.standardize != "none":
-                y -= (y if whole else y[chosen]).mean(dim=0) * alive  # clipping one side moves the mean
-        return int(count.sum()), count
-
-    with workers(device) as team:
-        results = list(team.map(block, n_neurons, rows=n_tokens))
-    run = PreparedRun(out, keep, live, {"n_kept": n_kept})
-    if clip is not None:
-        counts = torch.cat([count for _, count in results if count is not None]).cpu().numpy()
-        worst = np.argsort(counts, kind="stable")[::-1][:10]
-        run.report |= {
-            "n_clipped": int(counts.sum()),
-            "n_neurons_clipped": int((counts > 0).sum()),
-            "most_clipped": [(int(unit), int(counts[unit])) for unit in worst if counts[unit]],
-        }
-    return run
 
 
 def _polynomials(keep: np.ndarray, degree: int) -> torch.Tensor:
@@ -232,25 +263,3 @@ def _polynomials(keep: np.ndarray, degree: int) -> torch.Tensor:
     vander = np.polynomial.legendre.legvander(time, degree)
     _, triangle = np.linalg.qr(vander[keep])
     return torch.from_numpy(np.linalg.solve(triangle.T, vander.T).T[:, 1:].copy())
-
-
-def center_over_neurons(run: PreparedRun) -> PreparedRun:
-    """Take from every token its mean over the live neurons, in place: spatial ICA's samples are the neurons."""
-    data, live = run.data, run.live
-    weight = live.to(data.dtype)
-    n_live = max(int(live.sum()), 1)
-    with workers(data.device) as team:
-        sums = team.map(
-            lambda columns: (data[:, columns] @ weight[columns]).double(), data.shape[1], rows=data.shape[0]
-        )
-        mean = (sum(sums) / n_live).to(data.dtype)[:, None]  # constant neurons are 0 and stay 0
-
-        def subtract(columns: slice) -> None:
-            if bool(live[columns].all()):
-                data[:, columns] -= mean
-            else:
-                data[:, columns] -= mean * weight[columns]
-
-        for _ in team.map(subtract, data.shape[1], rows=data.shape[0]):
-            pass
-    return run

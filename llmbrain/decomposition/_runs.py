@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from llmbrain._validation import InputError
+from llmbrain.decomposition._chunks import workers
 
 if TYPE_CHECKING:
     from llmbrain.space import NeuronSpace
@@ -30,9 +31,12 @@ def _is_single(runs: Any) -> bool:
 
 
 def find_non_finite(data: np.ndarray, name: str, space: NeuronSpace | None = None) -> None:
-    """Raise `InputError` naming run, token and neuron of the first NaN or infinite value of a (tokens, neurons) array."""
+    """Raise `InputError` naming run, token and neuron of the first NaN or infinity in a (tokens, neurons) array."""
     # the sum is not finite if a value is not: one cheap pass, and the exact search only when it fails
-    if math.isfinite(float(torch.from_numpy(data).sum())):
+    values = torch.from_numpy(data)
+    with workers(values.device) as team:
+        (total,) = team.sum(lambda part: (values[:, part].sum(),), data.shape[1], rows=len(data))
+    if math.isfinite(float(total)):
         return
     for token, row in enumerate(data):
         bad = np.flatnonzero(~np.isfinite(row))
