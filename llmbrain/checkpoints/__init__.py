@@ -1,0 +1,6 @@
+"""Models in folders: load any, save and load pruned ones. A mismatch is an error, never a silent re-initialisation."""
+
+from llmbrain.checkpoints.loading import load_model, load_pruned
+from llmbrain.checkpoints.saving import FORMATS, save_pruned
+
+__all__ = ["FORMATS", "load_model", "load_pruned", "save_pruned"]

@@ -1,0 +1,181 @@
+"""Open models: plain folders, hub ids, and pruned folders of any format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llmbrain._validation import InputError, resolve_device
+from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROVENANCE = "pruning.json"
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a model, in evaluation mode, and its tokenizer.
+
+    Parameters
+    ----------
+    path_or_id : str or Path
+        A folder (also one that `save_pruned` wrote), or an id on the Hugging Face hub.
+    dtype : torch.dtype or str, optional
+        Default: as saved.
+    device : str or device, optional
+        Default: CPU. ``"auto"`` takes CUDA where there is one.
+    trust_remote_code : bool
+        Run code that comes with the model. Pruned folders never need it here.
+
+    Returns
+    -------
+    (model, tokenizer)
+        The model is of the class that its config names; else a causal language model, else the bare encoder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder, or what must be in it, is not there.
+    InputError
+        If the checkpoint does not fit its config: a tensor that is missing, left over or of another shape is named.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(path_or_id)
+    model = _load(source, dtype, device, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def load_pruned(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
+) -> nn.Module:
+    """Load the model of a folder that `save_pruned` wrote, in evaluation mode; as `load_model`, without the tokenizer.
+
+    What was cut, when and from what stands in its ``llmbrain_pruning`` attribute.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is not a folder")
+    return _load(_source(path), dtype, device, False)
+
+
+def _source(path_or_id: str | Path) -> str:
+    path = Path(path_or_id)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no config.json: it is not a model folder")
+    if not path.is_dir() and (isinstance(path_or_id, Path) or path.is_absolute() or str(path_or_id).startswith(".")):
+        raise FileNotFoundError(f"model folder {path} does not exist")
+    return str(path_or_id)
+
+
+def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {source!r} is neither a folder nor found on the hub: {_first_line(error)}"
+        ) from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
+    model_class = _model_class(config, trust_remote_code)
+    shapes = layer_shapes(config)
+    loader = _with_shapes(model_class) if shapes else model_class
+    # Only for auto classes: whether code in the folder may run is theirs to know.
+    extra = {} if isinstance(model_class, type) and hasattr(model_class, "forward") else {
+        "trust_remote_code": trust_remote_code}  # fmt: skip
+    try:
+        model, found = loader.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the names come back; any that does is refused below
+            **extra,
+        )
+    except OSError as error:
+        raise FileNotFoundError(f"{source}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise InputError(f"{source} does not fit its config.json: {_first_line(error)}") from error
+    if shapes:
+        model.__class__ = model_class
+    _refuse_mismatch(source, found, pruned=bool(shapes) or _provenance(source) is not None)
+    record = _provenance(source)
+    if record is not None:
+        setattr(model, RECORD, record["cuts"])
+    if device is not None:
+        model = model.to(resolve_device(device))
+    return model.eval()
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return transformers.AutoModelForCausalLM
+    known = [getattr(transformers, n, None) or getattr(transformers, n.removeprefix("Pruned"), None) for n in names]
+    if known and known[0] is not None:
+        return known[0]
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
+
+
+def _with_shapes(model_class: type[nn.Module]) -> Any:
+    """A subclass that shrinks its layers to `per_layer_config` when it is built, for `from_pretrained` to fill."""
+    if not hasattr(model_class, "forward"):
+        raise InputError("config.json has per_layer_config but its 'architectures' names no class of transformers")
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        shapes = layer_shapes(config)
+        text = text_config(config)
+        text.per_layer_config = None  # stock classes refuse to be built from a config whose layers differ
+        try:
+            model_class.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+            apply_shapes(self, shapes)
+        finally:
+            text.per_layer_config = dict(enumerate(shapes))
+
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+
+
+def _refuse_mismatch(source: str, found: dict[str, Any], *, pruned: bool) -> None:
+    """Missing weights would be random. Of other people's checkpoints only the heads may be new or left over."""
+    for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"):
+        keys = sorted(str(k) for k in found.get(kind) or [])
+        if keys and (pruned or kind != "unexpected_keys"):
+            word = {"missing_keys": "lacks", "unexpected_keys": "has an unexpected"}.get(kind, "has another shape for")
+            raise InputError(f"{source} does not fit its config.json: it {word} tensor {keys[0]} ({len(keys)} in all)")
+
+
+def _provenance(source: str) -> dict[str, Any] | None:
+    file = Path(source) / PROVENANCE
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """The part of a long message that names what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "shape" in line or "size mismatch" in line]
+    return (named or lines or [type(error).__name__])[0]

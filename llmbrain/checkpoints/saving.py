@@ -1,0 +1,211 @@
+"""Save a pruned model in one of four formats."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import llmbrain
+from llmbrain._validation import InputError, check_option
+from llmbrain.architectures import LayerAnatomy, Projection, anatomy
+from llmbrain.checkpoints.loading import PROVENANCE
+from llmbrain.checkpoints.remote import write_remote_code
+from llmbrain.checkpoints.shapes import RECORD, build_empty, record_shapes, stock_config, text_config, width_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = ("per-layer", "remote-code", "uniform", "masked")
+
+
+def save_pruned(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    format: str = "per-layer",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a model to a folder that loads again.
+
+    Parameters
+    ----------
+    model : transformers model
+        Pruned or not.
+    tokenizer : tokenizer or None
+        Saved beside it.
+    path : str or Path
+    format : str
+        ``"per-layer"``: widths in ``per_layer_config``; `load_model` and `load_pruned` open it. ``"remote-code"``: the
+        same and a class in the folder; plain transformers open it with ``trust_remote_code=True``. ``"uniform"``: an
+        ordinary checkpoint; needs one width in all layers. ``"masked"``: an ordinary checkpoint with the shapes of the
+        uncut model and zeros where neurons were.
+    max_shard_size : int or str
+        Bytes in one safetensors file, e.g. ``"5GB"``.
+    overwrite : bool
+        Replace a model that is there already.
+
+    Returns
+    -------
+    Path
+        The folder: config, weights, generation config, tokenizer and ``pruning.json`` (what was cut,
+        with which calibration and versions).
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a model already.
+    InputError
+        If the format can not hold this model; nothing is written.
+    """
+    check_option("format", format, FORMATS)
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    if (path / "config.json").exists() and not overwrite:
+        raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
+    if not hasattr(model, "save_pretrained"):
+        raise InputError(f"model {type(model).__name__} is not a transformers model: it cannot be saved")
+    record_shapes(model)
+    exported: Any = model
+    if format == "uniform":
+        exported = _stock_copy(model, format, width=_one_width(model))
+    elif format == "masked":
+        exported = _stock_copy(model, format, width=None)
+    # Stock code renames old keys by the name of its class: what the folder's own class loads must have the new ones.
+    exported.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=format != "remote-code")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    if format == "remote-code":
+        write_remote_code(model, path)
+    (path / PROVENANCE).write_text(json.dumps(_provenance(model, format), indent=1), encoding="utf-8")
+    return path
+
+
+def _provenance(model: nn.Module, format: str) -> dict[str, Any]:
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {
+        "format": format,
+        "class": type(model).__name__,
+        "widths": list(anatomy(model).widths),
+        "versions": {"llmbrain": llmbrain.__version__, **packages},
+        "cuts": getattr(model, RECORD, []),
+    }
+
+
+def _one_width(model: nn.Module) -> int:
+    layers = anatomy(model).layers
+    widths = sorted({layer.width for layer in layers})
+    if len(widths) > 1:
+        raise InputError(
+            f"format='uniform' needs one width in all layers, this model has {widths[0]} to {widths[-1]}: plan with "
+            "allocation='uniform' and nothing protected, or use 'per-layer', 'remote-code' or 'masked'"
+        )
+    if len({layer.out.units for layer in layers if layer.out is not None}) > 1:
+        raise InputError(
+            "format='uniform' needs the same heads in all layers: use 'per-layer', 'remote-code' or 'masked'"
+        )
+    return widths[0]
+
+
+def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
+    """The same function in the shapes that a plain config builds, sharing what needs no change."""
+    config = stock_config(model.config)
+    text = text_config(config)
+    cuts = getattr(model, RECORD, [])
+    before = cuts[0]["widths_before"] if cuts else list(anatomy(model).widths)
+    target = {width} if width is not None else set(before)
+    key = width_key(config)
+    if key is not None and len(target) == 1:
+        setattr(text, key, target.copy().pop())
+    _ask_for_biases(model, text)
+    empty = build_empty(type(model), config)
+    layers, stock = anatomy(model).layers, anatomy(empty).layers
+    if any(s.width not in target for s in stock):
+        raise InputError(
+            f"format={format!r}: {type(model).__name__} has no config entry for the width of its MLP (it is always "
+            f"{stock[0].width}): use 'per-layer', 'remote-code' or 'masked'"
+        )
+    if width is not None and any(
+        a.out is not None and b.out is not None and a.out.units != b.out.units for a, b in zip(layers, stock)
+    ):
+        raise InputError("format='uniform' cannot hold cut heads: use 'per-layer', 'remote-code' or 'masked'")
+    state = {**dict(model.state_dict()), **_padded(layers, stock, cuts if width is None else [])}
+    for name, tensor in empty.state_dict().items():
+        if name not in state and name.endswith("bias"):
+            state[name] = torch.zeros(tensor.shape, dtype=model.dtype)
+        elif name not in state or state[name].shape != tensor.shape:
+            raise InputError(
+                f"format={format!r}: a plain {type(model).__name__} has {name} of shape {tuple(tensor.shape)}"
+            )
+    extra = sorted(set(state) - set(empty.state_dict()))
+    if extra:
+        raise InputError(
+            f"format={format!r}: a plain {type(model).__name__} has no {extra[0]} (the intercept of the compensation): "
+            "prune with intercept=False, or use 'per-layer' or 'remote-code'"
+        )
+    empty.load_state_dict(state, strict=True, assign=True)
+    empty.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        empty.generation_config = model.generation_config
+    return empty
+
+
+def _ask_for_biases(model: nn.Module, text: Any) -> None:
+    """Compensation may have given the output projections a bias; some families have a switch for it."""
+    for layer in anatomy(model).layers:
+        if getattr(layer.down.module, "bias", None) is not None and hasattr(text, "mlp_bias"):
+            text.mlp_bias = True
+        if (
+            layer.out is not None
+            and getattr(layer.out.module, "bias", None) is not None
+            and hasattr(text, "attention_bias")
+        ):
+            text.attention_bias = True
+
+
+def _padded(layers: list[LayerAnatomy], stock: list[LayerAnatomy], cuts: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """State-dict entries of the weights that were cut, with zeros where units are missing."""
+    state: dict[str, Tensor] = {}
+    for i, (small, full) in enumerate(zip(layers, stock)):
+        jobs = [(small.neuron_projections, full.neuron_projections, _kept(cuts, "kept", i))]
+        if small.out is not None and full.out is not None:
+            heads = ((*small.heads, small.out), (*full.heads, full.out))
+            jobs.append((*heads, _kept(cuts, "kept_heads", i)))
+        for smalls, fulls, kept in jobs:
+            if kept is None or len(kept) == fulls[0].units:
+                continue
+            for name in ("weight", "bias"):
+                _pad(state, smalls, fulls, kept, name)
+    return state
+
+
+def _kept(cuts: list[dict[str, Any]], name: str, layer: int) -> Tensor | None:
+    """Original positions of the units that all cuts together left in a layer."""
+    kept: Tensor | None = None
+    for cut in cuts:
+        if cut.get(name) is None:
+            continue
+        step = torch.tensor(cut[name][layer], dtype=torch.long)
+        kept = step if kept is None else kept[step]
+    return kept
+
+
+def _pad(
+    state: dict[str, Tensor], smalls: tuple[Projection, ...], fulls: tuple[Projection, ...], kept: Tensor, name: str
+) -> None:
+    for small, full in zip(smalls, fulls):
+        value = getattr(small.module, name, None)
+        if value is None or (name == "bias" and not small.is_output):
+            continue
+        key, axis = f"{full.path}.{name}", full.axis if name == "weight" else 0
+        if key not in state:
+            state[key] = torch.zeros(getattr(full.module, name).shape, dtype=value.dtype, device=value.device)
+        rows = small.rows(range(small.units)).to(value.device)
+        state[key].index_copy_(axis, full.rows(kept).to(value.device), value.detach().index_select(axis, rows))
