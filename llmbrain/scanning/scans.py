@@ -209,10 +209,11 @@ class Scan:
         return [int(layer) for layer in index]
 
     def _rows(self, tokens: Tokens) -> NDArray[np.int64]:
-        if isinstance(tokens, slice):
-            return np.arange(self.n_tokens)[tokens]
+        index = tokens if isinstance(tokens, slice) else np.asarray(tokens)
+        if not isinstance(index, slice) and not index.size:
+            return np.empty(0, dtype=np.int64)
         try:
-            return np.atleast_1d(np.arange(self.n_tokens)[np.asarray(tokens)])
+            return np.atleast_1d(np.arange(self.n_tokens)[index])
         except IndexError:
             raise InputError(
                 f"tokens={tokens!r} must be a slice, whole numbers or a mask within the {self.n_tokens} tokens"

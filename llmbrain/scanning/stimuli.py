@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from llmbrain._validation import InputError
+from llmbrain.scanning.runs import encode
 
 EVENT_COLUMNS = ("onset", "duration", "trial_type")
 
@@ -69,7 +70,10 @@ class Stimulus(str):
             raise InputError("segments must be (text, condition) pairs with texts that are not empty, at least one")
         text = "".join(piece for piece, _ in segments)
         borders = np.cumsum([0] + [len(piece) for piece, _ in segments])
-        owner = _owners(token_offsets(tokenizer, text), borders)
+        _, offsets, _ = encode(tokenizer, [text])[0]
+        if offsets is None:
+            raise InputError(f"tokenizer={type(tokenizer).__name__} knows no character offsets: use a fast tokenizer")
+        owner = _owners(offsets, borders)
         rows = []
         for k, (piece, condition) in enumerate(segments):
             tokens = np.flatnonzero(owner == k)
@@ -79,14 +83,6 @@ class Stimulus(str):
                 raise InputError(f"segments[{k}]={piece!r} has no token of its own with this tokenizer")
             rows.append((int(tokens[0]), int(tokens[-1] - tokens[0] + 1), str(condition)))
         return cls(text, pd.DataFrame(rows, columns=list(EVENT_COLUMNS)), name)
-
-
-def token_offsets(tokenizer: Any, text: str) -> NDArray[np.int64]:
-    """Character span of each token of `text`; ``(n_tokens, 2)``, ``(0, 0)`` for special tokens."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"tokenizer={type(tokenizer).__name__} knows no character offsets: use a fast tokenizer")
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
 
 def _owners(offsets: NDArray[np.int64], borders: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -105,9 +101,7 @@ def check_events(events: Any) -> pd.DataFrame:
     times = table[["onset", "duration"]].apply(pd.to_numeric, errors="coerce")
     bad = ~(np.isfinite(times) & (times >= 0)).all(axis=1)
     if bad.any():
-        row = table[bad].iloc[0]
-        raise InputError(
-            f"events: onset={row['onset']!r}, duration={row['duration']!r} must be numbers >= 0, in tokens"
-        )
+        onset, duration = times[bad].iloc[0].tolist()
+        raise InputError(f"events: onset={onset:g}, duration={duration:g} must be numbers >= 0, in tokens")
     table = table[[*EVENT_COLUMNS, *(c for c in table.columns if c not in EVENT_COLUMNS)]]
     return table.sort_values("onset", kind="stable").reset_index(drop=True)
