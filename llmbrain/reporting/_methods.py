@@ -17,8 +17,8 @@ REFERENCES = {
         "Key Neurons in Large Language Models. arXiv:2502.20408."
     ),
     "fingerprint": (
-        "Liu Y, Ning J, Xia S, Sun H, Yang Y, Chi H, Gao X, Qiang N, Ge B, Han J, et al. (2026). FNF: Functional Network "
-        "Fingerprint for Large Language Models. arXiv:2601.22692."
+        "Liu Y, Ning J, Xia S, Sun H, Yang Y, Chi H, Gao X, Qiang N, Ge B, Han J, et al. (2026). FNF: Functional "
+        "Network Fingerprint for Large Language Models. arXiv:2601.22692."
     ),
     "fastica": (
         "Hyvärinen A (1999). Fast and robust fixed-point algorithms for independent component analysis. IEEE "
@@ -57,8 +57,8 @@ REFERENCES = {
         "arXiv:2305.11627."
     ),
     "obs": (
-        "Kurtic E, Frantar E, Alistarh D (2023). ZipLM: Inference-Aware Structured Pruning of Language Models. NeurIPS. "
-        "arXiv:2302.04089."
+        "Kurtic E, Frantar E, Alistarh D (2023). ZipLM: Inference-Aware Structured Pruning of Language Models. "
+        "NeurIPS. arXiv:2302.04089."
     ),
     "surgeon": (
         "van der Ouderaa TFA, Nagel M, van Baalen M, Asano YM, Blankevoort T (2024). The LLM Surgeon. ICLR. "
@@ -169,8 +169,8 @@ def _tests(study: Study, cite: Any) -> str:
     if len(study.effects):
         parts.append(
             "Condition effects are differences of mean activity in standard deviations of the time course; their null "
-            "distribution comes from circular shifts of the labels, with the largest value over networks and conditions "
-            "taken at each shift (family-wise error)."
+            "distribution comes from circular shifts of the labels, with the largest value over networks and "
+            "conditions taken at each shift (family-wise error)."
         )
     if study.stability is not None:
         parts.append(
@@ -201,11 +201,10 @@ def _pruning(study: Study, cite: Any) -> str:
              "surgeon": "van der Ouderaa et al. 2024"}  # fmt: skip
     keys = list(dict.fromkeys(key for word, key in _CRITERIA.items() if word in f"{method} {extra}".lower()))
     cited = "; ".join(cite(key, names[key]) for key in keys)
-    share = (
-        f"{100 * float(ratio):.4g}% of the MLP neurons were removed" if ratio is not None else "neurons were removed"
-    )
+    share = "neurons" if ratio is None else f"{100 * float(ratio):.4g}% of the MLP neurons"
     done = f" with {extra.strip()}" if extra.strip() else ""
+    source = f" ({cited})" if cited else ""
     return (
-        f"{share[0].upper() + share[1:]} by the criterion '{method}'{done}{f' ({cited})' if cited else ''}; the weight "
+        f"{share[0].upper() + share[1:]} were removed by the criterion '{method}'{done}{source}; the weight "
         "matrices of the pruned model are smaller, none of its weights is merely masked."
     )

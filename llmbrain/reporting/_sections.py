@@ -102,7 +102,7 @@ def _responses(study: Study, name: str, k: int) -> dict[str, Any]:
     }
 
 
-# -- sections ------------------------------------------------------------------------------------------------------------
+# -- sections ----------------------------------------------------------------------------------------------------------
 
 
 def summary(study: Study, rows: list[dict[str, Any]]) -> Section:
@@ -130,8 +130,8 @@ def summary(study: Study, rows: list[dict[str, Any]]) -> Section:
 
         glass = figure(
             plot_glass_model(study.networks),
-            "Every network on the model's own anatomy: the text enters at the left, each pane is a layer, each dot a key "
-            "neuron (orange above zero, blue below).",
+            "Every network on the model's own anatomy: the text enters at the left, each pane is a layer, each dot a "
+            "key neuron (orange above zero, blue below).",
             "Glass model: key neurons of each network in the layers of the model",
         )
     body = fill("summary.html.j2", cards=cards, rows=rows, glass=glass, study=study, warnings=len(study.warnings))
@@ -161,8 +161,8 @@ def network_page(row: dict[str, Any], study: Study) -> Section:
         "stability": "Stability was not measured: see llmbrain.ica_stability.",
         "lesions": "No lesion was tried: see llmbrain.networks.lesion_table.",
     }
-    body = fill("network.html.j2", net=row, n=study.n_networks, reasons=reasons, alpha=ALPHA,
-                runs=[visible(getattr(scan, "name", "") or f"run {i}") for i, scan in enumerate(study.runs)])  # fmt: skip
+    runs = [visible(getattr(scan, "name", "") or f"run {i}") for i, scan in enumerate(study.runs)]
+    body = fill("network.html.j2", net=row, reasons=reasons, alpha=ALPHA, runs=runs)
     return Section(row["name"], body, id=row["id"], part="network")
 
 
@@ -172,8 +172,8 @@ def relations(study: Study) -> Section | None:
 
     parts: list[Any] = []
     if study.lesion_rows is not None:
-        parts.append(figure(plotting.plot_lesion_table(study.lesion_rows),
-                            "Effect of the lesion of each network on each evaluation. Marked cells are significant."))  # fmt: skip
+        caption = "Effect of the lesion of each network on each evaluation. Marked cells are significant."
+        parts.append(figure(plotting.plot_lesion_table(study.lesion_rows), caption))
         shown = study.lesion_rows.dropna(axis=1, how="all")
         parts.append(fill("details.html.j2", title="Numbers of the lesion table", body=table(shown)))
     if study.profiles is not None:

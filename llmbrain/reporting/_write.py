@@ -83,7 +83,7 @@ def build_report(
 
 
 def write_report(path: str | os.PathLike[str], *, title: str, **contents: Any) -> Path:
-    """Write the report of `build_report` (same parameters) to `path`, one self-contained HTML file; returns the path."""
+    """Write the report of `build_report` (same parameters) to `path`: one self-contained HTML file."""
     return build_report(title=title, **contents).save(path)
 
 
@@ -122,8 +122,8 @@ def viewer_data(study: Study) -> tuple[dict[str, Any], dict[str, str]]:
         cut = sum(run["n"] < run["of"] for run in record["runs"])
         if hidden or cut:
             study.notes.append(
-                f"the viewer shows the first {RUN_TOKENS:,} tokens of a run and {ALL_TOKENS:,} in all: {cut} runs are cut, "
-                f"{hidden} not shown; all tables use all tokens"
+                f"the viewer shows the first {RUN_TOKENS:,} tokens of a run and {ALL_TOKENS:,} in all: {cut} runs are "
+                f"cut, {hidden} not shown; all tables use all tokens"
             )
     return record, blobs
 
