@@ -226,7 +226,7 @@ def plot_glass_model(
             alpha=0.8, linewidths=0, rasterized=len(found) > 60,
         )  # fmt: skip
         cell.set_title(f"{plain(name)}  ({int(mask.sum()):,})", fontsize=8, color=INK, pad=1)
-        cell.set(xlim=(-0.05, 2.25 + lean), ylim=(-0.05, 1.05 + depth))
+        cell.set(xlim=(-0.25, 2.45 + lean), ylim=(-0.05, 1.1 + depth))
     for cell in axes.flat:
         cell.set_axis_off()
         cell.set_facecolor("none")

@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 # names that a column of a lesion table may have, first one found counts
 _COLUMNS = {
-    "effect": ("effect", "delta", "difference", "change"),
-    "control": ("control", "random", "random_mean", "random_effect"),
-    "low": ("low", "ci_low", "lower"),
-    "high": ("high", "ci_high", "upper"),
-    "p": ("p", "p_value", "pvalue"),
-    "q": ("q", "p_fdr", "q_value"),
+    "effect": ("harm", "effect", "delta", "difference", "change"),
+    "low": ("harm_low", "effect_low", "low", "ci_low"),
+    "high": ("harm_high", "effect_high", "high", "ci_high"),
+    "control": ("random_effect", "random", "control", "random_mean"),
+    "matched": ("matched_effect", "matched"),
+    "p": ("p_random", "p", "p_value"),
+    "q": ("q_random", "q", "p_fdr", "q_value"),
     "significant": ("significant", "reject"),
 }
 
@@ -126,24 +127,26 @@ def _graph(ax: Axes, off: Any, labels: list[str], density: float, scale: Any) ->
     ax.set_title(f"strongest {100 * density:.3g}% of pairs (dashed: negative)", fontsize=8, color=INK)
 
 
-def long_lesions(table: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
+def long_lesions(table: Any, names: Sequence[str] | None = None) -> pd.DataFrame:
     """A lesion table in long form, whatever form it came in.
 
     Parameters
     ----------
-    table : DataFrame
-        Long (columns network, evaluation, effect, and where known control, low, high, p, q, significant; network and
-        evaluation may be the index), or wide (a row a network, a column an evaluation, values the effect; significance
-        as a frame of booleans in ``table.attrs["significant"]``).
+    table : LesionTable or DataFrame
+        A `LesionTable` or its ``frame``; any long table (columns network, evaluation, effect, and where known random,
+        low, high, p, q, significant; network and evaluation may be the index); or a wide one (a row a network, a column
+        an evaluation, values the effect; significance as booleans of that shape in ``table.attrs["significant"]``).
     names : sequence of str, optional
         Names of networks that the table gives as numbers.
 
     Returns
     -------
     DataFrame
-        Columns network (str), evaluation (str), effect, control, low, high, p, q (nan where unknown), significant
-        (bool: as given, else q < 0.05, else p < 0.05).
+        Columns network (str), evaluation (str), effect (the harm, where the table tells it: positive is worse), low,
+        high, control (mean effect of random neurons, same sign), matched (of neurons as active), p, q (nan where
+        unknown), significant (bool: as given, else q < 0.05, else p < 0.05).
     """
+    table = getattr(table, "frame", table)
     frame = table
     if not {"network", "evaluation"} <= set(frame.columns):
         if {"network", "evaluation"} <= {str(name) for name in frame.index.names if name is not None}:
@@ -159,6 +162,9 @@ def long_lesions(table: pd.DataFrame, names: Sequence[str] | None = None) -> pd.
         out[key] = frame[found].to_numpy() if found else np.nan
     if out["effect"].isna().all():
         raise InputError(f"lesion table has no effect: its columns are {list(table.columns)}")
+    if {"harm", "effect"} <= set(frame.columns):  # controls are effects: turn them the way the harm was turned
+        turned = np.where(frame["harm"].to_numpy() * frame["effect"].to_numpy() < 0, -1, 1)
+        out[["control", "matched"]] = out[["control", "matched"]].astype(float).mul(turned, axis=0)
     if out["significant"].isna().all():
         judged = out["q"] if out["q"].notna().any() else out["p"]
         out["significant"] = judged.astype(float) < ALPHA
@@ -180,7 +186,7 @@ def _melted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_lesion_table(
-    table: pd.DataFrame,
+    table: Any,
     *,
     names: Sequence[str] | None = None,
     order: str = "given",
@@ -189,11 +195,13 @@ def plot_lesion_table(
     ax: Axes | None = None,
     figure: Any = None,
 ) -> Any:
-    """Network by evaluation: what is lost when a network is lesioned; significant cells carry a mark and their number.
+    """Network by evaluation: what is lost when a network is lesioned.
+
+    Cells beyond random neurons (p < 0.05) carry their number, and those that stay so after correction a star.
 
     Parameters
     ----------
-    table : DataFrame
+    table : LesionTable or DataFrame
         See `long_lesions`.
     order : {"given", "similarity"}
         "similarity" puts networks together that hurt the same evaluation.
@@ -205,7 +213,9 @@ def plot_lesion_table(
     check_option("order", order, ("given", "similarity"))
     rows = long_lesions(table, names)
     effects = rows.pivot_table(index="network", columns="evaluation", values="effect", sort=False)
-    marks = rows.pivot_table(index="network", columns="evaluation", values="significant", sort=False).to_numpy() > 0
+    level = rows["significant"] * 1 + (rows["significant"] | (rows["p"].astype(float) < ALPHA)) * 1
+    levels = rows.assign(level=level).pivot_table(index="network", columns="evaluation", values="level", sort=False)
+    marks = levels.to_numpy()
     values = effects.to_numpy(dtype=float)
     if order == "similarity":
         strongest = np.nan_to_num(np.abs(values)).argmax(axis=1)
@@ -215,8 +225,8 @@ def plot_lesion_table(
     figure, ax = one_axes(ax, figure, (2.2 + 0.62 * n_columns, 1.2 + 0.24 * n_rows))
     scale = centred(values, vmax)
     drawn = ax.imshow(values, cmap=diverging(), norm=scale, aspect="auto", interpolation="nearest")
-    for i, j in np.argwhere(marks):
-        text = f"{values[i, j]:.2g}*"
+    for i, j in np.argwhere(marks > 0):
+        text = f"{values[i, j]:.2g}{'*' if marks[i, j] > 1 else ''}"
         ax.text(j, i, text, ha="center", va="center", fontsize=7, color=ink_on(values[i, j], scale))
     ax.set_xticks(range(n_columns), [plain(name) for name in effects.columns], rotation=35, ha="right")
     ax.set_yticks(range(n_rows), [plain(name) for name in effects.index])

@@ -141,12 +141,13 @@ def _decomposition(study: Study, cite: Any) -> str:
         converged = first(ica, "converged_")
         state = "" if converged is None else (f"; it converged{counted}" if converged else "; it did NOT converge")
         seed = f" (seed {params['random_state']})" if params.get("random_state") is not None else ""
+        kind = "temporal" if params.get("axis") == "time" else "spatial"
         if params.get("cca") or "cca" in str(params.get("group", "")):
             cite("canica", "")
         parts.append(
-            f"Functional networks were found by spatial group ICA ({cite('group-ica', 'Calhoun et al. 2001')}; "
+            f"Functional networks were found by {kind} group ICA ({cite('group-ica', 'Calhoun et al. 2001')}; "
             f"{cite('melodic', 'Beckmann and Smith 2004')}): each run was reduced by principal component analysis over "
-            f"its tokens, the runs were joined, and {number(study.n_networks)} spatially independent components were "
+            f"its tokens, the runs were joined, and {number(study.n_networks)} independent components were "
             f"estimated with {solver}{fun}{seed}{state}."
         )
     else:
@@ -195,14 +196,15 @@ def _pruning(study: Study, cite: Any) -> str:
         return ""
     method = str(getattr(plan, "method", "") or "a stated method")
     ratio = getattr(plan, "ratio", None)
-    extra = " ".join(str(getattr(plan, name, "") or "") for name in ("allocation", "compensate", "compensation"))
+    options = {name: getattr(plan, name, None) for name in ("allocation", "compensate", "compensation")}
+    extra = ", ".join(f"{name} '{value}'" for name, value in options.items() if isinstance(value, str))
     names = {"pruning": "Liu et al. 2025a", "networks": "Liu et al. 2025b", "flap": "An et al. 2024",
              "wanda": "Sun et al. 2024", "taylor": "Ma et al. 2023", "obs": "Kurtic et al. 2023",
              "surgeon": "van der Ouderaa et al. 2024"}  # fmt: skip
     keys = list(dict.fromkeys(key for word, key in _CRITERIA.items() if word in f"{method} {extra}".lower()))
     cited = "; ".join(cite(key, names[key]) for key in keys)
     share = "neurons" if ratio is None else f"{100 * float(ratio):.4g}% of the MLP neurons"
-    done = f" with {extra.strip()}" if extra.strip() else ""
+    done = f" with {extra}" if extra else ""
     source = f" ({cited})" if cited else ""
     return (
         f"{share[0].upper() + share[1:]} were removed by the criterion '{method}'{done}{source}; the weight "

@@ -172,10 +172,9 @@ def relations(study: Study) -> Section | None:
 
     parts: list[Any] = []
     if study.lesion_rows is not None:
-        caption = "Effect of the lesion of each network on each evaluation. Marked cells are significant."
+        caption = "What the lesion of each network (rows) does to each evaluation. Numbers: beyond random neurons (p < "
+        caption += "0.05); with a star: after correction over the whole table too."
         parts.append(figure(plotting.plot_lesion_table(study.lesion_rows), caption))
-        shown = study.lesion_rows.dropna(axis=1, how="all")
-        parts.append(fill("details.html.j2", title="Numbers of the lesion table", body=table(shown)))
     if study.profiles is not None:
         parts.append(figure(plotting.plot_layer_profile(study.networks), "Where the key neurons of each network lie."))
     matrix = study.connectivity
@@ -188,7 +187,11 @@ def relations(study: Study) -> Section | None:
         parts.append(
             figure(plotting.plot_stability(study.iq, names=study.names), "Stability of the networks, best first.")
         )
-    return Section("All networks together", render(parts), id="relations") if parts else None
+    body = Markup('<div class="side">{}</div>').format(render(parts))
+    if study.lesion_rows is not None:
+        body += fill("details.html.j2", title="Numbers of the lesion table",
+                     body=table(study.lesion_rows.dropna(axis=1, how="all")))  # fmt: skip
+    return Section("All networks together", body, id="relations") if parts else None
 
 
 def _matrix(value: Any) -> bool:
@@ -210,8 +213,8 @@ def pruning(study: Study) -> Section:
                 continue
             label = METRICS.get(key, (str(key).replace("_", " "), ""))[0]
             rows.append((label, number(before, 5), number(after, 5), change(before, after)))
-        parts.append(table(pd.DataFrame(rows, columns=["", "before", "after", "change"]).set_index(""),
-                           "The model before and after the cut"))  # fmt: skip
+        frame = pd.DataFrame(rows, columns=["", "before", "after", "change"]).set_index("")
+        parts.append(table(frame, "The model before and after the cut"))
     else:
         missing.append("The model was not measured before and after a cut.")
     if study.plan is not None:
@@ -227,7 +230,8 @@ def pruning(study: Study) -> Section:
         missing.append("Nothing was pruned: no plan was given.")
     if study.abilities is not None:
         parts.append(table(study.abilities, "Abilities before and after"))
-    return Section("Pruning", render([fill("missing.html.j2", lines=missing), *parts]), id="pruning")
+    body = fill("missing.html.j2", lines=missing) + Markup('<div class="side">{}</div>').format(render(parts))
+    return Section("Pruning", body, id="pruning")
 
 
 def _widths_before(study: Study) -> list[int] | None:

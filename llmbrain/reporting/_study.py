@@ -15,6 +15,7 @@ from llmbrain.reporting._effects import condition_effects, standardised
 from llmbrain.reporting._text import shown_tokens
 
 ALPHA = 0.05
+SAME = 0.5  # |r| of two maps that counts as the same component
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Study:
     dense: Mapping[str, Any] | None = None
     pruned: Mapping[str, Any] | None = None
     abilities: pd.DataFrame | None = None
-    lesions: pd.DataFrame | None = None
+    lesions: Any = None
     stability: Any = None
     connectivity: Any = None
     comparison: Mapping[str, Any] | None = None
@@ -105,13 +106,17 @@ class Study:
 
     @cached_property
     def iq(self) -> NDArray[np.float64] | None:
-        """Stability of each network between 0 and 1 (cluster quality Iq), or None."""
-        values = first(self.stability, "iq", "Iq", "iq_", "quality", "stability")
-        if values is None and isinstance(self.stability, (list, tuple, np.ndarray)):
-            values = self.stability
-        if values is None or np.shape(values) != (self.n_networks,):
+        """Stability of each network (cluster quality Iq; nan where it has no stable counterpart), or None."""
+        values = self.stability
+        if not isinstance(values, (list, tuple, np.ndarray)):
+            values = first(self.stability, "iq")
+        centrotypes = None if isinstance(self.stability, (Mapping, pd.DataFrame)) else first(self.stability, "maps")
+        if values is None or self.n_networks == 0:
             return None
-        return np.asarray(values, dtype=float)
+        values = np.asarray(values, dtype=float)
+        if centrotypes is not None and np.shape(centrotypes)[1:] == np.shape(self.networks.maps)[1:]:
+            return _matched(values, np.asarray(centrotypes), np.asarray(self.networks.maps))
+        return values if values.shape == (self.n_networks,) else None
 
     @cached_property
     def lesion_rows(self) -> pd.DataFrame | None:
@@ -121,6 +126,14 @@ class Study:
         from llmbrain.plotting import long_lesions
 
         return long_lesions(self.lesions, self.names)
+
+
+def _matched(iq: NDArray[np.float64], centrotypes: NDArray[Any], maps: NDArray[Any]) -> NDArray[np.float64]:
+    """Iq in the order of the networks: `ica_stability` sorts its clusters, so each is matched by its map."""
+    from llmbrain.decomposition._matching import match_maps
+
+    index, r = match_maps(centrotypes, maps)
+    return np.where((index >= 0) & (np.abs(r) > SAME), iq[index], np.nan)
 
 
 def first(source: Any, *names: str) -> Any:

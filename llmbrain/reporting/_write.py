@@ -30,7 +30,7 @@ def build_report(
     dense: Mapping[str, Any] | None = None,
     pruned: Mapping[str, Any] | None = None,
     abilities: pd.DataFrame | None = None,
-    lesions: pd.DataFrame | None = None,
+    lesions: Any = None,
     stability: Any = None,
     connectivity: Any = None,
     comparison: Mapping[str, Any] | None = None,
@@ -52,9 +52,10 @@ def build_report(
         perplexity, parameters, mlp_neurons, tokens_per_second and more, before and after.
     abilities : DataFrame, optional
         A row an ability, a column a model.
-    lesions : DataFrame, optional
+    lesions : LesionTable or DataFrame, optional
         See `llmbrain.plotting.long_lesions`.
-    stability : array ``(n_networks,)`` or object with ``iq``, optional
+    stability : Stability, or array ``(n_networks,)``, optional
+        What `ica_stability` returned; its centrotypes are matched to the networks.
     connectivity : square array or DataFrame, optional
     comparison : mapping of names to DataFrames, Figures or text, optional
     warnings : sequence of str or warnings, optional

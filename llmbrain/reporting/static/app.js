@@ -3,7 +3,7 @@
 class App {
   constructor() {
     this.source = DATA.source === "server" ? serverSource(DATA) : pageSource(DATA);
-    this.state = { network: 0, layer: 0, neuron: null, run: 0, token: 0, floor: 0, view: "slices", movie: false };
+    this.state = { network: 0, layer: 0, neuron: null, run: 0, token: 0, floor: 2, view: "slices", movie: false };
     this.drawn = Promise.resolve();
     this.wanted = new Set();
     this.anatomy = new Anatomy(DATA.space);
@@ -194,7 +194,7 @@ class App {
     const only = [...changed].every((name) => name === "neuron" || (name === "token" && !state.movie));
     byId("floor-value").textContent = state.floor.toFixed(1);
     byId("layer").value = state.layer;
-    byId("layer-value").textContent = `${state.layer} of ${this.anatomy.layers}`;
+    byId("layer-value").textContent = `${state.layer} (0 to ${this.anatomy.layers - 1})`;
     if (changed.has("token") && only && !changed.has("neuron")) return;
     this.slice.draw(values, limit, floor, state.layer, state.neuron);
     const chosen = state.neuron !== null && state.neuron < this.anatomy.widths[state.layer];

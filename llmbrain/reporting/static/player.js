@@ -138,11 +138,11 @@ class Player {
   }
 
   drawCourse(network, token) {
-    const { context, width, height } = prepare(this.course, 110);
+    const { context, width, height } = prepare(this.course, 124);
     const course = this.courses[network] || new Float32Array(this.n);
     let reach = 2;
     for (const value of course) reach = Math.max(reach, Math.abs(value));
-    const y = (value) => 12 + ((reach - value) / (2 * reach)) * (height - 18);
+    const y = (value) => 26 + ((reach - value) / (2 * reach)) * (height - 28);
     const x = (i) => ((i + 0.5) / this.n) * width;
     this.drawConditions(context, x, width);
     context.strokeStyle = colour.of("--line");
@@ -160,12 +160,12 @@ class Player {
       context.fill();
     }
     context.fillStyle = colour.of("--focus");
-    context.fillRect(x(token) - 1, 10, 2, height - 10);
+    context.fillRect(x(token) - 1, 24, 2, height - 24);
     context.fillStyle = colour.of("--quiet");
     context.font = "10px system-ui, sans-serif";
     context.textAlign = "left";
-    context.fillText(`+${shown(reach, 1)} SD`, 2, 21);
-    context.fillText(`−${shown(reach, 1)} SD`, 2, height - 5);
+    context.fillText(`+${shown(reach, 1)} SD`, 2, 34);
+    context.fillText(`−${shown(reach, 1)} SD`, 2, height - 4);
   }
 
   drawConditions(context, x, width) {
