@@ -1,0 +1,192 @@
+"""What scanning costs: time against the plain forward pass over the same tokens, and memory against their number.
+
+    python benchmarks/scanning.py [--quick]
+
+Both models read the same token ids in the same batches; scan and plain pass take turns, so that a busy machine slows
+both, and the median of the rounds' ratios counts. Two plain passes are timed: the model's body alone (what the scanner
+needs; the stricter reference) and the whole model with its vocabulary projection. The scan includes tokenising, the
+check for values that are not finite, writing to disk with checksums, and all of `llmbrain.scan` besides.
+Memory is the peak resident size of a fresh process, for one and for eight times the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmbrain as lb
+
+RESULTS = Path(__file__).parent / "results" / "scanning.json"
+DATA = Path(os.environ.get("LLMBRAIN_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+WORDS = ["the", "a", "cat", "dog", "little", "girl", "boy", "saw", "big", "red", "ball", "ran", "home", "and", "was"]
+
+
+def stories(n_texts: int) -> tuple[Any, Any, list[str]]:
+    """The 260K-parameter Llama and stories it can read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = DATA / "models" / "stories260K"
+    texts = json.loads((DATA / "corpora" / "tinystories-1000.json").read_text(encoding="utf-8"))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), texts[:n_texts]
+
+
+def random_llama(n_texts: int) -> tuple[Any, Any, list[str]]:
+    """A Llama of 100 million parameters with random weights, and made-up texts of about 250 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        num_key_value_heads=12, max_position_embeddings=512,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    pick = torch.randint(len(WORDS), (n_texts, 300), generator=generator).tolist()
+    length = torch.randint(200, 300, (n_texts,), generator=generator).tolist()
+    texts = [" ".join(WORDS[i] for i in row[:n]) for row, n in zip(pick, length)]
+    return LlamaForCausalLM(config).eval(), word_tokenizer(), texts
+
+
+def word_tokenizer() -> Any:
+    """One token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({word: i + 3 for i, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+MODELS = {"stories260K": stories, "random Llama, 100M": random_llama}
+
+
+def batches_of(ids: list[list[int]], size: int, longest: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The batches that the scanner reads, made beforehand."""
+    blocks = [row[start : start + longest] for row in ids for start in range(0, len(row), longest)]
+    batches = []
+    for start in range(0, len(blocks), size):
+        part = blocks[start : start + size]
+        width = max(len(block) for block in part)
+        batch = torch.tensor([block + [0] * (width - len(block)) for block in part])
+        mask = torch.tensor([[1] * len(block) + [0] * (width - len(block)) for block in part])
+        batches.append((batch, None if bool(mask.all()) else mask))
+    return batches
+
+
+def forward(model: Any, batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> float:
+    """Seconds of a plain pass."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for ids, mask in batches:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return time.perf_counter() - start
+
+
+def timed_scan(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    """Seconds of a scan to disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        lb.scan(model, tokenizer, texts, out=folder)
+        return time.perf_counter() - start
+
+
+def time_ratio(name: str, n_texts: int, rounds: int) -> dict[str, Any]:
+    """Scan over plain pass, taking turns."""
+    model, tokenizer, texts = MODELS[name](n_texts)
+    ids = [tokenizer(text).input_ids for text in texts]
+    batches = batches_of(ids, 8, 512)
+    tokens = sum(map(len, ids))
+    forward(model, batches[:2])
+    timed_scan(model, tokenizer, texts[:16])
+    seconds = []
+    for _ in range(rounds):
+        seconds.append(
+            (forward(model.base_model, batches), forward(model, batches), timed_scan(model, tokenizer, texts))
+        )
+    body, whole, scan = (statistics.median(column) for column in zip(*seconds))
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": tokens,
+        "rounds": rounds,
+        "body_s": body,
+        "whole_model_s": whole,
+        "scan_s": scan,
+        "ratio_to_body": statistics.median(s / b for b, _, s in seconds),
+        "ratio_to_whole_model": statistics.median(s / w for _, w, s in seconds),
+        "ratios_to_body": [s / b for b, _, s in seconds],
+    }
+
+
+def peak_memory(name: str, n_texts: int, to_disk: bool) -> dict[str, Any]:
+    """Peak resident size, in MB, of a fresh process that scans; in MB above what it had before the scan."""
+    command = [sys.executable, __file__, "--child", name, str(n_texts), "disk" if to_disk else "memory"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(name: str, n_texts: int, where: str) -> None:
+    """In the fresh process."""
+    model, tokenizer, texts = MODELS[name](n_texts)
+    texts = [texts[i % len(texts)] for i in range(n_texts)]
+    lb.scan(model, tokenizer, texts[:8])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with tempfile.TemporaryDirectory() as folder:
+        scans = lb.scan(model, tokenizer, texts, out=folder if where == "disk" else None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    tokens = sum(scan.n_tokens for scan in scans)
+    facts = {"model": name, "where": where, "tokens": tokens, "peak_mb": peak, "above_start_mb": peak - before}
+    print(json.dumps(facts))
+
+
+def main() -> None:
+    """Measure, print a table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds; writes nothing")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # texts longer than the context: known
+    if options.child:
+        child(options.child[0], int(options.child[1]), options.child[2])
+        return
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    n_stories, n_random = (200, 8) if options.quick else (500, 24)
+    sizes = {"stories260K": n_stories, "random Llama, 100M": n_random}
+    rounds = 3 if options.quick else 7
+    times = [time_ratio(name, n, rounds) for name, n in sizes.items()]
+    print("| model | tokens | body | whole model | scan | scan / body | scan / whole |")
+    print("|---|---|---|---|---|---|---|")
+    for t in times:
+        print(
+            f"| {t['model']} | {t['tokens']:,} | {t['body_s']:.2f} s | {t['whole_model_s']:.2f} s "
+            f"| {t['scan_s']:.2f} s | {t['ratio_to_body']:.2f} | {t['ratio_to_whole_model']:.2f} |"
+        )
+    if options.quick:
+        return
+    memory = [peak_memory("stories260K", n, where == "disk") for where in ("disk", "memory") for n in (250, 1000, 4000)]
+    print("\n| kept | tokens | peak memory above the start |\n|---|---|---|")
+    for m in memory:
+        kept = "on disk" if m["where"] == "disk" else "in memory"
+        print(f"| {kept} | {m['tokens']:,} | {m['above_start_mb']:.0f} MB |")
+    RESULTS.parent.mkdir(exist_ok=True)
+    facts = {
+        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+        "threads": torch.get_num_threads(), "llmbrain": lb.__version__,
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps({"time": times, "memory": memory, "versions": facts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
