@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 HALF = 127  # codes 1..127 above zero, -1..-127 below: one signed byte
 KNEE = 2.0  # below this |z| the grid is even, above it grows by a fixed factor
-STEPS = (0.05, 0.1, 0.25, 0.5)  # grids near zero, finest first
+STEPS = (0.05, 0.1, 0.25, 0.5, KNEE)  # grids near zero, finest first; with the last, all below the knee becomes 0
 
 
 def codebook(largest: float, step: float) -> NDArray[np.float32]:
@@ -32,6 +32,8 @@ def encode(values: ArrayLike, book: NDArray[np.float32]) -> NDArray[np.int8]:
     values = np.nan_to_num(np.asarray(values, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     borders = (book[1:] + book[:-1]) / 2
     codes = np.searchsorted(borders, np.abs(values).ravel()).reshape(values.shape).astype(np.int8)
+    if book[1] >= KNEE:
+        codes[np.abs(values) < KNEE] = 0  # not rounded up to the knee
     return np.where(values < 0, -codes, codes).astype(np.int8)
 
 
@@ -45,7 +47,7 @@ def blob(codes: NDArray[np.int8]) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(codes).tobytes(), 6)).decode("ascii")
 
 
-def pack_maps(maps: Sequence[ArrayLike] | NDArray[Any], budget: int = 6_500_000) -> dict[str, Any]:
+def pack_maps(maps: Sequence[ArrayLike] | NDArray[Any], budget: int = 7_800_000) -> dict[str, Any]:
     """Pack maps into at most about `budget` characters, as exactly as that allows.
 
     Parameters
@@ -56,7 +58,7 @@ def pack_maps(maps: Sequence[ArrayLike] | NDArray[Any], budget: int = 6_500_000)
 
     Returns
     -------
-    dict with ``book`` (128 numbers), ``blobs`` (one string a map), ``step`` (grid near zero)
+    dict with ``book`` (128 numbers), ``blobs`` (one string a map), ``step`` (distance of values below 2)
     """
     rows = np.asarray(maps)
     largest = float(np.nanmax(np.where(np.isfinite(rows), np.abs(rows), 0))) if rows.size else 1.0

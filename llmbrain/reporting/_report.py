@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ SCRIPTS = ("source.js", "colour.js", "maps.js", "player.js", "app.js")
 _PACKAGE = "llmbrain.reporting"
 
 
+@cache
 def environment() -> jinja2.Environment:
     """Templates of the report; everything is escaped unless it is Markup."""
     env = jinja2.Environment(
@@ -169,7 +171,8 @@ def figure(fig: Any, caption: str = "", label: str = "") -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = _INK.sub("currentColor", text)
     name = html.escape(label or caption or "figure", quote=True)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    least = min(fig.get_figwidth(), 6.5) * 80  # narrower than this its labels cannot be read: it scrolls instead
+    text = text.replace("<svg", f'<svg role="img" aria-label="{name}" style="min-width:{least:.0f}px"', 1)
     template = environment().get_template("figure.html.j2")
     return Markup(template.render(svg=Markup(text), caption=caption))
 

@@ -138,10 +138,12 @@ def summary(study: Study, rows: list[dict[str, Any]]) -> Section:
     return Section("Summary", body, id="summary")
 
 
-def explorer(study: Study) -> Section:
-    """The viewer: maps, text and time courses together."""
+def explorer(study: Study, *, recorded: bool = False) -> Section:
+    """The viewer: maps, text and time courses together; `recorded` where a server can show the scan itself."""
     missing = []
-    if study.networks is None:
+    if study.networks is None and recorded:
+        missing.append("No networks here: this is the recording itself, token by token.")
+    elif study.networks is None:
         missing.append("No networks were given, so there is no map to look at.")
     elif study.space is None:
         missing.append("The networks do not know their layers (no NeuronSpace), so their maps cannot be laid out.")
@@ -149,7 +151,8 @@ def explorer(study: Study) -> Section:
         missing.append("No time courses were given: pass ica=, or networks with time_courses.")
     elif study.networks is not None and not study.runs:
         missing.append("No scans were given that fit the time courses, so the text cannot be shown.")
-    body = fill("viewer.html.j2", missing=missing, show=study.space is not None, text=bool(study.runs))
+    show = study.space is not None or (recorded and study.layout is not None)
+    body = fill("viewer.html.j2", missing=missing, show=show, text=bool(study.runs) or recorded)
     return Section("Networks", body, id="networks")
 
 

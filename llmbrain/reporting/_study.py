@@ -56,6 +56,13 @@ class Study:
         """Where the neurons lie, or None."""
         return None if self.networks is None else getattr(self.networks, "space", None)
 
+    @property
+    def layout(self) -> Any:
+        """What the viewer draws: the space of the networks, else that of the scans."""
+        if self.networks is not None or not self.scans:
+            return self.space
+        return self.scans[0].space
+
     @cached_property
     def profiles(self) -> NDArray[np.int64] | None:
         """Key neurons per layer, ``(n_networks, n_layers)``; None without a space."""

@@ -102,7 +102,9 @@ def viewer_data(study: Study) -> tuple[dict[str, Any], dict[str, str]]:
         packed = pack_maps(study.networks.maps)
         record["space"] = {"widths": list(study.space.widths), "grid": list(study.space.grid)}
         record["maps"] = {"book": packed["book"], "step": packed["step"]}
-        record["cutoffs"] = _cutoffs(study)
+        record["cutoffs"] = cutoffs(study)
+        if packed["step"] > 0.5:
+            study.notes.append("the model is so large that the page holds only map values of |z| of 2 or more")
         record["profiles"] = None if study.profiles is None else study.profiles.tolist()
         blobs.update({f"map-{k}": text for k, text in enumerate(packed["blobs"])})
     if study.courses is not None and study.runs:
@@ -116,7 +118,7 @@ def viewer_data(study: Study) -> tuple[dict[str, Any], dict[str, str]]:
             left -= n
             name = str(getattr(scan, "name", "") or f"run {i}")
             record["runs"].append(
-                {"name": name, "n": n, "of": len(course), "tokens": text[:n], "conditions": _conditions(scan, n)}
+                {"name": name, "n": n, "of": len(course), "tokens": text[:n], "conditions": condition_spans(scan, 0, n)}
             )
             blobs[f"course-{i}"] = blob(encode(course[:n].T, book))
         hidden = len(study.runs) - len(record["runs"])
@@ -129,20 +131,20 @@ def viewer_data(study: Study) -> tuple[dict[str, Any], dict[str, str]]:
     return record, blobs
 
 
-def _cutoffs(study: Study) -> list[list[float | None]]:
+def cutoffs(study: Study) -> list[list[float | None]]:
     """(low, high) of each network; from its mask where it does not say."""
-    cutoffs = getattr(study.networks, "cutoffs", None)
-    if cutoffs is None:
+    known = getattr(study.networks, "cutoffs", None)
+    if known is None:
         threshold = getattr(study.networks, "threshold", None)
         high = float(threshold) if isinstance(threshold, (int, float)) else None
         return [[None if high is None else -high, high]] * study.n_networks
-    return [[float(v) if np.isfinite(v) else None for v in pair] for pair in np.asarray(cutoffs)]
+    return [[float(v) if np.isfinite(v) else None for v in pair] for pair in np.asarray(known)]
 
 
-def _conditions(scan: Any, n: int) -> list[list[Any]]:
-    """Runs of equal condition: ``[first token, last token + 1, condition]``."""
+def condition_spans(scan: Any, start: int, stop: int) -> list[list[Any]]:
+    """Stretches of equal condition, counted from `start`: ``[first token, last token + 1, condition]``."""
     spans: list[list[Any]] = []
-    for i, label in enumerate(labels_of(scan)[:n]):
+    for i, label in enumerate(labels_of(scan)[start:stop]):
         if label is None:
             continue
         if spans and spans[-1][1] == i and spans[-1][2] == label:

@@ -11,7 +11,10 @@ class App {
     this.slice = new Slice(byId("slice"), this.anatomy);
     this.player = byId("text") && DATA.runs.length ? new Player(this) : null;
     this.limit = 1;
-    if (!DATA.names.length) this.state.movie = true;
+    if (!DATA.names.length) {
+      this.state.movie = true; // nothing but the recording itself to show
+      for (const element of document.querySelectorAll(".needs-networks")) element.hidden = true;
+    }
     this.wire();
   }
 
@@ -19,9 +22,16 @@ class App {
   set(changes) {
     const before = { ...this.state };
     Object.assign(this.state, changes);
+    if (changes.network !== undefined && changes.network !== before.network) this.state.layer = this.peak();
     for (const name of Object.keys(changes)) if (before[name] !== this.state[name]) this.wanted.add(name);
     if (!this.wanted.size) return;
     this.drawn = this.drawn.then(() => this.draw()).catch((error) => this.fail(error));
+  }
+
+  // The layer that holds most of the network.
+  peak() {
+    const counts = DATA.profiles?.[this.state.network];
+    return counts ? counts.indexOf(Math.max(...counts)) : this.state.layer;
   }
 
   fail(error) {
@@ -157,7 +167,7 @@ class App {
       await player.load(state.run);
       changed.add("size");
     }
-    if (any("network", "movie") || (state.movie && any("run", "token"))) await this.loadValues();
+    if (any("network", "movie") || (state.movie && any("run", "token", "floor"))) await this.loadValues();
     if (any("network", "movie", "layer", "floor", "view", "token", "neuron", "run")) this.drawMaps(changed);
     if (player && any("network", "run")) player.colourText(state.network);
     if (player && any("network", "run", "token")) {
@@ -169,7 +179,7 @@ class App {
   async loadValues() {
     const { state } = this;
     if (state.movie && this.player) {
-      const volume = await this.source.volume(state.run, state.token);
+      const volume = await this.source.volume(state.run, state.token, state.floor);
       this.values = volume.values;
       this.unit = volume.unit;
       this.limit = volume.scale || 2 * (this.mapLimit || 6);
@@ -214,10 +224,7 @@ class App {
 
   start() {
     document.documentElement.classList.add("js");
-    if (DATA.profiles) {
-      const counts = DATA.profiles[0];
-      this.state.layer = counts.indexOf(Math.max(...counts));
-    }
+    this.state.layer = this.peak();
     this.route();
     this.wanted.add("network").add("run");
     this.redraw();

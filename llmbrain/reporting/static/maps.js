@@ -198,15 +198,15 @@ class Slice {
 
 // Key neurons per layer as small bars; the current layer stands out.
 function drawProfile(canvas, counts, layer) {
-  const { context, width, height } = prepare(canvas, 46);
+  const { context, width, height } = prepare(canvas, 52);
   const top = Math.max(1, ...counts);
   const step = width / counts.length;
   counts.forEach((count, l) => {
-    const tall = (count / top) * (height - 14);
+    const tall = (count / top) * (height - 18);
     context.fillStyle = colour.of(l === layer ? "--focus" : "--bar");
-    context.fillRect(l * step + step * 0.12, height - 12 - tall, step * 0.76, Math.max(tall, count ? 1.5 : 0));
+    context.fillRect(l * step + step * 0.12, height - 16 - tall, step * 0.76, Math.max(tall, count ? 1.5 : 0));
   });
   context.fillStyle = colour.of("--quiet");
   context.font = "10px system-ui, sans-serif";
-  context.fillText(`key neurons per layer (most: ${top.toLocaleString("en")})`, 0, height - 1);
+  context.fillText(`key neurons per layer (most: ${top.toLocaleString("en")})`, 0, height - 4);
 }

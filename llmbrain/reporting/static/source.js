@@ -40,13 +40,13 @@ function pageSource(data) {
     const n = data.runs[run].n;
     return data.names.map((_, k) => flat.subarray(k * n, (k + 1) * n));
   });
-  // The model at one token as its networks explain it: the sum of maps, each times its activity.
-  const volume = async (run, token) => {
+  // The model at one token as its networks explain it: the sum of maps (but what is hidden), each times its activity.
+  const volume = async (run, token, floor) => {
     const activity = (await courses(run)).map((course) => course[token]);
     const sum = new Float32Array(data.space.widths.reduce((a, b) => a + b, 0));
     for (let k = 0; k < activity.length; k++) {
       const bytes = await codes(k);
-      const scaled = mapValues.map((value) => value * activity[k]);
+      const scaled = mapValues.map((value) => (Math.abs(value) < floor ? 0 : value * activity[k]));
       for (let i = 0; i < sum.length; i++) sum[i] += scaled[bytes[i]];
     }
     return { values: sum, unit: "sum" };
