@@ -1,0 +1,75 @@
+"""Noise ceilings: how well one part of the data predicts another, the most that any model can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from llmbrain._validation import InputError
+from llmbrain.comparison.series import standardize
+
+Array = NDArray[np.float64]
+
+
+def noise_ceilings(
+    subjects: ArrayLike, *, n_splits: int = 200, regions: Sequence[str] | None = None, random_state: int = 0
+) -> pd.DataFrame:
+    """Inter-subject correlation and split-half reliability of each region.
+
+    Parameters
+    ----------
+    subjects : array ``(S, T, R)``
+        Filtered alike; standardised here. At least 2 subjects.
+    n_splits : int
+        Random splits into two halves of ``S // 2`` subjects.
+
+    Returns
+    -------
+    DataFrame, one row a region
+        ``isc``: mean correlation of a subject with the mean of the others (lower bound for one subject); ``isc_upper``: the
+        same with a mean that contains the subject; ``split_half``: mean correlation of two halves; ``reliability``: its
+        Spearman-Brown value ``2 r / (1 + r)`` for the mean of the group; ``ceiling``: the square root of that, which a
+        perfect model of the group mean would reach; NaN where the reliability is not above 0.
+    """
+    z = standardize(subjects)
+    if z.ndim != 3 or len(z) < 2:
+        raise InputError(
+            f"subjects of shape {np.shape(subjects)} must be (subjects, volumes, regions), at least 2 subjects"
+        )
+    n_subjects, _, n_regions = z.shape
+    live = np.isfinite(z).all(axis=1)
+    filled = np.nan_to_num(z)
+    total = filled.sum(axis=0)
+    # a dead series of one subject is left out of both the subject's r and the others' mean
+    isc = np.stack([_r(s, total - s) for s in filled])
+    upper = np.stack([_r(s, total) for s in filled])
+    isc[~live], upper[~live] = np.nan, np.nan
+    rng = np.random.default_rng(random_state)
+    half = n_subjects // 2
+    splits = []
+    for _ in range(n_splits):
+        order = rng.permutation(n_subjects)
+        splits.append(_r(filled[order[:half]].sum(axis=0), filled[order[half : 2 * half]].sum(axis=0)))
+    split = _nanmean(np.array(splits))
+    reliability = 2 * split / (1 + split)
+    frame = pd.DataFrame({
+        "region": list(regions) if regions is not None else [f"region{i}" for i in range(n_regions)],
+        "n_subjects": live.sum(axis=0), "isc": _nanmean(isc), "isc_upper": _nanmean(upper), "split_half": split,
+        "reliability": reliability, "ceiling": np.sqrt(np.where(reliability > 0, reliability, np.nan)),
+    })  # fmt: skip
+    return frame
+
+
+def _r(a: Array, b: Array) -> Array:
+    """Correlation of matching columns; NaN where one is constant."""
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    norm = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
+    return np.divide((a * b).sum(axis=0), norm, out=np.full(a.shape[1], np.nan), where=norm > 1e-12)
+
+
+def _nanmean(values: Array) -> Array:
+    count = np.isfinite(values).sum(axis=0)
+    return np.divide(np.nansum(values, axis=0), count, out=np.full(values.shape[1], np.nan), where=count > 0)
