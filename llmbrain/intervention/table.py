@@ -89,8 +89,8 @@ class LesionTable:
                     rows.append((names[a], evaluations[i], names[b], evaluations[j], *pair))
         columns = ["network_a", "evaluation_a", "network_b", "evaluation_b", "aa", "ab", "bb", "ba"]
         frame = pd.DataFrame(rows, columns=columns)
-        values = {column: frame[column].to_numpy(dtype=np.float64) for column in columns[4:]}
-        clear = np.minimum(values["aa"] - values["ba"], values["bb"] - values["ab"])
+        harms = {column: frame[column].to_numpy(dtype=np.float64) for column in columns[4:]}
+        clear = np.minimum(harms["aa"] - harms["ba"], harms["bb"] - harms["ab"])
         return frame.iloc[np.argsort(-clear, kind="stable")].reset_index(drop=True)
 
     def save(self, folder: str | Path) -> Path:

@@ -18,6 +18,8 @@ from llmbrain.space import NeuronSpace
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llmbrain.networks.thresholds import NullNetworks
+
 POLES = ("both", "positive", "negative", "split")
 
 
@@ -80,7 +82,7 @@ class FunctionalNetworks:
     threshold : float or array ``(n_networks, 2)``
         A neuron is in the network if ``|z| > threshold``; or a row of (low, high) a network: ``z < low or z > high``.
     time_courses : array ``(n_tokens, n_networks)`` or list of them, one a run, optional
-    poles : {"both", "positive", "negative", "split"}
+    poles : {"both", "positive", "negative", "split"}, or a sequence of the first three, one a network
         Which side of the map makes the network; "split" makes two networks of every map (names end in + and -).
     names : sequence of str, optional
         Default: IC00, IC01, ...
@@ -93,7 +95,9 @@ class FunctionalNetworks:
     maps : float32 array ``(n_networks, n_neurons)``
     masks : bool array ``(n_networks, n_neurons)``
     cutoffs : float32 array ``(n_networks, 2)``
-        (low, high) of each network, in z.
+        (low, high) of each network, in z; infinite where a side is not used.
+    poles : list of str
+        Side of each network.
     time_courses : list of float32 array ``(n_tokens, n_networks)``
 
     Raises
@@ -116,12 +120,11 @@ class FunctionalNetworks:
         *,
         threshold: float | ArrayLike = 3.6,
         time_courses: ArrayLike | Sequence[ArrayLike] | None = None,
-        poles: str = "both",
+        poles: str | Sequence[str] = "both",
         names: Sequence[str] | None = None,
         standardize: bool = True,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        check_option("poles", poles, POLES)
         values = np.atleast_2d(np.asarray(maps))
         if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiu":
             raise InputError(f"maps of shape {values.shape} must be real numbers (n_networks, n_neurons)")
@@ -131,17 +134,19 @@ class FunctionalNetworks:
         if space is not None and space.n_neurons != values.shape[1]:
             raise InputError(f"maps cover {values.shape[1]} neurons, but space is {space}")
         z = zscore_maps(values) if standardize else values.astype(np.float32)
-        cutoffs = _cutoffs(threshold, len(z), poles)
+        sides = _sides(poles, len(z))
+        cutoffs = _cutoffs(threshold, sides)
         runs = _runs(time_courses, len(z))
         labels = [f"IC{k:02d}" for k in range(len(z))] if names is None else [str(n) for n in names]
         if len(labels) != len(z):
             raise InputError(f"names has {len(labels)} entries for {len(z)} networks")
-        if poles == "split":
+        if len(sides) == 2 * len(z):
             z, runs = np.repeat(z, 2, axis=0), [np.repeat(run, 2, axis=1) for run in runs]
             labels = [label + sign for label in labels for sign in "+-"]
         self.maps: NDArray[np.float32] = z
         self.space = space
         self.cutoffs: NDArray[np.float32] = cutoffs
+        self.poles: list[str] = sides
         self.time_courses: list[NDArray[np.float32]] = runs
         self.names: list[str] = labels
         self.provenance: dict[str, Any] = dict(provenance or {})
@@ -151,6 +156,9 @@ class FunctionalNetworks:
         cls, ica: Any, threshold: float = 3.6, *, poles: str = "both", space: NeuronSpace | None = None
     ) -> FunctionalNetworks:
         """Networks of a fitted `GroupICA`: the neurons whose ``|z|`` in the map over neurons exceeds `threshold`.
+
+        z is over the neurons that the map covers: those that are exactly 0 (masked, or outside the map's layers) count
+        neither for the mean nor for the SD.
 
         Parameters
         ----------
@@ -171,11 +179,12 @@ class FunctionalNetworks:
             if isinstance(value, (bool, int, float, str)):
                 provenance[key.rstrip("_")] = value
         return cls(
-            ica.components_,
+            zscore_maps(ica.components_, skip_zeros=True),
             space if space is not None else getattr(ica, "space_", None),
             threshold=threshold,
             time_courses=getattr(ica, "mixing_", None),
             poles=poles,
+            standardize=False,
             provenance=provenance,
         )
 
@@ -234,6 +243,7 @@ class FunctionalNetworks:
             self.space,
             threshold=self.cutoffs[rows],
             time_courses=[run[:, rows] for run in self.time_courses] or None,
+            poles=[self.poles[k] for k in rows],
             names=[self.names[k] for k in rows],
             standardize=False,
             provenance=self.provenance,
@@ -302,6 +312,43 @@ class FunctionalNetworks:
             )
         return self.space
 
+    def rethreshold(
+        self,
+        method: str = "fixed",
+        *,
+        threshold: float = 3.6,
+        ratio: float = 1.0,
+        probability: float = 0.5,
+        alpha: float = 0.05,
+        null: NullNetworks | None = None,
+    ) -> FunctionalNetworks:
+        """The same maps with other cut-offs; poles, names and time courses stay.
+
+        Parameters
+        ----------
+        method : {"fixed", "auto", "mixture", "fdr", "fwe"}
+            ``|z| > threshold``; the largest ``ratio / n_networks`` share of all ``|z|`` (CanICA's "auto" at ratio 1);
+            Gaussian/gamma mixture with posterior above `probability` (MELODIC); FDR in each map, or FWE over all maps,
+            at `alpha` against `null`. See `llmbrain.networks.thresholds`.
+        null : NullNetworks
+            From `llmbrain.networks.null_networks`, for "fdr" and "fwe".
+        """
+        from llmbrain.networks.thresholds import cutoffs_for
+
+        cutoffs = cutoffs_for(
+            self.maps, method, threshold=threshold, ratio=ratio, probability=probability, alpha=alpha, null=null
+        )
+        return FunctionalNetworks(
+            self.maps,
+            self.space,
+            threshold=cutoffs,
+            time_courses=self.time_courses or None,
+            poles=self.poles,
+            names=self.names,
+            standardize=False,
+            provenance={**self.provenance, "threshold_method": method},
+        )
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -322,23 +369,34 @@ class FunctionalNetworks:
         return f"FunctionalNetworks({len(self)} networks of {self.sizes.min()}-{self.sizes.max()} neurons; {where})"
 
 
-def _cutoffs(threshold: float | ArrayLike, n: int, poles: str) -> NDArray[np.float32]:
-    """(low, high) of each network; "split" gives two rows a map, the positive pole first."""
+def _sides(poles: str | Sequence[str], n: int) -> list[str]:
+    """Side of each network; "split" gives two networks a map, the positive one first."""
+    if isinstance(poles, str):
+        check_option("poles", poles, POLES)
+        return ["positive", "negative"] * n if poles == "split" else [poles] * n
+    sides = [check_option("poles", side, POLES[:3]) for side in poles]
+    if len(sides) != n:
+        raise InputError(f"poles has {len(sides)} entries for {n} networks")
+    return sides
+
+
+def _cutoffs(threshold: float | ArrayLike, sides: list[str]) -> NDArray[np.float32]:
+    """(low, high) of each network, infinite on a side that is not used."""
+    n = len(sides)
     if np.ndim(threshold) == 0:
         high = float(check_range("threshold", threshold, 0))  # type: ignore[arg-type]
         cutoffs = np.tile(np.array([-high, high], dtype=np.float32), (n, 1))
     else:
-        cutoffs = np.asarray(threshold, dtype=np.float32)
+        cutoffs = np.array(threshold, dtype=np.float32)
+        if cutoffs.shape == (n // 2, 2) and sides[:2] == ["positive", "negative"]:
+            cutoffs = np.repeat(cutoffs, 2, axis=0)
         if cutoffs.shape != (n, 2) or np.isnan(cutoffs).any() or (cutoffs[:, 0] > cutoffs[:, 1]).any():
             raise InputError(
-                f"threshold of shape {cutoffs.shape} must be one number, or rows (low <= high), shape {n, 2}"
+                f"threshold of shape {cutoffs.shape} must be one number, or rows (low <= high) of shape ({n}, 2)"
             )
-        cutoffs = cutoffs.copy()
-    positive, negative = cutoffs.copy(), cutoffs.copy()
-    positive[:, 0], negative[:, 1] = -np.inf, np.inf
-    if poles == "split":
-        return np.stack([positive, negative], axis=1).reshape(-1, 2)
-    return {"both": cutoffs, "positive": positive, "negative": negative}[poles]
+    cutoffs[[side == "positive" for side in sides], 0] = -np.inf
+    cutoffs[[side == "negative" for side in sides], 1] = np.inf
+    return cutoffs
 
 
 def _runs(time_courses: ArrayLike | Sequence[ArrayLike] | None, n: int) -> list[NDArray[np.float32]]:

@@ -8,22 +8,26 @@ from numpy.typing import ArrayLike, NDArray
 from llmbrain._validation import InputError, check_option
 
 
-def zscore_maps(maps: ArrayLike) -> NDArray[np.float32]:
+def zscore_maps(maps: ArrayLike, *, skip_zeros: bool = False) -> NDArray[np.float32]:
     """Maps with zero mean and unit SD over neurons; a constant map becomes all zero (no neuron stands out).
 
     Parameters
     ----------
     maps : array ``(n_maps, n_neurons)``
+    skip_zeros : bool
+        Leave out neurons that are exactly 0: an ICA writes 0 where a neuron was masked, or outside a map's layers.
 
     Returns
     -------
     float32 array ``(n_maps, n_neurons)``
     """
-    centred = np.asarray(maps, dtype=np.float64)
-    centred = centred - centred.mean(axis=1, keepdims=True)
-    sd = centred.std(axis=1, keepdims=True)
+    values = np.asarray(maps, dtype=np.float64)
+    used = values != 0 if skip_zeros else np.ones(values.shape, dtype=bool)
+    n = np.maximum(used.sum(axis=1, keepdims=True), 1)
+    centred = np.where(used, values - values.sum(axis=1, keepdims=True, where=used) / n, 0)
+    sd = np.sqrt((centred**2).sum(axis=1, keepdims=True) / n)
     # Rounding leaves a constant map with an SD of the order of the last bit of its mean: that is no spread.
-    spread = sd > 1e-12 * np.abs(np.asarray(maps, dtype=np.float64)).max(axis=1, keepdims=True)
+    spread = sd > 1e-12 * np.abs(values).max(axis=1, keepdims=True)
     return np.divide(centred, sd, out=np.zeros_like(centred), where=spread).astype(np.float32)
 
 

@@ -54,6 +54,7 @@ def save_networks(networks: FunctionalNetworks, folder: str | Path, *, overwrite
         maps_to_nifti(networks.maps, networks.space).to_filename(folder / MAPS)
     record: dict[str, Any] = {
         "names": networks.names,
+        "poles": networks.poles,
         "space": None if networks.space is None else networks.space.to_dict(),
         "n_runs": len(networks.time_courses),
         "provenance": networks.provenance,
@@ -87,7 +88,7 @@ def load_networks(folder: str | Path) -> FunctionalNetworks:
         tensors = load_file(folder / TENSORS)
         space = None if record["space"] is None else NeuronSpace.from_dict(record["space"])
         runs = [tensors[f"time_course_{i}"] for i in range(record["n_runs"])]
-        maps, cutoffs, names = tensors["maps"], tensors["cutoffs"], record["names"]
+        maps, cutoffs, names, poles = tensors["maps"], tensors["cutoffs"], record["names"], record["poles"]
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{folder} is damaged ({type(error).__name__}: {error}): save the networks again") from error
     return FunctionalNetworks(
@@ -95,6 +96,7 @@ def load_networks(folder: str | Path) -> FunctionalNetworks:
         space,
         threshold=cutoffs,
         time_courses=runs or None,
+        poles=poles,
         names=names,
         standardize=False,
         provenance=record.get("provenance"),

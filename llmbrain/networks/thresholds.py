@@ -1,0 +1,289 @@
+"""Where a network ends: cut-offs of z maps, by five methods that can stand side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.networks.measures import overlap_matrix
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from llmbrain.networks.functional import FunctionalNetworks
+
+METHODS = ("fixed", "auto", "mixture", "fdr", "fwe")
+Array = NDArray[np.float64]
+
+
+def cutoffs_for(
+    maps: ArrayLike,
+    method: str = "fixed",
+    *,
+    threshold: float = 3.6,
+    ratio: float = 1.0,
+    probability: float = 0.5,
+    alpha: float = 0.05,
+    null: NullNetworks | None = None,
+) -> NDArray[np.float32]:
+    """(low, high) of each z map, ``(n_maps, 2)``: a neuron is in if ``z < low or z > high``; infinite if none can be.
+
+    Parameters are those of `FunctionalNetworks.rethreshold`.
+
+    References
+    ----------
+    "auto": Varoquaux et al. 2010 (CanICA), as nilearn has it. "mixture": Beckmann and Smith 2004 (MELODIC).
+    """
+    check_option("method", method, METHODS)
+    z = np.atleast_2d(np.asarray(maps, dtype=np.float64))
+    if method == "fixed":
+        high = np.full(len(z), check_range("threshold", threshold, 0))
+    elif method == "auto":
+        check_range("ratio", ratio, 0, open_low=True)
+        keep = ratio / len(z)
+        cut = np.quantile(np.abs(z), 1 - keep) if keep < 1 else 0.0
+        high = np.full(len(z), np.nextafter(np.float32(cut), np.float32(-1)))  # the neuron at the cut is kept, as there
+        high = np.maximum(high, 0)
+    elif method == "mixture":
+        check_range("probability", probability, 0, 1, open_low=True, open_high=True)
+        return np.array([fit_mixture(row).cutoffs(row, probability) for row in z], dtype=np.float32)
+    else:
+        check_range("alpha", alpha, 0, 1, open_low=True, open_high=True)
+        if null is None:
+            raise InputError(f"method={method!r} needs null=: llmbrain.networks.null_networks(scans, n_components)")
+        high = np.array([null.fdr_cutoff(row, alpha) if method == "fdr" else null.fwe_cutoff(alpha) for row in z])
+    return np.stack([-high, high], axis=1).astype(np.float32)
+
+
+def compare_thresholds(networks: FunctionalNetworks, null: NullNetworks | None = None, **options: Any) -> pd.DataFrame:
+    """All methods side by side: network, method, size, share, low, high, and Dice with the network as it is.
+
+    "fdr" and "fwe" are there if `null` is. `options` go to `FunctionalNetworks.rethreshold`.
+    """
+    import pandas as pd
+
+    frames = []
+    for method in METHODS if null is not None else METHODS[:3]:
+        other = networks.rethreshold(method, null=null, **options)
+        rows = other.summary().reset_index()[["network", "size", "share", "low", "high"]]
+        rows.insert(1, "method", method)
+        rows["dice"] = np.diag(overlap_matrix(other.masks, networks.masks))
+        frames.append(rows)
+    return pd.concat(frames, ignore_index=True)
+
+
+# -- Gaussian/gamma mixture --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A Gaussian bulk with a gamma tail on either side.
+
+    Attributes
+    ----------
+    weights : (bulk, positive, negative), summing to 1
+    mean, sd : of the bulk
+    shapes, scales : of the gammas of ``z`` and ``-z``
+    log_likelihood : of the data it was fitted to, natural log
+    n_iter : steps of EM
+    """
+
+    weights: Array
+    mean: float
+    sd: float
+    shapes: Array
+    scales: Array
+    log_likelihood: float
+    n_iter: int
+
+    def posterior(self, z: ArrayLike) -> Array:
+        """Probability of (bulk, positive, negative) for every value; ``(3, n)``."""
+        joint = self._joint(np.asarray(z, dtype=np.float64))
+        return np.exp(joint - np.logaddexp.reduce(joint, axis=0))
+
+    def _joint(self, z: Array) -> Array:
+        from scipy.stats import gamma, norm
+
+        with np.errstate(divide="ignore"):
+            log = np.log(self.weights)
+            tails = [gamma.logpdf(s * z, self.shapes[i], scale=self.scales[i]) for i, s in enumerate((1, -1))]
+            return log[:, None] + np.stack([norm.logpdf(z, self.mean, self.sd), *tails])
+
+    def cutoffs(self, z: ArrayLike, probability: float = 0.5) -> tuple[float, float]:
+        """(low, high) such that beyond them every value of `z` has a posterior above `probability`."""
+        z = np.asarray(z, dtype=np.float64)
+        posterior = self.posterior(z)
+        found = []
+        for side, p in ((1, posterior[1]), (-1, posterior[2])):
+            unsure = side * z[(p <= probability) & (side * z > 0)]
+            sure = side * z[(p > probability) & (side * z > unsure.max(initial=0))]
+            found.append(float(unsure.max(initial=0)) if len(sure) else np.inf)
+        return -found[1], found[0]
+
+
+def fit_mixture(z: ArrayLike, *, max_iter: int = 500, tol: float = 1e-7) -> Mixture:
+    """Fit a Gaussian and two gammas to the values of one map, by expectation-maximisation.
+
+    The gammas are fitted by moments, and the mode of each stays at least one bulk SD from zero: a gamma that explains
+    the middle of the bulk would make everything a network (Beckmann and Smith 2004; Woolrich et al. 2005).
+
+    Parameters
+    ----------
+    z : array ``(n_neurons,)``
+    max_iter, tol : int, float
+        Steps, and the relative change of the mean log likelihood at which to stop.
+    """
+    x = np.asarray(z, dtype=np.float64).ravel()
+    spread = 1.4826 * np.median(np.abs(x - np.median(x)))
+    sd = float(spread if spread > 0 else x.std())
+    if sd == 0:
+        return Mixture(np.array([1.0, 0, 0]), float(x[0]), 1.0, np.full(2, 4.0), np.ones(2), 0.0, 0)
+    state = Mixture(
+        np.array([0.9, 0.05, 0.05]), float(np.median(x)), sd, np.full(2, 9.0), np.full(2, sd / 2.5), -np.inf, 0
+    )
+    for step in range(1, max_iter + 1):
+        joint = state._joint(x)
+        total = np.logaddexp.reduce(joint, axis=0)
+        share = np.exp(joint - total)
+        likelihood = float(total.sum())
+        done = abs(likelihood - state.log_likelihood) < tol * len(x)
+        mass = share.sum(axis=1)
+        mean = float(share[0] @ x / mass[0])
+        sd = max(float(np.sqrt(share[0] @ (x - mean) ** 2 / mass[0])), 1e-6)
+        gammas = [_gamma_moments(side * x, w, sd) for side, w in ((1, share[1]), (-1, share[2]))]
+        shapes, scales = np.array(gammas).T
+        state = Mixture(mass / mass.sum(), mean, sd, shapes, scales, likelihood, step)
+        if done:
+            break
+    return state
+
+
+def _gamma_moments(x: Array, weight: Array, bulk: float) -> tuple[float, float]:
+    """(shape, scale) with the weighted mean and variance of `x`, the mode at least `bulk` from zero."""
+    mass = weight.sum()
+    if mass < 1e-8:
+        return 9.0, bulk / 2.5
+    mean = float(weight @ x / mass)
+    variance = max(float(weight @ (x - mean) ** 2 / mass), 1e-6 * bulk**2)
+    mean = max(mean, 1.5 * bulk)
+    scale = min(variance / mean, mean - bulk)  # the mode is mean - scale
+    return mean / scale, scale
+
+
+# -- networks of nothing -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NullNetworks:
+    """What ``|z|`` looks like in networks of scans whose neurons have nothing to do with each other.
+
+    Attributes
+    ----------
+    maxima : array ``(n_draws,)``
+        Largest ``|z|`` of all maps of each draw.
+    counts : array ``(n_bins,)``
+        Number of ``|z|`` in bins of width `STEP` from 0, all maps and draws together.
+    """
+
+    maxima: Array
+    counts: Array
+
+    STEP = 0.005
+
+    @classmethod
+    def from_maps(cls, draws: Sequence[ArrayLike]) -> NullNetworks:
+        """From the z maps of each draw, ``(n_maps, n_neurons)``."""
+        absolute = [np.abs(np.asarray(maps, dtype=np.float64)) for maps in draws]
+        bins = 1 + int(max(a.max() for a in absolute) / cls.STEP)
+        counts = np.sum(
+            [np.bincount((a.ravel() / cls.STEP).astype(np.int64), minlength=bins) for a in absolute], axis=0
+        )
+        return cls(np.array([a.max() for a in absolute]), counts.astype(np.float64))
+
+    def p_values(self, z: ArrayLike) -> Array:
+        """Share of null values at least as large as ``|z|``, counting the value itself: ``(b + 1) / (n + 1)``."""
+        at_least = np.append(np.cumsum(self.counts[::-1])[::-1], 0)
+        bins = np.minimum((np.abs(np.asarray(z, dtype=np.float64)) / self.STEP).astype(np.int64), len(self.counts))
+        return (at_least[bins] + 1) / (self.counts.sum() + 1)
+
+    def fdr_cutoff(self, z: Array, alpha: float) -> float:
+        """``|z|`` just below the weakest neuron that Benjamini and Hochberg's rule keeps in one map; inf if none."""
+        from scipy.stats import false_discovery_control
+
+        kept = np.abs(z)[false_discovery_control(self.p_values(z)) <= alpha]
+        return float(np.nextafter(np.float32(kept.min()), np.float32(-1))) if len(kept) else np.inf
+
+    def fwe_cutoff(self, alpha: float) -> float:
+        """``|z|`` that the largest of all null maps exceeds in a share `alpha` of draws, ``(b + 1) / (n + 1)``."""
+        allowed = int(np.floor(alpha * (len(self.maxima) + 1) + 1e-9))
+        if allowed < 1:
+            needed = int(np.ceil(1 / alpha)) - 1
+            raise InputError(f"alpha={alpha} needs at least {needed} null draws, null has {len(self.maxima)}")
+        return float(np.sort(self.maxima)[-allowed])
+
+
+def phase_randomise(data: ArrayLike, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Give every neuron random phases of its own: each keeps its spectrum, none knows the others.
+
+    One set of phases for all neurons (the usual choice for time courses) would be no null here: it turns the tokens by
+    an orthogonal matrix, which spatial ICA can not see; the maps would be the same.
+
+    Parameters
+    ----------
+    data : array ``(n_tokens, n_neurons)``
+    """
+    x = np.asarray(data, dtype=np.float64)
+    spectrum = np.fft.rfft(x, axis=0)
+    turn = np.exp(2j * np.pi * rng.random(spectrum.shape))
+    turn[0] = 1  # the mean, and for an even length the highest frequency, must stay real
+    if len(x) % 2 == 0:
+        turn[-1] = np.sign(turn[-1].real)
+    return np.fft.irfft(spectrum * turn, n=len(x), axis=0).astype(np.float32)
+
+
+def null_networks(
+    scans: Any,
+    n_components: int = 20,
+    *,
+    n_draws: int = 20,
+    random_state: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> NullNetworks:
+    """Group ICA of phase-randomised scans, repeated: what networks of unrelated neurons look like.
+
+    Parameters
+    ----------
+    scans : what `GroupICA.fit` takes
+    n_components : int
+        As many as the networks that the null is for.
+    n_draws : int
+        FWE at .05 needs 19.
+    options
+        Go to `GroupICA`; use those of the real decomposition.
+    """
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from tqdm.auto import tqdm
+
+    from llmbrain.decomposition import GroupICA
+    from llmbrain.decomposition._runs import Runs
+    from llmbrain.networks.measures import zscore_maps
+
+    check_range("n_draws", n_draws, 1)
+    runs = Runs(scans)
+    draws = []
+    for draw in tqdm(range(n_draws), desc="null networks", disable=None if progress else True):
+        rng = np.random.default_rng([random_state, draw])
+        ica = GroupICA(n_components, random_state=random_state + draw, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # noise has no components to converge on
+            ica.fit([phase_randomise(run, rng) for run in runs])
+        draws.append(zscore_maps(ica.components_, skip_zeros=True))
+    return NullNetworks.from_maps(draws)
