@@ -1,0 +1,168 @@
+"""Do components come back in other runs? Split halves, against a null of runs without networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.utils import check_random_state
+
+from llmbrain._validation import InputError, check_range
+from llmbrain.decomposition._chunks import workers
+from llmbrain.decomposition._group import Source
+from llmbrain.decomposition._maps import standardize_maps
+from llmbrain.decomposition._matching import correlate_rows, match_maps
+from llmbrain.decomposition._pca import project, whiten
+from llmbrain.decomposition._reduced import estimator, reduced_runs, unmix_once
+from llmbrain.decomposition._runs import Runs
+from llmbrain.decomposition.group_ica import GroupICA
+
+Array = NDArray[np.float64]
+_COLUMNS = 8192  # neurons whose spectra are held at once
+
+
+@dataclass(frozen=True)
+class SplitHalf:
+    """What `split_half` returns.
+
+    Attributes
+    ----------
+    maps : array ``(n_components, n_neurons)``
+        From all runs; the components that `r` is about.
+    r : array ``(n_splits, n_components)``
+        ``|r|`` between the maps of the two halves that match each component.
+    null : array ``(n_null, n_components)``
+        The same for surrogates, mean over splits.
+    p : array ``(n_components,)``
+        ``(b + 1) / (n_null + 1)``, with b the number of surrogates whose **best** component is as reproducible.
+    """
+
+    maps: NDArray[Any]
+    r: Array
+    null: Array
+    p: Array
+
+    @property
+    def reproducibility(self) -> Array:
+        """Mean of `r` over splits; ``(n_components,)``."""
+        return self.r.mean(axis=0)
+
+
+def split_half(
+    scans: Any,
+    n_components: int = 20,
+    *,
+    n_splits: int = 5,
+    n_null: int = 19,
+    random_state: int | np.random.RandomState | None = 0,
+    **options: Any,
+) -> SplitHalf:
+    """Decompose two halves of the runs and compare the maps.
+
+    Parameters
+    ----------
+    scans : sequence of runs
+        At least two; reduced once, and the reduced runs (1.5 `n_components` rows each) stay in memory.
+    n_components : int
+    n_splits : int
+        Random halves.
+    n_null : int
+        Surrogates: every run with the phases of each neuron's time course drawn anew, so that spectra and variances are
+        kept and networks are gone. Each costs as much as the analysis itself; 0 leaves the null out (p is then NaN).
+    random_state : int, RandomState or None
+    **options
+        Further parameters of `GroupICA`.
+
+    Returns
+    -------
+    SplitHalf
+    """
+    check_range("n_splits", n_splits, 1)
+    check_range("n_null", n_null, 0)
+    ica = estimator(n_components, options)
+    source = ica._source(scans, None)
+    reader = source.runs
+    if len(reader) < 2:
+        raise InputError(f"split halves need at least 2 runs, got {len(reader)}")
+    generator = check_random_state(random_state)
+    orders = [generator.permutation(len(reader)) for _ in range(n_splits)]
+    with workers(source.device):
+        maps, r = _halves(ica, source, orders, generator)
+        null = []
+        for _ in range(n_null):
+            surrogate = ica._source([PhaseRandomized(reader, i, generator) for i in range(len(reader))], None)
+            null.append(_halves(ica, surrogate, orders, generator)[1].mean(axis=0))
+    best = np.array([draw.max() for draw in null])
+    p = np.full(n_components, np.nan)
+    if n_null:
+        p = ((best[:, None] >= r.mean(axis=0)).sum(axis=0) + 1) / (n_null + 1)
+    return SplitHalf(maps, r, np.array(null).reshape(n_null, n_components), p)
+
+
+class PhaseRandomized:
+    """A run whose neurons keep their spectra and lose what they have in common; made when read."""
+
+    def __init__(self, reader: Runs, index: int, random_state: np.random.RandomState) -> None:
+        self.reader, self.index = reader, index
+        self.name = f"phase-randomised {reader.name(index)}"
+        self.seed = random_state.randint(2**31 - 1)  # the same surrogate at every reading
+        positions = reader.positions(index)
+        if positions is not None:
+            self.positions = positions
+
+    def data(self) -> NDArray[Any]:
+        """The surrogate, ``(n_tokens, n_neurons)``."""
+        return phase_randomize(self.reader[self.index], np.random.RandomState(self.seed))
+
+
+def phase_randomize(data: ArrayLike, random_state: int | np.random.RandomState | None = 0) -> NDArray[Any]:
+    """Columns of ``(n_tokens, n_neurons)`` with the same spectra and independent random phases.
+
+    The mean and, for an even number of tokens, the highest frequency keep their phase (they are real).
+    """
+    data = np.asarray(data)
+    generator = check_random_state(random_state)
+    out = np.empty_like(data)
+    n_tokens = len(data)
+    for part in _column_blocks(data.shape[1]):
+        spectrum = scipy.fft.rfft(data[:, part], axis=0)
+        free = slice(1, (n_tokens + 1) // 2)
+        angles = generator.uniform(0, 2 * np.pi, size=spectrum[free].shape)
+        spectrum[free] *= np.exp(1j * angles).astype(spectrum.dtype)
+        out[:, part] = scipy.fft.irfft(spectrum, n=n_tokens, axis=0)
+    return out
+
+
+def _column_blocks(n_columns: int) -> Iterator[slice]:
+    return (slice(start, start + _COLUMNS) for start in range(0, n_columns, _COLUMNS))
+
+
+def _halves(
+    ica: GroupICA, source: Source, orders: list[NDArray[np.int64]], random_state: np.random.RandomState
+) -> tuple[NDArray[Any], Array]:
+    """Maps of all runs, and ``|r|`` between the halves of each split, per component."""
+    k = int(ica.n_components)
+    rows, live = [], None
+    for reduced, run in reduced_runs(ica, source, int(np.ceil(1.5 * k))):
+        rows.append(reduced)
+        live = run.live if live is None else live | run.live
+    assert live is not None  # a reader is never empty
+
+    def maps_of(runs: Any) -> NDArray[Any]:
+        n_live = int(live.sum())
+        white = whiten(torch.cat([rows[i] for i in runs]), k, n_samples=n_live).data
+        unmixing, _ = unmix_once(ica, white, n_live, random_state)
+        return standardize_maps(project(torch.from_numpy(unmixing).to(white.device), white), live).cpu().numpy()
+
+    reference = maps_of(range(len(rows)))
+    r = np.empty((len(orders), k))
+    for i, order in enumerate(orders):
+        halves = [maps_of(half) for half in np.array_split(order, 2)]
+        first, second = (half[match_maps(half, reference)[0]] for half in halves)
+        r[i] = np.abs(np.diag(correlate_rows(first, second)))
+    return reference, r
