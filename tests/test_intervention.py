@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import MODELS, VOCAB, tiny
+from tiny_models import MODELS, VOCAB, tiny, tiny_tokenizer
 
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace
 from llmbrain.architectures import anatomy
-from llmbrain.intervention import Heads, amplify, keep_only, lesion
+from llmbrain.intervention import Heads, TokenEvaluation, amplify, keep_only, lesion
+from llmbrain.intervention.evaluations import score_conditions
 
 FAMILIES = [name for name in MODELS if name != "mixtral"]  # a mixture of experts has no single MLP
 IDS = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -281,3 +282,16 @@ def test_bad_input_before_anything_happens(call, message):
     with pytest.raises(InputError, match=message):
         call(model)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_answers_of_different_length_are_scored_alone_as_together():
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    prompts = ["a b", "abc de fg hij", "k", "lm no pq"] * 5
+    answers = ["c", "klm", "l" * 20, "r s"] * 5
+    together = TokenEvaluation.from_answers(tokenizer, prompts, answers, score="loss")
+    keep = np.ones((2, 48), dtype=bool)
+    keep[1, ::3] = False
+    scores = score_conditions(model, keep, {"all": together})["all"]
+    for i in (0, 1, 2, 3):
+        alone = TokenEvaluation.from_answers(tokenizer, [prompts[i]], [answers[i]], score="loss")
+        np.testing.assert_allclose(score_conditions(model, keep, {"one": alone})["one"][:, 0], scores[:, i], rtol=1e-5)

@@ -236,8 +236,8 @@ def _score_tokens(
     lengths = evaluation.read().sum(dim=1)
     for rows in torch.argsort(lengths, stable=True).split(max(min(budget, 8), budget // len(factors))):
         longest = int(lengths[rows].max())
-        cut = TokenEvaluation(evaluation.ids[:, :longest], evaluation.scored[:, :longest], evaluation.score)
-        ids = cut.ids[rows].to(device)
+        cut = TokenEvaluation(evaluation.ids[rows, :longest], evaluation.scored[rows, :longest], evaluation.score)
+        ids = cut.ids.to(device)
         for first in range(0, len(factors), max(1, budget // len(rows))):
             part = slice(first, first + max(1, budget // len(rows)))
             replicas = len(factors[part])
@@ -246,7 +246,7 @@ def _score_tokens(
             logits = getattr(output, "logits", None)
             if logits is None or logits.shape[:2] != (replicas * len(rows), longest):
                 raise InputError(f"model {type(model).__name__} gives no next-token logits: use a causal model")
-            scores[part, rows] = cut.of(logits, rows, replicas).view(replicas, -1).double().cpu()
+            scores[part, rows] = cut.of(logits, torch.arange(len(rows)), replicas).view(replicas, -1).double().cpu()
     return scores.numpy()
 
 
