@@ -293,6 +293,7 @@ def test_bad_segments_are_refused(segments: list[tuple[str, str]]) -> None:
     [
         ([], {}, "texts is empty"),
         (["ab", ""], {}, r"texts\[1\] is an empty text"),
+        (["a\ud800b"], {}, r"texts\[0\] holds half a surrogate pair"),
         (["ab", 3], {}, r"texts\[1\] is a int"),
         (["ab"], {"site": "brain"}, "site='brain' is not known: allowed are 'neuron'"),
         (["ab"], {"site": ()}, "site=None is not known"),

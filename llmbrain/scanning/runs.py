@@ -91,6 +91,10 @@ def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None 
             raise InputError(f"texts[{i}] is a {type(text).__name__}: texts must be strings")
         if not text:
             raise InputError(f"texts[{i}] is an empty text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"texts[{i}] holds half a surrogate pair: it was decoded wrongly") from None
     if n_tokens is not None:
         check_range("n_tokens", n_tokens, 1)
     runs = []

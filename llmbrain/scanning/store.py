@@ -56,6 +56,10 @@ class MemoryShards:
         self.rows = np.asarray(rows)
         self.tensors: dict[int, Mapping[str, Tensor]] = {}
 
+    def name(self, index: int) -> str:
+        """What errors call a shard."""
+        return f"shard {index}"
+
     def write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep a shard."""
         self.tensors[index] = tensors
@@ -185,7 +189,10 @@ class ShardSignals:
             low, high = (int(x) for x in self.shards.rows[first : first + 2])
             part = slice(begin - self.first_row - start, min(high, end) - self.first_row - start)
             tensors = self.shards.read(first, keys, begin - low, min(high, end) - low)
-            for tensor, (a, b) in zip(tensors, pairwise(columns)):
+            for key, tensor, (a, b) in zip(keys, tensors, pairwise(columns)):
+                if tensor.shape != target[part, a:b].shape:
+                    name = self.shards.name(first)
+                    raise CorruptStoreError(f"{name} does not hold what manifest.json says: {key} has another shape")
                 target[part, a:b] = tensor
             begin, first = high, first + 1
         return values
