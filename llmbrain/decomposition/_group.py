@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from llmbrain._validation import InputError
 from llmbrain.decomposition._maps import Regressor
 from llmbrain.decomposition._methods import Algorithm, Unmixed, dictionary_maps
 from llmbrain.decomposition._pca import GroupPCA, gram, pca_of_run, project, symmetric_eigen, whiten
-from llmbrain.decomposition._preprocess import PreparedRun, Preprocessing, prepare
+from llmbrain.decomposition._preprocess import PreparedRun, Preprocessing, Statistics, prepare
 from llmbrain.decomposition._runs import Runs
 
 _SHARE_ROWS = 500  # rows kept between runs when the number of components is not known before the last run
@@ -29,6 +29,7 @@ class Source:
     dtype: torch.dtype
     mask: np.ndarray | None = None
     progress: bool = False
+    _statistics: dict[int, Statistics] = field(default_factory=dict)
 
     def prepared(self, step: str, limit: int | None = None) -> Iterator[PreparedRun]:
         """Yield every run, preprocessed; `step` is what the progress bar says."""
@@ -38,7 +39,8 @@ class Source:
 
             indices = tqdm(indices, desc=step, unit="run")
         for index in indices:
-            data = self.runs[index]
+            known = self._statistics.get(index)
+            data = self.runs.read(index, check=known is None)
             run = prepare(
                 data,
                 self.settings,
@@ -47,7 +49,11 @@ class Source:
                 positions=self.runs.positions(index),
                 neurons=self._neurons(data.shape[1]),
                 name=self.runs.name(index),
+                statistics=known,
             )
+            # what was measured is kept for the next pass, up to the size of one run: memory does not grow with runs
+            if known is None and len(self._statistics) < run.n_tokens // (8 + self.settings.degree):
+                self._statistics[index] = run.statistics
             if not bool(run.live.any()):
                 raise InputError(f"{self.runs.name(index)} has no variance: all its neurons are constant over tokens")
             yield run

@@ -129,7 +129,7 @@ def dictionary_maps(
     side = int(np.ceil(np.sqrt(rows.shape[1])))
     mask = np.zeros(side * side, dtype=np.int8)
     mask[: rows.shape[1]] = 1
-    volume = np.zeros((side * side, k), dtype=np.float32)
+    volume = np.zeros((side * side, k))  # float64: its lasso does not converge on less
     volume[: rows.shape[1]] = rows.T
     image = Nifti1Image(volume.reshape(side, side, 1, k), np.eye(4))
     learner = DictLearning(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmbrain.decomposition._preprocess import PreparedRun
 
 _WIDTH = 1024  # columns of one product in single precision; products are added in double
-_TILE = 128
+_TILE = 64
 _LARGE = 1024  # from here on, products are large enough for the threads of BLAS itself
 
 

@@ -69,46 +69,58 @@ class Preprocessing:
         return 3.0 if self.outliers == "mask" else 10.0
 
 
-class PreparedRun:
-    """A run that is preprocessed block by block when it is read: no second copy of it is ever made.
+@dataclass
+class Statistics:
+    """What preprocessing needs to know of a run, per neuron; small beside the run.
 
     Attributes
     ----------
     keep : bool array (n_tokens,)
         Tokens that are fitted.
     live : bool Tensor (n_neurons,)
-        Neurons that vary over the kept tokens; the others read as 0.
+        Neurons that vary over the kept tokens.
+    scale, offset : Tensor (n_neurons,)
+        A value is multiplied by the scale (0 where a neuron is constant); then the offset, minus the scaled mean, is
+        added.
+    trend : Tensor (degree, n_neurons)
+        Coefficients of the polynomials that are taken out then.
+    limit, shift : Tensor (n_neurons,)
+        Clipping, and the mean after it; empty without it.
     report : dict
         Tokens dropped and masked, values clipped: see ``GroupICA.preprocessing_report_``.
     """
 
-    def __init__(
-        self,
-        source: torch.Tensor,
-        settings: Preprocessing,
-        keep: np.ndarray,
-        device: torch.device,
-        dtype: torch.dtype,
-        neurons: torch.Tensor | None,
-    ) -> None:
-        self.keep, self.device, self.dtype = keep, device, dtype
+    keep: np.ndarray
+    live: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor
+    trend: torch.Tensor
+    limit: torch.Tensor
+    shift: torch.Tensor
+    report: dict[str, Any]
+
+
+class PreparedRun:
+    """A run that is preprocessed block by block when it is read: no second copy of it is ever made.
+
+    Parameters
+    ----------
+    source : Tensor (n_tokens, n_neurons)
+        On the device to compute on.
+    statistics : Statistics
+    dtype : torch.dtype
+        Of what is read.
+    """
+
+    def __init__(self, source: torch.Tensor, statistics: Statistics, dtype: torch.dtype) -> None:
         self.n_tokens, self.n_neurons = source.shape
-        self.report: dict[str, Any] = {}
-        self._source = source.to(device)  # nothing to do on the CPU; one transfer on a GPU
-        self._settings = settings
-        self._kept = _selector(keep, device)
-        self._all_kept = bool(keep.all())
-        # an orthonormal polynomial basis over the kept tokens, continued over the dropped ones
-        self._basis = _polynomials(keep, settings.degree).to(device, dtype) if settings.degree else None
-        self.live = torch.empty(self.n_neurons, dtype=torch.bool, device=device)
-        self._mean, self._scale, self._shift = (
-            torch.empty(self.n_neurons, dtype=dtype, device=device) for _ in range(3)
-        )
-        self._trend = torch.empty((settings.degree, self.n_neurons), dtype=dtype, device=device)
-        self._limit: torch.Tensor | None = None
-        if settings.outliers == "clip":
-            self._limit = torch.empty(self.n_neurons, dtype=dtype, device=device)
-        self._measure(neurons)
+        self.device, self.dtype = source.device, dtype
+        self.statistics = statistics
+        self.keep, self.live, self.report = statistics.keep, statistics.live, statistics.report
+        self._source = source
+        self._kept = _selector(self.keep, self.device)
+        self._all_kept = bool(self.keep.all())
+        self._basis = _polynomials(self.keep, len(statistics.trend)).to(self.device, dtype)
 
     @property
     def n_kept(self) -> int:
@@ -122,14 +134,14 @@ class PreparedRun:
 
     def block(self, columns: slice) -> torch.Tensor:
         """All tokens of some neurons, (n_tokens, n_columns), standardised with the statistics of the kept ones."""
-        y = self._source[:, columns].to(self.dtype) - self._mean[columns]
-        if self._basis is not None:
-            y -= self._basis @ self._trend[:, columns]
-        y *= self._scale[columns]
-        if self._limit is not None:
-            limit = self._limit[columns]
+        known = self.statistics
+        y = torch.addcmul(known.offset[columns], self._source[:, columns].to(self.dtype), known.scale[columns])
+        if known.trend.shape[0]:
+            y.addmm_(self._basis, known.trend[:, columns], alpha=-1)
+        if known.limit.shape[0]:
+            limit = known.limit[columns]
             torch.clamp(y, -limit, limit, out=y)
-            y -= self._shift[columns]
+            y -= known.shift[columns]
         return y
 
     def kept_block(self, columns: slice) -> torch.Tensor:
@@ -144,47 +156,68 @@ class PreparedRun:
         y -= (y.sum(dim=1, keepdim=True, dtype=torch.float64) / int(live.sum())).to(y.dtype)
         return y * live
 
-    def _measure(self, neurons: torch.Tensor | None) -> None:
-        """Statistics over the kept tokens of every neuron."""
-        settings = self._settings
-        # a neuron is constant when its spread is rounding error of its mean
-        rounding = 16 * torch.finfo(self.dtype if self._source.dtype == torch.float64 else torch.float32).eps
 
-        def block(columns: slice) -> torch.Tensor:
-            y = self._source[:, columns].to(self.dtype)
-            kept = y if self._all_kept else y[self._kept]
-            mean = kept.mean(dim=0)
-            kept = kept - mean
-            if self._basis is not None:
-                self._trend[:, columns] = trend = self._basis[self._kept].T @ kept
-                kept -= self._basis[self._kept] @ trend
-            spread = kept.square().mean(dim=0).sqrt_()
-            alive = spread > rounding * mean.abs()
-            if neurons is not None:
-                alive &= neurons[columns]
-            one = torch.ones((), dtype=self.dtype, device=self.device)
-            scale = torch.where(alive, 1 / spread if settings.standardize == "zscore" else one, 0 * one)
-            self.live[columns], self._scale[columns] = alive, scale
-            self._mean[columns] = mean if settings.standardize != "none" else 0
-            if self._limit is None:
-                return torch.empty(0)
-            limit = settings.threshold * spread * scale
-            kept = (kept if settings.standardize != "none" else kept + mean) * scale
-            hit = (kept.abs() > limit).sum(dim=0)
-            self._limit[columns] = limit
-            clipped = torch.clamp(kept, -limit, limit)  # clipping one side moves the mean
-            self._shift[columns] = clipped.mean(dim=0) if settings.standardize != "none" else 0
-            return hit
+def measure(
+    source: torch.Tensor, settings: Preprocessing, keep: np.ndarray, dtype: torch.dtype, neurons: torch.Tensor | None
+) -> Statistics:
+    """`Statistics` of a run over its kept tokens; `neurons` (bool) names those to use."""
+    n_tokens, n_neurons = source.shape
+    device = source.device
+    kept, clips, centres = _selector(keep, device), settings.outliers == "clip", settings.standardize != "none"
 
-        with workers(self.device) as team:
-            counts = torch.cat(list(team.map(block, self.n_neurons, rows=self.n_tokens))).cpu().numpy()
-        if self._limit is not None:
-            worst = np.argsort(-counts, kind="stable")[:10]
-            self.report = {
-                "n_clipped": int(counts.sum()),
-                "n_neurons_clipped": int((counts > 0).sum()),
-                "most_clipped": [(int(unit), int(counts[unit])) for unit in worst if counts[unit]],
-            }
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    known = Statistics(
+        keep=keep,
+        live=torch.empty(n_neurons, dtype=torch.bool, device=device),
+        scale=empty(n_neurons),
+        offset=empty(n_neurons),
+        trend=empty(settings.degree, n_neurons),
+        limit=empty(n_neurons * clips),
+        shift=empty(n_neurons * clips),
+        report={},
+    )
+    basis = _polynomials(keep, settings.degree).to(device, dtype)[kept]
+    # a neuron is constant when its spread is rounding error of its mean
+    rounding = 16 * torch.finfo(dtype if source.dtype == torch.float64 else torch.float32).eps
+
+    def block(columns: slice) -> torch.Tensor:
+        y = source[:, columns].to(dtype)[kept]
+        mean = y.mean(dim=0)
+        y = y - mean
+        if settings.degree:
+            trend = basis.T @ y
+            y -= basis @ trend
+        spread = y.square().mean(dim=0).sqrt_()
+        alive = spread > rounding * mean.abs()
+        if neurons is not None:
+            alive &= neurons[columns]
+        scale = spread.reciprocal() if settings.standardize == "zscore" else torch.ones_like(spread)
+        scale[~alive] = 0
+        known.live[columns], known.scale[columns] = alive, scale
+        known.offset[columns] = -mean * scale if centres else 0
+        if settings.degree:
+            known.trend[:, columns] = trend * scale
+        if not clips:
+            return torch.empty(0)
+        limit = settings.threshold * spread * scale
+        y = (y if centres else y + mean) * scale
+        known.limit[columns] = limit
+        # clipping one side moves the mean
+        known.shift[columns] = torch.clamp(y, -limit, limit).mean(dim=0) if centres else 0
+        return (y.abs() > limit).sum(dim=0)
+
+    with workers(device) as team:
+        counts = torch.cat(list(team.map(block, n_neurons, rows=n_tokens))).cpu().numpy()
+    if clips:
+        worst = np.argsort(-counts, kind="stable")[:10]
+        known.report = {
+            "n_clipped": int(counts.sum()),
+            "n_neurons_clipped": int((counts > 0).sum()),
+            "most_clipped": [(int(unit), int(counts[unit])) for unit in worst if counts[unit]],
+        }
+    return known
 
 
 def _selector(keep: np.ndarray, device: torch.device) -> slice | torch.Tensor:
@@ -218,6 +251,7 @@ def prepare(
     positions: np.ndarray | None = None,
     neurons: torch.Tensor | None = None,
     name: str = "run",
+    statistics: Statistics | None = None,
 ) -> PreparedRun:
     """Preprocess one run; the caller's data are not touched.
 
@@ -232,11 +266,14 @@ def prepare(
         Neurons to use; the others become 0 and count as constant.
     name : str
         What errors call the run.
+    statistics : Statistics, optional
+        Of an earlier reading of the same run: not measured again.
     """
-    device = torch.device(device)
-    source = torch.as_tensor(data)
+    source = torch.as_tensor(data).to(device)
+    if statistics is not None:
+        return PreparedRun(source, statistics, dtype)
     keep = kept_tokens(source.shape[0], settings, positions, name)
-    run = PreparedRun(source, settings, keep, device, dtype, neurons)
+    run = PreparedRun(source, measure(source, settings, keep, dtype, neurons), dtype)
     report = {"n_tokens": int(keep.size), "dropped": np.flatnonzero(~keep).tolist(), "masked": []}
     if settings.outliers == "mask":
         loud = loud_tokens(run, settings.threshold)
@@ -244,8 +281,8 @@ def prepare(
             if (keep & ~loud).sum() < 2 + settings.degree:
                 raise InputError(f"{name}: outliers='mask' at threshold {settings.threshold} leaves too few tokens")
             report["masked"] = np.flatnonzero(loud).tolist()
-            run = PreparedRun(source, settings, keep & ~loud, device, dtype, neurons)
-    run.report = {**report, **run.report}
+            run = PreparedRun(source, measure(source, settings, keep & ~loud, dtype, neurons), dtype)
+    run.report = run.statistics.report = {**report, **run.report}
     return run
 
 
@@ -259,6 +296,8 @@ def loud_tokens(run: PreparedRun, threshold: float) -> np.ndarray:
 
 def _polynomials(keep: np.ndarray, degree: int) -> torch.Tensor:
     """Polynomials of degree 1..`degree` over all tokens, orthonormal and free of the mean over the kept ones."""
+    if not degree:
+        return torch.empty((keep.size, 0))
     time = np.linspace(-1, 1, keep.size)
     vander = np.polynomial.legendre.legvander(time, degree)
     _, triangle = np.linalg.qr(vander[keep])

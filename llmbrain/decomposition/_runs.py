@@ -106,16 +106,21 @@ class Runs(Sequence[np.ndarray]):
         """Where voxels of a brain mask lie, int (n_voxels, 3); None for neurons, whose numbers are one axis."""
         return None if self.mask is None else np.argwhere(self.mask.volume)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            raise TypeError("read one run at a time")
+    def read(self, index: int, *, check: bool = True) -> np.ndarray:
+        """Read one run; `check` looks for values that are not finite."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         data, space = self._read(self._items[index], self.name(index))
         data = _as_float(data, self.name(index))
         self._check_space(index, data.shape[1], space)
-        find_non_finite(data, self.name(index), self.space)
+        if check:
+            find_non_finite(data, self.name(index), self.space)
         return data
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            raise TypeError("read one run at a time")
+        return self.read(index)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
