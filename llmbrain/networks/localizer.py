@@ -1,0 +1,328 @@
+"""The functional localizer: a GLM a neuron (or a network) over the conditions of the text, as it is run on people.
+
+A token is a TR and a neuron answers at once, so a condition is a boxcar over its tokens: there is no haemodynamics. The
+noise is not white, though, and a neuron's series is not normal: significance comes from shifting the conditions in a
+circle against each run, with the largest ``|t|`` of all units, and only the t itself is parametric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.decomposition._runs import Runs
+from llmbrain.networks.functional import FunctionalNetworks
+from llmbrain.space import NeuronSpace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NOISE = ("ols", "ar1")
+PERMUTE = ("shift", "labels")
+CHUNK = 4096  # units fitted at once
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Localizer:
+    """What `localizer` returns; every array is ``(n_contrasts, n_units)``, units being neurons or networks.
+
+    Attributes
+    ----------
+    contrasts : list of str
+    effect : mean over runs, in units of the data
+    t : fixed effects over runs
+    z : t as a standard normal deviate (parametric: for maps, not for decisions)
+    p_fwe : corrected over all units of a contrast, by permutation; nan without permutations
+    null : largest ``|t|`` of each permutation, ``(n_contrasts, n_permutations)``
+    space : NeuronSpace or None
+    names : of the networks; None for neurons
+    """
+
+    contrasts: list[str]
+    effect: Array
+    t: Array
+    z: Array
+    p_fwe: Array
+    null: Array
+    space: NeuronSpace | None = None
+    names: list[str] | None = None
+
+    def threshold(self, alpha: float = 0.05) -> Array:
+        """``|t|`` above which a unit is significant at `alpha`, FWE; inf with too few permutations for it."""
+        n = self.null.shape[1]
+        allowed = int(np.floor(alpha * (n + 1) + 1e-9))
+        if allowed < 1:
+            return np.full(len(self.null), np.inf)
+        return np.sort(self.null, axis=1)[:, -allowed]
+
+    def to_frame(self, alpha: float | None = None) -> pd.DataFrame:
+        """Long table: contrast, layer and neuron (or network), effect, t, z, p_fwe; `alpha` keeps ``p_fwe <= alpha``."""
+        import pandas as pd
+
+        n_units = self.t.shape[1]
+        frame = pd.DataFrame({"contrast": np.repeat(self.contrasts, n_units)})
+        if self.names is not None:
+            frame["network"] = self.names * len(self.contrasts)
+        elif self.space is not None:
+            layer, neuron = self.space.locate(np.arange(n_units))
+            frame["layer"], frame["neuron"] = np.tile(layer, len(self.t)), np.tile(neuron, len(self.t))
+        else:
+            frame["neuron"] = np.tile(np.arange(n_units), len(self.t))
+        for name in ("effect", "t", "z", "p_fwe"):
+            frame[name] = getattr(self, name).ravel()
+        return frame if alpha is None else frame[frame["p_fwe"] <= alpha].reset_index(drop=True)
+
+    def to_networks(self, alpha: float = 0.05, *, poles: str = "positive") -> FunctionalNetworks:
+        """The t maps as networks: the neurons that are significant for each contrast (a localizer's region)."""
+        if self.names is not None:
+            raise InputError("to_networks needs a localizer over neurons, this one is over networks")
+        high = self.threshold(alpha)
+        return FunctionalNetworks(
+            self.t,
+            self.space,
+            threshold=np.stack([-high, high], axis=1),
+            poles=poles,
+            names=self.contrasts,
+            standardize=False,
+            provenance={"estimator": "localizer", "alpha": alpha, "permutations": int(self.null.shape[1])},
+        )
+
+
+def localizer(
+    scans: Sequence[Any],
+    contrasts: Mapping[str, Any] | Sequence[str] | None = None,
+    *,
+    networks: FunctionalNetworks | None = None,
+    noise_model: str = "ols",
+    drift: int = 1,
+    n_permutations: int = 200,
+    permute: str = "shift",
+    min_shift: int = 10,
+    random_state: int = 0,
+) -> Localizer:
+    """Which neurons or networks respond to which condition.
+
+    Parameters
+    ----------
+    scans : list of Scan
+        With events (onset and duration in tokens, trial_type).
+    contrasts : dict of name -> {condition: weight}, or names of conditions; default all
+        A bare name means that condition against the mean of all others.
+    networks : FunctionalNetworks, optional
+        Test the time courses of these (their own if they have as many runs and tokens as the scans, else by dual
+        regression) instead of every neuron.
+    noise_model : {"ols", "ar1"}
+        "ar1" is nilearn's prewhitening; its permutations are slow.
+    drift : int
+        Highest order of the polynomial taken out of every run. The first token of every context block gets a column of
+        its own, where the scan knows positions: it is the attention sink, not a response.
+    n_permutations : int
+        0 for none. The smallest p is ``1 / (n_permutations + 1)``.
+    permute : {"shift", "labels"}
+        Null: conditions are shifted in a circle against each run by at least `min_shift` tokens (keeps the
+        autocorrelation of both), or the events of a run exchange their conditions (block permutation: keeps when events
+        are; right where a response does not outlast its event).
+
+    Returns
+    -------
+    Localizer
+
+    Raises
+    ------
+    InputError
+        If there are no events, a condition is unknown, or no run can estimate a contrast.
+    """
+    check_option("noise_model", noise_model, NOISE)
+    check_option("permute", permute, PERMUTE)
+    check_range("n_permutations", n_permutations, 0)
+    check_range("drift", drift, 0)
+    check_range("min_shift", min_shift, 1)
+    scans = [scans] if hasattr(scans, "events") else list(scans)
+    conditions = _conditions(scans)
+    weights = contrast_weights(conditions, contrasts)
+    data, space = _series(scans, networks)
+    designs = [_Design(scan, conditions, drift) for scan in scans]
+    for i, (design, run) in enumerate(zip(designs, data)):
+        if len(run) != design.n_tokens:
+            raise InputError(f"run {i} has {design.n_tokens} tokens, but its series {len(run)}")
+    n_runs = np.array([sum(d.estimable(d.boxcars, w) for d in designs) for w in weights.values()])
+    for name, n in zip(weights, n_runs):
+        if not n:
+            raise InputError(
+                f"contrasts[{name!r}] can not be estimated in any run: its conditions are missing, or have no baseline"
+            )
+    rngs = [np.random.default_rng([random_state, i]) for i in range(n_permutations)]
+    plans = [[d.permuted(rng, permute, int(min_shift)) for d in designs] for rng in rngs]
+    observed = [d.boxcars for d in designs]
+    fit = _fixed_effects(data, designs, observed, weights, noise_model)
+    null = np.empty((len(weights), n_permutations))
+    for i, plan in enumerate(plans):
+        null[:, i] = np.abs(_fixed_effects(data, designs, plan, weights, noise_model)[1]).max(axis=1)
+    effect, t, dof = fit
+    beaten = [(np.searchsorted(np.sort(row), np.abs(ts) * (1 - 1e-9))) for row, ts in zip(null, t)]
+    reached = n_permutations - np.array(beaten) if n_permutations else np.full(t.shape, np.nan)
+    return Localizer(
+        list(weights),
+        effect / n_runs[:, None],
+        t,
+        _t_to_z(t, dof),
+        (reached + 1) / (n_permutations + 1),
+        null,
+        None if networks is not None else space,
+        None if networks is None else networks.names,
+    )
+
+
+def contrast_weights(
+    conditions: Sequence[str], contrasts: Mapping[str, Any] | Sequence[str] | None
+) -> dict[str, Array]:
+    """Weights over `conditions` of each contrast; see `localizer`."""
+    named = dict(contrasts) if isinstance(contrasts, Mapping) else {c: c for c in (contrasts or conditions)}
+    weights: dict[str, Array] = {}
+    for name, what in named.items():
+        if isinstance(what, str):
+            check_option(f"contrasts[{name!r}]: condition", what, conditions)
+            others = max(len(conditions) - 1, 1)
+            what = {c: 1.0 if c == what else -1 / others for c in conditions}
+        if not isinstance(what, Mapping) or not any(what.values()):
+            raise InputError(f"contrasts[{name!r}]={what!r} must be a condition or a dict of condition -> weight")
+        for condition in what:
+            check_option(f"contrasts[{name!r}]: condition", condition, conditions)
+        weights[str(name)] = np.array([float(what.get(c, 0)) for c in conditions])
+    return weights
+
+
+def time_courses_of(networks: FunctionalNetworks, scans: Sequence[Any]) -> Sequence[NDArray[Any]]:
+    """The networks' own time courses if they fit the scans token by token, else by dual regression."""
+    if [len(course) for course in networks.time_courses] == [int(scan.n_tokens) for scan in scans]:
+        return networks.time_courses
+    from llmbrain.decomposition import dual_regression
+
+    return dual_regression(networks.maps, scans).time_courses
+
+
+def _conditions(scans: Sequence[Any]) -> list[str]:
+    found = sorted({str(kind) for scan in scans for kind in getattr(scan, "events", {"trial_type": []})["trial_type"]})
+    if not found:
+        raise InputError("scans have no events: a localizer needs texts with conditions (see Stimulus)")
+    return found
+
+
+def _series(
+    scans: Sequence[Any], networks: FunctionalNetworks | None
+) -> tuple[Sequence[NDArray[Any]], NeuronSpace | None]:
+    if networks is None:
+        runs = Runs(scans)
+        data = list(runs)
+        return data, runs.space
+    return time_courses_of(networks, scans), None
+
+
+class _Design:
+    """Conditions and nuisance of one run."""
+
+    def __init__(self, scan: Any, conditions: Sequence[str], drift: int) -> None:
+        self.n_tokens = int(scan.n_tokens)
+        self.conditions = list(conditions)
+        self.onsets = np.asarray(scan.events["onset"], dtype=float)
+        self.durations = np.asarray(scan.events["duration"], dtype=float)
+        self.kinds = np.array([self.conditions.index(str(k)) for k in scan.events["trial_type"]], dtype=int)
+        self.boxcars = self.boxcars_of(self.kinds)
+        ramp = np.linspace(-1, 1, self.n_tokens)
+        nuisance = [ramp**order for order in range(drift + 1)]
+        starts = np.asarray(getattr(scan, "positions", np.arange(self.n_tokens))) == 0
+        self.nuisance = np.column_stack([*nuisance, starts.astype(float)])
+
+    def boxcars_of(self, kinds: NDArray[np.int64]) -> Array:
+        """1 where a condition is on; ``(n_tokens, n_conditions)``."""
+        token = np.arange(self.n_tokens)[:, None]
+        on = (token >= self.onsets) & (token < self.onsets + self.durations)
+        columns = [on[:, kinds == k].any(axis=1) for k in range(len(self.conditions))]
+        return np.column_stack(columns).astype(float)
+
+    def permuted(self, rng: np.random.Generator, how: str, min_shift: int) -> Array:
+        """Boxcars of one draw of the null."""
+        if how == "labels":
+            return self.boxcars_of(rng.permutation(self.kinds))
+        if self.n_tokens <= 2 * min_shift:
+            raise InputError(f"a run of {self.n_tokens} tokens is too short for min_shift={min_shift}")
+        return np.roll(self.boxcars, int(rng.integers(min_shift, self.n_tokens - min_shift + 1)), axis=0)
+
+    def matrix(self, boxcars: Array) -> Array:
+        """The whole design matrix, conditions first."""
+        return np.column_stack([boxcars, self.nuisance])
+
+    def estimable(self, boxcars: Array, weights: Array) -> bool:
+        """Whether the run tells anything about the contrast: it must lie in the row space of the design."""
+        if not boxcars[:, weights != 0].any(axis=0).all():
+            return False
+        x = self.matrix(boxcars)
+        full = np.append(weights, np.zeros(self.nuisance.shape[1]))
+        return bool(np.allclose(full @ np.linalg.pinv(x) @ x, full, atol=1e-6))
+
+
+def _fixed_effects(
+    data: Sequence[NDArray[Any]],
+    designs: Sequence[_Design],
+    boxcars: Sequence[Array],
+    weights: Mapping[str, Array],
+    noise_model: str,
+) -> tuple[Array, Array, Array]:
+    """Effect and variance summed over runs, as nilearn adds contrasts; returns effect, t and degrees of freedom."""
+    n_units = data[0].shape[1]
+    effect, variance = np.zeros((len(weights), n_units)), np.zeros((len(weights), n_units))
+    dof = np.zeros(len(weights))
+    for run, design, columns in zip(data, designs, boxcars):
+        use = [i for i, w in enumerate(weights.values()) if design.estimable(columns, w)]
+        if not use:
+            continue
+        x = design.matrix(columns)
+        rows = np.array([np.append(w, np.zeros(x.shape[1] - len(w))) for w in weights.values()])[use]
+        for first in range(0, n_units, CHUNK):
+            part = slice(first, first + CHUNK)
+            y = np.asarray(run[:, part], dtype=np.float64)
+            e, v, df = (_ols if noise_model == "ols" else _ar1)(y, x, rows)
+            effect[use, part] += e
+            variance[use, part] += v
+        dof[use] += df
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t = np.where(variance > 0, effect / np.sqrt(variance), 0)
+    return effect, t, dof
+
+
+def _ols(y: Array, x: Array, rows: Array) -> tuple[Array, Array, float]:
+    pinv = np.linalg.pinv(x)
+    beta = pinv @ y
+    df = float(len(x) - np.linalg.matrix_rank(x))
+    # |residual|^2 = |y|^2 - |fit|^2; a silent neuron leaves rounding only, and gets no variance.
+    total = np.einsum("tv,tv->v", y, y)
+    residual = total - np.einsum("pv,pv->v", beta, x.T @ y)
+    sigma2 = np.where(residual > 1e-10 * total, residual, 0) / df
+    return rows @ beta, np.einsum("cp,pq,cq->c", rows, pinv @ pinv.T, rows)[:, None] * sigma2, df
+
+
+def _ar1(y: Array, x: Array, rows: Array) -> tuple[Array, Array, float]:
+    from nilearn.glm.contrasts import compute_contrast
+    from nilearn.glm.first_level import run_glm
+
+    labels, results = run_glm(y, x, noise_model="ar1")
+    fits = [compute_contrast(labels, results, row, stat_type="t") for row in rows]
+    effect = np.stack([np.ravel(f.effect) for f in fits])
+    variance = np.stack([np.ravel(f.variance) for f in fits])
+    return effect, variance, float(len(x) - np.linalg.matrix_rank(x))
+
+
+def _t_to_z(t: ArrayLike, dof: Array) -> Array:
+    from scipy.stats import norm
+    from scipy.stats import t as student
+
+    t = np.asarray(t, dtype=np.float64)
+    # By the tail, so that large values stay finite and exact.
+    z = norm.isf(student.sf(np.abs(t), np.maximum(dof, 1)[:, None]))
+    return np.sign(t) * np.minimum(z, np.abs(t))

@@ -1,0 +1,158 @@
+"""What a network is about, in a form a person can read: the tokens that drive it, its conditions, its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmbrain._validation import InputError, check_range
+from llmbrain.networks.functional import FunctionalNetworks
+from llmbrain.networks.localizer import Localizer, time_courses_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def top_tokens(
+    networks: FunctionalNetworks,
+    k: int | str,
+    scans: Sequence[Any],
+    n: int = 10,
+    *,
+    context: int = 8,
+    distance: int = 8,
+    sign: int = 1,
+) -> pd.DataFrame:
+    """The tokens at which network `k` is most active, with their context.
+
+    Parameters
+    ----------
+    networks : FunctionalNetworks
+    k : int or str
+    scans : list of Scan
+        Their tokens are shown; time courses are the networks' own if they fit, else by dual regression.
+    n : int
+        How many.
+    context : int
+        Tokens shown on either side.
+    distance : int
+        Two tokens of one run are at least so far apart.
+    sign : {1, -1}
+        Most active, or most suppressed.
+
+    Returns
+    -------
+    DataFrame
+        run, position (token in the run), value (SD from the mean over all runs), token, before, after, condition (None
+        where no event is on).
+    """
+    import pandas as pd
+
+    check_range("n", n, 1)
+    index = networks[k].index
+    courses = time_courses_of(networks, scans)
+    joined = np.concatenate([course[:, index] for course in courses])
+    spread = joined.std()
+    values = (joined - joined.mean()) / (spread if spread > 0 else 1)
+    run_of = np.repeat(np.arange(len(courses)), [len(c) for c in courses])
+    start = np.cumsum([0, *(len(c) for c in courses)])
+    rows: list[dict[str, Any]] = []
+    for i in np.argsort(-sign * values, kind="stable"):
+        run = int(run_of[i])
+        at = int(i - start[run])
+        if any(r["run"] == run and abs(r["position"] - at) < distance for r in rows):
+            continue
+        tokens = list(scans[run].tokens)
+        rows.append(
+            {
+                "run": run,
+                "position": at,
+                "value": float(values[i]),
+                "token": tokens[at],
+                "before": "".join(tokens[max(0, at - context) : at]),
+                "after": "".join(tokens[at + 1 : at + 1 + context]),
+                "condition": _condition_at(scans[run], at),
+            }
+        )
+        if len(rows) == n:
+            break
+    return pd.DataFrame(rows)
+
+
+def describe(
+    networks: FunctionalNetworks,
+    scans: Sequence[Any] | None = None,
+    *,
+    localizer: Localizer | None = None,
+    stability: pd.DataFrame | None = None,
+    n_tokens: int = 5,
+    alpha: float = 0.05,
+) -> pd.DataFrame:
+    """One readable row a network: size, layers, condition, tokens, stability.
+
+    Parameters
+    ----------
+    scans : list of Scan, optional
+        For the tokens.
+    localizer : Localizer, optional
+        Over these networks; the contrast with the largest ``|t|`` is named, where ``p_fwe <= alpha``.
+    stability : DataFrame, optional
+        From `match_networks` or `split_half` with these networks as `a`: the ``|r|`` of each network's partner.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by network name: size, share, layers (text: where 80 % of its neurons are), then, for what was given,
+        condition, t, p_fwe, tokens, r.
+    """
+    import pandas as pd
+
+    rows = []
+    for k, network in enumerate(networks):
+        row: dict[str, Any] = {
+            "network": network.name,
+            "size": network.size,
+            "share": network.size / networks.n_neurons,
+        }
+        if networks.space is not None:
+            row["layers"] = _layers(networks.space.layer_of[network.mask], networks.space.n_layers)
+        if localizer is not None:
+            if localizer.names != networks.names:
+                raise InputError("localizer is not over these networks: pass networks= to localizer()")
+            best = int(np.argmax(np.abs(localizer.t[:, k])))
+            p = float(localizer.p_fwe[best, k])
+            sign = "" if localizer.t[best, k] > 0 else "not "
+            row["condition"] = sign + localizer.contrasts[best] if p <= alpha else ""
+            row |= {"t": float(localizer.t[best, k]), "p_fwe": p}
+        if scans is not None:
+            found = top_tokens(networks, k, scans, n=4 * n_tokens)["token"]
+            row["tokens"] = " ".join(repr(t) for t in list(dict.fromkeys(found))[:n_tokens])
+        if stability is not None:
+            r = stability.loc[stability["network_a"] == k, "r"]
+            row["r"] = float(abs(r.iloc[0])) if len(r) else np.nan
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("network")
+
+
+def _condition_at(scan: Any, token: int) -> str | None:
+    events = scan.events
+    on = (events["onset"] <= token) & (token < events["onset"] + events["duration"])
+    kinds = list(dict.fromkeys(events["trial_type"][on].astype(str)))
+    return "+".join(kinds) if kinds else None
+
+
+def _layers(layers: NDArray[np.int64], n_layers: int) -> str:
+    """The fewest consecutive layers that hold 80 % of the neurons, as text."""
+    if not len(layers):
+        return ""
+    counts = np.bincount(layers, minlength=n_layers)
+    total = np.concatenate([[0], np.cumsum(counts)])
+    for width in range(1, n_layers + 1):
+        held = total[width:] - total[:-width]
+        if held.max() >= 0.8 * len(layers):
+            first = int(held.argmax())
+            return str(first) if width == 1 else f"{first}-{first + width - 1}"
+    return f"0-{n_layers - 1}"
