@@ -9,7 +9,9 @@ tool that drops extensions does not lose it.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +133,16 @@ def read_nifti(image: Any, space: NeuronSpace | None = None) -> tuple[NDArray[np
         raise InputError(
             f"{name} has shape {loaded.shape}, but its space needs {space.shape} and at most one more axis"
         )
-    if len(loaded.shape) == 3:
-        return space.from_volume(np.asarray(loaded.dataobj, dtype=np.float32)), space
-    values = np.empty((loaded.shape[3], space.n_neurons), dtype=np.float32)
-    for start in range(0, len(values), _BLOCK):
-        block = np.asarray(loaded.dataobj[..., start : start + _BLOCK], dtype=np.float32)
-        values[start : start + _BLOCK] = space.from_volume(block)
+    with _readable(name):
+        if len(loaded.shape) == 3:
+            return space.from_volume(np.asarray(loaded.dataobj, dtype=np.float32)), space
+        # A compressed file can only be read from its start: once, not once a block.
+        whole = path is not None and path.suffix == ".gz"
+        data = np.asarray(loaded.dataobj) if whole else loaded.dataobj
+        values = np.empty((loaded.shape[3], space.n_neurons), dtype=np.float32)
+        for start in range(0, len(values), _BLOCK):
+            block = np.asarray(data[..., start : start + _BLOCK], dtype=np.float32)
+            values[start : start + _BLOCK] = space.from_volume(block)
     return values, space
 
 
@@ -194,17 +200,30 @@ def _small(pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What nibabel raises on a file that is no image, or was cut short, as one clear error."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise InputError(f"{name} is not a NIfTI image, or was truncated: {error}") from None
+
+
 def _load(image: Any) -> tuple[Any, Path | None]:
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
     from nibabel.nifti1 import Nifti1Pair
 
     if isinstance(image, (str, Path)):
         path = Path(image)
-        try:
+        with _readable(str(path)):
             loaded = nibabel.load(path)
-        except ImageFileError as error:
-            raise InputError(f"{path} is not a NIfTI image: {error}") from None
     else:
         loaded = image
         file = image.get_filename() if hasattr(image, "get_filename") else None
