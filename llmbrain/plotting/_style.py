@@ -27,9 +27,8 @@ def diverging() -> Colormap:
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = ["#08306b", "#1f6fb5", "#8ec0e4", "#f6f6f4", "#f5b98b", "#d1611a", "#6b2400"]
-    cmap = LinearSegmentedColormap.from_list("llmbrain", colours)
-    cmap.set_bad("#8a97a3", alpha=0.25)  # padding, not a value
-    return cmap
+    # grey: padding, not a value
+    return LinearSegmentedColormap.from_list("llmbrain", colours).with_extremes(bad="#8a97a340")
 
 
 def centred(values: ArrayLike, vmax: float | None = None) -> Normalize:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -170,6 +171,8 @@ def figure(fig: Any, caption: str = "", label: str = "") -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = _INK.sub("currentColor", text)
+    own = f"f{zlib.crc32(text.encode()):08x}-"  # ids of two figures in one page must differ
+    text = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{own}", text)
     name = html.escape(label or caption or "figure", quote=True)
     least = min(fig.get_figwidth(), 6.5) * 80  # narrower than this its labels cannot be read: it scrolls instead
     text = text.replace("<svg", f'<svg role="img" aria-label="{name}" style="min-width:{least:.0f}px"', 1)
