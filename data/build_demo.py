@@ -27,7 +27,7 @@ from llmbrain.datasets.scoring import score_examples
 
 WINDOWS = (64, 128, 256)  # tokens in a training window; a step uses one length
 WINDOW_SHARES = (0.5, 0.3, 0.2)
-STEP_TOKENS = 6144
+STEP_TOKENS = 4096
 PEAK_RATE, FINAL_RATE, WARMUP = 3e-3, 3e-5, 150
 PROMPT_WEIGHT = 0.1  # of the loss on prompt tokens; answer tokens weigh 1
 FLOOR = 0.1  # the share of an ability that makes no errors, relative to one that is always wrong
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo", help="folder to write")
     parser.add_argument("--state", type=Path, help="where the resumable state goes (default: OUT/state.tmp)")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)

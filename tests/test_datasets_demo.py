@@ -43,8 +43,7 @@ def solve(line: Example) -> str:
             left = shorter
         return left[::-1].translate(str.maketrans("([{", ")]}"))
     if line.ability == "recall":
-        asked = prompt[-2]
-        return re.search(asked + r"(\d)", prompt).group(1)
+        return re.search(rf"(\d){prompt[-1]}", prompt).group(1)
     if line.ability == "agreement":
         return "are" if prompt.split()[1] not in NOUNS else "is"
     if line.ability == "shift":
@@ -127,7 +126,7 @@ def test_events_meet_their_tokens(demo, split, design):
                 piece = before + piece
             assert piece.count("\n") == (3 if design == "block" else 1)
             for line in piece.splitlines():
-                answer = line[line.rindex(" ") + 1 :] if ability == "agreement" else line.split("=")[1]
+                answer = {"agreement": line.split(" ")[-1], "recall": line[-1]}.get(ability) or line.split("=")[1]
                 prompt = line[: len(line) - len(answer)]
                 assert solve(Example(ability, prompt, answer, "")) == answer
                 if ability in ("reversal", "shift"):

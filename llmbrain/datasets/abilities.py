@@ -115,12 +115,12 @@ def _brackets(rng: random.Random) -> Example:
 
 
 def _recall(rng: random.Random) -> Example:
-    """2 or 3 letters from a to h, each with a digit; then one of the letters again: ``f4 a9 c2 ?a=9``."""
+    """2 or 3 letters from a to h, each after its digit; then one of the letters again: ``4f 9a 2c ?a9``."""
     names = rng.sample(LETTERS[:8], rng.randint(2, 3))
     values = [str(rng.randrange(10)) for _ in names]
     asked = rng.randrange(len(names))
-    pairs = " ".join(name + value for name, value in zip(names, values))
-    return Example("recall", f"{pairs} ?{names[asked]}=", values[asked], f"{pairs} ?{names[asked]}")
+    prompt = " ".join(value + name for name, value in zip(names, values)) + f" ?{names[asked]}"
+    return Example("recall", prompt, values[asked], prompt)
 
 
 def _agreement(rng: random.Random) -> Example:
