@@ -62,7 +62,7 @@ class Localizer:
         return np.sort(self.null, axis=1)[:, -allowed]
 
     def to_frame(self, alpha: float | None = None) -> pd.DataFrame:
-        """Long table: contrast, layer and neuron (or network), effect, t, z, p_fwe; `alpha` keeps ``p_fwe <= alpha``."""
+        """Long table: contrast, layer and neuron (or network), effect, t, z, p_fwe; `alpha`: what is significant."""
         import pandas as pd
 
         n_units = self.t.shape[1]
