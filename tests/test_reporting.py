@@ -375,8 +375,8 @@ def test_condition_effects_equal_a_plain_loop() -> None:
 
 def test_condition_effects_find_what_is_there_and_hold_their_error() -> None:
     rng = np.random.default_rng(3)
-    events = pd.DataFrame({"onset": np.arange(0, 300, 30), "duration": 30,
-                           "trial_type": rng.permutation(["a", "b", "c", "a", "b", "c", "a", "b", "c", "a"])})  # fmt: skip
+    order = rng.permutation(list("abcabcabca"))
+    events = pd.DataFrame({"onset": np.arange(0, 300, 30), "duration": 30, "trial_type": order})
     scan = SimpleNamespace(n_tokens=300, events=events)
     found = 0
     for _ in range(100):
