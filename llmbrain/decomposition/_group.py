@@ -39,24 +39,27 @@ class Source:
 
             indices = tqdm(indices, desc=step, unit="run")
         for index in indices:
-            known = self._statistics.get(index)
-            data = self.runs.read(index, check=known is None)
-            run = prepare(
-                data,
-                self.settings,
-                device=self.device,
-                dtype=self.dtype,
-                positions=self.runs.positions(index),
-                neurons=self._neurons(data.shape[1]),
-                name=self.runs.name(index),
-                statistics=known,
-            )
-            # what was measured is kept for the next pass, up to the size of one run: memory does not grow with runs
-            if known is None and len(self._statistics) < run.n_tokens // (8 + self.settings.degree):
-                self._statistics[index] = run.statistics
-            if not bool(run.live.any()):
-                raise InputError(f"{self.runs.name(index)} has no variance: all its neurons are constant over tokens")
-            yield run
+            yield self._read(index)  # no name here keeps the last run in memory while the next is read
+
+    def _read(self, index: int) -> PreparedRun:
+        known = self._statistics.get(index)
+        data = self.runs.read(index, check=known is None)
+        run = prepare(
+            data,
+            self.settings,
+            device=self.device,
+            dtype=self.dtype,
+            positions=self.runs.positions(index),
+            neurons=self._neurons(data.shape[1]),
+            name=self.runs.name(index),
+            statistics=known,
+        )
+        if not bool(run.live.any()):
+            raise InputError(f"{self.runs.name(index)} has no variance: all its neurons are constant over tokens")
+        # what was measured is kept for the next pass, up to the size of one run: memory does not grow with runs
+        if known is None and len(self._statistics) < run.n_tokens // (8 + self.settings.degree):
+            self._statistics[index] = run.statistics
+        return run
 
     def _neurons(self, n_neurons: int) -> torch.Tensor | None:
         if self.mask is None:
@@ -168,6 +171,7 @@ def reduce_runs(source: Source, windows: list[Window], run_components: int | Non
             if cca:
                 rows = rows / pca.eigenvalues[: len(rows)].sqrt()[:, None].to(rows.dtype)
             stacks[i].add(rows)
+        del run  # before the next is read
     assert live is not None  # Runs is never empty
     for window in windows:
         width = window.columns.stop - window.columns.start
@@ -237,4 +241,5 @@ def regress(
             shared = (found * products)[kept].sum(dim=0)
             joint += float(shared.sum())
             alone.append(2 * shared - found[kept].square().sum(dim=0) * regressor.gram.diagonal())
+        del run  # before the next is read
         yield torch.cat(courses, dim=1).cpu().numpy(), torch.cat(alone).cpu().numpy(), joint
