@@ -16,10 +16,13 @@ from scipy.special import ndtri, stdtr
 
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.decomposition._chunks import Workers, workers
+from llmbrain.decomposition._dualreg_files import FolderStore, MemoryStore, fingerprint
 from llmbrain.decomposition._preprocess import Preprocessing, kept_tokens
 from llmbrain.decomposition._runs import Runs
+from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
 
 if TYPE_CHECKING:
+    from llmbrain.decomposition.permutation import PermutationTest
     from llmbrain.space import NeuronSpace
 
 # Below this share of a neuron's variance a residual is rounding: the neuron counts as fitted to this precision.
@@ -41,6 +44,8 @@ class DualRegression:
     names : list of str
         One a run.
     space : NeuronSpace or None
+    mask_img : NIfTI image or None
+        The brain mask, for fMRI.
     """
 
     time_courses: list[NDArray[np.float64]]
@@ -48,6 +53,24 @@ class DualRegression:
     z_maps: NDArray[Any]
     names: list[str] = field(default_factory=list)
     space: NeuronSpace | None = None
+    mask_img: Any = None
+
+    def save(self, folder: str | Path, test: PermutationTest | None = None) -> Path:
+        """Write FSL's files: stages 1 and 2 and, with a `permutation_test`, stage 3.
+
+        ``dr_stage1_subject00000.txt``, ``dr_stage2_subject00000.nii.gz``, ``dr_stage2_subject00000_Z.nii.gz``,
+        ``dr_stage2_ic0000.nii.gz`` (4D over runs), ``mask.nii.gz``, ``dr_stage3_ic0000_tstat1.nii.gz`` and
+        ``dr_stage3_ic0000_vox_corrp_tstat1.nii.gz`` (1 - p). Images need runs that know their space, or a brain mask.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        geometry = self.space if self.space is not None else self.mask_img
+        for i, course in enumerate(self.time_courses):
+            write_stages_of_run(folder, i, course, self.maps[i], self.z_maps[i], geometry)
+        write_components_over_runs(folder, self.maps, geometry)
+        if test is not None:
+            write_stage_three(folder, test, geometry)
+        return folder
 
     def __len__(self) -> int:
         return len(self.time_courses)
@@ -68,6 +91,7 @@ def dual_regression(
     drop_positions: int = 1,
     mask_img: Any = None,
     out: str | Path | None = None,
+    progress: bool = False,
     device: str | torch.device = "auto",
 ) -> DualRegression:
     """Find each run's own version of group networks.
@@ -95,7 +119,11 @@ def dual_regression(
     mask_img : NIfTI image or path, optional
         Brain mask, for runs that are fMRI images.
     out : path, optional
-        Folder for the maps (``dr_maps.npy``, ``dr_z_maps.npy``, memory-mapped), for more runs than memory holds.
+        Folder to write run by run, with the files that `DualRegression.save` names, and the maps memory-mapped
+        (``dr_maps.npy``, ``dr_z_maps.npy``) for more runs than memory holds. The same call on the same folder goes on
+        where it was stopped.
+    progress : bool
+        Show a progress bar over runs.
     device : str or torch.device
 
     Returns
@@ -107,6 +135,8 @@ def dual_regression(
     InputError
         If widths differ, values are not finite, a run has too few tokens (``n_tokens <= n_networks + 1``), or the maps
         or a run's time courses are linearly dependent; the message names the run.
+    FileExistsError
+        If `out` holds a dual regression of other maps, runs or settings.
 
     Notes
     -----
@@ -121,37 +151,39 @@ def dual_regression(
     keep_neurons = _as_mask(mask, runs, group.shape[1])
     weights = _spatial_weights(group, keep_neurons)
     shape = (len(runs), *group.shape)
-    time_courses: list[NDArray[np.float64]] = []
-    stage2: NDArray[Any] | None = None
-    z_maps: NDArray[Any] | None = None
+    names = [runs.name(i) for i in range(len(runs))]
+    chosen: dict[str, Any] = {"normalize": normalize, "standardize": standardize}
+    chosen |= {"drop_first": drop_first, "drop_positions": drop_positions, "runs": names}
+    chosen |= {"maps": fingerprint(group), "mask": fingerprint(keep_neurons)}
+    store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen)
+    space = getattr(maps, "space", None) or getattr(maps, "space_", None)
+    if space is None and store.done:
+        runs.read(0)  # to know where neurons lie, if nothing else is left to read
     with workers(resolve_device(device)) as team:
-        for i, data in enumerate(runs):
-            name = runs.name(i)
-            _check_width(data, group.shape[1], name)
-            if stage2 is None or z_maps is None:
-                stage2 = _storage(out, "dr_maps.npy", shape, data.dtype)
-                z_maps = _storage(out, "dr_z_maps.npy", shape, data.dtype)
-            keep = kept_tokens(len(data), settings, runs.positions(i), name)
+        for i in _counted(range(store.done, len(runs)), progress):
+            data = runs[i]
+            _check_width(data, group.shape[1], names[i])
+            keep = kept_tokens(len(data), settings, runs.positions(i), names[i])
             if keep.sum() <= len(group) + 1:
                 raise InputError(
-                    f"{name} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} networks"
+                    f"{names[i]} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} "
+                    "networks"
                 )
             if standardize:
                 mean, scale = _mean_and_scale(data, keep, team)
                 course = stage_one(weights * scale[:, None], data, team) - (mean * scale) @ weights
             else:
                 course = stage_one(weights, data, team)
-            time_courses.append(course)
-            stage2[i], z_maps[i] = stage_two(course, data, team, keep=keep, normalize=normalize, name=name)
+            stage2, z_maps = stage_two(course, data, team, keep=keep, normalize=normalize, name=names[i])
             if standardize:
-                stage2[i] *= scale
+                stage2 *= scale
             if keep_neurons is not None:
-                stage2[i][:, ~keep_neurons] = 0
-                z_maps[i][:, ~keep_neurons] = 0
-    assert stage2 is not None
-    assert z_maps is not None  # Runs is never empty
-    space = getattr(maps, "space", None) or getattr(maps, "space_", None) or runs.space
-    return DualRegression(time_courses, stage2, z_maps, [runs.name(i) for i in range(len(runs))], space)
+                stage2[:, ~keep_neurons] = 0
+                z_maps[:, ~keep_neurons] = 0
+            store.add(course, stage2, z_maps, data.dtype, space or runs.space or _image_of(runs))
+    space = space or runs.space
+    store.finish(space or _image_of(runs))
+    return DualRegression(store.time_courses, store.maps, store.z_maps, names, space, _image_of(runs))
 
 
 def stage_one(weights: NDArray[np.float64], data: NDArray[Any], team: Workers) -> NDArray[np.float64]:
@@ -303,9 +335,13 @@ def _spatial_weights(group: NDArray[np.float64], keep: NDArray[np.bool_] | None)
     return weights
 
 
-def _storage(out: str | Path | None, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if out is None:
-        return np.empty(shape, dtype=dtype)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape)
+def _image_of(runs: Runs) -> Any:
+    return None if runs.mask is None else runs.mask.image
+
+
+def _counted(indices: range, progress: bool) -> Any:
+    if not progress:
+        return indices
+    from tqdm.auto import tqdm
+
+    return tqdm(indices, desc="dual regression", unit="run")
