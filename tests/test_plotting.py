@@ -50,7 +50,7 @@ def every_figure(networks: FunctionalNetworks, scan: Scan) -> dict[str, Figure]:
                           "perplexity": [30.0, 9.0, 8.0, 6.0]})  # fmt: skip
     latency = pd.DataFrame({"case": ["prefill", "prefill"], "model": ["dense", "30%"], "seconds": [2.0, 1.5],
                             "sd": [0.1, 0.2]})  # fmt: skip
-    plan = SimpleNamespace(kept=[np.arange(5), np.arange(7), np.arange(12)], widths=[12, 7, 12])
+    plan = SimpleNamespace(kept=[np.arange(5), np.arange(7), np.arange(12)], widths_before=[12, 7, 12])
     return {
         "slices": plotting.plot_network(networks, index=1),
         "flat": plotting.plot_network(networks[0], kind="flat", order="similarity"),
@@ -246,7 +246,7 @@ def test_widths_are_the_plan() -> None:
     assert [text.get_text() for text in ax.texts] == ["25%", "0%", "100%"]
     with pytest.raises(InputError, match="layers"):
         plotting.plot_widths(kept, [1])
-    assert plotting.kept_widths(SimpleNamespace(kept=[[1, 2], []], space=NeuronSpace([4, 4]))) == ([2, 0], [4, 4])
+    assert plotting.kept_widths(SimpleNamespace(kept=[[1, 2], []], widths_before=(4, 4))) == ([2, 0], [4, 4])
 
 
 def test_tradeoff_draws_each_method_in_order_of_size() -> None:

@@ -62,7 +62,8 @@ def make_everything() -> dict[str, Any]:
         {"network": ["IC00", "IC02"], "evaluation": KINDS, "effect": [0.7321, 0.01], "random_effect": [0.012, 0.011],
          "p_random": [0.01, 0.8], "q_random": [0.02, 0.8], "effect_low": [0.5, 0.0], "effect_high": [0.9, 0.02]}
     )  # fmt: skip
-    plan = SimpleNamespace(kept=[range(10), range(20), range(15)], widths=[30, 20, 30], method="flap", ratio=0.4375,
+    kept = [range(10), range(20), range(15)]
+    plan = SimpleNamespace(kept=kept, widths_before=[30, 20, 30], method="flap", ratio=0.4375,
                            compensate="bias")  # fmt: skip
     numbers = {"perplexity": 4.6457, "parameters": 260032, "mlp_neurons": 80, "tokens_per_second": 1000.0}
     return study | {
@@ -398,13 +399,18 @@ def test_conditions_need_two_kinds() -> None:
     assert condition_effects([np.zeros((100, 2), dtype=np.float32)], [scan]).empty
 
 
-def test_top_tokens_are_the_peaks_apart() -> None:
-    course = np.zeros(100, dtype=np.float32)
-    course[[20, 21, 60]] = 5, 4, 3
-    texts = [[f"t{i} " for i in range(100)]]
-    top = top_tokens([course], texts, n=2)
-    assert [(item["token"], item["text"]) for item in top] == [(20, "t20 "), (60, "t60 ")]
-    assert top[0]["before"].endswith("t19 ")
-    assert top[0]["after"].startswith("t21 ")
+def test_top_tokens_come_with_the_text_around_them() -> None:
+    study = make_study()
+    texts = [shown_tokens(scan) for scan in study["scans"]]
+    top = top_tokens(study["networks"], 1, study["scans"], texts, n=2)
+    assert [(item["run"], item["token"]) for item in top] in ([(0, 60), (1, 60)], [(1, 60), (0, 60)])
+    assert top[0]["text"] == " word4"
+    assert top[0]["before"].endswith(" word3")
+    assert len(top[0]["before"]) == len(top[0]["after"]) == 40
+    low = top_tokens(study["networks"], 1, study["scans"], texts, n=3, sign=-1)
+    assert all(item["value"] < -1 for item in low)
+
+
+def test_token_types_are_means_of_what_is_seen_often() -> None:
     kinds = token_types([np.array([1.0, 3.0, 2.0, 9.0, 3.0, 4.0])], [["a", "b", "a", "c", "a", "b"]], min_count=2)
     assert kinds == [("b", 3.5, 2), ("a", 2.0, 3)]

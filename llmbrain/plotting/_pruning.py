@@ -21,16 +21,14 @@ def kept_widths(plan: Any) -> tuple[list[int], list[int] | None]:
     Parameters
     ----------
     plan : PruningPlan, or sequence of int
-        ``.kept`` holds the kept indices of each layer, ``.widths`` (or ``.space.widths``) the widths before.
+        ``.kept`` holds the kept indices of each layer, ``.widths_before`` the widths before.
     """
     kept = getattr(plan, "kept", plan)
     if isinstance(kept, Mapping):
         kept = [kept[key] for key in sorted(kept)]
     sizes = [int(k) if np.ndim(k) == 0 else len(k) for k in kept]
-    before = getattr(plan, "widths", None)
-    if before is None:
-        before = getattr(getattr(plan, "space", None), "widths", None)
-    return sizes, None if before is None or len(before) != len(sizes) else [int(w) for w in before]
+    before = getattr(plan, "widths_before", None)
+    return sizes, None if before is None else [int(w) for w in before]
 
 
 def plot_widths(

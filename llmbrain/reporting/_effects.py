@@ -45,7 +45,8 @@ def condition_effects(courses: Sequence[NDArray[np.float32]], scans: Sequence[An
     The effect is a difference of means, in standard deviations of the time course. Its control: the same number after
     the labels of all runs were shifted in a circle against the series, by every shift of at least 10 tokens; this keeps
     the series' own memory, which a t test ignores. ``p = (b + 1) / (n + 1)``, where b counts the shifts whose largest
-    ``|effect|`` over all networks and conditions reaches this one (family-wise error).
+    ``|effect|`` over all networks and conditions reaches this one (family-wise error). All runs are shifted as one, so
+    that runs of a single condition count too; `llmbrain.networks.localizer` fits a GLM within runs instead.
 
     Parameters
     ----------
@@ -89,32 +90,21 @@ def condition_effects(courses: Sequence[NDArray[np.float32]], scans: Sequence[An
     return pd.DataFrame(rows, columns=columns)
 
 
-def top_tokens(course: Sequence[NDArray[np.float32]], texts: Sequence[list[str]], n: int = 8) -> list[dict[str, Any]]:
-    """The tokens at which one network is most active, with their context; at least 8 tokens apart.
+def top_tokens(networks: Any, k: int, scans: Sequence[Any], texts: Sequence[list[str]], n: int, sign: int = 1) -> Any:
+    """`llmbrain.networks.top_tokens` with the text as the page shows it: run, token, value, before, text, after.
 
     Parameters
     ----------
-    course : list of arrays ``(n_tokens,)``
-        Activity of the network in each run.
     texts : list of list of str
         Shown text of the tokens of each run.
     """
-    run_of = np.repeat(np.arange(len(course)), [len(c) for c in course])
-    within = np.concatenate([np.arange(len(c)) for c in course])
-    values = np.concatenate(course)
-    found: list[dict[str, Any]] = []
-    taken: dict[int, list[int]] = defaultdict(list)
-    for i in np.argsort(-values, kind="stable")[: 50 * n]:
-        run, at = int(run_of[i]), int(within[i])
-        if any(abs(at - other) < 8 for other in taken[run]):
-            continue
-        taken[run].append(at)
-        before, token, after = context_of(texts[run], at)
-        found.append(
-            {"run": run, "token": at, "value": float(values[i]), "before": before, "text": token, "after": after}
-        )
-        if len(found) == n:
-            break
+    from llmbrain.networks import top_tokens as find
+
+    places = find(networks, k, scans, n, sign=sign)[["run", "position", "value"]]
+    found = []
+    for run, token, value in places.itertuples(index=False, name=None):
+        before, text, after = context_of(texts[run], token)
+        found.append({"run": run, "token": token, "value": value, "before": before, "text": text, "after": after})
     return found
 
 

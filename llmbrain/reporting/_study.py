@@ -98,6 +98,15 @@ class Study:
         return scans
 
     @cached_property
+    def bound(self) -> Any:
+        """The networks with the time courses that are shown."""
+        from llmbrain.networks import FunctionalNetworks
+
+        return FunctionalNetworks(
+            self.networks.maps, self.space, time_courses=self.courses, names=self.names, standardize=False
+        )
+
+    @cached_property
     def texts(self) -> list[list[str]]:
         """Shown text of the tokens of each run."""
         return [shown_tokens(scan) for scan in self.runs]
