@@ -211,7 +211,9 @@ def test_a_network_that_matters_is_found_and_dissociated():
     assert harm.loc["a", "token 10"] > 0.3 > 0.1 > harm.loc["a", "token 11"]
     assert harm.loc["b", "token 11"] > 0.3 > 0.1 > harm.loc["b", "token 10"]
     assert table.matrix("p_random").loc["a", "token 10"] <= 2 / 61
-    found = table.double_dissociations()
+    with pytest.warns(UserWarning, match="no cell has q_random <= 0.01: 60 draws give p >= 0.0164"):
+        assert table.double_dissociations(0.01).empty
+    found = table.double_dissociations(corrected=False)
     assert found[["network_a", "evaluation_a", "network_b", "evaluation_b"]].values.tolist() == [
         ["a", "token 10", "b", "token 11"]
     ]

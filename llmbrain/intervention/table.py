@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,18 @@ class LesionTable:
         wide = self.frame.pivot(index="network", columns="evaluation", values=column)
         return wide.loc[networks, evaluations]
 
-    def double_dissociations(self, alpha: float = 0.05) -> pd.DataFrame:
+    def double_dissociations(self, alpha: float = 0.05, *, corrected: bool = True) -> pd.DataFrame:
         """Pairs of networks and evaluations where each network is the one whose loss harms its own evaluation.
 
         Network a harms evaluation i more than network b does, and b harms j more than a does; in both the confidence
-        intervals do not touch, and the harm exceeds every kind of control drawn (``q < alpha``).
+        intervals do not touch, and the harm exceeds both kinds of control, where they were drawn.
+
+        Parameters
+        ----------
+        alpha : float
+        corrected : bool
+            Hold ``q <= alpha`` (FDR over the table) against the controls; else ``p <= alpha``, cell by cell. With 20
+            draws only the latter can be met (see `lesion_table`), and a warning says so.
 
         Returns
         -------
@@ -76,9 +84,17 @@ class LesionTable:
 
         harm, low, high = (self.matrix(c).to_numpy() for c in ("harm", "harm_low", "harm_high"))
         real = low > 0
-        for q in ("q_random", "q_matched"):
-            values = self.matrix(q).to_numpy()
-            real &= np.isnan(values) | (values < alpha)
+        for control in ("random", "matched"):
+            values = self.matrix(f"{'q' if corrected else 'p'}_{control}").to_numpy()
+            real &= np.isnan(values) | (values <= alpha)
+            if corrected and np.isfinite(values).any() and np.nanmin(values) > alpha:
+                n = self.provenance[f"n_{control}"]
+                warnings.warn(
+                    f"no cell has q_{control} <= {alpha}: {n} draws give p >= {1 / (n + 1):.3g} before FDR over "
+                    f"{np.isfinite(values).sum()} cells; draw more, or pass corrected=False",
+                    UserWarning,
+                    stacklevel=2,
+                )
         names, evaluations = self.matrix().index, self.matrix().columns
         rows = []
         for a, i in np.argwhere(real):
@@ -213,8 +229,6 @@ def _named_masks(networks: Any, space: NeuronSpace) -> dict[str, NDArray[np.bool
     masks = {str(name): neuron_mask(what, space, f"networks[{name!r}]") for name, what in networks.items()}
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
-        import warnings
-
         warnings.warn(f"networks {empty} hold no neuron: their effect is zero", UserWarning, stacklevel=3)
     return masks
 
