@@ -78,8 +78,8 @@ def _activity(study: Study, k: int) -> dict[str, Any]:
         return {"top": [], "low": [], "types": []}
     course = [c[:, k] for c in study.courses]
     return {
-        "top": top_tokens(study.bound, k, study.runs, study.texts, 8),
-        "low": top_tokens(study.bound, k, study.runs, study.texts, 4, sign=-1),
+        "top": top_tokens(study.bound, k, study.runs, study.texts, 7),
+        "low": top_tokens(study.bound, k, study.runs, study.texts, 5, sign=-1),
         "types": token_types(course, study.texts),
     }
 

@@ -125,7 +125,8 @@ class Player {
     byId("token-value").textContent = `${token} of ${this.n}`;
     const course = this.courses[network];
     const kind = this.conditionAt(token);
-    const word = JSON.stringify(this.record.tokens[token]);
+    const text = this.record.tokens[token];
+    const word = text ? JSON.stringify(text) : "(no characters)";
     const active = course ? ` · ${DATA.names[network]} ${shown(course[token], 2)} SD` : "";
     byId("now").textContent = `token ${token}: ${word}${active}${kind ? ` · condition ${kind}` : ""}`;
     [...this.strip.children].forEach((button, k) => {
