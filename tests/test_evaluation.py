@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmbrain import InputError
-from llmbrain.evaluation.perplexity import perplexity
+from llmbrain.evaluation import latency, perplexity, throughput
 from llmbrain.evaluation.windows import evaluating, packed_windows
 
 
@@ -72,3 +74,29 @@ def test_the_training_mode_comes_back(stories):
     assert model.training
     assert not model.lm_head.training
     model.eval()
+
+
+def test_throughput_and_latency_of_a_tiny_model():
+    model = tiny("llama").train()
+    assert throughput(model, n_tokens=64, repeats=1) > 0
+    table = latency(model, batch_sizes=(1, 2), prompt=16, new_tokens=4, repeats=2)
+    assert list(zip(table["phase"], table["batch"])) == [("prefill", 1), ("decode", 1), ("prefill", 2), ("decode", 2)]
+    np.testing.assert_allclose(
+        table["tokens_per_second"] * table["seconds"], table["batch"] * np.tile([16, 4], 2), rtol=1e-9
+    )
+    assert (table["seconds_low"] <= table["seconds_high"]).all()
+    assert model.training  # as it was
+    with pytest.raises(InputError, match="context of 64"):
+        latency(model, prompt=64, new_tokens=1)
+    with pytest.raises(InputError, match="does not generate"):
+        latency(tiny("bert"), prompt=8, new_tokens=2)
+
+
+def test_throughput_is_on_random_tokens_of_the_context(monkeypatch):
+    model = tiny("gpt2")
+    seen = []
+    model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
+    throughput(model, n_tokens=256, repeats=3)
+    assert len(seen) == 4
+    assert tuple(seen[0].shape) == (4, 64)
+    assert len(seen[0].unique()) > 20
