@@ -6,7 +6,7 @@ Both models read the same token ids in the same batches; scan and plain pass tak
 both, and the median of the rounds' ratios counts. Two plain passes are timed: the model's body alone (what the scanner
 needs; the stricter reference) and the whole model with its vocabulary projection. The scan includes tokenising, the
 check for values that are not finite, writing to disk with checksums, and all of `llmbrain.scan` besides.
-Memory is the peak resident size of a fresh process, for one and for eight times the tokens.
+Memory is the peak resident size of a fresh process, for one, four and eight times the tokens.
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ def main() -> None:
         child(options.child[0], int(options.child[1]), options.child[2])
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    n_stories, n_random = (200, 8) if options.quick else (500, 24)
-    sizes = {"stories260K": n_stories, "random Llama, 100M": n_random}
-    rounds = 3 if options.quick else 7
-    times = [time_ratio(name, n, rounds) for name, n in sizes.items()]
+    n_stories, n_random = (60, 8) if options.quick else (150, 8)
+    counts = {"stories260K": n_stories, "random Llama, 100M": n_random}
+    rounds = 3 if options.quick else 5
+    times = [time_ratio(name, n, rounds) for name, n in counts.items()]
     print("| model | tokens | body | whole model | scan | scan / body | scan / whole |")
     print("|---|---|---|---|---|---|---|")
     for t in times:
@@ -175,7 +175,8 @@ def main() -> None:
         )
     if options.quick:
         return
-    memory = [peak_memory("stories260K", n, where == "disk") for where in ("disk", "memory") for n in (250, 1000, 4000)]
+    sizes = [("disk", 100), ("disk", 400), ("disk", 800), ("memory", 100), ("memory", 400)]
+    memory = [peak_memory("stories260K", n, where == "disk") for where, n in sizes]
     print("\n| kept | tokens | peak memory above the start |\n|---|---|---|")
     for m in memory:
         kept = "on disk" if m["where"] == "disk" else "in memory"

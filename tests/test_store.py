@@ -20,7 +20,8 @@ from tiny_models import tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.scanning import CorruptStoreError
-from llmbrain.scanning import scanner as scanner_module
+from llmbrain.scanning import runs as runs_module
+from llmbrain.scanning import study as study_module
 from llmbrain.scanning.runs import ScanWarning
 from llmbrain.scanning.store import FileShards
 
@@ -31,7 +32,7 @@ TEXTS = [letter * (5 + i) for i, letter in enumerate(LETTERS)]  # 20 texts of 6 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of a batch or two, so that a tiny study has several."""
-    monkeypatch.setattr(scanner_module, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(runs_module, "SHARD_BYTES", 4000)
 
 
 def run(out: Path | None, model: Any = None, **options: Any) -> list[lb.Scan]:
@@ -128,7 +129,7 @@ def test_the_disk_need_is_printed_before_the_first_token(tmp_path: Path, capsys:
 
 def test_too_little_disk_is_said_before_the_first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil._ntuple_diskusage(100, 90, 10)  # type: ignore[attr-defined]
-    monkeypatch.setattr(scanner_module.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(study_module.shutil, "disk_usage", lambda path: full)
     with pytest.raises(InputError, match="but only 10 B are free"):
         run(tmp_path)
     assert not (tmp_path / "shards").exists()
@@ -212,8 +213,8 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import safetensors.torch
 import test_store
-from llmbrain.scanning import scanner
-scanner.SHARD_BYTES = 4000
+from llmbrain.scanning import runs
+runs.SHARD_BYTES = 4000
 save = safetensors.torch.save_file
 def die(tensors, path):
     save(tensors, path)
@@ -356,8 +357,8 @@ import sys, resource
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tiny_models import tiny, tiny_tokenizer
 import llmbrain as lb
-from llmbrain.scanning import scanner
-scanner.SHARD_BYTES = 2**23
+from llmbrain.scanning import runs
+runs.SHARD_BYTES = 2**23
 n = int(sys.argv[1])
 scans = lb.scan(tiny("llama", intermediate_size=4096), tiny_tokenizer(), ["hello there " * 5] * n, out=sys.argv[2])
 for scan in scans:

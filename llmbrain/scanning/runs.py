@@ -1,10 +1,11 @@
-"""Texts made ready for reading: token ids, where each token lies in the text, and the blocks a model reads."""
+"""Texts made ready for reading: token ids, where each token lies in the text, the blocks a model reads, the shards."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from llmbrain._validation import InputError, check_range
+
+SHARD_BYTES = 64 * 2**20  # a shard is closed when it has this much; also what is lost when a run is killed
+BATCH_BYTES = 2**30  # fewer texts are read at once where their signals would take more than this
 
 
 class ScanWarning(UserWarning):
@@ -182,3 +186,43 @@ def _cut(events: pd.DataFrame | None, total: int, n_tokens: int | None, name: st
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which blocks go into which shard: ``shards[i]`` is (first block, last block + 1)."""
+
+    blocks: Sequence[Block]
+    shards: Sequence[tuple[int, int]]
+    per_token: int
+
+    @classmethod
+    def make(cls, blocks: Sequence[Block], per_token: int, batch_size: int) -> Plan:
+        """Whole batches a shard, until it is large enough."""
+        shards, first, held = [], 0, 0
+        plan = cls(blocks, [], per_token)
+        for low, high in plan.batches(0, len(blocks), batch_size):
+            held += per_token * sum(len(block) for block in blocks[low:high])
+            if held >= SHARD_BYTES or high == len(blocks):
+                shards.append((first, high))
+                first, held = high, 0
+        return cls(blocks, shards, per_token)
+
+    @property
+    def rows(self) -> list[int]:
+        """First token of each shard, counted over all runs, and the total."""
+        lengths = [sum(len(block) for block in self.blocks[low:high]) for low, high in self.shards]
+        return list(accumulate(lengths, initial=0))
+
+    def batches(self, first: int, last: int, batch_size: int) -> Iterator[tuple[int, int]]:
+        """Blocks that are read at once."""
+        while first < last:
+            stop = min(first + batch_size, last)
+            longest = 0
+            for stop_here in range(first, stop):
+                longest = max(longest, len(self.blocks[stop_here]))
+                if stop_here > first and longest * (stop_here + 1 - first) * self.per_token > BATCH_BYTES:
+                    stop = stop_here
+                    break
+            yield first, stop
+            first = stop

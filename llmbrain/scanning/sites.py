@@ -142,7 +142,7 @@ class Recorder:
         key = (tap.site, tap.layer)
         self._heard[key] += 1
         if key in self.buffers:
-            self.buffers[key][self._rows].copy_(signal, non_blocking=True)
+            self.buffers[key][self._rows].copy_(signal)
         else:
             self.buffers[key] = signal.to("cpu", copy=True)
 

@@ -198,28 +198,28 @@ class ShardSignals:
         return values
 
 
-def scans_of(shards: Shards, runs: Sequence[Run], manifest: Mapping[str, Any]) -> list[Scan]:
-    """One `Scan` a run over shards that hold them all."""
-    study = manifest["study"]
-    spaces = {site: NeuronSpace(facts["widths"]) for site, facts in study["sites"].items()}
-    first_rows = np.cumsum([0] + [len(run.tokens) for run in runs])
-    scans = []
-    for run, first in zip(runs, first_rows.tolist()):
+def scans_of(
+    shards: Shards, runs: Sequence[Run], widths: Mapping[str, Sequence[int]], block_size: int | None, model_id: str
+) -> list[Scan]:
+    """One `Scan` a run over shards that hold them all; `widths` of each site."""
+    spaces = {site: NeuronSpace(units) for site, units in widths.items()}
+    scans, first = [], 0
+    for run in runs:
         n = len(run.tokens)
-        signals = {site: ShardSignals(shards, site, space, first, n) for site, space in spaces.items()}
         scans.append(
             Scan(
-                signals,
+                {site: ShardSignals(shards, site, space, first, n) for site, space in spaces.items()},
                 name=run.name,
                 text=run.text,
                 token_ids=run.token_ids,
                 tokens=run.tokens,
                 offsets=run.offsets,
-                block_size=study["block_size"],
+                block_size=block_size,
                 events=run.events,
-                model_id=manifest["model"]["id"],
+                model_id=model_id,
             )
         )
+        first += n
     return scans
 
 
@@ -290,7 +290,9 @@ def load_scans(folder: str | Path) -> list[Scan]:
             f"{folder / shards.name(missing[0])} is missing: the study has {len(missing)} of {shards.n_shards} shards "
             "still to be made. Run the same scan into this folder again to finish it"
         )
-    return scans_of(shards, runs, manifest)
+    study = manifest["study"]
+    widths = {site: facts["widths"] for site, facts in study["sites"].items()}
+    return scans_of(shards, runs, widths, study["block_size"], manifest["model"]["id"])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
