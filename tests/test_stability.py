@@ -7,7 +7,7 @@ import pytest
 
 from llmbrain import InputError
 from llmbrain.datasets.phantom import PHANTOM_CELLS, make_phantom
-from llmbrain.decomposition.reproducibility import phase_randomize, split_half
+from llmbrain.decomposition.reproducibility import phase_randomize, split_half_reproducibility
 from llmbrain.decomposition.stability import (
     UnstableComponentsWarning,
     cluster_quality,
@@ -131,14 +131,14 @@ def test_phase_randomised_runs_keep_spectra_only():
 
 
 def test_halves_agree_on_sources_and_not_on_noise(easy):
-    result = split_half(easy.scans, 5, n_splits=2, n_null=9, max_iter=50, device="cpu")
+    result = split_half_reproducibility(easy.scans, 5, n_splits=2, n_null=9, max_iter=50, device="cpu")
     assert result.reproducibility.min() > 0.9
     assert result.null.max() < 0.5
     np.testing.assert_allclose(result.p, 1 / 10)
     assert result.r.shape == (2, 5)
     rng = np.random.default_rng(0)
     noise = [rng.standard_normal((60, 400)).astype(np.float32) for _ in range(4)]
-    empty = split_half(noise, 5, n_splits=2, n_null=19, max_iter=50, device="cpu")
+    empty = split_half_reproducibility(noise, 5, n_splits=2, n_null=19, max_iter=50, device="cpu")
     assert empty.p.min() > 0.05
 
 
@@ -152,7 +152,7 @@ def test_stable_is_not_true():
     score = phantom.score(result.maps)
     stable = result.iq[score["match"]] > 0.9
     assert (stable & (score["map_r"] < 0.6)).any()
-    halves = split_half(phantom.scans, 8, n_splits=3, n_null=0, device="cpu")
+    halves = split_half_reproducibility(phantom.scans, 8, n_splits=3, n_null=0, device="cpu")
     assert np.isnan(halves.p).all()
     assert np.median(halves.reproducibility) < 0.5
 
@@ -177,7 +177,7 @@ def test_bad_input_is_named(easy, options, named):
 
 def test_bad_input_of_the_others(easy):
     with pytest.raises(InputError, match="at least 2 runs"):
-        split_half(easy.scans[:1], 5)
+        split_half_reproducibility(easy.scans[:1], 5)
     with pytest.raises(InputError, match="orders is empty"):
         model_order_sweep(easy.scans, ())
     with pytest.raises(InputError, match="similarity has shape"):

@@ -7,7 +7,7 @@ from llmbrain.decomposition.back_reconstruction import back_reconstruct
 from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.permutation import permutation_test
 from llmbrain.decomposition.regression import DualRegression, dual_regression
-from llmbrain.decomposition.reproducibility import SplitHalf, split_half
+from llmbrain.decomposition.reproducibility import SplitHalf, split_half_reproducibility
 from llmbrain.decomposition.stability import Stability, UnstableComponentsWarning, ica_stability, model_order_sweep
 
 __all__ = [
@@ -24,5 +24,5 @@ __all__ = [
     "model_order_sweep",
     "permutation_test",
     "read_ica",
-    "split_half",
+    "split_half_reproducibility",
 ]

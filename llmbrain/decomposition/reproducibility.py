@@ -28,7 +28,7 @@ _COLUMNS = 8192  # neurons whose spectra are held at once
 
 @dataclass(frozen=True)
 class SplitHalf:
-    """What `split_half` returns.
+    """What `split_half_reproducibility` returns.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class SplitHalf:
         return self.r.mean(axis=0)
 
 
-def split_half(
+def split_half_reproducibility(
     scans: Any,
     n_components: int = 20,
     *,
@@ -81,6 +81,11 @@ def split_half(
     Returns
     -------
     SplitHalf
+
+    Notes
+    -----
+    The question here is whether the *method* finds something again that is in the runs, and not in runs without networks.
+    `llmbrain.networks.split_half` asks which *networks* of two halves overlap more than chance would have it.
     """
     check_range("n_splits", n_splits, 1)
     check_range("n_null", n_null, 0)

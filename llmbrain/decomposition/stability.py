@@ -127,7 +127,8 @@ def ica_stability(
     -----
     Himberg, Hyvärinen & Esposito 2004, NeuroImage 22:1214; Iq as in icasso 1.22: without similarity of an estimate with
     itself. **High stability is not truth**: on phantoms with little data all components can have an Iq of 1 from new
-    starts while none matches a source, because all repeats share one sample. Split halves (`split_half`) see that.
+    starts while none matches a source, because all repeats share one sample; `split_half_reproducibility` sees
+    that.
     """
     check_range("n_starts", n_starts, 2)
     check_option("resample", resample, RESAMPLE)
