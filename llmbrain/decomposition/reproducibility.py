@@ -84,7 +84,7 @@ def split_half_reproducibility(
 
     Notes
     -----
-    The question here is whether the *method* finds something again that is in the runs, and not in runs without networks.
+    The question here is whether the *method* finds again what is in the runs, and would not in runs without networks.
     `llmbrain.networks.split_half` asks which *networks* of two halves overlap more than chance would have it.
     """
     check_range("n_splits", n_splits, 1)
