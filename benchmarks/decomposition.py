@@ -3,7 +3,8 @@
     python benchmarks/decomposition.py [--quick] [--repeats 3] [--out FILE]
 
 Both sides do the same work on the same arrays: z-score over tokens, PCA of every run, canonical correlation over runs,
-ICA with the cubic contrast; `GroupICA` also returns the time courses, which costs it another pass over the runs. CanICA gets a mask, no smoothing and no threshold, because its defaults for brains would do other work.
+ICA with the cubic contrast; `GroupICA` also returns the time courses, which costs it another pass over the runs.
+CanICA gets a mask, no smoothing and no threshold, because its defaults for brains would do other work.
 Measurements of the sides alternate; the ratio is that of their median wall-clock times. The ratio of processor times is
 beside it: it hardly depends on what else the machine does. Matched r: |r| of components paired one to one, the worst.
 """
@@ -124,7 +125,8 @@ def against_canica(n_neurons: int, n_tokens: int, n_runs: int, starts: dict[int,
     maps = planted(n_neurons, k, 0)
     runs = [run_of(maps, n_tokens, seed) for seed in range(n_runs)]
     images, mask = as_images(runs)
-    sides: dict[str, Callable[[], Any]] = {"ours": lambda: GroupICA(k, fun="cube", cca=True, device="cpu").fit(runs).components_}
+    ours = GroupICA(k, fun="cube", cca=True, device="cpu")
+    sides: dict[str, Callable[[], Any]] = {"ours": lambda: ours.fit(runs).components_}
     for n_init in starts:
         sides[f"{n_init}"] = lambda n_init=n_init: canica(images, mask, k, n_init)
     results, seconds = alternate(sides, repeats)
