@@ -5,8 +5,8 @@
 
 Four questions, one table each:
 
-1. Recurrence: networks of the whole group as templates; how often does each come back (IoU > 0.2) in the ICA of one text
-   alone? Control: the same networks with their neurons shuffled within layers.
+1. Recurrence: networks of the whole group as templates; how often does each come back (IoU > 0.2) in the ICA of one
+   text alone? Control: the same networks with their neurons shuffled within layers.
 2. Lesion: ten networks together, against 15 % random neurons (the paper's control), as many random neurons in the same
    layers, and as many neurons that are just as active. Then the same ten one by one.
 3. Keep only: nothing but the networks of an ICA with k = 10, 64, 128, 256, 512 components. Control: as many random

@@ -175,3 +175,10 @@ def test_first_token_of_a_block_is_no_response():
 def test_bad_input(change, message):
     with pytest.raises(InputError, match=message):
         localizer(**{"scans": make_scans(1), "n_permutations": 3, **change})
+
+
+def test_broken_activations_are_named():
+    data = make_scans(1)[0].data()
+    data[5, 13] = np.inf
+    with pytest.raises(InputError, match="layer 1, neuron 3"):
+        localizer([Scan.from_array(data, SPACE, events=make_scans(1)[0].events)], n_permutations=0)

@@ -299,9 +299,10 @@ def levels_of_runs(runs: Any, space: NeuronSpace) -> NDArray[np.float64]:
 
     total, count = np.zeros((3, space.n_neurons)), 0
     for data in Runs(runs, space=space):
-        wide = data.astype(np.float64)
-        total += np.stack([wide.sum(axis=0), np.abs(wide).sum(axis=0), (wide**2).sum(axis=0)])
-        count += len(wide)
+        for first in range(0, len(data), 256):  # in pieces: float64 of a whole run of a large model is much
+            wide = data[first : first + 256].astype(np.float64)
+            total += np.stack([wide.sum(axis=0), np.abs(wide).sum(axis=0), (wide**2).sum(axis=0)])
+        count += len(data)
     return _levels(total, count)
 
 

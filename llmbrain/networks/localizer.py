@@ -7,7 +7,7 @@ circle against each run, with the largest ``|t|`` of all units, and only the t i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.decomposition._runs import Runs
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.space import NeuronSpace
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 NOISE = ("ols", "ar1")
 PERMUTE = ("shift", "labels")
-CHUNK = 4096  # units fitted at once
 Array = NDArray[np.float64]
 
 
@@ -146,27 +144,30 @@ def localizer(
     scans = [scans] if hasattr(scans, "events") else list(scans)
     conditions = _conditions(scans)
     weights = contrast_weights(conditions, contrasts)
-    data, space = _series(scans, networks)
     designs = [_Design(scan, conditions, drift) for scan in scans]
-    for i, (design, run) in enumerate(zip(designs, data)):
-        if len(run) != design.n_tokens:
-            raise InputError(f"run {i} has {design.n_tokens} tokens, but its series {len(run)}")
     n_runs = np.array([sum(d.estimable(d.boxcars, w) for d in designs) for w in weights.values()])
     for name, n in zip(weights, n_runs):
         if not n:
             raise InputError(
                 f"contrasts[{name!r}] can not be estimated in any run: its conditions are missing, or have no baseline"
             )
-    rngs = [np.random.default_rng([random_state, i]) for i in range(n_permutations)]
-    plans = [[d.permuted(rng, permute, int(min_shift)) for d in designs] for rng in rngs]
-    observed = [d.boxcars for d in designs]
-    fit = _fixed_effects(data, designs, observed, weights, noise_model)
-    null = np.empty((len(weights), n_permutations))
-    for i, plan in enumerate(plans):
-        null[:, i] = np.abs(_fixed_effects(data, designs, plan, weights, noise_model)[1]).max(axis=1)
-    effect, t, dof = fit
-    beaten = [(np.searchsorted(np.sort(row), np.abs(ts) * (1 - 1e-9))) for row, ts in zip(null, t)]
+    models = [[_Model(d, d.boxcars, weights) for d in designs]]
+    for draw in range(n_permutations):
+        rng = np.random.default_rng([random_state, draw])
+        models.append([_Model(d, d.permuted(rng, permute, int(min_shift)), weights) for d in designs])
+    null = np.zeros((len(weights), n_permutations))
+    effects, ts = [], []
+    for part in _parts(scans, networks):
+        effect, t, dof = _fixed_effects(part, models[0], noise_model)
+        effects.append(effect)
+        ts.append(t)
+        for draw, permuted in enumerate(models[1:]):
+            largest = np.abs(_fixed_effects(part, permuted, noise_model)[1]).max(axis=1)
+            null[:, draw] = np.maximum(null[:, draw], largest)
+    effect, t = np.concatenate(effects, axis=1), np.concatenate(ts, axis=1)
+    beaten = [(np.searchsorted(np.sort(row), np.abs(values) * (1 - 1e-9))) for row, values in zip(null, t)]
     reached = n_permutations - np.array(beaten) if n_permutations else np.full(t.shape, np.nan)
+    space = getattr(scans[0], "space", None)
     return Localizer(
         list(weights),
         effect / n_runs[:, None],
@@ -214,14 +215,22 @@ def _conditions(scans: Sequence[Any]) -> list[str]:
     return found
 
 
-def _series(
-    scans: Sequence[Any], networks: FunctionalNetworks | None
-) -> tuple[Sequence[NDArray[Any]], NeuronSpace | None]:
-    if networks is None:
-        runs = Runs(scans)
-        data = list(runs)
-        return data, runs.space
-    return time_courses_of(networks, scans), None
+def _parts(scans: Sequence[Any], networks: FunctionalNetworks | None) -> Iterator[list[Array]]:
+    """The units of all runs, some at a time: layer by layer, or the networks; float64 ``(n_tokens, n_units)`` a run."""
+    if networks is not None:
+        yield [np.asarray(course, dtype=np.float64) for course in time_courses_of(networks, scans)]
+        return
+    spaces = [scan.space for scan in scans]
+    if any(space != spaces[0] for space in spaces):
+        raise InputError(f"scans lie in different spaces: {', '.join(map(repr, dict.fromkeys(spaces)))}")
+    for layer, width in enumerate(spaces[0].widths):
+        if width:
+            runs = [scan.data(layers=layer).astype(np.float64) for scan in scans]
+            for run, scan in zip(runs, scans):
+                bad = ~np.isfinite(run).all(axis=0)
+                if bad.any():
+                    raise InputError(f"scan {scan.name!r} holds nan or inf: layer {layer}, neuron {int(bad.argmax())}")
+            yield runs
 
 
 class _Design:
@@ -267,55 +276,50 @@ class _Design:
         return bool(np.allclose(full @ np.linalg.pinv(x) @ x, full, atol=1e-6))
 
 
-def _fixed_effects(
-    data: Sequence[NDArray[Any]],
-    designs: Sequence[_Design],
-    boxcars: Sequence[Array],
-    weights: Mapping[str, Array],
-    noise_model: str,
-) -> tuple[Array, Array, Array]:
+class _Model:
+    """A design of one run with its contrasts, made ready to fit many units."""
+
+    def __init__(self, design: _Design, boxcars: Array, weights: Mapping[str, Array]) -> None:
+        self.use = [design.estimable(boxcars, w) for w in weights.values()]
+        self.x = design.matrix(boxcars)
+        padding = np.zeros(design.nuisance.shape[1])
+        self.rows = np.array([np.append(w, padding) for w in weights.values()])[self.use]
+        u, sizes, v = np.linalg.svd(self.x, full_matrices=False)
+        rank = int((sizes > 1e-10 * sizes[0]).sum())
+        self.basis = u[:, :rank].T
+        self.contrasts = self.rows @ v[:rank].T / sizes[:rank]  # of the coordinates in the basis
+        self.df = float(len(self.x) - rank)
+
+    def ols(self, y: Array) -> tuple[Array, Array]:
+        """Effect and its variance, ``(n_contrasts, n_units)``."""
+        fit = self.basis @ y
+        total = np.einsum("tv,tv->v", y, y)
+        residual = total - np.einsum("pv,pv->v", fit, fit)
+        sigma2 = np.where(residual > 1e-10 * total, residual, 0) / self.df  # a silent neuron leaves rounding only
+        return self.contrasts @ fit, (self.contrasts**2).sum(axis=1)[:, None] * sigma2
+
+    def ar1(self, y: Array) -> tuple[Array, Array]:
+        """The same after nilearn's prewhitening."""
+        from nilearn.glm.contrasts import compute_contrast
+        from nilearn.glm.first_level import run_glm
+
+        labels, results = run_glm(y, self.x, noise_model="ar1")
+        fits = [compute_contrast(labels, results, row, stat_type="t") for row in self.rows]
+        return np.stack([np.ravel(f.effect) for f in fits]), np.stack([np.ravel(f.variance) for f in fits])
+
+
+def _fixed_effects(runs: Sequence[Array], models: Sequence[_Model], noise_model: str) -> tuple[Array, Array, Array]:
     """Effect and variance summed over runs, as nilearn adds contrasts; returns effect, t and degrees of freedom."""
-    n_units = data[0].shape[1]
-    effect, variance = np.zeros((len(weights), n_units)), np.zeros((len(weights), n_units))
-    dof = np.zeros(len(weights))
-    for run, design, columns in zip(data, designs, boxcars):
-        use = [i for i, w in enumerate(weights.values()) if design.estimable(columns, w)]
-        if not use:
-            continue
-        x = design.matrix(columns)
-        rows = np.array([np.append(w, np.zeros(x.shape[1] - len(w))) for w in weights.values()])[use]
-        for first in range(0, n_units, CHUNK):
-            part = slice(first, first + CHUNK)
-            y = np.asarray(run[:, part], dtype=np.float64)
-            e, v, df = (_ols if noise_model == "ols" else _ar1)(y, x, rows)
-            effect[use, part] += e
-            variance[use, part] += v
-        dof[use] += df
-    with np.errstate(invalid="ignore", divide="ignore"):
-        t = np.where(variance > 0, effect / np.sqrt(variance), 0)
+    shape = (len(models[0].use), runs[0].shape[1])
+    effect, variance, dof = np.zeros(shape), np.zeros(shape), np.zeros(shape[0])
+    for run, model in zip(runs, models):
+        if any(model.use):
+            e, v = model.ols(run) if noise_model == "ols" else model.ar1(run)
+            effect[model.use] += e
+            variance[model.use] += v
+            dof[model.use] += model.df
+    t = np.divide(effect, np.sqrt(variance), out=np.zeros(shape), where=variance > 0)
     return effect, t, dof
-
-
-def _ols(y: Array, x: Array, rows: Array) -> tuple[Array, Array, float]:
-    pinv = np.linalg.pinv(x)
-    beta = pinv @ y
-    df = float(len(x) - np.linalg.matrix_rank(x))
-    # |residual|^2 = |y|^2 - |fit|^2; a silent neuron leaves rounding only, and gets no variance.
-    total = np.einsum("tv,tv->v", y, y)
-    residual = total - np.einsum("pv,pv->v", beta, x.T @ y)
-    sigma2 = np.where(residual > 1e-10 * total, residual, 0) / df
-    return rows @ beta, np.einsum("cp,pq,cq->c", rows, pinv @ pinv.T, rows)[:, None] * sigma2, df
-
-
-def _ar1(y: Array, x: Array, rows: Array) -> tuple[Array, Array, float]:
-    from nilearn.glm.contrasts import compute_contrast
-    from nilearn.glm.first_level import run_glm
-
-    labels, results = run_glm(y, x, noise_model="ar1")
-    fits = [compute_contrast(labels, results, row, stat_type="t") for row in rows]
-    effect = np.stack([np.ravel(f.effect) for f in fits])
-    variance = np.stack([np.ravel(f.variance) for f in fits])
-    return effect, variance, float(len(x) - np.linalg.matrix_rank(x))
 
 
 def _t_to_z(t: ArrayLike, dof: Array) -> Array:
