@@ -4,10 +4,11 @@
 
 The score is |r| between each true map and the estimate matched to it (one to one), in the space of unit-variance
 neurons (see `Phantom.standardized`); the tables give the mean over sources and seeds, the worst source, and seconds.
-All methods get the same runs, z-scored over tokens, and the true number of sources (a position source counts). nilearn's
-estimators run at their defaults apart from what an image of neurons needs (no smoothing, no resampling). CanICA cuts its
-maps off, which helps where the truth is sparse: so both are given with that same cut-off (`rethreshold("auto")` is its
-rule) and without. DictLearning's maps are sparse by themselves. The table is printed as it comes, losses included.
+All methods get the same runs, z-scored over tokens, and the true number of sources (a position source counts).
+nilearn's estimators run at their defaults apart from what an image of neurons needs (no smoothing, no resampling).
+CanICA cuts its maps off, which helps where the truth is sparse: so both are given with that same cut-off
+(`rethreshold("auto")` is its rule) and without. DictLearning's maps are sparse by themselves. The table is printed as
+it comes, losses included.
 """
 
 from __future__ import annotations
