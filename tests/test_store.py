@@ -335,6 +335,22 @@ def test_another_study_is_refused_and_nothing_lost(tmp_path: Path, options: dict
     assert same(lb.load_scans(tmp_path), expected)
 
 
+def test_weights_sum_sees_one_bit_and_no_device() -> None:
+    model = torch.nn.Module()
+    storage = torch.randn(30)
+    model.whole = torch.nn.Parameter(storage[:8].bfloat16())
+    model.odd = torch.nn.Parameter(storage[1:12])  # neither begins nor ends at a word
+    before = study_module.weights_sum(model)
+    assert study_module.weights_sum(model) == before
+    with torch.no_grad():
+        for i in range(11):
+            kept = float(model.odd[i])
+            model.odd[i] = np.nextafter(np.float32(kept), np.float32(9))
+            assert study_module.weights_sum(model) != before
+            model.odd[i] = kept
+    assert study_module.weights_sum(model) == before
+
+
 def test_a_lesioned_model_is_another_study(tmp_path: Path) -> None:
     from llmbrain.intervention import lesion
 
