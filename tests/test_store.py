@@ -345,7 +345,7 @@ def test_weights_sum_sees_one_bit_and_no_device() -> None:
     with torch.no_grad():
         for i in range(11):
             kept = float(model.odd[i])
-            model.odd[i] = np.nextafter(np.float32(kept), np.float32(9))
+            model.odd[i] = float(np.nextafter(np.float32(kept), np.float32(9)))
             assert study_module.weights_sum(model) != before
             model.odd[i] = kept
     assert study_module.weights_sum(model) == before
