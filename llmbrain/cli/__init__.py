@@ -8,7 +8,7 @@ import sys
 import typer
 
 from llmbrain import __version__
-from llmbrain.cli import demo, run, steps
+from llmbrain.cli import demo, networks, run, steps
 from llmbrain.cli._common import fail
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def _options(
     pass
 
 
-for module in (demo, run, steps):
+for module in (demo, run, steps, networks):
     module.register(app)
 
 

@@ -1,0 +1,81 @@
+"""`llmbrain networks` and `llmbrain lesion`, as a person types them."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_models import tiny, tiny_tokenizer
+
+import llmbrain as lb
+from llmbrain.cli import main
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A model, its scan with conditions, its networks, and a text."""
+    folder = tmp_path_factory.mktemp("study")
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    texts = [
+        lb.Stimulus.from_segments([("the cat sat. ", "cat"), ("a dog ran! ", "dog")] * 2, tokenizer, f"run{i}")
+        for i in range(3)
+    ]
+    scans = lb.scan(model, tokenizer, texts, out=folder / "scan")
+    ica = lb.GroupICA(3, random_state=0).fit(scans)
+    lb.FunctionalNetworks.from_ica(ica, threshold=1.5).save(folder / "networks")
+    (folder / "words.txt").write_text("the cat and the dog ran home and sat. " * 20)
+    (folder / "more.json").write_text(json.dumps(["who is it? it is the cat! "] * 20))
+    return folder
+
+
+def call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["llmbrain", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_networks_writes_tables_and_figures(study, monkeypatch, capsys, tmp_path):
+    code, out, err = call(monkeypatch, capsys, "networks", study, "--out", tmp_path, "--permutations", "9")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "table-networks.tsv", sep="\t")
+    assert table.network.tolist() == ["IC00", "IC01", "IC02"]
+    assert {"size", "layers", "tokens", "t", "p_fwe"} <= set(table)
+    assert len(pd.read_csv(tmp_path / "table-connectivity.tsv", sep="\t")) == 3
+    assert (tmp_path / "figure-layer_profile.png").stat().st_size > 1000
+    assert "IC00" in out
+
+
+def test_lesion_prints_effects_and_controls(study, monkeypatch, capsys, tmp_path):
+    arguments = ["lesion", study / "model", "--networks", study, "--text", study / "words.txt", "--text",
+                 study / "more.json", "--window", "32", "--n-random", "3", "--out", tmp_path]  # fmt: skip
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "lesion_table.tsv", sep="\t")
+    assert table.evaluation.unique().tolist() == ["words", "more"]
+    assert len(table) == 6
+    model, tokenizer = lb.load_model(study / "model")
+    networks = lb.FunctionalNetworks.load(study / "networks")
+    text = [(study / "words.txt").read_text()]
+    with lb.lesion(model, networks["IC01"]):
+        inside = np.log(lb.perplexity(model, tokenizer, text, window=32, max_windows=32))
+    intact = np.log(lb.perplexity(model, tokenizer, text, window=32, max_windows=32))
+    row = table[(table.network == "IC01") & (table.evaluation == "words")].iloc[0]
+    assert row.effect == pytest.approx(inside - intact, abs=1e-5)
+    code, _, err = call(monkeypatch, capsys, *arguments[:-4], "--n-random", "4", "--out", tmp_path)
+    assert code == 2
+    assert "holds another lesion table" in err
+
+
+def test_bad_input_is_one_line(study, monkeypatch, capsys, tmp_path):
+    code, _, err = call(monkeypatch, capsys, "networks", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds no networks" in err
+    same = ["--text", study / "words.txt"] * 2
+    code, _, err = call(monkeypatch, capsys, "lesion", study / "model", "--networks", study, *same)
+    assert code == 2
+    assert "same name" in err
