@@ -133,13 +133,21 @@ class Reduced:
     n_tokens: int
 
 
+def default_run_components(n_components: int, cca: bool) -> int:
+    """Components kept of each run: three for each one asked for, so that what is weak in every run is not cut off.
+
+    With `cca` no more than asked for: it gives each the same weight, noise included.
+    """
+    return n_components if cca else 3 * n_components
+
+
 def reduce_runs(source: Source, windows: list[Window], run_components: int | None, cca: bool) -> Reduced:
     """First pass: every run to its leading components, stacked over runs (Smith et al. 2014), one stack a window.
 
     Parameters
     ----------
     run_components : int or None
-        Components kept of each run. None: one and a half times the components asked for, or as many with `cca`.
+        Components kept of each run; None: see `default_run_components`.
     cca : bool
         Give a run's components unit length: only what runs share counts (Varoquaux et al. 2010).
     """
@@ -151,9 +159,9 @@ def reduce_runs(source: Source, windows: list[Window], run_components: int | Non
             sizes.append(run_components or (1 + k) / 2)
             stacks.append(GroupPCA(_SHARE_ROWS))
         else:
-            size = run_components or (k if cca else int(np.ceil(1.5 * k)))
+            size = run_components or default_run_components(k, cca)
             sizes.append(size)
-            stacks.append(GroupPCA(4 * max(size, k)))
+            stacks.append(GroupPCA(max(2 * size, 4 * k)))
     variance = [0.0] * len(windows)
     live: torch.Tensor | None = None
     reports = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmbrain._validation import InputError
 from llmbrain.decomposition._chunks import workers
-from llmbrain.decomposition._group import Source
+from llmbrain.decomposition._group import Source, default_run_components
 from llmbrain.decomposition._maps import Regressor, standardize_maps
 from llmbrain.decomposition._methods import unmix
 from llmbrain.decomposition._pca import GroupPCA, numerical_rank, pca_of_run, project, whiten
@@ -100,7 +99,7 @@ class Reduced:
         """Read the runs once, or twice for `tokens`; `size` is cut to the rank of what the runs leave."""
         ica = estimator(n_components, options)
         source = ica._source(scans, None)
-        run_components = math.ceil(1.5 * n_components)
+        run_components = default_run_components(n_components, ica.cca)
         pca = GroupPCA(4 * max(size, run_components))
         live = None
         with workers(source.device):

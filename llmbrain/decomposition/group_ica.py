@@ -60,7 +60,7 @@ class GroupICA(TransformerMixin, BaseEstimator):
         One ICA over all layers, one a layer, or one for every so many consecutive layers (the last may have fewer).
         The latter two need runs that know their space. Maps are 0 outside their layers.
     run_components : int, optional
-        Components kept of each run; by default one and a half times `n_components` (`n_components` with `cca`).
+        Components kept of each run; by default three times `n_components` (`n_components` with `cca`).
     cca : bool, default=False
         CanICA's canonical correlation step (Varoquaux et al. 2010): components of a run count alike, whatever variance
         they have, so what matters is that runs share them.

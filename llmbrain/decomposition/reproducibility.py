@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.decomposition._chunks import workers
-from llmbrain.decomposition._group import Source
+from llmbrain.decomposition._group import Source, default_run_components
 from llmbrain.decomposition._maps import standardize_maps
 from llmbrain.decomposition._matching import correlate_rows, match_maps
 from llmbrain.decomposition._pca import project, whiten
@@ -153,7 +153,7 @@ def _halves(
     """Maps of all runs, and ``|r|`` between the halves of each split, per component."""
     k = int(ica.n_components)
     rows, live = [], None
-    for reduced, run in reduced_runs(ica, source, int(np.ceil(1.5 * k))):
+    for reduced, run in reduced_runs(ica, source, default_run_components(k, ica.cca)):
         rows.append(reduced)
         live = run.live if live is None else live | run.live
     assert live is not None  # a reader is never empty
