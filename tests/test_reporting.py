@@ -22,7 +22,7 @@ from llmbrain.networks import FunctionalNetworks
 from llmbrain.reporting import Report, Section, build_report, write_report
 from llmbrain.reporting._effects import condition_effects, labels_of, token_types, top_tokens
 from llmbrain.reporting._pack import STEPS, blob, codebook, decode, encode, pack_maps
-from llmbrain.reporting._text import number, shown_tokens, visible
+from llmbrain.reporting._text import number, shown_tokens, token_label, visible
 from llmbrain.scanning import Scan
 from llmbrain.space import NeuronSpace
 
@@ -414,3 +414,4 @@ def test_top_tokens_come_with_the_text_around_them() -> None:
 def test_token_types_are_means_of_what_is_seen_often() -> None:
     kinds = token_types([np.array([1.0, 3.0, 2.0, 9.0, 3.0, 4.0])], [["a", "b", "a", "c", "a", "b"]], min_count=2)
     assert kinds == [("b", 3.5, 2), ("a", 2.0, 3)]
+    assert [token_label(text) for text in (" the", "\n", "  ", "", "a\tb")] == ["the", "↵", "␣", "∅", "a⇥b"]

@@ -116,7 +116,7 @@ def token_types(
     counts: dict[str, int] = defaultdict(int)
     for values, text in zip(course, texts):
         for value, token in zip(values.tolist(), text):
-            if token.strip():
+            if token:  # a special token has no characters
                 sums[token] += value
                 counts[token] += 1
     means = [(token, sums[token] / count, count) for token, count in counts.items() if count >= min_count]

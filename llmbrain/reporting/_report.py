@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -21,7 +20,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from llmbrain._validation import InputError
-from llmbrain.reporting._text import number, visible
+from llmbrain.reporting._text import number, token_label, visible
 
 SCRIPTS = ("source.js", "colour.js", "maps.js", "player.js", "app.js")
 _PACKAGE = "llmbrain.reporting"
@@ -34,7 +33,7 @@ def environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader(_PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    env.filters.update(number=number, visible=visible)
+    env.filters.update(number=number, visible=visible, token_label=token_label)
     return env
 
 
@@ -177,11 +176,5 @@ def figure(fig: Any, caption: str = "", label: str = "") -> Markup:
     least = min(fig.get_figwidth(), 6.5) * 80  # narrower than this its labels cannot be read: it scrolls instead
     text = text.replace("<svg", f'<svg role="img" aria-label="{name}" style="min-width:{least:.0f}px"', 1)
     template = environment().get_template("figure.html.j2")
-    return Markup(template.render(svg=Markup(text), caption=caption))
-
-
-def picture(png: bytes, label: str, caption: str = "") -> Markup:
-    """A PNG as a data URL."""
-    data = base64.b64encode(png).decode("ascii")
-    tag = Markup('<img src="data:image/png;base64,{}" alt="{}">').format(Markup(data), label)
-    return Markup(environment().get_template("figure.html.j2").render(svg=tag, caption=caption))
+    width = max(fig.get_figwidth() * 96, 320)
+    return Markup(template.render(svg=Markup(text), caption=caption, width=round(width)))

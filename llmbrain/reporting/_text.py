@@ -76,6 +76,11 @@ def context_of(tokens: list[str], position: int, width: int = 40) -> tuple[str, 
     return before, token or "∅", after
 
 
+def token_label(text: str) -> str:
+    """A token by itself: without the space before it, but never empty."""
+    return text.replace("\n", "↵").replace("\t", "⇥").strip() or ("␣" if text else "∅")
+
+
 def number(value: Any, digits: int = 3) -> str:
     """A number as a person reads it: thousands separated, `digits` significant digits, a dash where there is none."""
     if value is None or isinstance(value, str):

@@ -231,6 +231,22 @@ class App {
   }
 }
 
+// The section being read stands out in the navigation.
+const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+const seen = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      for (const [id, link] of links) {
+        if (id === entry.target.id) link.setAttribute("aria-current", "true");
+        else link.removeAttribute("aria-current");
+      }
+    }
+  },
+  { rootMargin: "-20% 0px -75% 0px" },
+);
+for (const id of links.keys()) if (byId(id)) seen.observe(byId(id));
+
 for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", async () => {
     const element = byId(button.dataset.copy);
