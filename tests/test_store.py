@@ -284,6 +284,8 @@ def test_damaged_records_are_named(tmp_path: Path, name: str, how: str) -> None:
         damage(tmp_path / name, how)
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         lb.load_scans(tmp_path)
+    if name == "runs.jsonl":  # the same scan again puts it right
+        assert same(run(tmp_path), lb.load_scans(tmp_path))
 
 
 def test_shards_that_do_not_fit_the_manifest(tmp_path: Path) -> None:

@@ -250,6 +250,9 @@ def open_study(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> t
                     f"{_short(value)}. Give another folder"
                 )
         manifest = known
+        text = runs_to_text(runs)  # the same as what the manifest's checksum says: a damaged file is put right
+        if not (folder / "runs.jsonl").is_file() or (folder / "runs.jsonl").read_bytes() != text.encode():
+            _write_text(folder / "runs.jsonl", text)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "SHA256SUMS").unlink(missing_ok=True)
