@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -39,10 +41,15 @@ for module in (demo, run, steps, networks):
     module.register(app)
 
 
+def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2; `LLMBRAIN_DEBUG=1` shows the traceback."""
     from llmbrain._validation import InputError
 
+    warnings.showwarning = _warn  # a line a person can read, instead of the place in the code
     try:
         app()
     except (InputError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:

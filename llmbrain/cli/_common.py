@@ -26,6 +26,7 @@ DEVICE = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'c
 METHOD = Annotated[str, typer.Option("--method", help="Pruning criterion: networks, published, magnitude, random, ...")]
 COMPENSATE = Annotated[str, typer.Option("--compensate", help="none, bias or least-squares.")]
 FIELD = Annotated[str, typer.Option("--field", help="Field of .json and .jsonl objects that holds the text.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Write over what --out holds.")]
 SEED = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
@@ -73,12 +74,14 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
         raise InputError(f"text file {path} is not valid {path.suffix[1:]}: line {error.lineno}, {error.msg}") from None
     if not isinstance(records, list):
         raise InputError(f"text file {path} must hold a list of strings, not {type(records).__name__}")
-    texts = [record.get(field) if isinstance(record, dict) else record for record in records]
-    for i, (text, record) in enumerate(zip(texts, records)):
+    texts: list[str] = []
+    for i, record in enumerate(records):
+        text = record.get(field) if isinstance(record, dict) else record
         if not isinstance(text, str):
             known = f": fields are {sorted(record)} (choose one with --field)" if isinstance(record, dict) else ""
             raise InputError(f"text file {path}: entry {i} has no string in field {field!r}{known}")
-    texts = [text for text in texts if text.strip()]
+        if text.strip():
+            texts.append(text)
     if not texts:
         raise InputError(f"text file {path} is empty")
     return texts
@@ -86,9 +89,12 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
 
 def open_model(model: str, device: str) -> tuple[Any, Any]:
     """Load a model on a device, in evaluation mode, with its tokenizer."""
+    from transformers.utils import logging
+
     from llmbrain._validation import resolve_device
     from llmbrain.checkpoints import load_model
 
+    logging.disable_progress_bar()  # a bar a model that is there at once is noise
     where = resolve_device(device)
     loaded, tokenizer = load_model(model)
     return loaded.to(where).eval(), tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.cli._common import claim, provenance, say, write_json
 
 HELD_OUT = 0.2  # share of the text, from its end, that networks and pruning never see
@@ -117,9 +117,15 @@ def main_job(
     """
     from llmbrain.decomposition import GroupICA
     from llmbrain.networks import FunctionalNetworks
+    from llmbrain.pruning.api import COMPENSATIONS
+    from llmbrain.pruning.criteria import CRITERIA
     from llmbrain.scanning import scan
+    from llmbrain.scanning.sites import check_sites
 
     check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
+    check_option("method", method, CRITERIA)
+    check_option("compensate", compensate, COMPENSATIONS)
+    check_sites(site)
     if not texts or not any(text.strip() for text in texts):
         raise InputError("texts are empty: there is nothing to read")
     settings = {
@@ -141,7 +147,7 @@ def main_job(
     say("3/5 functional networks: group ICA")
     ica = GroupICA(components, random_state=seed, device=device).fit(scans)
     networks = FunctionalNetworks.from_ica(ica)
-    networks.save(out / "networks")
+    networks.save(out / "networks", overwrite=True)
 
     say(f"4/5 pruning: {ratio:.0%} of the MLP neurons, method {method}, compensation {compensate}")
     plan, small = _prune(model, tokenizer, networks, scans, scanned, ratio, method, compensate, seed, out)
@@ -186,7 +192,7 @@ def _prune(
     )  # fmt: skip
     small = prune(model, plan, tokenizer=tokenizer, calibration=calibration, compensate=compensate)
     plan.save(out / "plan.json")
-    save_pruned(small, tokenizer, out / "pruned")
+    save_pruned(small, tokenizer, out / "pruned", overwrite=True)
     return plan, small
 
 

@@ -12,6 +12,7 @@ from llmbrain.cli._common import (
     METHOD,
     MODEL,
     OUT,
+    OVERWRITE,
     RATIO,
     SEED,
     TEXT,
@@ -39,7 +40,7 @@ def run(
     n_tokens: int = typer.Option(32768, help="Tokens to scan; 0 is all of the text."),
     max_windows: int = typer.Option(0, help="Windows that the perplexities use; 0 is all of the text."),
     field: FIELD = "text",
-    overwrite: bool = typer.Option(False, help="Write over another study in --out."),
+    overwrite: OVERWRITE = False,
 ) -> None:
     """Scan a model on a text, find its networks, prune it, and write a page that shows what happened."""
     from llmbrain.cli._common import open_model, parse_components, read_texts

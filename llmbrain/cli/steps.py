@@ -16,6 +16,7 @@ from llmbrain.cli._common import (
     METHOD,
     MODEL,
     OUT,
+    OVERWRITE,
     RATIO,
     SEED,
     TEXT,
@@ -83,6 +84,7 @@ def decompose(
     convention: str = typer.Option("bids", help="bids or fsl: names of the files."),
     device: DEVICE = "auto",
     seed: SEED = 0,
+    overwrite: OVERWRITE = False,
 ) -> None:
     """Group ICA of a scan: its functional networks."""
     from llmbrain._validation import check_option
@@ -96,7 +98,7 @@ def decompose(
     target = out or study / "networks"
     ica = GroupICA(parse_components(components), method=method, random_state=seed, device=device).fit(scans)
     networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
-    networks.save(target)
+    networks.save(target, overwrite=overwrite)
     ica.save(target / "ica", overwrite=True)
     if convention == "fsl":
         from llmbrain.imaging import write_melodic
@@ -146,6 +148,7 @@ def prune(
     device: DEVICE = "auto",
     seed: SEED = 0,
     field: FIELD = "text",
+    overwrite: OVERWRITE = False,
 ) -> None:
     """Cut neurons out of a model and save the smaller one."""
     from llmbrain.checkpoints import save_pruned
@@ -167,7 +170,7 @@ def prune(
         loaded, plan, tokenizer=tokenizer, calibration=texts or None,
         compensate=None if compensate == "none" else compensate,
     )  # fmt: skip
-    save_pruned(small, tokenizer, out)
+    save_pruned(small, tokenizer, out, overwrite=overwrite)
     say(plan.summary())
     say(f"saved: {out}")
 
