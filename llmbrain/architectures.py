@@ -381,7 +381,10 @@ def _mlp_by_shape(index: int, path: str, block: nn.Module) -> LayerAnatomy | Non
         elif width != hidden and len(fused) == 1 and not ups:
             found.append((down_name, down, fused * 2))
     # hidden->width and width->hidden is one MLP; with the two swapped it is the same pair read backwards.
-    found = [f for f in found if _sizes(f[1])[0] >= _sizes(f[1])[1]] if len(found) > 1 else found
+    if len(found) > 1:
+        order = [name for name, *_ in linear]  # what makes the neurons is declared before what they enter
+        declared = [f for f in found if all(order.index(n) < order.index(f[0]) for _, n in f[2])]
+        found = declared or [f for f in found if _sizes(f[1])[0] >= _sizes(f[1])[1]]
     if len(found) != 1:
         return None
     down_name, down, inputs = found[0]

@@ -1,0 +1,7 @@
+"""Pruning: criteria, allocation, compensation; plans before knives."""
+
+from llmbrain.pruning.api import prune
+from llmbrain.pruning.plan import PruningPlan
+from llmbrain.pruning.planning import plan_pruning
+
+__all__ = ["PruningPlan", "plan_pruning", "prune"]

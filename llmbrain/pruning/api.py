@@ -1,0 +1,156 @@
+"""Plan a cut, then cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import llmbrain
+from llmbrain._validation import InputError, check_option
+from llmbrain.checkpoints.shapes import RECORD, record_shapes
+from llmbrain.evaluation.windows import as_windows, fingerprint
+from llmbrain.pruning.calibration import check_enough
+from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
+from llmbrain.pruning.plan import PruningPlan
+from llmbrain.pruning.walk import Change, Site, walk
+from llmbrain.surgery import check_cuttable, keep_heads, keep_neurons
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMPENSATIONS = (None, "bias", "least-squares")
+FALLBACK_RIDGE = 1e-2  # where there is too little text to hold some out
+
+
+def prune(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Sequence[str] | Tensor | None = None,
+    compensate: str | None = None,
+    ridge: float | None = None,
+    intercept: bool = True,
+    sequential: bool = True,
+    window: int | None = None,
+    max_windows: int | None = 128,
+    inplace: bool = False,
+) -> Any:
+    """Cut what a plan removes out of a model's weights.
+
+    Without compensation the result equals the model with those neurons set to zero.
+
+    Parameters
+    ----------
+    model : transformers model
+        Not changed unless `inplace`.
+    plan : PruningPlan
+        Made for these weights.
+    tokenizer, calibration
+        Texts (or windows of token ids) for the compensation.
+    compensate : {None, "bias", "least-squares"}
+        None: cut only. ``"bias"``: the mean of what goes moves to the output's bias (FLAP). ``"least-squares"``: refit
+        the output projection to the dense model's output (ridge regression with intercept).
+    ridge : float, optional
+        Relative to the mean variance of the signals; default the one of `RIDGES` that errs least on held-out tokens.
+    intercept : bool
+        Whether least squares may add a bias to the output projections.
+    sequential : bool
+        Fit each layer to the signals it gets in the model as pruned so far, so that errors do not add up.
+    window, max_windows : int, optional
+        Cut of the calibration texts.
+    inplace : bool
+        Cut `model` itself (needs no second copy in memory).
+
+    Returns
+    -------
+    transformers model
+        Smaller; what was done stands in its ``llmbrain_pruning`` attribute.
+
+    Raises
+    ------
+    InputError
+        If the plan is for another model, weights can not be cut, or calibration is missing or too short; `model` is
+        untouched then.
+    """
+    check_option("compensate", compensate, COMPENSATIONS)
+    plan.check_model(model)
+    windows = None
+    if compensate is not None:
+        if calibration is None:
+            raise InputError(f"compensate={compensate!r} needs calibration texts (and their tokenizer)")
+        windows = as_windows(model, tokenizer, calibration, window, max_windows)
+        check_enough(windows, max(plan.widths_before))
+    small = model if inplace else copy.deepcopy(model)
+    body = plan.check_model(small)
+    check_cuttable(body)
+    if windows is not None:
+        repair(small, plan, windows, kind=str(compensate), ridge=ridge, intercept=intercept, sequential=sequential)
+    for layer, kept in zip(body.layers, plan.kept):
+        keep_neurons(layer, torch.from_numpy(kept))
+    for layer, groups in zip(body.layers, plan.kept_heads or ()):
+        if layer.out is not None and len(groups) < layer.out.units:
+            keep_heads(layer, torch.from_numpy(groups))
+    record_shapes(small)
+    record = {
+        "widths_before": list(plan.widths_before),
+        "kept": [k.tolist() for k in plan.kept],
+        "kept_heads": None if plan.kept_heads is None else [k.tolist() for k in plan.kept_heads],
+        "plan": {k: v for k, v in plan.to_dict().items() if k not in ("kept", "kept_heads")},
+        "compensate": compensate,
+        "calibration": None if windows is None else {"hash": fingerprint(windows), "shape": list(windows.shape)},
+        "versions": {"llmbrain": llmbrain.__version__, "torch": version("torch")},
+    }
+    setattr(small, RECORD, [*getattr(small, RECORD, []), record])
+    return small
+
+
+def repair(
+    model: nn.Module,
+    plan: PruningPlan,
+    windows: Tensor,
+    *,
+    kind: str,
+    ridge: float | None = None,
+    intercept: bool = True,
+    sequential: bool = True,
+    weights: Tensor | None = None,
+) -> None:
+    """Write compensated output projections into a model, with zeros where the plan removes; shapes stay."""
+    body = plan.check_model(model)
+
+    def step(kept: Tensor, site: Site) -> Change | None:
+        if len(kept) == site.output.units:
+            return None if not sequential or plan.removed == 0 else fit(site, kept, kind, ridge, intercept)
+        return fit(site, kept, kind, ridge, intercept)
+
+    walk(
+        model,
+        body,
+        windows,
+        lambda site: step(torch.from_numpy(plan.kept[site.layer.index]), site),
+        heads=None if plan.kept_heads is None else (
+            lambda site: step(torch.from_numpy(plan.kept_heads[site.layer.index]), site)),  # type: ignore[index]
+        sequential=sequential,
+        weights=weights,
+        progress="repair",
+    )  # fmt: skip
+
+
+def fit(site: Site, kept: Tensor, kind: str, ridge: float | None = None, intercept: bool = True) -> Change:
+    """The repair of one output projection for the units that stay."""
+    weight = site.weight
+    columns = (site.output.rows(kept) - site.output.start).to(weight.device)
+    if kind == "bias":
+        return Change(kept, bias_only(site.all, weight, columns))
+    if ridge is None:
+        held = site.held_out.n > 0
+        ridge = (
+            choose_ridge(site.train, site.held_out, weight, columns, intercept=intercept) if held else FALLBACK_RIDGE
+        )
+    return Change(kept, least_squares(site.all, weight, columns, ridge=ridge, intercept=intercept))

@@ -1,0 +1,82 @@
+"""Repair what a cut does to a layer's output: least squares on the output projection, or its bias alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmbrain.pruning.statistics import Moments
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass
+class Repair:
+    """New rows of an output projection for the units that stay, and its new bias; float64 on the CPU or the GPU."""
+
+    weight: Tensor  # (kept columns, outputs)
+    bias: Tensor | None  # (outputs,)
+    ridge: float = 0.0
+
+
+def least_squares(moments: Moments, weight: Tensor, kept: Tensor, *, ridge: float, intercept: bool = True) -> Repair:
+    """Ridge regression of the wanted output on the signals that stay, drawn towards the old weights.
+
+    ``min_W E|W' x_K + b - t|^2 + lambda |W' - W_K|^2`` with ``lambda = ridge * mean diagonal of cov(x)``: a layer
+    without signal keeps its weights, and few tokens change them little.
+
+    Parameters
+    ----------
+    moments : Moments
+        Of all signals and of the wanted output t.
+    weight : (columns, outputs) float64
+        Old weights.
+    kept : (k,) int64
+        Columns that stay.
+    ridge : float
+        Relative to the mean variance of the signals.
+    intercept : bool
+        Fit b; without it t is fitted through the origin.
+    """
+    s, cross = _normal_equations(moments, intercept)
+    old = weight[kept]
+    penalty = ridge * s.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    left = s[kept][:, kept] + penalty * torch.eye(len(kept), dtype=s.dtype, device=s.device)
+    new = torch.linalg.solve(left, cross[:, kept].T + penalty * old)
+    bias = moments.target_mean - moments.mean[kept] @ new if intercept else None
+    return Repair(new, bias, ridge)
+
+
+def _normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor]:
+    if intercept:
+        return moments.covariance, moments.cross_covariance
+    return (
+        moments.covariance + torch.outer(moments.mean, moments.mean),
+        moments.cross_covariance + torch.outer(moments.target_mean, moments.mean),
+    )
+
+
+def error(moments: Moments, repair: Repair, kept: Tensor, metric: Tensor | None = None) -> float:
+    """Mean squared error of a repaired output on the tokens of `moments`, summed over outputs (in `metric`)."""
+    new = repair.weight
+    centred = new.T @ moments.covariance[kept][:, kept] @ new - 2 * (moments.cross_covariance[:, kept] @ new)
+    offset = moments.mean[kept] @ new - moments.target_mean
+    if repair.bias is not None:
+        offset = offset + repair.bias
+    if metric is None:
+        return float(centred.diagonal().sum() + moments.target_variance.sum() + offset @ offset)
+    return float((metric * centred).sum() + offset @ metric @ offset)
+
+
+def choose_ridge(train: Moments, held_out: Moments, weight: Tensor, kept: Tensor, *, intercept: bool = True) -> float:
+    """The ridge of `RIDGES` whose fit on `train` errs least on `held_out`."""
+    fits = [least_squares(train, weight, kept, ridge=r, intercept=intercept) for r in RIDGES]
+    return min(fits, key=lambda fit: error(held_out, fit, kept)).ridge
+
+
+def bias_only(moments: Moments, weight: Tensor, kept: Tensor) -> Repair:
+    """Old weights, and the mean of what was cut in the bias (FLAP, arXiv 2312.11983, eq. 4)."""
+    old = weight[kept]
+    return Repair(old, moments.target_mean - moments.mean[kept] @ old)

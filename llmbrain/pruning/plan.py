@@ -1,0 +1,212 @@
+"""`PruningPlan`: what stays, why, and what it costs; made before any weight is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from llmbrain._validation import InputError
+from llmbrain.architectures import Anatomy, Projection, anatomy
+from llmbrain.space import NeuronSpace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kept = tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which neurons (and attention heads) of a model stay.
+
+    Attributes
+    ----------
+    method, allocation : str
+        How units were scored, and how the budget was spread over layers.
+    ratio : float
+        Share of MLP neurons that was asked to be removed; `removed` is what the plan removes.
+    kept : tuple of int64 arrays
+        Per layer, ascending indices of the neurons that stay.
+    widths_before : tuple of int
+    fingerprint : str
+        Of the weights the plan was made for.
+    kept_heads : tuple of int64 arrays, optional
+        Per layer, the key/value groups of heads that stay; None where heads are not touched.
+    groups_before : tuple of int
+        Key/value groups per layer before.
+    protect : tuple of int
+        Layers that were not to be cut.
+    parameters, parameters_removed : int
+        All parameters of the model, and those that go (before any intercept that compensation adds).
+    details : dict
+        What else decided: thresholds, losses, convergence, calibration; plain JSON values.
+    """
+
+    method: str
+    allocation: str
+    ratio: float
+    kept: Kept
+    widths_before: tuple[int, ...]
+    fingerprint: str
+    kept_heads: Kept | None = None
+    groups_before: tuple[int, ...] = ()
+    protect: tuple[int, ...] = ()
+    parameters: int = 0
+    parameters_removed: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons per layer that stay."""
+        return tuple(len(k) for k in self.kept)
+
+    @property
+    def removed(self) -> float:
+        """Share of the MLP neurons that goes."""
+        return 1 - sum(self.widths) / sum(self.widths_before)
+
+    @property
+    def parameters_share(self) -> float:
+        """Share of all parameters that goes."""
+        return self.parameters_removed / max(self.parameters, 1)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Which neurons stay; shape ``(n_neurons,)`` of the model before."""
+        space = NeuronSpace(self.widths_before)
+        mask = np.zeros(space.n_neurons, dtype=bool)
+        for layer, kept in enumerate(self.kept):
+            mask[space.offsets[layer] + kept] = True
+        return mask
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer: neurons before, kept, removed, share removed, protected, and heads where they are cut."""
+        import pandas as pd
+
+        before = np.array(self.widths_before)
+        frame = pd.DataFrame({"layer": np.arange(len(before)), "before": before, "kept": self.widths})
+        frame["removed"] = frame["before"] - frame["kept"]
+        frame["share_removed"] = frame["removed"] / frame["before"]
+        frame["protected"] = frame["layer"].isin(self.protect)
+        if self.kept_heads is not None:
+            frame["groups_before"] = self.groups_before
+            frame["groups_kept"] = [len(k) for k in self.kept_heads]
+        return frame
+
+    def summary(self) -> str:
+        """What the plan does, in a few lines."""
+        lines = [
+            f"{self.method}, allocation {self.allocation}: {sum(self.widths)} of {sum(self.widths_before)} MLP neurons "
+            f"stay ({self.removed:.1%} removed, {self.ratio:.1%} asked)",
+            f"{self.parameters_removed:,} of {self.parameters:,} parameters go ({self.parameters_share:.1%})",
+            f"widths {list(self.widths)} (before {_runs(self.widths_before)})",
+        ]
+        if self.kept_heads is not None:
+            lines.append(f"key/value groups {[len(k) for k in self.kept_heads]} (before {_runs(self.groups_before)})")
+        if self.protect:
+            lines.append(f"layers {list(self.protect)} protected")
+        lines += [f"note: {note}" for note in self.details.get("notes", [])]
+        return "\n".join(lines)
+
+    # -- records -----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        record["kept"] = [k.tolist() for k in self.kept]
+        record["kept_heads"] = None if self.kept_heads is None else [k.tolist() for k in self.kept_heads]
+        return record
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> PruningPlan:
+        """Rebuild a plan; what is missing or of the wrong kind is an `InputError`."""
+        try:
+            record = dict(record)
+            record["kept"] = tuple(np.asarray(k, dtype=np.int64) for k in record["kept"])
+            if record.get("kept_heads") is not None:
+                record["kept_heads"] = tuple(np.asarray(k, dtype=np.int64) for k in record["kept_heads"])
+            for name in ("widths_before", "groups_before", "protect"):
+                record[name] = tuple(int(v) for v in record[name])
+            return cls(**record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"this is not a pruning plan: {error}") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"llmbrain": "pruning plan", **self.to_dict()}), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan that `save` wrote."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+        if not isinstance(record, dict) or record.pop("llmbrain", None) != "pruning plan":
+            raise InputError(f"{path} is not a pruning plan")
+        return cls.from_dict(record)
+
+    def check_model(self, model: nn.Module) -> Anatomy:
+        """The anatomy of a model that this plan was made for; another model is an `InputError`."""
+        body = anatomy(model)
+        if body.widths != self.widths_before:
+            raise InputError(
+                f"plan was made for layers of {_runs(self.widths_before)} neurons, this model has {_runs(body.widths)}"
+            )
+        own = weights_fingerprint(body)
+        if own != self.fingerprint:
+            raise InputError(f"plan was made for weights {self.fingerprint}, this model has {own}: make a new plan")
+        return body
+
+
+def weights_fingerprint(body: Anatomy) -> str:
+    """Hash of a sample of every MLP weight, independent of device: 16 hexadecimal digits."""
+    digest = sha256()
+    for layer in body.layers:
+        for projection in layer.neuron_projections:
+            weight = projection.weight().detach()
+            flat = weight.reshape(-1)[:: max(1, weight.numel() // 4096)]
+            digest.update(flat.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def parameters_removed(body: Anatomy, kept: Kept, kept_heads: Kept | None) -> int:
+    """Parameters that go with the units that are not kept."""
+    total = 0
+    for i, layer in enumerate(body.layers):
+        total += (layer.width - len(kept[i])) * sum(_unit_parameters(p) for p in layer.neuron_projections)
+        if kept_heads is not None and layer.out is not None:
+            heads = (*layer.heads, layer.out)
+            total += (layer.out.units - len(kept_heads[i])) * sum(_unit_parameters(p) for p in heads)
+    return total
+
+
+def _unit_parameters(projection: Projection) -> int:
+    bias = projection.bias()
+    return (projection.weight().numel() + (0 if bias is None else bias.numel())) // projection.units
+
+
+def check_protect(protect: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    """Layer numbers, ascending; negative ones count from the end."""
+    layers = set()
+    for layer in protect or ():
+        number = int(layer)
+        if number != layer or not -n_layers <= number < n_layers:
+            raise InputError(f"protect={layer!r} is not a layer: allowed are {-n_layers} to {n_layers - 1}")
+        layers.add(number % n_layers)
+    return tuple(sorted(layers))
+
+
+def _runs(values: Sequence[int]) -> str:
+    return f"{len(values)} x {values[0]}" if len(set(values)) == 1 else str(list(values))

@@ -1,0 +1,348 @@
+"""Make a `PruningPlan`: score units, spread the budget over layers, choose what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmbrain._validation import InputError, check_option
+from llmbrain.architectures import Anatomy, anatomy
+from llmbrain.evaluation.perplexity import mean_loss
+from llmbrain.evaluation.windows import fingerprint
+from llmbrain.pruning.allocation import ALLOCATIONS, LEVELS, Budget, from_losses, ranked, uniform
+from llmbrain.pruning.api import fit
+from llmbrain.pruning.calibration import calibration_windows, check_enough, signals_of_windows
+from llmbrain.pruning.criteria import Criterion, Evidence, criterion
+from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
+from llmbrain.pruning.published import published_scores
+from llmbrain.pruning.statistics import gradient_pass
+from llmbrain.pruning.walk import Change, Site, restored, walk, write
+from llmbrain.surgery import check_cuttable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GROUP_SIZE = 40  # texts in a group of the published rule
+LOSS_WINDOWS = 16  # windows on which sensitivity is measured
+
+
+def plan_pruning(
+    model: nn.Module,
+    networks: Any = None,
+    scans: Sequence[Any] | None = None,
+    *,
+    ratio: float,
+    method: str = "published",
+    protect: Sequence[int] | None = None,
+    random_state: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Sequence[str] | Tensor | None = None,
+    allocation: str | Sequence[int] | None = None,
+    sequential: bool | None = None,
+    multiple_of: int = 1,
+    head_ratio: float = 0.0,
+    window: int | None = None,
+    max_windows: int | None = 128,
+    rule: dict[str, Any] | None = None,
+) -> PruningPlan:
+    """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
+
+    Parameters
+    ----------
+    model : transformers model
+        Not changed.
+    networks : FunctionalNetworks, optional
+        For methods that use them.
+    scans : sequence of Scan, optional
+        For ``"published"``: with the sites ``gate`` and ``up`` (recorded from `calibration` if not given). Their tokens
+        serve as calibration where none is given.
+    ratio : float
+        Share of all MLP neurons to remove, in (0, 1); met exactly, or as nearly as `multiple_of` allows.
+    method : str
+        A name in `CRITERIA`.
+    protect : sequence of int, optional
+        Layers that are not cut. Default: none; for ``"published"`` the first 3 and last 2 where there are more than 5.
+    random_state : int
+        Of random scores and of FastICA.
+    tokenizer, calibration
+        Texts, or int64 windows ``(n, window)``.
+    allocation : str or sequence of int, optional
+        ``"uniform"``, ``"global"``, ``"clamped"``, ``"sensitivity"`` or the widths themselves. Default: ``"global"``
+        for ``"published"``, else ``"uniform"``.
+    sequential : bool, optional
+        Score each layer on the already pruned and repaired prefix. Default: where the method is meant so.
+    multiple_of : int
+        Widths of cut layers are multiples of it (8 to 256: what hardware likes).
+    head_ratio : float
+        Share of attention heads to remove, in whole key/value groups, by the same method.
+    window, max_windows : int, optional
+        Cut of the calibration texts.
+    rule : dict, optional
+        Options of `published_scores`.
+
+    Returns
+    -------
+    PruningPlan
+
+    Raises
+    ------
+    InputError
+        If the ratio is impossible, the method unknown, or what it needs is missing or too short.
+    """
+    chosen = criterion(method)
+    body = anatomy(model)
+    check_cuttable(body)
+    n = len(body.layers)
+    notes: list[str] = []
+    if protect is None and method == "published":
+        protect = (0, 1, 2, n - 2, n - 1) if n > 5 else ()
+        if n <= 5:
+            notes.append(f"the published rule keeps the first 3 and last 2 layers; with {n} layers none is protected")
+    protected = check_protect(protect, n)
+    budget = Budget.of(body.widths, ratio, protected, multiple_of)
+    if allocation is None:
+        allocation = "global" if method == "published" else "uniform"
+    if isinstance(allocation, str):
+        check_option("allocation", allocation, ALLOCATIONS)
+    windows = calibration_windows(model, tokenizer, calibration, scans, window, max_windows)
+    if windows is None and (chosen.needs - {"published"} or allocation in ("sensitivity", "search")):
+        raise InputError(f"method={method!r}, allocation={allocation!r} need calibration texts (or scans with tokens)")
+    if windows is not None and chosen.needs - {"published"}:
+        check_enough(windows, max(body.widths))
+    planner = Planner(model, body, chosen, windows, networks, random_state)
+    details: dict[str, Any] = {"notes": notes}
+    if "published" in chosen.needs:
+        details["published"] = planner.score_by_rule(scans, notes, rule or {})
+    widths = planner.allocate(allocation, budget, details)
+    sequential = chosen.sequential if sequential is None else sequential
+    groups = planner.head_budget(head_ratio)
+    kept, kept_heads = planner.choose(widths, groups, sequential=sequential and windows is not None)
+    if method == "published":
+        details["threshold"] = planner.threshold(kept, protected)
+    if windows is not None:
+        details["calibration"] = {"hash": fingerprint(windows), "shape": list(windows.shape)}
+    return PruningPlan(
+        method=method,
+        allocation=allocation if isinstance(allocation, str) else "given",
+        ratio=float(ratio),
+        kept=kept,
+        widths_before=body.widths,
+        fingerprint=weights_fingerprint(body),
+        kept_heads=kept_heads,
+        groups_before=tuple(layer.out.units if layer.out is not None else 0 for layer in body.layers),
+        protect=protected,
+        parameters=sum(p.numel() for p in model.parameters()),
+        parameters_removed=parameters_removed(body, kept, kept_heads),
+        details=details,
+    )
+
+
+class Planner:
+    """What the steps of planning share: the model, its calibration, and scores that were computed already."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        body: Anatomy,
+        chosen: Criterion,
+        windows: Tensor | None,
+        networks: Any,
+        random_state: int,
+    ) -> None:
+        self.model, self.body, self.criterion, self.windows = model, body, chosen, windows
+        self.generator = torch.Generator().manual_seed(random_state)
+        self.random_state = random_state
+        self.published: list[NDArray[np.float64]] | None = None
+        self.maps = self._maps(networks)
+        needs = {"metric", "taylor"} & chosen.needs
+        gradients = {}
+        if needs:
+            assert windows is not None
+            gradients = gradient_pass(model, body, windows, metric="metric" in needs, taylor="taylor" in needs)
+        self.metric: list[Tensor] | None = gradients.get("metric")
+        self.taylor: list[Tensor] | None = gradients.get("taylor")
+        self._dense_scores: list[NDArray[np.float64]] | None = None
+
+    def _maps(self, networks: Any) -> list[NDArray[np.float32]] | None:
+        if "maps" not in self.criterion.needs:
+            return None
+        if networks is None:
+            raise InputError(f"method={self.criterion.name!r} needs networks")
+        if tuple(networks.space.widths) != self.body.widths:
+            raise InputError(
+                f"networks lie in layers of {list(networks.space.widths)}, the model has {list(self.body.widths)}"
+            )
+        return [networks.maps[:, networks.space.layer_slice(i)] for i in range(len(self.body.layers))]
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def score_by_rule(self, scans: Sequence[Any] | None, notes: list[str], rule: dict[str, Any]) -> dict[str, Any]:
+        """Scores of the published rule, from scans that have its sites or from the calibration windows."""
+        gated = all(layer.gated for layer in self.body.layers)
+        sites = rule.pop("sites", None) or (("gate", "up") if gated else ("neuron",))
+        if not gated and sites == ("neuron",):
+            notes.append("this model has no gate: the published rule reads the neuron signal instead of gate and up")
+        if not scans or any(s not in scan.sites for scan in scans for s in sites):
+            if self.windows is None:
+                raise InputError(f"method='published' needs scans with the sites {list(sites)}, or calibration texts")
+            scans = signals_of_windows(self.model, self.body, self.windows, sites)
+        options = {"n_groups": -(-len(scans) // GROUP_SIZE), "random_state": self.random_state, **rule}
+        result = published_scores(scans, self.body.widths, sites=sites, **options)
+        self.published = result.scores
+        return result.details
+
+    def score(self, site: Site | None, layer: int, *, heads: bool = False) -> NDArray[np.float64]:
+        """Scores of one layer's neurons or key/value groups."""
+        anatomy_ = self.body.layers[layer]
+        output = anatomy_.out if heads else anatomy_.down
+        assert output is not None
+
+        def of_layer(values: Sequence[Any] | None) -> Tensor | None:
+            return None if values is None or heads else torch.as_tensor(values[layer])
+
+        evidence = Evidence(
+            layer=anatomy_,
+            output=output,
+            weight=output.weight().detach().double() if site is None else site.weight,
+            generator=self.generator,
+            moments=None if site is None else site.all,
+            metric=of_layer(self.metric),
+            taylor=of_layer(self.taylor),
+            published=of_layer(self.published),
+            maps=of_layer(self.maps),
+        )
+        scores = self.criterion.score(evidence).detach().cpu().numpy().astype(float)
+        if not np.isfinite(scores).all():
+            raise InputError(f"{output.path}: unit {int(np.argmin(np.isfinite(scores)))} has no finite score")
+        return scores
+
+    def dense_scores(self) -> list[NDArray[np.float64]]:
+        """Scores of all layers in the dense model; computed once."""
+        if self._dense_scores is None:
+            found: list[NDArray[np.float64]] = []
+            if "moments" in self.criterion.needs:
+                assert self.windows is not None
+
+                def look(site: Site) -> None:
+                    found.append(self.score(site, site.layer.index))
+
+                walk(self.model, self.body, self.windows, look, sequential=False, progress="score")
+            else:
+                found = [self.score(None, i) for i in range(len(self.body.layers))]
+            self._dense_scores = found
+        return self._dense_scores
+
+    # -- widths ------------------------------------------------------------------------------------------------------
+
+    def allocate(self, allocation: str | Sequence[int], budget: Budget, details: dict[str, Any]) -> tuple[int, ...]:
+        """Neurons that each layer keeps."""
+        if not isinstance(allocation, str):
+            widths = tuple(int(w) for w in allocation)
+            if len(widths) != len(budget.widths) or any(not 1 <= w <= b for w, b in zip(widths, budget.widths)):
+                raise InputError(f"allocation={list(widths)} must give each layer 1 to {list(budget.widths)} neurons")
+            return widths
+        if allocation == "uniform":
+            return uniform(budget)
+        if allocation in ("global", "clamped"):
+            standardise = self.criterion.standardise
+            return ranked(budget, self.dense_scores(), standardise=standardise, clamp=allocation == "clamped")
+        losses = self.measure_sensitivity()
+        details["sensitivity"] = {"levels": list(LEVELS), "loss_added": np.round(losses, 6).tolist()}
+        return from_losses(budget, losses)
+
+    def measure_sensitivity(self) -> NDArray[np.float64]:
+        """Loss added when one layer alone loses each share of `LEVELS` and is refitted; ``(n_layers, levels)``."""
+        assert self.windows is not None
+        step = max(1, len(self.windows) // LOSS_WINDOWS)
+        test = self.windows[::step][:LOSS_WINDOWS]
+        base = mean_loss(self.model, test)
+        losses = np.zeros((len(self.body.layers), len(LEVELS)))
+        scores: list[NDArray[np.float64]] = []
+
+        def look(site: Site) -> None:
+            i = site.layer.index
+            scores.append(self.score(site, i))
+            order = np.argsort(-scores[i], kind="stable")
+            old = site.output.module
+            weight, bias = site.output.weight().detach().clone(), getattr(old, "bias", None)
+            saved = None if bias is None else bias.detach().clone()
+            try:
+                for k, level in enumerate(LEVELS):
+                    keep = max(1, round((1 - level) * site.output.units))
+                    kept = torch.from_numpy(np.sort(order[:keep]))
+                    write(site.output, fit(site, kept, "least-squares", ridge=1e-3))
+                    losses[i, k] = mean_loss(self.model, test) - base
+                    _put_back(site, weight, saved)
+            finally:
+                _put_back(site, weight, saved)
+
+        walk(self.model, self.body, self.windows, look, sequential=False, progress="sensitivity")
+        self._dense_scores = scores
+        return losses
+
+    def head_budget(self, head_ratio: float) -> tuple[int, ...] | None:
+        """Key/value groups that each layer keeps; None where heads are not touched."""
+        if not head_ratio:
+            return None
+        if any(not layer.heads or layer.out is None for layer in self.body.layers):
+            raise InputError(f"head_ratio={head_ratio}: the heads of {self.body.family} models cannot be cut")
+        groups = [layer.out.units for layer in self.body.layers if layer.out is not None]
+        return uniform(Budget.of(groups, head_ratio))
+
+    # -- what stays --------------------------------------------------------------------------------------------------
+
+    def choose(
+        self, widths: Sequence[int], groups: Sequence[int] | None, *, sequential: bool
+    ) -> tuple[Kept, Kept | None]:
+        """The best units of each layer; sequentially, on the prefix as pruned and refitted so far."""
+        kept: list[NDArray[np.int64]] = []
+        heads: list[NDArray[np.int64]] = []
+        if not sequential and groups is None:
+            return tuple(_best(s, w) for s, w in zip(self.dense_scores(), widths)), None
+        if self.windows is None:
+            raise InputError("head_ratio needs calibration texts")
+
+        def step(site: Site, count: int, found: list[NDArray[np.int64]], of_heads: bool) -> Change | None:
+            found.append(_best(self.score(site, site.layer.index, heads=of_heads), count))
+            last = site.layer is self.body.layers[-1] and not of_heads
+            if not sequential or last or count == site.output.units:
+                return None
+            return fit(site, torch.from_numpy(found[-1]), "least-squares")
+
+        with restored(self.body, heads=groups is not None):
+            walk(
+                self.model,
+                self.body,
+                self.windows,
+                lambda site: step(site, widths[site.layer.index], kept, False),
+                heads=None if groups is None else (lambda site: step(site, groups[site.layer.index], heads, True)),
+                sequential=sequential,
+                progress="choose",
+            )
+        return tuple(kept), tuple(heads) if groups is not None else None
+
+    def threshold(self, kept: Kept, protect: Sequence[int]) -> float:
+        """The cut-off tau between what the published rule keeps and what it removes."""
+        scores = self.dense_scores()
+        cut = [
+            np.delete(s, k).max() for i, (s, k) in enumerate(zip(scores, kept)) if i not in protect and len(k) < len(s)
+        ]
+        return float(max(cut)) if cut else 0.0
+
+
+def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)
+
+
+def _put_back(site: Site, weight: Tensor, bias: Tensor | None) -> None:
+    with torch.no_grad():
+        site.output.weight().copy_(weight)
+        if bias is None:
+            site.output.module.bias = None  # type: ignore[assignment]
+        else:
+            site.output.module.bias.copy_(bias)  # type: ignore[operator]

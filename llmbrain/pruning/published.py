@@ -1,0 +1,161 @@
+"""The published rule of functional-network pruning (arXiv 2508.05239), from its authors' code.
+
+Per group of texts: the gate and up signals of all tokens are z-scored, an SVD gives the first k left vectors over
+signals (not weighted by singular values), FastICA (cube, symmetric) turns them into spatial maps, which are z-scored. A
+signal stays if |z| > tau in any map of any group, a neuron if either of its signals does. So the score of a neuron is
+the largest |z| it reaches, and tau is the cut-off that leaves exactly the budget.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+
+from llmbrain._validation import InputError, check_option
+from llmbrain.decomposition import fastica
+
+SCOPES = ("layer", "window", "model")
+WINDOW_LAYERS = 4
+
+
+@dataclass
+class PublishedScores:
+    """Largest |z| of each neuron, ``(n_neurons,)`` a layer, and what a reader of the plan should know."""
+
+    scores: list[NDArray[np.float64]]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def published_scores(
+    scans: Sequence[Any],
+    widths: Sequence[int],
+    *,
+    sites: Sequence[str] = ("gate", "up"),
+    scope: str = "layer",
+    n_components: int = 128,
+    n_groups: int = 1,
+    max_iter: int = 300,
+    tol: float = 1e-4,
+    random_state: int = 0,
+) -> PublishedScores:
+    """Score neurons by the published rule.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        With the sites `sites` (the publication records ``gate`` and ``up``; a model without a gate has ``neuron``).
+    widths : sequence of int
+        Neurons per layer.
+    sites : sequence of str
+    scope : str
+        ``"layer"``: an ICA a layer, as published; ``"window"``: one for four layers; ``"model"``: one for all.
+    n_components : int
+        Maps k in each ICA; fewer where tokens or signals are fewer.
+    n_groups : int
+        The scans are dealt into so many groups in order, each with its own ICA.
+    max_iter, tol : int, float
+        Of FastICA.
+    random_state : int
+        Of FastICA's start.
+
+    Returns
+    -------
+    PublishedScores
+        ``details`` says how many ICAs there were and how many did not converge (they are used, as in the publication).
+    """
+    check_option("scope", scope, SCOPES)
+    missing = [s for s in sites if any(s not in scan.sites for scan in scans)]
+    if not scans or missing:
+        raise InputError(f"the published rule needs scans with the sites {list(sites)}: {missing or 'scans'} missing")
+    for scan in scans:
+        if any(scan.spaces[s].widths != tuple(widths) for s in sites):
+            raise InputError(f"scan {scan.name!r} is of a model with other widths than {list(widths)}")
+    n_groups = max(1, min(n_groups, len(scans)))
+    groups = [[scans[i] for i in part] for part in np.array_split(np.arange(len(scans)), n_groups)]
+    scores = [np.zeros(w) for w in widths]
+    failed, n_maps = 0, []
+    for layers in _scopes(scope, len(widths)):
+        for group in groups:
+            read = _reader(group, layers, sites)
+            maps, converged = _maps(read(), n_components, max_iter, tol, random_state)
+            failed += not converged
+            n_maps.append(len(maps))
+            peak = np.abs(maps).max(axis=0).reshape(len(sites), -1).max(axis=0)
+            for layer, part in zip(layers, np.split(peak, np.cumsum([widths[i] for i in layers])[:-1])):
+                scores[layer] = np.maximum(scores[layer], part)
+    if failed:
+        warnings.warn(
+            f"{failed} of {len(n_maps)} FastICA runs of the published rule did not converge in {max_iter} steps; their "
+            "maps are used, as in the publication",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    details = {"scope": scope, "sites": list(sites), "groups": n_groups, "ica_runs": len(n_maps),
+               "ica_not_converged": failed, "maps_per_ica": [min(n_maps), max(n_maps)]}  # fmt: skip
+    return PublishedScores(scores, details)
+
+
+def _scopes(scope: str, n_layers: int) -> list[list[int]]:
+    size = {"layer": 1, "window": WINDOW_LAYERS, "model": n_layers}[scope]
+    return [list(range(i, min(i + size, n_layers))) for i in range(0, n_layers, size)]
+
+
+def _reader(group: Sequence[Any], layers: list[int], sites: Sequence[str]) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        parts = [np.concatenate([scan.data(layers, site=site) for scan in group]) for site in sites]
+        return torch.from_numpy(np.concatenate(parts, axis=1))
+
+    return read
+
+
+def _maps(
+    signals: torch.Tensor, n_components: int, max_iter: int, tol: float, random_state: int
+) -> tuple[NDArray[np.float64], bool]:
+    """z-scored spatial maps ``(k, signals)`` of tokens x signals, and whether FastICA converged."""
+    x = signals.double()
+    x = x - x.mean(0)
+    spread = x.std(0, correction=0)
+    x = x / torch.where(spread < torch.finfo(torch.float32).eps, torch.ones_like(spread), spread)
+    k = min(n_components, x.shape[1] - 1, x.shape[0] - 1)
+    if k < 2:
+        raise InputError(f"{x.shape[0]} tokens are too few for the published rule: at least 3 are needed")
+    # Left singular vectors of X^T by the smaller Gram matrix: tokens or signals.
+    if x.shape[0] < x.shape[1]:
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        left = x.T @ vectors[:, -k:]
+        left = left / values[-k:].clamp_min(values[-1] * 1e-12).sqrt()
+    else:
+        left = torch.linalg.eigh(x.T @ x)[1][:, -k:]
+    white = _whiten(_signed(left.flip(1)))
+    result = fastica(
+        white, fun="cube", random_state=random_state, max_iter=max_iter, tol=tol, n_samples=white.shape[1], warn=False
+    )
+    maps = result.unmixing @ white.numpy()
+    return (maps - maps.mean(1, keepdims=True)) / maps.std(1, keepdims=True), result.converged
+
+
+def _whiten(left: torch.Tensor) -> torch.Tensor:
+    """Centre the k vectors over signals and make them white: ``(k', signals)``, unit variance.
+
+    By the inverse square root of their covariance: their singular values are all but equal, so that the vectors of an SVD
+    would be arbitrary, and with them the start of FastICA.
+    """
+    centred = left - left.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    lost = values < 1e-10 * values[-1]
+    if bool(lost.any()):  # a constant vector was among them
+        return ((vectors[:, ~lost] / values[~lost].sqrt()).T @ centred.T) * np.sqrt(len(left))
+    return (vectors / values.sqrt()) @ vectors.T @ centred.T * np.sqrt(len(left))
+
+
+def _signed(columns: torch.Tensor) -> torch.Tensor:
+    """The same columns with their largest entry positive: what a decomposition gives is only known up to signs."""
+    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
+    return columns * largest.sign()
