@@ -129,19 +129,19 @@ def amplify(model: nn.Module, what: Any, gain: float) -> Intervention:
     """
     gain = float(check_range("gain", gain))
     parts = find_parts(model, what)
-    edits = [(p.module, _scale(p.chosen, gain)) for p in parts]
+    edits = [(p.module, _scale(_near(p), gain)) for p in parts]
     return Intervention(model, edits, _count(parts))
 
 
 def _replace(model: nn.Module, parts: list[Part], value: str, reference: Any, random_state: int) -> Intervention:
     if value == "zero":
-        return Intervention(model, [(p.module, _zero(p.chosen)) for p in parts], _count(parts))
+        return Intervention(model, [(p.module, _zero(_near(p))) for p in parts], _count(parts))
     if reference is None:
         raise InputError(f"value={value!r} needs reference=: scans of this model, arrays, or token ids for it to read")
     edits: list[tuple[nn.Module, Edit]] = []
     for i, (part, values) in enumerate(zip(parts, reference_values(model, parts, reference))):
         if value == "mean":
-            edits.append((part.module, _constant(part.chosen, values.double().mean(dim=0))))
+            edits.append((part.module, _constant(_near(part), values.double().mean(dim=0))))
         else:
             edits.append((part.module, _Resample(part.positions, values, random_state + i)))
     return Intervention(model, edits, _count(parts))
@@ -158,6 +158,13 @@ def _pre_hook(edit: Edit) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, .
     return lambda module, args: (edit(args[0]), *args[1:])
 
 
+def _near(part: Part) -> Tensor:
+    """What is chosen, on the device of the weight (the edits move it again where accelerate decides later)."""
+    weight = part.module.weight
+    assert isinstance(weight, Tensor)
+    return part.chosen if weight.device.type == "meta" else part.chosen.to(weight.device)
+
+
 def _zero(chosen: Tensor) -> Edit:
     return lambda x: x.masked_fill(chosen.to(x.device), 0)
 
@@ -167,8 +174,8 @@ def _scale(chosen: Tensor, gain: float) -> Edit:
 
 
 def _constant(chosen: Tensor, values: Tensor) -> Edit:
-    full = torch.zeros(len(chosen), dtype=torch.float64)
-    full[chosen] = values
+    full = torch.zeros(len(chosen), dtype=torch.float64, device=chosen.device)
+    full[chosen] = values.to(chosen.device)
     return lambda x: torch.where(chosen.to(x.device), full.to(x), x)
 
 

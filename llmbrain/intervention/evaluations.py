@@ -209,10 +209,10 @@ def score_conditions(
     dict of float64 array ``(n_conditions, n_items)``
     """
     body = anatomy(model)
-    factors = torch.as_tensor(np.asarray(scales, dtype=np.float32))
+    factors = torch.as_tensor(np.asarray(scales, dtype=np.float32)).to(input_device(model))
     shifts = None
     if fill is not None:
-        shifts = (factors == 0) * torch.as_tensor(np.asarray(fill, dtype=np.float32))
+        shifts = (factors == 0) * torch.as_tensor(np.asarray(fill, dtype=np.float32)).to(factors.device)
     scores: dict[str, NDArray[np.float64]] = {}
     with evaluating(model):
         for name, evaluation in evaluations.items():
