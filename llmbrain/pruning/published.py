@@ -144,8 +144,8 @@ def _maps(
 def _whiten(left: torch.Tensor) -> torch.Tensor:
     """Centre the k vectors over signals and make them white: ``(k', signals)``, unit variance.
 
-    By the inverse square root of their covariance: their singular values are all but equal, so that the vectors of an SVD
-    would be arbitrary, and with them the start of FastICA.
+    By the inverse square root of their covariance: their singular values are all but equal, so that the vectors of an
+    SVD would be arbitrary, and with them the start of FastICA.
     """
     centred = left - left.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred)

@@ -1,39 +1,23 @@
 """Calibration text on its way through a model, one block at a time.
 
-A `Stream` holds the hidden states of the calibration windows between two blocks. Running the dense and the pruned model
-side by side through one block costs two block passes, so a whole sequential calibration costs about three forward
-passes, not one per layer. What is held is tokens x hidden size; signals of neurons (tokens x width) never are.
+A `Stream` holds the hidden states of the calibration windows between two blocks. Measuring a block and going on through
+the changed block costs two block passes, so a whole sequential calibration costs two forward passes, not one per layer.
+What is held is tokens x hidden size; signals of neurons (tokens x width) never are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy, LayerAnatomy
+from llmbrain.architectures import Anatomy, Projection
 from llmbrain.evaluation.windows import batches, evaluating, input_device
 
 
 class _FirstBlockReached(Exception):
     """Raised by our own hook to end a forward pass before the first block."""
-
-
-@dataclass
-class Taken:
-    """What a block did to one batch: input and output of the down projection, and of the attention's output projection.
-
-    All of shape ``(tokens, units)``, in the model's dtype; None where not asked for.
-    """
-
-    mlp_in: Tensor
-    mlp_out: Tensor
-    heads_in: Tensor | None = None
-    heads_out: Tensor | None = None
 
 
 class Stream:
@@ -49,49 +33,35 @@ class Stream:
                 self._calls[len(batch)] = _record_calls(model, body, batch)
             self.hidden.append(_before_first_block(model, body, batch))
 
-    def copy(self) -> Stream:
-        """A second stream at the same place (tensors are shared: they are never changed in place)."""
-        other = object.__new__(Stream)
-        other.layers, other.at, other._calls, other.hidden = self.layers, self.at, self._calls, list(self.hidden)
-        return other
+    def run(self, batch: int, output: Projection) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Put one batch through block `at` as it is now, and listen at one of its output projections.
 
-    def run(self, batch: int, take: Callable[[Taken], None] | None = None, *, heads: bool = False) -> Tensor:
-        """Put one batch through block `at` as it is now; `take` sees what the MLP (and the heads) did."""
-        layer, hidden = self.layers[self.at], self.hidden[batch]
-        args, kwargs = self._calls[len(hidden)][self.at]
-        if take is None:
-            return _tensor(layer.block(hidden, *args, **kwargs))
-        with listening(layer, heads=heads) as caught:
-            out = _tensor(layer.block(hidden, *args, **kwargs))
-        take(Taken(*caught["mlp"], *caught.get("heads", (None, None))))
-        return out
+        Returns
+        -------
+        ((tokens, columns), (tokens, outputs)), hidden states after the block
+        """
+        caught: list[tuple[Tensor, Tensor]] = []
 
-    def advance(self, take: Callable[[Taken], None] | None = None) -> None:
-        """Go on to the next block, with the block's weights as they are now."""
-        self.hidden = [self.run(i, take) for i in range(len(self.hidden))]
+        def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            # The output is copied: Falcon adds to it in place afterwards.
+            caught.append((args[0].detach().flatten(0, -2), out.detach().flatten(0, -2).clone()))
+
+        handle = output.module.register_forward_hook(keep)
+        try:
+            hidden = self._through(batch)
+        finally:
+            handle.remove()
+        return caught[0], hidden
+
+    def advance(self, hidden: list[Tensor] | None = None) -> None:
+        """Go on to the next block: with hidden states that are known, or through the block as it is now."""
+        self.hidden = [self._through(i) for i in range(len(self.hidden))] if hidden is None else hidden
         self.at += 1
 
-
-@contextmanager
-def listening(layer: LayerAnatomy, *, heads: bool = False) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Keep what enters and leaves the down projection (and the heads' output projection) in the next forward pass."""
-    caught: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            # Falcon adds to this output in place afterwards.
-            caught[name] = (args[0].detach().flatten(0, -2), output.detach().flatten(0, -2).clone())
-
-        return hook
-
-    handles = [layer.down.module.register_forward_hook(keep("mlp"))]
-    if heads and layer.out is not None:
-        handles.append(layer.out.module.register_forward_hook(keep("heads")))
-    try:
-        yield caught
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _through(self, batch: int) -> Tensor:
+        hidden = self.hidden[batch]
+        args, kwargs = self._calls[len(hidden)][self.at]
+        return _tensor(self.layers[self.at].block(hidden, *args, **kwargs))
 
 
 def _record_calls(model: nn.Module, body: Anatomy, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

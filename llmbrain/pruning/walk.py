@@ -15,7 +15,7 @@ from llmbrain.architectures import Anatomy, LayerAnatomy, Projection
 from llmbrain.evaluation.windows import evaluating
 from llmbrain.pruning.compensation import Repair
 from llmbrain.pruning.statistics import Moments
-from llmbrain.pruning.streams import Stream, Taken
+from llmbrain.pruning.streams import Stream
 from llmbrain.surgery import add_bias
 
 HELD_OUT = 8  # one batch in so many is held out to choose the ridge
@@ -63,76 +63,63 @@ def walk(
     weights: Tensor | None = None,
     progress: str | None = None,
 ) -> None:
-    """Visit every layer in order, with the moments of calibration tokens.
+    """Visit every layer in order, with the moments of its signals and outputs over calibration tokens.
+
+    Sequentially, a layer is measured in the model as changed so far: its signals are those it will get, and its target
+    is what it makes of them uncut. (Targets from the dense model, whose inputs differ, were worse: at 50% on
+    `stories260K` 18.5 without a sequence and about as much with the dense output as target, 17.3 with this one.)
 
     Parameters
     ----------
     windows : (n, window) int64
     mlp, heads : function of a `Site`
         What to do with the down projection, and with the attention's output projection. A returned `Change` is written
-        into the weights (units that go become zero) before the walk goes on: see `restored`.
+        into the weights (units that go become zero): see `restored`.
     sequential : bool
-        Measure signals in the model as changed so far, with the dense model's outputs as targets; else all in the dense
-        model, and changes show only at the end.
+        Whether later layers see the changes to earlier ones.
     weights : (n, window) float, optional
         How much each token counts.
     """
     with evaluating(model):
-        dense = Stream(model, body, windows)
-        pruned = dense.copy() if sequential else None
-        token_weights = (
-            None if weights is None else [w.flatten() for w in weights.split([len(h) for h in dense.hidden])]
-        )
+        stream = Stream(model, body, windows)
+        sizes = [len(h) for h in stream.hidden]
+        token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
+        late: list[tuple[Projection, Change]] = []
         for layer in tqdm(body.layers, desc=progress, disable=None if progress else True, leave=False):
-            targets: list[Taken] = []
-            after = [dense.run(i, targets.append, heads=heads is not None) for i in range(len(dense.hidden))]
-            changes: list[tuple[Projection, Change]] = []
-            if heads is not None and layer.out is not None and layer.heads:
-                site = _measure(layer, layer.out, dense, pruned, targets, token_weights)
-                _apply(heads(site), layer.out, changes, now=sequential)
-            site = _measure(layer, layer.down, dense, pruned, targets, token_weights)
-            _apply(mlp(site), layer.down, changes, now=sequential)
-            for output, change in changes if not sequential else ():
-                write(output, change)
-            dense.hidden, dense.at = after, dense.at + 1
-            if pruned is not None:
-                pruned.advance()
+            outputs = [(layer.out, heads)] if heads is not None and layer.heads else []
+            unchanged = None
+            for output, step in [*outputs, (layer.down, mlp)]:
+                assert output is not None
+                site, after = _measure(stream, output, token_weights)
+                change = step(site)
+                unchanged = after if change is None else None
+                if change is not None and sequential:
+                    write(output, change)
+                elif change is not None:
+                    late.append((output, change))
+                    unchanged = after
+            stream.advance(unchanged)
+        for output, change in late:
+            write(output, change)
 
 
-def _measure(
-    layer: LayerAnatomy,
-    output: Projection,
-    dense: Stream,
-    pruned: Stream | None,
-    targets: Sequence[Taken],
-    weights: Sequence[Tensor] | None,
-) -> Site:
+def _measure(stream: Stream, output: Projection, weights: Sequence[Tensor] | None) -> tuple[Site, list[Tensor]]:
+    """Moments of one output projection in block `stream.at`, and the hidden states after the block."""
+    layer = stream.layers[stream.at]
     train = Moments()
     held_out: Moments | None = None
-    of_heads = output is layer.out
-    for i, target in enumerate(targets):
-        if pruned is None:
-            taken = target
-        else:
-            caught: list[Taken] = []
-            pruned.run(i, caught.append, heads=of_heads)
-            taken = caught[0]
-        x, t = (taken.heads_in, target.heads_out) if of_heads else (taken.mlp_in, target.mlp_out)
-        assert x is not None
+    after = []
+    n = len(stream.hidden)
+    for i in range(n):
+        (x, t), hidden = stream.run(i, output)
+        after.append(hidden)
         w = None if weights is None else weights[i].to(x.device)
-        if i % HELD_OUT == HELD_OUT - 1 or (i == len(targets) - 1 and i > 0 and held_out is None):
+        if i % HELD_OUT == HELD_OUT - 1 or (i == n - 1 and i > 0 and held_out is None):
             held_out = held_out or Moments(train)
             held_out.add(x, t, w)
         else:
             train.add(x, t, w)
-    return Site(layer, output, train, held_out or Moments(train))
-
-
-def _apply(change: Change | None, output: Projection, changes: list[tuple[Projection, Change]], *, now: bool) -> None:
-    if change is not None:
-        changes.append((output, change))
-        if now:
-            write(output, change)
+    return Site(layer, output, train, held_out or Moments(train)), after
 
 
 def write(output: Projection, change: Change) -> None:
@@ -149,9 +136,8 @@ def write(output: Projection, change: Change) -> None:
         new = torch.zeros_like(weight)
         new[rows.to(device)] = change.repair.weight.to(device, weight.dtype)
         weight.copy_(new)
-        if change.repair.bias is not None:
+        if change.repair.bias is not None:  # the target is the whole output, old bias included
             bias = add_bias(output)
-            # The repair's target is the whole output, old bias included.
             bias.copy_(change.repair.bias.to(bias.device, bias.dtype))
 
 
