@@ -1,7 +1,7 @@
 """The protocols of arXiv 2502.20408 on models that fit everywhere, each beside the controls it lacks.
 
     python benchmarks/networks.py [--models stories260K shakespeare-gpt2 demo] [--thresholds 1.96 3.6] [--quick]
-                                  [--out FILE]
+                                  [--speed] [--out FILE]
 
 Four questions, one table each:
 
@@ -178,6 +178,22 @@ def examine(name: str, threshold: float, quick: bool) -> dict[str, pd.DataFrame]
     }
 
 
+def speed(n_networks: int = 32, n_random: int = 20, n_windows: int = 32) -> pd.DataFrame:
+    """What a lesion table costs: 32 networks x (1 + 20 random) lesions x 8,192 tokens of stories260K."""
+    case = stories(n_windows)
+    n_neurons = sum(anatomy(case.model).widths)
+    masks = np.random.default_rng(0).random((n_networks, n_neurons)) < 0.02
+    wall, cpu = time.perf_counter(), time.process_time()
+    lesion_table(
+        case.model, {str(i): mask for i, mask in enumerate(masks)}, {"stories": case.evaluations["stories"]},
+        n_random=n_random, n_matched=0, progress=False,
+    )  # fmt: skip
+    tokens = n_networks * (1 + n_random) * n_windows * 256
+    row = {"lesions": n_networks * (1 + n_random), "tokens": tokens, "threads": torch.get_num_threads()}
+    row |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    return pd.DataFrame([row | {"tokens_per_cpu_s": tokens / row["cpu_s"]}])
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """A table that a page can show."""
 
@@ -204,8 +220,12 @@ def main() -> None:
     parser.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS))
     parser.add_argument("--quick", action="store_true", help="fewer windows and draws: a minute, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "networks.md")
+    parser.add_argument("--speed", action="store_true", help="only time a lesion table of 32 networks")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    if args.speed:
+        print(markdown(speed()))
+        return
     parts = [f"llmbrain {lb.__version__}, torch {torch.__version__}, {platform.machine()}" + (", --quick" * args.quick)]
     for name, threshold in product(args.models, args.thresholds):
         start = time.perf_counter()
