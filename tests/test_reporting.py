@@ -19,7 +19,7 @@ import pytest
 
 from llmbrain._validation import InputError
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.reporting import Report, Section, build_report, write_report
+from llmbrain.reporting import Report, Section, build_report, report_of, write_report
 from llmbrain.reporting._effects import condition_effects, labels_of, token_types, top_tokens
 from llmbrain.reporting._pack import STEPS, blob, codebook, decode, encode, pack_maps
 from llmbrain.reporting._text import number, shown_tokens, token_label, visible
@@ -415,3 +415,40 @@ def test_token_types_are_means_of_what_is_seen_often() -> None:
     kinds = token_types([np.array([1.0, 3.0, 2.0, 9.0, 3.0, 4.0])], [["a", "b", "a", "c", "a", "b"]], min_count=2)
     assert kinds == [("b", 3.5, 2), ("a", 2.0, 3)]
     assert [token_label(text) for text in (" the", "\n", "  ", "", "a\tb")] == ["the", "↵", "␣", "∅", "a⇥b"]
+
+
+# -- generate_report -------------------------------------------------------------------------------------------------
+
+
+def test_objects_make_their_own_reports() -> None:
+    from llmbrain.decomposition import GroupICA
+    from llmbrain.intervention import LesionTable
+    from llmbrain.pruning import PruningPlan
+
+    study = make_everything()
+    networks = study["networks"]
+    assert "IC02" in networks.generate_report(scans=study["scans"], title="Mine").html()
+    ica = GroupICA(2, run_components=3).fit(study["scans"])
+    page = ica.generate_report(scans=study["scans"])
+    assert len(data_of(page.html())["runs"]) == 2
+    kept = (np.arange(10), np.arange(20), np.arange(15))
+    plan = PruningPlan("flap", "uniform", 0.4, kept, (30, 20, 30), "")
+    assert "An et al. 2024" in Page(plan.generate_report().html()).text
+    draws = pd.DataFrame(columns=["network", "evaluation", "control", "draw", "effect"])
+    table = LesionTable(study["lesions"].assign(harm=study["lesions"]["effect"]), draws, {})
+    assert "0.732" in Page(table.generate_report().html()).text
+    with pytest.raises(InputError, match="type of object"):
+        report_of(object())
+
+
+def test_coupling_with_a_brain_is_shown_with_its_null() -> None:
+    from llmbrain.comparison.coupling import couple
+
+    rng = np.random.default_rng(0)
+    brain = rng.standard_normal((120, 3))
+    model = rng.standard_normal((120, 2))
+    model[:, 1] += 2 * brain[:, 2]
+    result = couple(model, brain, networks=["IC00", "IC01"], regions=["a", "b", "<c>"])
+    text = Page(build_report(title="t", comparison={"coupling": result}).html()).text
+    assert "IC01, <c>" in text  # the strongest pair leads the lag profile
+    assert "circular null" in text

@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range, resolve_device
 from llmbrain.decomposition._chunks import workers
 from llmbrain.decomposition._fastica import FUNCTIONS, warn_not_converged
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _ORDER_RUNS = 5  # the order is a property of the data, not of how many runs there are: the first few tell
 
 
-class GroupICA(TransformerMixin, BaseEstimator):
+class GroupICA(Reportable, TransformerMixin, BaseEstimator):
     """Group ICA: functional networks that runs have in common.
 
     Each run is preprocessed, reduced by PCA and stacked; a PCA over the stack gives the group's subspace, and ICA turns

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.architectures import anatomy
 from llmbrain.intervention.controls import matched_masks, random_masks
@@ -37,7 +38,7 @@ Items = dict[str, NDArray[np.float64]]  # evaluation -> (n_conditions, n_items)
 
 
 @dataclass(frozen=True)
-class LesionTable:
+class LesionTable(Reportable):
     """Network x evaluation.
 
     Attributes

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.networks.measures import gini, hoyer, overlap_matrix, zscore_maps
 from llmbrain.space import NeuronSpace
@@ -70,7 +71,7 @@ class Network:
         return f"Network({self.name}: {self.size} of {self.mask.size} neurons)"
 
 
-class FunctionalNetworks:
+class FunctionalNetworks(Reportable):
     """Functional networks of a model (or of a brain): maps, the neurons beyond a cut-off, time courses.
 
     Parameters

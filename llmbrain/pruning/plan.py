@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy, Projection, anatomy
 from llmbrain.space import NeuronSpace
@@ -24,7 +25,7 @@ Kept = tuple[NDArray[np.int64], ...]
 
 
 @dataclass(frozen=True)
-class PruningPlan:
+class PruningPlan(Reportable):
     """Which neurons (and attention heads) of a model stay.
 
     Attributes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmbrain.reporting._study import Study, first
@@ -72,7 +73,7 @@ REFERENCES = {
 
 # what in the name of a pruning method, allocation or compensation calls for which paper
 _CRITERIA = {
-    "published": "pruning", "network": "networks", "flap": "flap", "fluctuation": "flap", "bias": "flap",
+    "published": "pruning", "network": "networks", "flap": "flap", "fluctuation": "flap",
     "wanda": "wanda", "taylor": "taylor", "obs": "obs", "surgeon": "surgeon", "gradient": "surgeon",
 }  # fmt: skip
 
@@ -194,19 +195,21 @@ def _pruning(study: Study, cite: Any) -> str:
     plan = study.plan
     if plan is None:
         return ""
-    method = str(getattr(plan, "method", "") or "a stated method")
-    ratio = getattr(plan, "ratio", None)
-    options = {name: getattr(plan, name, None) for name in ("allocation", "compensate", "compensation")}
-    extra = ", ".join(f"{name} '{value}'" for name, value in options.items() if isinstance(value, str))
+    method, ratio = str(getattr(plan, "method", "") or "a stated method"), getattr(plan, "ratio", None)
+    allocation = getattr(plan, "allocation", None)
+    settings = study.provenance.get("settings") if isinstance(study.provenance, Mapping) else None
+    repair = str(first(plan, "compensate") or first(settings or {}, "compensate") or "none")
     names = {"pruning": "Liu et al. 2025a", "networks": "Liu et al. 2025b", "flap": "An et al. 2024",
              "wanda": "Sun et al. 2024", "taylor": "Ma et al. 2023", "obs": "Kurtic et al. 2023",
              "surgeon": "van der Ouderaa et al. 2024"}  # fmt: skip
-    keys = list(dict.fromkeys(key for word, key in _CRITERIA.items() if word in f"{method} {extra}".lower()))
+    keys = list(dict.fromkeys(key for word, key in _CRITERIA.items() if word in method.lower()))
     cited = "; ".join(cite(key, names[key]) for key in keys)
     share = "neurons" if ratio is None else f"{100 * float(ratio):.4g}% of the MLP neurons"
-    done = f" with {extra}" if extra else ""
-    source = f" ({cited})" if cited else ""
-    return (
-        f"{share[0].upper() + share[1:]} were removed by the criterion '{method}'{done}{source}; the weight "
-        "matrices of the pruned model are smaller, none of its weights is merely masked."
-    )
+    text = f"{share[0].upper() + share[1:]} were removed by the criterion '{method}'{f' ({cited})' if cited else ''}"
+    if allocation:
+        text += f", spread over layers by the allocation '{allocation}'"
+    if repair == "bias":
+        text += f"; the mean of what was cut became a bias ({cite('flap', names['flap'])})"
+    elif repair == "least-squares":
+        text += "; the down projections were refitted by ridge least squares on the calibration text"
+    return f"{text}. The weight matrices of the pruned model are smaller; none of its weights is merely masked."

@@ -223,12 +223,8 @@ def pruning(study: Study) -> Section:
     if study.plan is not None:
         widths = _widths_before(study)
         parts.append(figure(plotting.plot_widths(study.plan, widths), "MLP neurons kept in each layer."))
-        facts = [(name.replace("_", " "), getattr(study.plan, name, None))
-                 for name in ("method", "ratio", "allocation", "compensate", "protect")]  # fmt: skip
-        known = [f"{name}: {value if isinstance(value, str) else number(value)}" for name, value in facts
-                 if isinstance(value, (str, int, float)) and not isinstance(value, bool)]  # fmt: skip
-        if known:
-            parts.append(Markup("<p>{}.</p>").format("; ".join(known)))
+        if hasattr(study.plan, "summary"):
+            parts.append(fill("lines.html.j2", lines=str(study.plan.summary()).splitlines()))
     else:
         missing.append("Nothing was pruned: no plan was given.")
     if study.abilities is not None:
@@ -248,14 +244,41 @@ def _widths_before(study: Study) -> list[int] | None:
 
 
 def comparison(study: Study) -> Section | None:
-    """Tables and figures of a comparison, under their names."""
+    """Tables, figures and results of a comparison, under their names."""
     if not study.comparison:
         return None
-    parts = []
+    body = Markup("")
     for name, value in study.comparison.items():
-        title = Markup("<h3>{}</h3>").format(visible(str(name).replace("_", " ")))
-        parts.append(title + Markup(fill("paragraph.html.j2", body=render(value))))
-    return Section("Comparison", Markup("").join(parts), id="comparison")
+        shown = render(coupling(value) if hasattr(value, "lag_r") else value)
+        body += Markup("<h3>{}</h3>").format(visible(str(name).replace("_", " ")))
+        body += Markup('<div class="prose">{}</div>').format(shown)
+    return Section("Comparison", body, id="comparison")
+
+
+def coupling(result: Any) -> list[Any]:
+    """A `Coupling`: all pairs with the significant ones marked, the lag profile of the strongest, the numbers."""
+    from llmbrain import plotting
+
+    pairs = figure(
+        plotting.plot_coupling(result.r, significant=result.significant, rows=result.networks, columns=result.regions),
+        f"Correlation of each network with each series of the brain. Stars: {result.null} null, p at most "
+        f"{result.alpha:g} corrected ({result.correction}).",
+    )
+    strongest = np.argsort(-np.abs(np.nan_to_num(result.r)).ravel(), kind="stable")[:5]
+    where = [np.unravel_index(i, result.r.shape) for i in strongest]
+    lags = figure(
+        plotting.plot_lag_profile(
+            result.lags,
+            np.stack([result.lag_r[:, k, r] for k, r in where], axis=1),
+            names=[f"{result.networks[k]}, {result.regions[r]}" for k, r in where],
+            threshold=result.threshold if np.isfinite(result.threshold) else None,
+        ),
+        "The five strongest pairs when the brain is read earlier or later. Shaded: what the largest of all pairs stays "
+        "below in the null; descriptive except at lag 0.",
+    )
+    numbers = fill("details.html.j2", title="All pairs", body=table(result.to_frame()))
+    ceilings = [] if result.ceilings is None else [table(result.ceilings, "Noise ceilings")]
+    return [Markup('<div class="side">{}{}</div>').format(pairs, lags), *ceilings, numbers]
 
 
 def methods_section(study: Study) -> Section:

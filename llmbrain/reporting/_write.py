@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from llmbrain._validation import check_option
 from llmbrain.reporting import _sections as parts
 from llmbrain.reporting._effects import labels_of
 from llmbrain.reporting._pack import blob, codebook, encode, pack_maps
@@ -81,6 +82,37 @@ def build_report(
     return (
         report.add(parts.methods_section(study)).add(parts.warnings_section(study)).add(parts.provenance_section(study))
     )
+
+
+def report_of(obj: Any, *, title: str | None = None, **contents: Any) -> Report:
+    """The report of one object; what ``obj.generate_report()`` gives.
+
+    Parameters
+    ----------
+    obj : GroupICA, FunctionalNetworks, PruningPlan, LesionTable or Coupling
+        Fitted.
+    title : str, optional
+        Default: the kind of object.
+    **contents
+        What else belongs in it, as for `build_report`.
+
+    Raises
+    ------
+    InputError
+        If there is no report of such an object, or it is not fitted.
+    """
+    kind = type(obj).__name__
+    if kind == "GroupICA":
+        from llmbrain.networks import FunctionalNetworks
+
+        own: dict[str, Any] = {"ica": obj, "networks": FunctionalNetworks.from_ica(obj)}
+    else:
+        parts_of = {"FunctionalNetworks": "networks", "PruningPlan": "plan", "LesionTable": "lesions"}
+        if kind == "Coupling":
+            own = {"comparison": {"coupling": obj}}
+        else:
+            own = {parts_of[check_option("type of object", kind, parts_of)]: obj}
+    return build_report(title=title or f"llmbrain: {kind}", **{**own, **contents})
 
 
 def write_report(path: str | os.PathLike[str], *, title: str, **contents: Any) -> Path:
