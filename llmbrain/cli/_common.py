@@ -150,7 +150,8 @@ def print_table(frame: pd.DataFrame, title: str | None = None, digits: int = 3) 
         table.add_column(str(name), justify="left" if frame[name].dtype == object else "right")
     for row in frame.itertuples(index=False):
         table.add_row(*(f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in row))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
 
 
 def provenance(model_id: str, texts: Sequence[str], **settings: Any) -> dict[str, Any]:

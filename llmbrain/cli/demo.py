@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from llmbrain.datasets import Demo
 
 N_TEXTS, N_TOKENS = 64, 256  # calibration: 64 runs of one context each
-N_LINES = 100  # held-out lines an ability is scored on
+N_LINES = 40  # held-out lines an ability is scored on
+SILENT = 0.05  # nats: lesions below this in every ability are counted, not listed
+THRESHOLD = 3.0  # |z|: about 2% of the neurons in each network
 
 
 def register(app: typer.Typer) -> None:
@@ -26,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Path = typer.Option(Path("demo-out"), "--out", help="Folder to write."),
-    components: COMPONENTS = "24",
+    components: COMPONENTS = "32",
     n_random: int = typer.Option(20, help="Random control lesions per network."),
     device: DEVICE = "auto",
     seed: SEED = 0,
@@ -51,7 +53,7 @@ def demo(
     )
     summary = main_job(
         model, brain.tokenizer, texts, out, model_id="llmbrain demo brain", components=parse_components(components),
-        ratio=0.3, device=device, seed=seed, overwrite=overwrite, extras=_extras(brain, out, n_random, seed),
+        ratio=0.3, threshold=THRESHOLD, device=device, seed=seed, overwrite=overwrite, extras=_extras(brain, out, n_random, seed),
     )  # fmt: skip
     show_summary(summary)
     say(f"\nreport: {out / 'report.html'}")
@@ -73,7 +75,7 @@ def _extras(brain: Demo, out: Path, n_random: int, seed: int) -> Callable[..., d
         print_table(abilities.reset_index(), "exact answers on held-out lines, by share of neurons removed")
         return {
             "abilities": abilities.to_dict(),
-            "double_dissociations": len(lesions.double_dissociations()),
+            "double_dissociations": len(lesions.double_dissociations(corrected=False)),
             "report": {"lesions": lesions.frame, "abilities": abilities},
         }
 
@@ -95,18 +97,20 @@ def lesion_effects(brain: Demo, networks: Any, *, n_random: int, seed: int) -> A
         evaluations[ability] = TokenEvaluation.from_answers(
             brain.tokenizer, [line.prompt for line in lines], [f"{line.answer}\n" for line in lines], score="loss"
         )
-    return lesion_table(brain.model, networks, evaluations, n_random=n_random, random_state=seed)
+    return lesion_table(brain.model, networks, evaluations, n_random=n_random, n_matched=0, random_state=seed)
 
 
 def show_lesions(lesions: Any) -> None:
     """Print network x ability, and how many pairs dissociate doubly."""
     effect = lesions.matrix("effect")
+    silent = effect.max(axis=1) < SILENT
     effect.insert(0, "neurons", lesions.frame.groupby("network", sort=False)["size"].first())
-    print_table(effect.reset_index(), "loss added (nats a token) when a network is lesioned", digits=2)
+    print_table(effect[~silent].reset_index(), "loss added (nats a token) when a network is lesioned", digits=2)
+    say(f"    {int(silent.sum())} more networks add less than {SILENT} to every ability")
     random = lesions.frame.groupby("network", sort=False)["random_effect"].max().max()
     say(f"    random sets of the same size and layers add at most {random:.3f} on average")
-    pairs = lesions.double_dissociations()
-    say(f"    double dissociations beyond both controls: {len(pairs)} pairs of networks and abilities")
+    pairs = lesions.double_dissociations(corrected=False)
+    say(f"    double dissociations beyond every random set: {len(pairs)} pairs of networks and abilities")
 
 
 def ability_costs(brain: Demo, pruned: Any, networks: Any, scans: Any, seed: int) -> pd.DataFrame:

@@ -83,6 +83,7 @@ def main_job(
     method: str = "networks",
     compensate: str | None = "least-squares",
     site: str = "neuron",
+    threshold: float = 3.6,
     device: str = "auto",
     seed: int = 0,
     n_tokens: int | None = 32768,
@@ -103,6 +104,8 @@ def main_job(
         What the model reads; a `Stimulus` brings its events.
     out : Path
         Folder: ``scan/``, ``networks/``, ``pruned/``, ``report.html``, ``summary.json``.
+    threshold : float
+        |z| above which a neuron belongs to a network.
     n_tokens : int or None
         How much of the text is scanned; None is all.
     max_windows : int or None
@@ -130,7 +133,7 @@ def main_job(
         raise InputError("texts are empty: there is nothing to read")
     settings = {
         "components": components, "ratio": ratio, "method": method, "compensate": compensate, "site": site,
-        "seed": seed, "n_tokens": n_tokens, "max_windows": max_windows,
+        "threshold": threshold, "seed": seed, "n_tokens": n_tokens, "max_windows": max_windows,
     }  # fmt: skip
     record = provenance(model_id, texts, **settings, device=str(model.device))
     claim(out, {"model": model_id, "texts": record["texts"]["sha256"], **settings}, overwrite=overwrite)
@@ -146,7 +149,7 @@ def main_job(
 
     say("3/5 functional networks: group ICA")
     ica = GroupICA(components, random_state=seed, device=device).fit(scans)
-    networks = FunctionalNetworks.from_ica(ica)
+    networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
     networks.save(out / "networks", overwrite=True)
 
     say(f"4/5 pruning: {ratio:.0%} of the MLP neurons, method {method}, compensation {compensate}")

@@ -80,8 +80,8 @@ class Demo:
         split: str = "calibration",
         abilities: Sequence[str] | str | None = None,
         *,
-        n: int = 8,
-        n_tokens: int = 1024,
+        n: int = 32,
+        n_tokens: int = 256,
         design: str = "mixed",
         weights: Mapping[str, float] | None = None,
         block_lines: int = 8,
@@ -98,7 +98,8 @@ class Demo:
         n : int
             Number of texts (runs).
         n_tokens : int
-            Largest length of a text in tokens, ``<s>`` included; a text ends with its last whole line.
+            Largest length of a text in tokens, ``<s>`` included; a text ends with its last whole line. The model's
+            context is 256: longer texts are scanned in blocks.
         design : {"mixed", "block", "event"}
             ``"mixed"``: the abilities take turns line by line in random order, one event a line. ``"block"``: blocks of
             `block_lines` lines of one ability, one event a block. ``"event"``: lines as in ``"mixed"``, but an event
