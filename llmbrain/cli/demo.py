@@ -53,7 +53,8 @@ def demo(
     )
     summary = main_job(
         model, brain.tokenizer, texts, out, model_id="llmbrain demo brain", components=parse_components(components),
-        ratio=0.3, threshold=THRESHOLD, device=device, seed=seed, overwrite=overwrite, extras=_extras(brain, out, n_random, seed),
+        ratio=0.3, threshold=THRESHOLD, device=device, seed=seed, overwrite=overwrite,
+        extras=_extras(brain, out, n_random, seed),
     )  # fmt: skip
     show_summary(summary)
     say(f"\nreport: {out / 'report.html'}")
