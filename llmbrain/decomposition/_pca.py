@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 1024  # columns of one product in single precision; products are added in double
 _TILE = 64
+_KRYLOV_STEPS = 4
 _LARGE = 1024  # from here on, products are large enough for the threads of BLAS itself
 
 
@@ -91,6 +92,30 @@ def symmetric_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 
 
+def leading_eigen(matrix: torch.Tensor, n_components: int | float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading eigenvalues (falling) and eigenvectors of a symmetric float64 matrix: at least `n_components` of them.
+
+    All of them, unless the matrix is large and few are wanted: then by block Krylov iteration (Musco & Musco 2015).
+    Components that stand out of the noise are then as exact as the others' rounding; among those that do not, the
+    directions are not unique anyway.
+    """
+    n = len(matrix)
+    if n <= _LARGE or isinstance(n_components, float) or 10 * n_components > n:
+        return symmetric_eigen(matrix)
+    generator = torch.Generator().manual_seed(0)  # a fixed start of its own: the same result every time
+    start = torch.randn(n, n_components + 10, dtype=matrix.dtype, generator=generator).to(matrix.device)
+    with workers(matrix.device) as team, team.all_threads():
+        block = torch.linalg.qr(start)[0]
+        blocks = []
+        for _ in range(_KRYLOV_STEPS):
+            block = torch.linalg.qr(matrix @ block)[0]
+            blocks.append(block)
+        basis = torch.linalg.qr(torch.cat(blocks, dim=1))[0]
+        values, turn = torch.linalg.eigh(basis.T @ (matrix @ basis))
+        keep = slice(len(values) - n_components, None)
+        return values[keep].flip(0).clamp_min(0.0), (basis @ turn[:, keep]).flip(1)
+
+
 @dataclass
 class RunPCA:
     """Principal components of one run.
@@ -99,10 +124,10 @@ class RunPCA:
     ----------
     rows : Tensor (k, n_neurons)
         Component maps, each as long as its singular value.
-    eigenvalues : float64 Tensor (min(n_tokens, n_neurons),)
-        Squared singular values, all of them, falling.
+    eigenvalues : float64 Tensor (n_found,)
+        Squared singular values, falling: all, or of the leading components where that saves much (`leading_eigen`).
     total : float
-        Their sum: the run's whole variance.
+        The sum of all squared singular values: the run's whole variance.
     """
 
     rows: torch.Tensor
@@ -131,29 +156,31 @@ def pca_of_run(run: PreparedRun, columns: slice, n_components: int | float) -> R
     # centring takes n * mean mean' from the Gram matrix: no centred copy is made
     matrix, sums = gram_of_blocks(block, run.n_kept, n_neurons, run.device)
     mean = sums / int(live.sum())
-    values, vectors = symmetric_eigen(matrix - torch.outer(mean, sums))
+    matrix -= torch.outer(mean, sums)
+    values, vectors = leading_eigen(matrix, n_components)
     weights = vectors[:, : _size(values, n_components, run.dtype)].T.contiguous()
     rows = project_blocks(weights, block, n_neurons, run.dtype)
     rows -= (weights @ mean).to(run.dtype)[:, None] * live
-    return RunPCA(rows, values, float(values.sum()))
+    return RunPCA(rows, values, float(matrix.trace()))
 
 
 def run_pca(data: torch.Tensor, n_components: int | float) -> RunPCA:
     """PCA of one (n_tokens, n_neurons) run that is centred already; `n_components` as in `pca_of_run`."""
     n_tokens, n_neurons = data.shape
-    values, vectors = symmetric_eigen(gram(data.T if n_neurons < n_tokens else data))
+    matrix = gram(data.T if n_neurons < n_tokens else data)
+    values, vectors = leading_eigen(matrix, n_components)
     vectors = vectors[:, : _size(values, n_components, data.dtype)]
     if n_neurons < n_tokens:
         rows = (vectors * values[: vectors.shape[1]].sqrt()).T.to(data.dtype).contiguous()
     else:
         rows = project(vectors.T.contiguous(), data)
-    return RunPCA(rows, values, float(values.sum()))
+    return RunPCA(rows, values, float(matrix.trace()))
 
 
 def _size(eigenvalues: torch.Tensor, n_components: int | float, dtype: torch.dtype) -> int:
     """A number or share of components as a number, at most the rank."""
     if isinstance(n_components, float):
-        share = torch.cumsum(eigenvalues, 0) / eigenvalues.sum()
+        share = torch.cumsum(eigenvalues, 0) / eigenvalues.sum()  # all are known for a share
         n_components = int((share < n_components).sum()) + 1
     return min(n_components, numerical_rank(eigenvalues, dtype))
 
