@@ -49,6 +49,7 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2; `LLMBRAIN_DEBUG=1` shows the traceback."""
     from llmbrain._validation import InputError
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading: our own say what takes time
     warnings.showwarning = _warn  # a line a person can read, instead of the place in the code
     try:
         app()

@@ -89,12 +89,9 @@ def read_texts(path: Path, field: str = "text") -> list[str]:
 
 def open_model(model: str, device: str) -> tuple[Any, Any]:
     """Load a model on a device, in evaluation mode, with its tokenizer."""
-    from transformers.utils import logging
-
     from llmbrain._validation import resolve_device
     from llmbrain.checkpoints import load_model
 
-    logging.disable_progress_bar()  # a bar a model that is there at once is noise
     where = resolve_device(device)
     loaded, tokenizer = load_model(model)
     return loaded.to(where).eval(), tokenizer

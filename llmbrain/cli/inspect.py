@@ -92,7 +92,7 @@ def _networks(path: Path) -> dict[str, Any]:
     return {
         "what": f"{len(networks)} functional networks",
         "space": networks.space,
-        "cut-offs (|z|)": f"{networks.cutoffs.min():.3g} to {networks.cutoffs.max():.3g}",
+        "cut-off (|z|)": ", ".join(f"{c:.3g}" for c in sorted({*abs(networks.cutoffs).ravel().tolist()})),
         "neurons in each": networks.masks.sum(axis=1).tolist(),
     }
 
