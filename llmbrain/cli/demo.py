@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 N_TEXTS, N_TOKENS = 64, 256  # calibration: 64 runs of one context each
 N_LINES = 40  # held-out lines an ability is scored on
 SILENT = 0.05  # nats: lesions below this in every ability are counted, not listed
+SHOWN = 0.3  # nats: networks above this are drawn
 THRESHOLD = 3.0  # |z|: about 2% of the neurons in each network
 
 
@@ -70,6 +71,7 @@ def _extras(brain: Demo, out: Path, n_random: int, seed: int) -> Callable[..., d
         )
         lesions = lesion_effects(brain, networks, n_random=n_random, seed=seed)
         lesions.save(out / "lesions")
+        draw_lesions(lesions, networks, out / "networks.png")
         show_lesions(lesions)
         say("    pruning at 50% too, and what both cost each ability")
         abilities = ability_costs(brain, pruned, networks, scans, seed)
@@ -112,6 +114,25 @@ def show_lesions(lesions: Any) -> None:
     say(f"    random sets of the same size and layers add at most {random:.3f} on average")
     pairs = lesions.double_dissociations(corrected=False)
     say(f"    double dissociations beyond every random set: {len(pairs)} pairs of networks and abilities")
+
+
+def draw_lesions(lesions: Any, networks: Any, path: Path) -> None:
+    """Draw the networks whose lesions hurt most: where they lie, and what is lost without them."""
+    from matplotlib.figure import Figure
+
+    from llmbrain.plotting import plot_glass_model, plot_lesion_table
+
+    effect = lesions.matrix("effect")
+    chosen = [k for k, name in enumerate(networks.names) if name in effect.index[effect.max(axis=1) > SHOWN]]
+    if not chosen:
+        chosen = [0]
+    few = networks.subset(chosen)
+    figure = Figure(figsize=(11, 1.2 + 0.55 * len(few)), layout="constrained", facecolor="white")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    plot_glass_model(few, columns=3, figure=left)
+    frame = lesions.frame[lesions.frame["network"].isin(few.names)]
+    plot_lesion_table(frame, vmax=1.5, label="loss added (nats a token)", figure=right)
+    figure.savefig(path, dpi=130)
 
 
 def ability_costs(brain: Demo, pruned: Any, networks: Any, scans: Any, seed: int) -> pd.DataFrame:
