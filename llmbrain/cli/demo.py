@@ -128,7 +128,8 @@ def draw_lesions(lesions: Any, networks: Any, path: Path) -> None:
         chosen = [0]
     few = networks.subset(chosen)
     figure = Figure(figsize=(11, 1.2 + 0.55 * len(few)), layout="constrained", facecolor="white")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    left, right = halves
     plot_glass_model(few, columns=3, figure=left)
     frame = lesions.frame[lesions.frame["network"].isin(few.names)]
     plot_lesion_table(frame, vmax=1.5, label="loss added (nats a token)", figure=right)
