@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.decomposition._matching import correlate_rows
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.networks.measures import overlap_matrix
 from llmbrain.space import NeuronSpace
@@ -40,6 +39,8 @@ def match_networks(
         ``n_null=0``). Networks without partner are left out.
     """
     import pandas as pd
+
+    from llmbrain.decomposition._matching import correlate_rows  # its room imports torch
 
     _check_same(a, b)
     check_range("n_null", n_null, 0)
