@@ -3,9 +3,10 @@
     python benchmarks/scanning.py [--quick]
 
 Both models read the same token ids in the same batches; scan and plain pass take turns, so that a busy machine slows
-both, and the median of the rounds' ratios counts. Two plain passes are timed: the model's body alone (what the scanner
-needs; the stricter reference) and the whole model with its vocabulary projection. The scan includes tokenising, the
-check for values that are not finite, writing to disk with checksums, and all of `llmbrain.scan` besides.
+both, and the median of the rounds' ratios counts; processor time is given beside wall time for the same reason. Two
+plain passes are timed: the model's body alone (what the scanner needs; the stricter reference) and the whole model with
+its vocabulary projection. The scan includes tokenising, the check for values that are not finite, writing to disk with
+checksums, and all of `llmbrain.scan` besides.
 Memory is the peak resident size of a fresh process, for one, four and eight times the tokens.
 """
 
@@ -16,7 +17,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +25,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import llmbrain as lb
@@ -85,21 +86,26 @@ def batches_of(ids: list[list[int]], size: int, longest: int) -> list[tuple[torc
     return batches
 
 
-def forward(model: Any, batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> float:
-    """Seconds of a plain pass."""
-    start = time.perf_counter()
+def clocks() -> np.ndarray:
+    """Seconds on the wall, and of all threads of this process on a processor."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def forward(model: Any, batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> np.ndarray:
+    """Wall and processor seconds of a plain pass."""
+    start = clocks()
     with torch.inference_mode():
         for ids, mask in batches:
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return time.perf_counter() - start
+    return clocks() - start
 
 
-def timed_scan(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    """Seconds of a scan to disk."""
+def timed_scan(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
+    """Wall and processor seconds of a scan to disk."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start = clocks()
         lb.scan(model, tokenizer, texts, out=folder)
-        return time.perf_counter() - start
+        return clocks() - start
 
 
 def time_ratio(name: str, n_texts: int, rounds: int) -> dict[str, Any]:
@@ -110,23 +116,29 @@ def time_ratio(name: str, n_texts: int, rounds: int) -> dict[str, Any]:
     tokens = sum(map(len, ids))
     forward(model, batches[:2])
     timed_scan(model, tokenizer, texts[:16])
-    seconds = []
-    for _ in range(rounds):
-        seconds.append(
-            (forward(model.base_model, batches), forward(model, batches), timed_scan(model, tokenizer, texts))
-        )
-    body, whole, scan = (statistics.median(column) for column in zip(*seconds))
+    turns = {
+        "body": lambda: forward(model.base_model, batches),
+        "whole_model": lambda: forward(model, batches),
+        "scan": lambda: timed_scan(model, tokenizer, texts),
+    }
+    rows = []
+    for i in range(rounds):
+        order = list(turns)[i % 3 :] + list(turns)[: i % 3]
+        row = {name: turns[name]() for name in order}
+        rows.append([row[name] for name in turns])
+    seconds = np.array(rows)  # (rounds, what, clock)
+    middle = np.median(seconds, axis=0)
+    ratios = np.median(seconds[:, 2:] / seconds[:, :2], axis=0)
     return {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": tokens,
         "rounds": rounds,
-        "body_s": body,
-        "whole_model_s": whole,
-        "scan_s": scan,
-        "ratio_to_body": statistics.median(s / b for b, _, s in seconds),
-        "ratio_to_whole_model": statistics.median(s / w for _, w, s in seconds),
-        "ratios_to_body": [s / b for b, _, s in seconds],
+        **{f"{what}_s": middle[k].tolist() for k, what in enumerate(turns)},
+        "ratio_to_body": ratios[0].tolist(),
+        "ratio_to_whole_model": ratios[1].tolist(),
+        "all_s": seconds.tolist(),
+        "note": "pairs are (wall, processor) seconds, medians over rounds; all_s is (rounds, body/whole/scan, pair)",
     }
 
 
@@ -162,17 +174,17 @@ def main() -> None:
         child(options.child[0], int(options.child[1]), options.child[2])
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    n_stories, n_random = (60, 8) if options.quick else (150, 8)
+    n_stories, n_random = (40, 8) if options.quick else (100, 8)
     counts = {"stories260K": n_stories, "random Llama, 100M": n_random}
     rounds = 3 if options.quick else 5
     times = [time_ratio(name, n, rounds) for name, n in counts.items()]
-    print("| model | tokens | body | whole model | scan | scan / body | scan / whole |")
+    print("| model | tokens | body alone | whole model | scan | scan / body | scan / whole model |")
     print("|---|---|---|---|---|---|---|")
     for t in times:
-        print(
-            f"| {t['model']} | {t['tokens']:,} | {t['body_s']:.2f} s | {t['whole_model_s']:.2f} s "
-            f"| {t['scan_s']:.2f} s | {t['ratio_to_body']:.2f} | {t['ratio_to_whole_model']:.2f} |"
-        )
+        cells = [f"{t[k][0]:.2f} ({t[k][1]:.2f}) s" for k in ("body_s", "whole_model_s", "scan_s")]
+        cells += [f"{t[k][0]:.2f} ({t[k][1]:.2f})" for k in ("ratio_to_body", "ratio_to_whole_model")]
+        print(f"| {t['model']} | {t['tokens']:,} | {' | '.join(cells)} |")
+    print("Wall time (processor time).")
     if options.quick:
         return
     sizes = [("disk", 100), ("disk", 400), ("disk", 800), ("memory", 100), ("memory", 400)]
