@@ -412,8 +412,9 @@ def test_top_tokens_come_with_the_text_around_them() -> None:
 
 
 def test_token_types_are_means_of_what_is_seen_often() -> None:
-    kinds = token_types([np.array([1.0, 3.0, 2.0, 9.0, 3.0, 4.0])], [["a", "b", "a", "c", "a", "b"]], min_count=2)
-    assert kinds == [("b", 3.5, 2), ("a", 2.0, 3)]
+    courses = [np.array([[1.0, 3.0, 2.0, 9.0], [0, 0, 0, 0]]).T, np.array([[3.0, 4.0, 7.0], [6.0, 0, 0]]).T]
+    kinds = token_types(courses, [["a", "b", "a", "c"], ["a", "b", ""]], min_count=2)
+    assert kinds == [[("b", 3.5, 2), ("a", 2.0, 3)], [("a", 2.0, 3), ("b", 0.0, 2)]]
     assert [token_label(text) for text in (" the", "\n", "  ", "", "a\tb")] == ["the", "↵", "␣", "∅", "a⇥b"]
 
 

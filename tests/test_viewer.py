@@ -72,6 +72,8 @@ def test_numbers_are_those_of_the_study(server: Server, study: Path) -> None:
             assert float(headers["X-Scale"]) > 0
         one = floats(get(server, f"/api/volume?run={run}&token=1&layer=1")[1])
         np.testing.assert_array_equal(one, scan.data(layers=[1], tokens=[1])[0])
+        series = floats(get(server, f"/api/series?run={run}&layer=1&neuron=2")[1])
+        np.testing.assert_array_equal(series, scan.data(layers=[1])[:, 2])
         record = json.loads(get(server, f"/api/run?run={run}")[1])
         assert record["n"] == scan.n_tokens == len(record["tokens"])
         courses = floats(get(server, f"/api/courses?run={run}")[1]).reshape(3, -1)
@@ -139,7 +141,8 @@ def test_local_names_and_own_origin_pass_other_origins_do_not(server: Server) ->
     [
         ("/api/map?network=99", 404), ("/api/map?network=-1", 404), ("/api/map?network=x", 400), ("/api/map", 400),
         ("/api/volume?run=0&token=100000", 404), ("/api/volume?run=9&token=0", 404),
-        ("/api/volume?run=0&token=0&layer=77", 400), ("/nothing", 404), ("/files/none", 404), ("/files/scan", 404),
+        ("/api/volume?run=0&token=0&layer=77", 400), ("/api/series?run=0&layer=0&neuron=9999", 404),
+        ("/nothing", 404), ("/files/none", 404), ("/files/scan", 404),
     ],
 )  # fmt: skip
 def test_bad_requests_get_one_line(server: Server, path: str, status: int) -> None:

@@ -226,7 +226,7 @@ def plot_glass_model(
             alpha=0.8, linewidths=0, rasterized=len(found) > 60,
         )  # fmt: skip
         cell.set_title(f"{plain(name)}  ({int(mask.sum()):,})", fontsize=8, color=INK, pad=1)
-        cell.set(xlim=(-0.25, 2.45 + lean), ylim=(-0.05, 1.1 + depth))
+        cell.set(xlim=(-0.5, 2.7 + lean), ylim=(-0.05, 1.1 + depth))
     for cell in axes.flat:
         cell.set_axis_off()
         cell.set_facecolor("none")
@@ -256,6 +256,8 @@ def plot_layer_profile(
     -------
     Figure
     """
+    from matplotlib.ticker import MaxNLocator
+
     check_option("kind", kind, ("heat", "lines"))
     maps, space, names = maps_and_space(networks, space)
     masks = _cut(networks, maps, threshold)
@@ -269,6 +271,7 @@ def plot_layer_profile(
         for row, name, colour in zip(share, names, CATEGORIES):
             ax.plot(layers, row, marker="o", markersize=3, linewidth=1.3, color=colour, label=plain(name))
         ax.set(xlabel="layer", ylabel="% of key neurons")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(color=GRID, linewidth=0.5)
         legend(ax)
         return figure

@@ -96,6 +96,8 @@ def plot_tradeoff(
     -------
     Figure
     """
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     missing = [name for name in (x, y, method, low, high) if name is not None and name not in table]
     if missing:
         raise InputError(f"table has no column {missing}: it has {list(table.columns)}")
@@ -120,6 +122,10 @@ def plot_tradeoff(
     positive = values[np.isfinite(values) & (values > 0)]
     if log or (log is None and positive.size and positive.max() > 4 * positive.min()):
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set(xlabel=plain(x), ylabel=plain(y))
     ax.grid(color=GRID, linewidth=0.5)
     legend(ax)

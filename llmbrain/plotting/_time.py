@@ -79,6 +79,8 @@ def plot_carpet(
         An evenly spaced choice of so many neurons is drawn, read layer by layer.
     normalize : bool
         z-score each neuron over the tokens shown.
+    vmax : float, optional
+        End of the colour scale; default 3 where normalised, else the 99.9th percentile of ``|values|``.
 
     Returns
     -------
@@ -100,6 +102,7 @@ def plot_carpet(
     if normalize:
         spread = carpet.std(axis=1, keepdims=True)
         carpet = (carpet - carpet.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)
+        vmax = 3.0 if vmax is None else vmax
     words = list(getattr(scan, "tokens", None) or [])[start:stop]
     written = bool(words) and any(words) and len(words) <= _STRIP
     figure = new_figure((9, 5)) if figure is None else figure

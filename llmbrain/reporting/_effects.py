@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmbrain.reporting._text import context_of
 
+BLOCK = 16  # networks whose shifts are held at once
 MIN_SHIFT = 10  # tokens; a smaller shift leaves the labels where they were
 
 
@@ -68,17 +68,21 @@ def condition_effects(courses: Sequence[NDArray[np.float32]], scans: Sequence[An
         return pd.DataFrame(columns=columns)
     labelled = np.array([kind is not None for kind in labels])
     n = len(series)
-    spectrum = np.fft.rfft(series, axis=0)
-    largest = np.zeros(n)
-    effects = np.empty((len(kinds), series.shape[1]))
-    for i, kind in enumerate(kinds):
+    weights = []
+    for kind in kinds:
         inside = labels == kind
         outside = labelled & ~inside
-        weights = inside / inside.sum() - outside / outside.sum()
-        # the effect at every circular shift is a cross-correlation: one FFT instead of n sums
-        shifted = np.fft.irfft(spectrum * np.conj(np.fft.rfft(weights))[:, None], n=n, axis=0)
-        effects[i] = shifted[0]
-        largest = np.maximum(largest, np.abs(shifted).max(axis=1))
+        weights.append(np.conj(np.fft.rfft(inside / inside.sum() - outside / outside.sum()))[:, None])
+    largest = np.zeros(n)
+    effects = np.empty((len(kinds), series.shape[1]))
+    for first in range(0, series.shape[1], BLOCK):
+        part = slice(first, first + BLOCK)
+        spectrum = np.fft.rfft(series[:, part], axis=0)
+        for i, weight in enumerate(weights):
+            # the effect at every circular shift is a cross-correlation: one FFT instead of n sums
+            shifted = np.fft.irfft(spectrum * weight, n=n, axis=0)
+            effects[i, part] = shifted[0]
+            largest = np.maximum(largest, np.abs(shifted).max(axis=1))
     null = largest[MIN_SHIFT : n - MIN_SHIFT + 1]
     beaten = len(null) - np.searchsorted(np.sort(null), np.abs(effects) - 1e-12)
     p = (1 + beaten) / (1 + len(null))
@@ -109,15 +113,25 @@ def top_tokens(networks: Any, k: int, scans: Sequence[Any], texts: Sequence[list
 
 
 def token_types(
-    course: Sequence[NDArray[np.float32]], texts: Sequence[list[str]], n: int = 8, min_count: int = 3
-) -> list[tuple[str, float, int]]:
-    """Token types with the highest mean activity: ``(text, mean, count)``; only those seen `min_count` times."""
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
-    for values, text in zip(course, texts):
-        for value, token in zip(values.tolist(), text):
-            if token:  # a special token has no characters
-                sums[token] += value
-                counts[token] += 1
-    means = [(token, sums[token] / count, count) for token, count in counts.items() if count >= min_count]
-    return sorted(means, key=lambda item: -item[1])[:n]
+    courses: Sequence[NDArray[np.float32]], texts: Sequence[list[str]], n: int = 8, min_count: int = 3
+) -> list[list[tuple[str, float, int]]]:
+    """Token types with the highest mean activity of each network: ``(text, mean, count)``.
+
+    Parameters
+    ----------
+    courses : list of arrays ``(n_tokens, n_networks)``
+    texts : list of list of str
+        Shown text of the tokens of each run. Tokens without characters do not count.
+    min_count : int
+        Only types seen so often.
+    """
+    kinds, kind_of, counts = np.unique(
+        np.array([token for text in texts for token in text], dtype=object), return_inverse=True, return_counts=True
+    )
+    often = np.flatnonzero((counts >= min_count) & (kinds != ""))
+    found = []
+    for series in np.concatenate(courses).T:
+        means = np.bincount(kind_of, weights=series, minlength=len(kinds))[often] / counts[often]
+        best = np.argsort(-means, kind="stable")[:n]
+        found.append([(str(kinds[often[i]]), float(means[i]), int(counts[often[i]])) for i in best])
+    return found

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from llmbrain.reporting._effects import token_types, top_tokens
+from llmbrain.reporting._effects import top_tokens
 from llmbrain.reporting._methods import methods
 from llmbrain.reporting._report import Section, environment, figure, render, table
 from llmbrain.reporting._study import ALPHA, Study, first
@@ -76,11 +76,10 @@ def network_rows(study: Study) -> list[dict[str, Any]]:
 def _activity(study: Study, k: int) -> dict[str, Any]:
     if study.courses is None or not study.runs:
         return {"top": [], "low": [], "types": []}
-    course = [c[:, k] for c in study.courses]
     return {
         "top": top_tokens(study.bound, k, study.runs, study.texts, 7),
         "low": top_tokens(study.bound, k, study.runs, study.texts, 5, sign=-1),
-        "types": token_types(course, study.texts),
+        "types": study.types[k],
     }
 
 

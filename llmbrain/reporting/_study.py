@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from llmbrain.reporting._effects import condition_effects, standardised
+from llmbrain.reporting._effects import condition_effects, standardised, token_types
 from llmbrain.reporting._text import shown_tokens
 
 ALPHA = 0.05
@@ -110,6 +110,11 @@ class Study:
     def texts(self) -> list[list[str]]:
         """Shown text of the tokens of each run."""
         return [shown_tokens(scan) for scan in self.runs]
+
+    @cached_property
+    def types(self) -> list[list[tuple[str, float, int]]]:
+        """Token types that each network answers to most."""
+        return token_types(self.courses or [], self.texts)
 
     @cached_property
     def effects(self) -> pd.DataFrame:

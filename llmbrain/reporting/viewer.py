@@ -165,16 +165,29 @@ class StudyFolder:
         i, start, stop = self._at(window)
         if not 0 <= token < stop - start:
             raise Refused(HTTPStatus.NOT_FOUND, f"token={token} does not exist: this window has {stop - start}")
-        scan = self.scans[i]
-        site = next((name for name in scan.sites if scan.spaces[name] == self.study.layout), None)
-        if site is None:
-            raise Refused(HTTPStatus.NOT_FOUND, "the scan was recorded at another site than the networks")
         layers = None if layer is None else [layer]
-        values = np.asarray(scan.data(layers=layers, tokens=[start + token], site=site)[0], dtype="<f4")
+        recorded = self.scans[i].data(layers=layers, tokens=[start + token], site=self._site(i))
+        values = np.asarray(recorded[0], dtype="<f4")
         if i not in self.scales and values.size:
             # one scale a run, so that tokens can be compared; a few massive activations must not set it
             self.scales[i] = float(np.quantile(np.abs(values), 0.995)) or 1.0
         return values, self.scales.get(i, 1.0)
+
+    def series(self, window: int, layer: int, neuron: int) -> np.ndarray:
+        """What one neuron did over the tokens of a window, float32 ``(n_tokens,)``."""
+        i, start, stop = self._at(window)
+        values = self.scans[i].data(layers=[layer], tokens=slice(start, stop), site=self._site(i))
+        if not 0 <= neuron < values.shape[1]:
+            raise Refused(HTTPStatus.NOT_FOUND, f"neuron={neuron} does not exist: the layer has {values.shape[1]}")
+        return np.ascontiguousarray(values[:, neuron], dtype="<f4")
+
+    def _site(self, run: int) -> str:
+        """The site of a scan that the maps are about."""
+        scan = self.scans[run]
+        site = next((name for name in scan.sites if scan.spaces[name] == self.study.layout), None)
+        if site is None:
+            raise Refused(HTTPStatus.NOT_FOUND, "the scan was recorded at another site than the networks")
+        return str(site)
 
     def _at(self, window: int) -> tuple[int, int, int]:
         if not 0 <= window < len(self.windows):
@@ -237,6 +250,7 @@ class Handler(BaseHTTPRequestHandler):
             "/api/run": lambda: self._send(json.dumps(folder.run(number("run"))).encode(), "application/json"),
             "/api/courses": lambda: self._send_array(folder.courses(number("run"))),
             "/api/volume": volume,
+            "/api/series": lambda: self._send_array(folder.series(number("run"), number("layer"), number("neuron"))),
         }
         if path in routes:
             routes[path]()

@@ -170,8 +170,9 @@ class App {
     if (any("network", "movie") || (state.movie && any("run", "token", "floor"))) await this.loadValues();
     if (any("network", "movie", "layer", "floor", "view", "token", "neuron", "run")) this.drawMaps(changed);
     if (player && any("network", "run")) player.colourText(state.network);
-    if (player && any("network", "run", "token")) {
-      player.showToken(state.network, state.token);
+    if (player && this.source.series && any("run", "layer", "neuron")) await player.follow(state);
+    if (player && any("network", "run", "token")) player.showToken(state.network, state.token);
+    if (player && (any("network", "run", "token") || (this.source.series && any("layer", "neuron")))) {
       player.drawCourse(state.network, state.token);
     }
   }

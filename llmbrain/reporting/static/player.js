@@ -9,6 +9,7 @@ class Player {
     this.course = byId("course");
     this.strip = byId("strip");
     this.tokens = [];
+    this.trace = null;
     this.timer = 0;
     this.wire();
   }
@@ -106,6 +107,25 @@ class Player {
     });
   }
 
+  // The recorded series of the chosen neuron, where there is a server to ask.
+  async follow({ run, layer, neuron }) {
+    const exists = neuron !== null && neuron < this.app.anatomy.widths[layer];
+    this.trace = exists ? await this.app.source.series(run, layer, neuron) : null;
+    this.traceName = exists ? `line: layer ${layer}, neuron ${neuron.toLocaleString("en")}` : "";
+  }
+
+  drawTrace(context, x, height) {
+    const top = Math.max(...this.trace.map(Math.abs)) || 1;
+    context.strokeStyle = colour.of("--ink");
+    context.lineWidth = 1.2;
+    context.beginPath();
+    this.trace.forEach((value, i) => context.lineTo(x(i), 26 + ((top - value) / (2 * top)) * (height - 28)));
+    context.stroke();
+    context.fillStyle = colour.of("--ink");
+    context.font = "10px system-ui, sans-serif";
+    context.fillText(`${this.traceName} (at most ${shown(top, 2)})`, 60, height - 4);
+  }
+
   conditionAt(token) {
     const found = this.record.conditions.find(([from, to]) => token >= from && token < to);
     return found ? found[2] : null;
@@ -160,6 +180,7 @@ class Player {
       context.lineTo(x(this.n - 1), y(0));
       context.fill();
     }
+    if (this.trace) this.drawTrace(context, x, height);
     context.fillStyle = colour.of("--focus");
     context.fillRect(x(token) - 1, 24, 2, height - 24);
     context.fillStyle = colour.of("--quiet");

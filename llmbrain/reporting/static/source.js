@@ -74,5 +74,6 @@ function serverSource(data) {
     const scale = Number(response.headers.get("X-Scale"));
     return { values: new Float32Array(await response.arrayBuffer()), scale, unit: "activation" };
   };
-  return { map, courses, volume, run, volumeName: "Show what was recorded at this token" };
+  const series = (index, layer, neuron) => floats(`api/series?run=${index}&layer=${layer}&neuron=${neuron}`);
+  return { map, courses, volume, series, run, volumeName: "Show what was recorded at this token" };
 }
