@@ -30,9 +30,10 @@ brain.scores(n=50)
 # %%
 # The anatomy
 # -----------
-# A model is a stack of *layers*. Each has two parts. *Attention* fetches information from earlier tokens: it is the only
-# route from one time to another. The *MLP* works at one token: it computes some hundred *neurons* from what it is given,
-# each a number, and adds their weighted sum to the stream that goes on to the next layer. Those neurons are our voxels.
+# A model is a stack of *layers*. Each has two parts. *Attention* fetches information from earlier tokens: it is the
+# only route from one time to another. The *MLP* works at one token: it computes some hundred *neurons* from what it is
+# given, each a number, and adds their weighted sum to the stream that goes on to the next layer. Those neurons are our
+# voxels.
 from llmbrain.architectures import anatomy
 
 parts = anatomy(brain.model)
@@ -61,10 +62,10 @@ run.events.head()
 carpet = plot_carpet(run, tokens=slice(0, 80))
 
 # %%
-# The first column is this field's motion artefact: models use the first token of a text (``<s>``) as a resting place for
-# attention (an *attention sink*), and it can be far louder than all others; in large models by a factor of thousands
-# (*massive activations*, arXiv 2402.17762). It says nothing about the text, so ``GroupICA``, ``dual_regression`` and
-# ``localizer`` leave it out unless told otherwise. In this small model:
+# The first column is this field's motion artefact: models use the first token of a text (``<s>``) as a resting place
+# for attention (an *attention sink*), and it can be far louder than all others; in large models by a factor of
+# thousands (*massive activations*, arXiv 2402.17762). It says nothing about the text, so ``GroupICA``,
+# ``dual_regression`` and ``localizer`` leave it out unless told otherwise. In this small model:
 data = run.data()
 size = np.sqrt((data**2).mean(axis=1))
 print(f"root mean square over neurons: first token {size[0]:.2f}, median of the others {np.median(size[1:]):.2f}")

@@ -2,9 +2,9 @@
 fMRI analysis for LLM engineers
 ===============================
 
-You know transformers and tensors, and have never seen a brain scan. Neuroimaging has spent thirty years on a problem that
-you have too: thousands of correlated signals, few independent samples, and patterns everywhere. This page shows its
-three habits (decompose over units, go back to single runs, distrust smooth time courses) on data with known truth.
+You know transformers and tensors, and have never seen a brain scan. Neuroimaging has spent thirty years on a problem
+that you have too: thousands of correlated signals, few independent samples, and patterns everywhere. This page shows
+its three habits (decompose over units, go back to single runs, distrust smooth time courses) on data with known truth.
 """
 
 # %%
@@ -44,8 +44,8 @@ score = phantom.score(ica.components_, ica.mixing_)
 print("|r| of each true map with its estimate:", np.round(score["map_r"], 3))
 
 # %%
-# A network is where the map stands out: ``|z| > 3.6`` over neurons. The picture shows each network from the side, input on
-# the left, a dot for each key neuron.
+# A network is where the map stands out: ``|z| > 3.6`` over neurons. The picture shows each network from the side, input
+# on the left, a dot for each key neuron.
 networks = lb.FunctionalNetworks.from_ica(ica)
 glass = plot_glass_model(networks)
 
@@ -56,8 +56,8 @@ networks.key_neurons(0).head()
 # Habit 2: go back to single runs
 # -------------------------------
 # Runs differ. Dual regression finds each run's own version of a group network by two regressions: data on maps gives
-# time courses, data on time courses gives the run's maps. The phantom's sources move and change strength between runs, so
-# we can check that the answer is the run's own map rather than a copy of the group's.
+# time courses, data on time courses gives the run's maps. The phantom's sources move and change strength between runs,
+# so we can check that the answer is the run's own map rather than a copy of the group's.
 dual = lb.dual_regression(networks, phantom.scans)
 own = phantom.score(ica.components_, run_maps=dual.maps)
 print(f"run maps against the run's own truth: r = {own['run_map_r_own']:.3f}; against the group's: "
@@ -99,6 +99,6 @@ pd.Series(false, name="share of false alarms at p < .05") / n_pairs
 # What not to conclude
 # --------------------
 # * That ICA finds "the" networks: the number of components is a choice (see the tutorial on stability and model order).
-# * That a phantom's clean recovery carries over to a model: there, nobody knows the truth. Stability and lesions are what
-#   is left.
+# * That a phantom's clean recovery carries over to a model: there, nobody knows the truth. Stability and lesions are
+#   what is left.
 # * That a token-by-token p-value from a regression means what it says.

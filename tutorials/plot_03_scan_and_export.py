@@ -65,7 +65,8 @@ print("same order:", np.allclose(table, ours))
 # %%
 # FSL and BIDS
 # ------------
-# A fitted ICA can be written as a MELODIC folder (FSLeyes opens one whose name ends in ``.ica``), and read back from one.
+# A fitted ICA can be written as a MELODIC folder (FSLeyes opens one whose name ends in ``.ica``), and read back from
+# one.
 ica = lb.GroupICA(n_components=8, random_state=0).fit(scans)
 write_melodic(ica, study / "demo.ica")
 print(sorted(p.name for p in (study / "demo.ica").iterdir()))

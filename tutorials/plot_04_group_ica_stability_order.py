@@ -22,8 +22,8 @@ print(f"{ica.n_components_} components in {ica.n_iter_} steps, converged: {ica.c
       f"{ica.joint_explained_variance_ratio_:.1%} of the variance")  # fmt: skip
 
 # %%
-# ``mixing_`` holds a time course of every component in every run. ``describe`` says in words where and when each network
-# is active; what it *does* is for the lesion tutorial.
+# ``mixing_`` holds a time course of every component in every run. ``describe`` says in words where and when each
+# network is active; what it *does* is for the lesion tutorial.
 networks = lb.FunctionalNetworks.from_ica(ica)
 describe(networks, scans, n_tokens=3).head(8)
 
@@ -51,8 +51,8 @@ stability.to_frame().round(2).T
 # %%
 # Reproducibility: is it there in other runs?
 # -------------------------------------------
-# A component can come back from every start and still be noise of this sample. So: decompose two halves of the runs, and
-# compare with surrogates whose neurons keep their spectra but nothing in common. (Few surrogates, to be quick: the
+# A component can come back from every start and still be noise of this sample. So: decompose two halves of the runs,
+# and compare with surrogates whose neurons keep their spectra but nothing in common. (Few surrogates, to be quick: the
 # smallest possible p is one over their number plus one.)
 halves = split_half_reproducibility(scans, 16, n_splits=2, n_null=3, random_state=0)
 print("|r| between halves, per component:", halves.reproducibility.round(2))
@@ -72,13 +72,13 @@ order = plot_model_order(sweep, y=["iq_median", "share_stable"])
 
 # %%
 # ``n_components="auto"`` (minimum description length) and ``"parallel"`` (parallel analysis) estimate an order from the
-# data, run by run; ``order_estimates_`` says what each found. They ask how many dimensions exceed chance, which is not how
-# many networks can be told apart: without noise of a scanner, nearly all of a model's dimensions do.
+# data, run by run; ``order_estimates_`` says what each found. They ask how many dimensions exceed chance, which is not
+# how many networks can be told apart: without noise of a scanner, nearly all of a model's dimensions do.
 #
 # What to conclude
 # ----------------
-# Report a component only with its stability and its reproducibility, and a result only if it holds at neighbouring model
-# orders.
+# Report a component only with its stability and its reproducibility, and a result only if it holds at neighbouring
+# model orders.
 #
 # What not to conclude
 # --------------------

@@ -2,8 +2,9 @@
 A functional localizer for a language model
 ===========================================
 
-Where in the model are the neurons that respond to one task? In a brain one contrasts conditions in a block design, takes
-the significant voxels, and tests the region on *other* runs. The same here, with the demo brain and its eight tasks.
+Where in the model are the neurons that respond to one task? In a brain one contrasts conditions in a block design,
+takes the significant voxels, and tests the region on *other* runs. The same here, with the demo brain and its eight
+tasks.
 """
 
 # %%
@@ -28,11 +29,11 @@ scans[0].events.head()
 # The contrasts
 # -------------
 # A name means that condition against the mean of all others. The design has a polynomial drift per run and a column for
-# the first token of every context block. p-values come from moving the conditions round the circle against the runs: the
-# largest ``|t|`` over all neurons in each draw gives family-wise error control.
+# the first token of every context block. p-values come from moving the conditions round the circle against the runs:
+# the largest ``|t|`` over all neurons in each draw gives family-wise error control.
 #
-# Shifts are honest about smooth activity, and costly in power when runs are few; with as few draws as here (to be quick)
-# the smallest possible p is 1/40.
+# Shifts are honest about smooth activity, and costly in power when runs are few; with as few draws as here (to be
+# quick) the smallest possible p is 1/40.
 result = localizer(scans, n_permutations=39, random_state=0)
 regions = result.to_networks(alpha=0.05)
 summary = pd.DataFrame({"neurons": regions.sizes, "t needed": result.threshold(0.05)}, index=result.contrasts)
@@ -48,8 +49,8 @@ glass = plot_glass_model(regions, max_neurons=150)
 # %%
 # Test on other runs
 # ------------------
-# The region was chosen for its response in these runs, so its response there is inflated. In new runs of held-out lines:
-# the mean response (SD of each neuron) of each region to each task.
+# The region was chosen for its response in these runs, so its response there is inflated. In new runs of held-out
+# lines: the mean response (SD of each neuron) of each region to each task.
 new = lb.scan(brain.model, brain.tokenizer, brain.texts("heldout", n=4, n_tokens=256, seed=3))
 response = pd.DataFrame(0.0, index=regions.names, columns=list(brain.abilities))
 tokens = pd.Series(0, index=response.columns)

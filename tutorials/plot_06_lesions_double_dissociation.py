@@ -21,8 +21,8 @@ scans = lb.scan(brain.model, brain.tokenizer, brain.texts("calibration", n=32, n
 networks = lb.FunctionalNetworks.from_ica(lb.GroupICA(n_components=24, random_state=0).fit(scans))
 
 # %%
-# To be quick, take the networks that respond most to four of the tasks. The choice looks at responses in the calibration
-# text only, never at the effect of a lesion.
+# To be quick, take the networks that respond most to four of the tasks. The choice looks at responses in the
+# calibration text only, never at the effect of a lesion.
 tasks = ["addition", "brackets", "shift", "agreement"]
 responses = localizer(scans, tasks, networks=networks, n_permutations=0)
 chosen = sorted({int(k) for t in responses.t for k in (-abs(t)).argsort()[:2]})
@@ -32,8 +32,8 @@ group.summary()[["size", "share", "peak_layer"]]
 # %%
 # One lesion
 # ----------
-# ``lesion`` is a context manager: neurons are zero inside, and come back whatever happens. The prompt is a sum; the model
-# writes its digits with the ones first (``580`` is 85).
+# ``lesion`` is a context manager: neurons are zero inside, and come back whatever happens. The prompt is a sum; the
+# model writes its digits with the ones first (``580`` is 85).
 line = brain.tokenizer("37+48=", return_tensors="pt")
 
 

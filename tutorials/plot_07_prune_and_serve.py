@@ -39,8 +39,8 @@ print(dense)
 # %%
 # A plan
 # ------
-# Nothing is cut yet. ``obs`` removes, one by one, the neuron whose loss the others can make up for best; the plan can be
-# read, plotted and saved as JSON.
+# Nothing is cut yet. ``obs`` removes, one by one, the neuron whose loss the others can make up for best; the plan can
+# be read, plotted and saved as JSON.
 plan = lb.plan_pruning(brain.model, ratio=0.5, method="obs", tokenizer=brain.tokenizer, calibration=calibration,
                        allocation="sensitivity")  # fmt: skip
 print(plan.summary())
@@ -52,8 +52,8 @@ widths = plot_widths(plan)
 # %%
 # The cut, and its controls
 # -------------------------
-# Without compensation the cut equals setting the neurons to zero. Compensation refits each output projection to what the
-# dense layer said. Random neurons with the same compensation are the control that any criterion has to beat.
+# Without compensation the cut equals setting the neurons to zero. Compensation refits each output projection to what
+# the dense layer said. Random neurons with the same compensation are the control that any criterion has to beat.
 rows = [{"method": "dense", "compensate": "-", "ratio": 0.0, **dense}]
 for ratio in (0.3, 0.6):
     for method, compensate in (("obs", "least-squares"), ("obs", None), ("random", "least-squares"), ("random", None)):
@@ -70,9 +70,9 @@ tradeoff = plot_tradeoff(lines, dense=dense)
 # %%
 # Save, load, serve
 # -----------------
-# Widths that differ by layer go into ``config.json`` as ``per_layer_config``, and ``load_model`` opens the folder. A plan
-# with one width everywhere can be saved as ``"uniform"``: an ordinary checkpoint that any server loads with no code of
-# ours. Its width can be a multiple of what the hardware likes.
+# Widths that differ by layer go into ``config.json`` as ``per_layer_config``, and ``load_model`` opens the folder. A
+# plan with one width everywhere can be saved as ``"uniform"``: an ordinary checkpoint that any server loads with no
+# code of ours. Its width can be a multiple of what the hardware likes.
 small = lb.prune(brain.model, plan, tokenizer=brain.tokenizer, calibration=calibration, compensate="least-squares")
 with TemporaryDirectory() as folder:
     path = Path(folder)

@@ -2,9 +2,9 @@
 Keep or forget an ability
 =========================
 
-Can one cut an ability out of a model, or cut everything else? Networks and a localizer say which neurons to try; controls
-say whether they were needed for it. Two questions on the demo brain: forgetting to balance brackets, and keeping two
-abilities in a model with far fewer neurons.
+Can one cut an ability out of a model, or cut everything else? Networks and a localizer say which neurons to try;
+controls say whether they were needed for it. Two questions on the demo brain: forgetting to balance brackets, and
+keeping two abilities in a model with far fewer neurons.
 """
 
 # %%
@@ -37,8 +37,9 @@ print(f"{target.name}: t = {responses.t[0, target.index]:.0f}, {target.size} neu
 # %%
 # Forget
 # ------
-# Accuracy per ability without these neurons, beside two controls of the same size: random neurons of the same layers, and
-# the neurons with the largest contrast of activation (no ICA at all), which is the control that networks have to beat.
+# Accuracy per ability without these neurons, beside two controls of the same size: random neurons of the same layers,
+# and the neurons with the largest contrast of activation (no ICA at all), which is the control that networks have to
+# beat.
 contrast = np.abs(localizer(scans, ["brackets"], n_permutations=0).t[0])
 loudest = np.zeros(networks.n_neurons, dtype=bool)
 loudest[np.argsort(-contrast)[: target.size]] = True
@@ -77,8 +78,8 @@ print("accuracy on brackets, loaded from disk:", brain.ability_accuracy(again, n
 # %%
 # Keep
 # ----
-# The other way round: remove most neurons and keep two abilities. What decides is the text that the pruning is calibrated
-# on: that of the kept abilities alone, or of all eight. Random neurons with the same repair are the control.
+# The other way round: remove most neurons and keep two abilities. What decides is the text that the pruning is
+# calibrated on: that of the kept abilities alone, or of all eight. Random neurons with the same repair are the control.
 keep = ["reversal", "sorting"]
 kept_texts = brain.texts("calibration", keep, n=32, n_tokens=256)
 columns = {"intact": table["intact"]}
@@ -87,12 +88,8 @@ for name, method, calibration in (
     ("all text", "obs", texts),
     ("random, kept text", "random", kept_texts),
 ):
-    cut = lb.plan_pruning(
-        brain.model, ratio=0.6, method=method, tokenizer=brain.tokenizer, calibration=calibration
-    )
-    small = lb.prune(
-        brain.model, cut, tokenizer=brain.tokenizer, calibration=calibration, compensate="least-squares"
-    )
+    cut = lb.plan_pruning(brain.model, ratio=0.6, method=method, tokenizer=brain.tokenizer, calibration=calibration)
+    small = lb.prune(brain.model, cut, tokenizer=brain.tokenizer, calibration=calibration, compensate="least-squares")
     columns[name] = pd.Series(brain.ability_accuracy(small, n=50))
 kept = pd.DataFrame(columns)
 kept.insert(0, "kept", kept.index.isin(keep))
@@ -101,8 +98,9 @@ kept.round(2)
 # %%
 # What to conclude
 # ----------------
-# From the first table: which lesion takes the ability, and what each costs the other seven. From the second: what a model
-# of 40 % of the neurons still does, and how much of that is due to the choice of neurons rather than to the repair.
+# From the first table: which lesion takes the ability, and what each costs the other seven. From the second: what a
+# model of 40 % of the neurons still does, and how much of that is due to the choice of neurons rather than to the
+# repair.
 #
 # What not to conclude
 # --------------------

@@ -12,8 +12,8 @@ This page runs on a phantom where the answer is known. With real data (below) th
 # %%
 # A phantom with a known answer
 # -----------------------------
-# Eight model networks and six brain regions of ten listeners; the first three regions follow networks 0 to 2 through the
-# haemodynamic response, with alternating sign, and the other three follow nothing.
+# Eight model networks and six brain regions of ten listeners; the first three regions follow networks 0 to 2 through
+# the haemodynamic response, with alternating sign, and the other three follow nothing.
 import os
 import warnings
 from pathlib import Path
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-import llmbrain as lb
 from llmbrain.comparison import align, couple, load_fmri, load_words, noise_ceilings, prepare, word_regressor
 from llmbrain.comparison.coupling import group_mean
 from llmbrain.comparison.phantom import make_paired_phantom
@@ -46,8 +45,8 @@ print(aligned.report)
 # %%
 # Coupling
 # --------
-# All pairs at once. The null moves all networks round the circle together, and each draw counts with its largest ``|r|``
-# of all pairs: family-wise error control for smooth series. The word rate goes out first, as nuisance.
+# All pairs at once. The null moves all networks round the circle together, and each draw counts with its largest
+# ``|r|`` of all pairs: family-wise error control for smooth series. The word rate goes out first, as nuisance.
 rate = word_regressor(phantom.words, tr, phantom.fmri.n_volumes, high_pass=high_pass)
 result = couple(aligned.data, brain, nuisance=rate)
 print(f"|r| needed: {result.threshold:.2f} ({result.n_null} draws)")
@@ -79,9 +78,9 @@ noise_ceilings(phantom.fmri.data).round(2)
 # %%
 # Real listeners
 # --------------
-# Chapter 1 of Alice in Wonderland (Brennan et al. 2016, Brain & Language 157-158): six language regions, timed words. Where
-# the files are there, the known answer: the word rate itself couples with all six regions, and word times in reverse with
-# none. A model's networks come in as above, through ``align``.
+# Chapter 1 of Alice in Wonderland (Brennan et al. 2016, Brain & Language 157-158): six language regions, timed words.
+# Where the files are there, the known answer: the word rate itself couples with all six regions, and word times in
+# reverse with none. A model's networks come in as above, through ``align``.
 data = Path(os.environ.get("LLMBRAIN_TEST_DATA", "../../shared/data"))
 alice = data / "fmri" / "alice"
 if alice.is_dir():
@@ -108,5 +107,6 @@ else:
 # --------------------
 # * That the model does what the region does. Anything that both follow will do: loudness, sentence ends, frequency. Put
 #   it into ``nuisance=``, and compare with an untrained copy of the model.
-# * Subject p-values (``p_subjects``) say that other listeners would show it *for this story*; only ``p`` is about chance.
+# * Subject p-values (``p_subjects``) say that other listeners would show it *for this story*; only ``p`` is about
+#   chance.
 # * A wrong time of the first volume destroys everything quietly. Look at the lag profile of the word rate first.

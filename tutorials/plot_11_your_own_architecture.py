@@ -2,14 +2,16 @@
 Your own architecture
 =====================
 
-llmbrain needs to know where a model keeps its neurons. Known families are rows of one table; other models are recognised
-by the shapes of their layers where these are unambiguous; for the rest, you add a row. This page does all three.
+llmbrain needs to know where a model keeps its neurons. Known families are rows of one table; other models are
+recognised by the shapes of their layers where these are unambiguous; for the rest, you add a row. This page does all
+three.
 """
 
 # %%
 # A model of your own
 # -------------------
-# Any ``torch.nn.Module`` whose blocks lie in a ``ModuleList`` will do, if it takes ``input_ids`` and ``attention_mask``.
+# Any ``torch.nn.Module`` whose blocks lie in a ``ModuleList`` will do, if it takes ``input_ids`` and
+# ``attention_mask``.
 import torch
 from torch import Tensor, nn
 
@@ -56,8 +58,8 @@ with torch.random.fork_rng():
 # %%
 # Recognised by structure
 # -----------------------
-# In every block there is exactly one pair of linear layers hidden -> width -> hidden: no question where the neurons are.
-# Layers may differ in width.
+# In every block there is exactly one pair of linear layers hidden -> width -> hidden: no question where the neurons
+# are. Layers may differ in width.
 found = anatomy(model)
 print(found.family, found.widths)
 print([layer.down.path for layer in found.layers])
@@ -127,9 +129,9 @@ except lb.InputError as error:
 # %%
 # A row of the table
 # ------------------
-# A ``Family`` names the paths inside one block, and is matched by structure: all of them must exist in every block. Here
-# it says that the first MLP is the one to look at, and where the heads are. In the repository you would add the row to
-# ``FAMILIES`` and a tiny model to the tests; in a script, this does the same:
+# A ``Family`` names the paths inside one block, and is matched by structure: all of them must exist in every block.
+# Here it says that the first MLP is the one to look at, and where the heads are. In the repository you would add the
+# row to ``FAMILIES`` and a tiny model to the tests; in a script, this does the same:
 row = Family("twin", up="expand", down="shrink", attention="mix", qkv=("q", "k", "v"), out="o")
 architectures.FAMILIES = (row, *architectures.FAMILIES)
 parts = anatomy(twin)
@@ -152,5 +154,6 @@ with torch.no_grad():
 #
 # What not to conclude
 # --------------------
-# * Recognised is not understood: look at ``anatomy(model)`` once, and check a scan against your own forward pass as above.
+# * Recognised is not understood: look at ``anatomy(model)`` once, and check a scan against your own forward pass as
+#   above.
 # * Mixture-of-experts layers have no single MLP; llmbrain says so instead of guessing.

@@ -14,8 +14,8 @@ times neurons, and pruning keeps one matrix of width squared a layer.
 # %%
 # The model
 # ---------
-# ``bfloat16`` and CUDA where there is one. The stand-in has random weights, the shape of a Llama and the demo tokenizer, so
-# that this page needs no download.
+# ``bfloat16`` and CUDA where there is one. The stand-in has random weights, the shape of a Llama and the demo
+# tokenizer, so that this page needs no download.
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,7 +79,8 @@ networks.summary().head()
 # %%
 # Prune
 # -----
-# Widths in multiples of 128 are what GPUs like (8 for the stand-in). ``inplace=True`` needs no second copy of the model.
+# Widths in multiples of 128 are what GPUs like (8 for the stand-in). ``inplace=True`` needs no second copy of the
+# model.
 multiple = 128 if MODEL else 8
 before = throughput(model, n_tokens=1024, repeats=3)
 dense = lb.perplexity(model, tokenizer, texts, window=256, max_windows=16)
