@@ -39,6 +39,7 @@ def prune(
     sequential: bool = True,
     window: int | None = None,
     max_windows: int | None = 128,
+    weights: Tensor | None = None,
     inplace: bool = False,
 ) -> Any:
     """Cut what a plan removes out of a model's weights.
@@ -64,6 +65,8 @@ def prune(
         Fit each layer to the signals it gets in the model as pruned so far, so that errors do not add up.
     window, max_windows : int, optional
         Cut of the calibration texts.
+    weights : float tensor ``(n_windows, window)``, optional
+        How much each calibration token counts.
     inplace : bool
         Cut `model` itself (needs no second copy in memory).
 
@@ -90,7 +93,8 @@ def prune(
     body = plan.check_model(small)
     check_cuttable(body)
     if windows is not None:
-        repair(small, plan, windows, kind=str(compensate), ridge=ridge, intercept=intercept, sequential=sequential)
+        options: dict[str, Any] = {"ridge": ridge, "intercept": intercept, "sequential": sequential, "weights": weights}
+        repair(small, plan, windows, kind=str(compensate), **options)
     for layer, kept in zip(body.layers, plan.kept):
         keep_neurons(layer, torch.from_numpy(kept))
     for layer, groups in zip(body.layers, plan.kept_heads or ()):

@@ -38,8 +38,6 @@ class Evidence:
         ``E[g g^T]`` of the output's loss gradient.
     taylor, published : (units,) float64 or None
         Scores that were computed for the whole model.
-    maps : (K, units) float64 or None
-        Each network's map at these units.
     generator : torch.Generator
     """
 
@@ -51,7 +49,6 @@ class Evidence:
     metric: Tensor | None = None
     taylor: Tensor | None = None
     published: Tensor | None = None
-    maps: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -170,6 +167,16 @@ def obs_gradient(e: Evidence) -> Tensor:
     """
     assert e.metric is not None
     return removal_costs(_moments(e).covariance, e.weight, metric=e.metric, size=e.size, ridge=RIDGE)
+
+
+@register("networks", "moments", "metric", "networks", standardise=False, sequential=True)
+def networks(e: Evidence) -> Tensor:
+    """Ours: `obs_gradient`, with tokens weighted so that every network counts alike, and every network covered.
+
+    The weights enter the moments and the metric, the coverage the choice: see `llmbrain.pruning.network_terms`. Without
+    networks it is `obs_gradient` with the allocation that measured best.
+    """
+    return obs_gradient(e)
 
 
 @register("published", "published", standardise=False)

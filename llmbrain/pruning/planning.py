@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,18 +17,22 @@ from llmbrain.evaluation.windows import fingerprint
 from llmbrain.pruning.allocation import ALLOCATIONS, LEVELS, Budget, from_losses, ranked, uniform
 from llmbrain.pruning.api import fit
 from llmbrain.pruning.calibration import calibration_windows, check_enough, signals_of_windows
+from llmbrain.pruning.compensation import least_squares
 from llmbrain.pruning.criteria import Criterion, Evidence, criterion
+from llmbrain.pruning.network_terms import COVER, balanced_weights, covered, layer_masks, time_courses
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
 from llmbrain.pruning.published import published_scores
 from llmbrain.pruning.statistics import gradient_pass
-from llmbrain.pruning.walk import Change, Site, restored, walk, write
+from llmbrain.pruning.walk import Change, Site, held_out_windows, restored, walk, write
 from llmbrain.surgery import check_cuttable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GROUP_SIZE = 40  # texts in a group of the published rule
-LOSS_WINDOWS = 16  # windows on which sensitivity is measured
+LOSS_WINDOWS = 16  # windows on which allocations are measured
+SCAN_RIDGE = 1e-3  # of the fits that allocations are measured with
+TOKEN_BALANCE = 0.5  # how far method="networks" goes towards the same total weight for every network
 
 
 def plan_pruning(
@@ -48,6 +52,7 @@ def plan_pruning(
     head_ratio: float = 0.0,
     window: int | None = None,
     max_windows: int | None = 128,
+    weights: Tensor | None = None,
     rule: dict[str, Any] | None = None,
 ) -> PruningPlan:
     """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
@@ -72,8 +77,8 @@ def plan_pruning(
     tokenizer, calibration
         Texts, or int64 windows ``(n, window)``.
     allocation : str or sequence of int, optional
-        ``"uniform"``, ``"global"``, ``"clamped"``, ``"sensitivity"`` or the widths themselves. Default: ``"global"``
-        for ``"published"``, else ``"uniform"``.
+        ``"uniform"``, ``"global"``, ``"clamped"``, ``"sensitivity"``, ``"search"`` or the widths themselves. Default:
+        ``"global"`` for ``"published"``, ``"search"`` for ``"networks"``, else ``"uniform"``.
     sequential : bool, optional
         Score each layer on the already pruned and repaired prefix. Default: where the method is meant so.
     multiple_of : int
@@ -82,6 +87,8 @@ def plan_pruning(
         Share of attention heads to remove, in whole key/value groups, by the same method.
     window, max_windows : int, optional
         Cut of the calibration texts.
+    weights : float tensor ``(n_windows, window)``, optional
+        How much each calibration token counts.
     rule : dict, optional
         Options of `published_scores`.
 
@@ -99,6 +106,7 @@ def plan_pruning(
     check_cuttable(body)
     n = len(body.layers)
     notes: list[str] = []
+    details: dict[str, Any] = {"notes": notes}
     if protect is None and method == "published":
         protect = (0, 1, 2, n - 2, n - 1) if n > 5 else ()
         if n <= 5:
@@ -106,16 +114,22 @@ def plan_pruning(
     protected = check_protect(protect, n)
     budget = Budget.of(body.widths, ratio, protected, multiple_of)
     if allocation is None:
-        allocation = "global" if method == "published" else "uniform"
+        allocation = {"published": "global", "networks": "search"}.get(method, "uniform")
     if isinstance(allocation, str):
         check_option("allocation", allocation, ALLOCATIONS)
     windows = calibration_windows(model, tokenizer, calibration, scans, window, max_windows)
-    if windows is None and (chosen.needs - {"published"} or allocation in ("sensitivity", "search")):
+    if windows is None and (chosen.needs & {"moments", "metric", "taylor"} or allocation in ("sensitivity", "search")):
         raise InputError(f"method={method!r}, allocation={allocation!r} need calibration texts (or scans with tokens)")
-    if windows is not None and chosen.needs - {"published"}:
+    if windows is not None and chosen.needs & {"moments", "metric", "taylor"}:
         check_enough(windows, max(body.widths))
-    planner = Planner(model, body, chosen, windows, networks, random_state)
-    details: dict[str, Any] = {"notes": notes}
+    if method == "networks":
+        if networks is None:
+            notes.append("no networks given: tokens count alike, nothing is covered")
+        elif weights is None and windows is not None:
+            courses = time_courses(model, body, windows, networks)
+            weights = balanced_weights(courses, TOKEN_BALANCE)
+            details["networks"] = {"n": len(networks.maps), "token_balance": TOKEN_BALANCE, "cover": COVER}
+    planner = Planner(model, body, chosen, windows, networks, random_state, weights)
     if "published" in chosen.needs:
         details["published"] = planner.score_by_rule(scans, notes, rule or {})
     widths = planner.allocate(allocation, budget, details)
@@ -153,31 +167,23 @@ class Planner:
         windows: Tensor | None,
         networks: Any,
         random_state: int,
+        weights: Tensor | None = None,
     ) -> None:
         self.model, self.body, self.criterion, self.windows = model, body, chosen, windows
         self.generator = torch.Generator().manual_seed(random_state)
-        self.random_state = random_state
+        self.random_state, self.weights = random_state, weights
         self.published: list[NDArray[np.float64]] | None = None
-        self.maps = self._maps(networks)
+        self.masks = None if networks is None else layer_masks(networks, body)
         needs = {"metric", "taylor"} & chosen.needs
         gradients = {}
         if needs:
             assert windows is not None
-            gradients = gradient_pass(model, body, windows, metric="metric" in needs, taylor="taylor" in needs)
+            gradients = gradient_pass(
+                model, body, windows, metric="metric" in needs, taylor="taylor" in needs, weights=weights
+            )
         self.metric: list[Tensor] | None = gradients.get("metric")
         self.taylor: list[Tensor] | None = gradients.get("taylor")
         self._dense_scores: list[NDArray[np.float64]] | None = None
-
-    def _maps(self, networks: Any) -> list[NDArray[np.float32]] | None:
-        if "maps" not in self.criterion.needs:
-            return None
-        if networks is None:
-            raise InputError(f"method={self.criterion.name!r} needs networks")
-        if tuple(networks.space.widths) != self.body.widths:
-            raise InputError(
-                f"networks lie in layers of {list(networks.space.widths)}, the model has {list(self.body.widths)}"
-            )
-        return [networks.maps[:, networks.space.layer_slice(i)] for i in range(len(self.body.layers))]
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
@@ -214,7 +220,6 @@ class Planner:
             metric=of_layer(self.metric),
             taylor=of_layer(self.taylor),
             published=of_layer(self.published),
-            maps=of_layer(self.maps),
         )
         scores = self.criterion.score(evidence).detach().cpu().numpy().astype(float)
         if not np.isfinite(scores).all():
@@ -231,7 +236,9 @@ class Planner:
                 def look(site: Site) -> None:
                     found.append(self.score(site, site.layer.index))
 
-                walk(self.model, self.body, self.windows, look, sequential=False, progress="score")
+                walk(
+                    self.model, self.body, self.windows, look, sequential=False, weights=self.weights, progress="score"
+                )
             else:
                 found = [self.score(None, i) for i in range(len(self.body.layers))]
             self._dense_scores = found
@@ -253,13 +260,25 @@ class Planner:
             return ranked(budget, self.dense_scores(), standardise=standardise, clamp=allocation == "clamped")
         losses = self.measure_sensitivity()
         details["sensitivity"] = {"levels": list(LEVELS), "loss_added": np.round(losses, 6).tolist()}
-        return from_losses(budget, losses)
+        best = from_losses(budget, losses)
+        if allocation == "sensitivity":
+            return best
+        both = [
+            ranked(budget, self.dense_scores(), standardise=self.criterion.standardise, clamp=c) for c in (False, True)
+        ]
+        middle = budget.fit((np.array(best) + np.array(both[0])) / 2)
+        candidates = list(dict.fromkeys([best, *both, middle, uniform(budget)]))
+        added = self.measure_widths(candidates)
+        details["search"] = [{"widths": list(w), "loss_added": round(x, 6)} for w, x in zip(candidates, added)]
+        return candidates[int(np.argmin(added))]
 
     def measure_sensitivity(self) -> NDArray[np.float64]:
-        """Loss added when one layer alone loses each share of `LEVELS` and is refitted; ``(n_layers, levels)``."""
+        """Loss added when one layer alone loses each share of `LEVELS` and is refitted; ``(n_layers, levels)``.
+
+        Fitted on the training part of the calibration windows, measured on the held-out part.
+        """
         assert self.windows is not None
-        step = max(1, len(self.windows) // LOSS_WINDOWS)
-        test = self.windows[::step][:LOSS_WINDOWS]
+        test = self._test_windows()
         base = mean_loss(self.model, test)
         losses = np.zeros((len(self.body.layers), len(LEVELS)))
         scores: list[NDArray[np.float64]] = []
@@ -267,23 +286,53 @@ class Planner:
         def look(site: Site) -> None:
             i = site.layer.index
             scores.append(self.score(site, i))
-            order = np.argsort(-scores[i], kind="stable")
-            old = site.output.module
-            weight, bias = site.output.weight().detach().clone(), getattr(old, "bias", None)
-            saved = None if bias is None else bias.detach().clone()
-            try:
+            with restored([site.layer]):
                 for k, level in enumerate(LEVELS):
-                    keep = max(1, round((1 - level) * site.output.units))
-                    kept = torch.from_numpy(np.sort(order[:keep]))
-                    write(site.output, fit(site, kept, "least-squares", ridge=1e-3))
+                    kept = _best(scores[i], max(1, round((1 - level) * site.output.units)))
+                    write(site.output, self._fit_on_train(site, kept))
                     losses[i, k] = mean_loss(self.model, test) - base
-                    _put_back(site, weight, saved)
-            finally:
-                _put_back(site, weight, saved)
 
-        walk(self.model, self.body, self.windows, look, sequential=False, progress="sensitivity")
+        self._look("sensitivity", look)
         self._dense_scores = scores
         return losses
+
+    def measure_widths(self, candidates: Sequence[tuple[int, ...]]) -> list[float]:
+        """Loss added by each set of widths, all layers cut and refitted at once; measured as `measure_sensitivity`."""
+        scores, test = self.dense_scores(), self._test_windows()
+        changes: dict[tuple[int, int], Change] = {}  # by layer and width
+
+        def look(site: Site) -> None:
+            i = site.layer.index
+            for width in {c[i] for c in candidates}:
+                change = self._fit_on_train(site, _best(scores[i], width))
+                assert change.repair is not None
+                change.repair.weight = change.repair.weight.to(site.output.weight().dtype)
+                changes[i, width] = change
+
+        self._look("search", look)
+        base = mean_loss(self.model, test)
+        added = []
+        for widths in candidates:
+            with restored(self.body.layers):
+                for i, width in enumerate(widths):
+                    write(self.body.layers[i].down, changes[i, width])
+                added.append(mean_loss(self.model, test) - base)
+        return added
+
+    def _fit_on_train(self, site: Site, kept: NDArray[np.int64]) -> Change:
+        columns = torch.from_numpy(kept)
+        on_device = columns.to(site.output.weight().device)
+        return Change(columns, least_squares(site.train, site.weight, on_device, ridge=SCAN_RIDGE))
+
+    def _test_windows(self) -> Tensor:
+        assert self.windows is not None
+        held = held_out_windows(self.windows)
+        return held[:: max(1, len(held) // LOSS_WINDOWS)][:LOSS_WINDOWS]
+
+    def _look(self, what: str, step: Callable[[Site], None]) -> None:
+        """Visit every layer of the dense model, changing none."""
+        assert self.windows is not None
+        walk(self.model, self.body, self.windows, step, sequential=False, weights=self.weights, progress=what)
 
     def head_budget(self, head_ratio: float) -> tuple[int, ...] | None:
         """Key/value groups that each layer keeps; None where heads are not touched."""
@@ -303,18 +352,19 @@ class Planner:
         kept: list[NDArray[np.int64]] = []
         heads: list[NDArray[np.int64]] = []
         if not sequential and groups is None:
-            return tuple(_best(s, w) for s, w in zip(self.dense_scores(), widths)), None
+            return tuple(self.pick(s, w, i) for i, (s, w) in enumerate(zip(self.dense_scores(), widths))), None
         if self.windows is None:
             raise InputError("head_ratio needs calibration texts")
 
         def step(site: Site, count: int, found: list[NDArray[np.int64]], of_heads: bool) -> Change | None:
-            found.append(_best(self.score(site, site.layer.index, heads=of_heads), count))
+            scores = self.score(site, site.layer.index, heads=of_heads)
+            found.append(_best(scores, count) if of_heads else self.pick(scores, count, site.layer.index))
             last = site.layer is self.body.layers[-1] and not of_heads
             if not sequential or last or count == site.output.units:
                 return None
             return fit(site, torch.from_numpy(found[-1]), "least-squares")
 
-        with restored(self.body, heads=groups is not None):
+        with restored(self.body.layers, heads=groups is not None):
             walk(
                 self.model,
                 self.body,
@@ -322,9 +372,16 @@ class Planner:
                 lambda site: step(site, widths[site.layer.index], kept, False),
                 heads=None if groups is None else (lambda site: step(site, groups[site.layer.index], heads, True)),
                 sequential=sequential,
+                weights=self.weights,
                 progress="choose",
             )
         return tuple(kept), tuple(heads) if groups is not None else None
+
+    def pick(self, scores: NDArray[np.float64], count: int, layer: int) -> NDArray[np.int64]:
+        """The best units; with networks, such that each keeps some of its key neurons."""
+        if "networks" not in self.criterion.needs or self.masks is None:
+            return _best(scores, count)
+        return covered(scores, count, self.masks[layer])
 
     def threshold(self, kept: Kept, protect: Sequence[int]) -> float:
         """The cut-off tau between what the published rule keeps and what it removes."""
@@ -337,12 +394,3 @@ class Planner:
 
 def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)
-
-
-def _put_back(site: Site, weight: Tensor, bias: Tensor | None) -> None:
-    with torch.no_grad():
-        site.output.weight().copy_(weight)
-        if bias is None:
-            site.output.module.bias = None  # type: ignore[assignment]
-        else:
-            site.output.module.bias.copy_(bias)  # type: ignore[operator]

@@ -108,7 +108,13 @@ class Moments:
 
 
 def gradient_pass(
-    model: nn.Module, body: Anatomy, windows: Tensor, *, metric: bool = True, taylor: bool = False
+    model: nn.Module,
+    body: Anatomy,
+    windows: Tensor,
+    *,
+    metric: bool = True,
+    taylor: bool = False,
+    weights: Tensor | None = None,
 ) -> dict[str, list[Tensor]]:
     """Second moments of the loss gradient, by one backward pass over the windows.
 
@@ -118,6 +124,8 @@ def gradient_pass(
     metric : bool
         Give ``G = E[g g^T]`` of each layer, g the gradient of the summed next-token loss by the MLP's output at a token
         (the output-side Kronecker factor of LLM Surgeon, arXiv 2312.17244, eq. 6).
+    weights : (n, window) float, optional
+        How much each token counts in the metric.
     taylor : bool
         Give each neuron's first-order importance, ``sum |w * dL/dw|`` over its weights (LLM-Pruner, arXiv 2305.11627,
         eq. 5, `param_first`).
@@ -128,11 +136,14 @@ def gradient_pass(
         ``"metric"``: float64 ``(hidden, hidden)`` a layer; ``"taylor"``: float64 ``(width,)`` a layer.
     """
     grams: list[Any] = [0.0] * len(body.layers)
+    root: Tensor | None = None  # square root of the weights of the batch at hand
 
     def watch(i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             def take(g: Tensor) -> None:
                 g = g.detach().float().flatten(0, -2)
+                if root is not None:
+                    g = g * root.to(g.device)
                 grams[i] = grams[i] + (g.T @ g).double()
 
             output.register_hook(take)
@@ -151,7 +162,9 @@ def gradient_pass(
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
             embeddings.weight.requires_grad_(True)
         with evaluating(model, gradients=True):
-            for batch in batches(windows):
+            for i, batch in enumerate(batches(windows)):
+                if weights is not None:
+                    root = batches(weights)[i].flatten().sqrt()[:, None]
                 ids = batch.to(input_device(model))
                 logits = model(input_ids=ids).logits[:, :-1].float()
                 loss = nn.functional.cross_entropy(

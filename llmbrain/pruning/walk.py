@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmbrain.architectures import Anatomy, LayerAnatomy, Projection
-from llmbrain.evaluation.windows import evaluating
+from llmbrain.evaluation.windows import batches, evaluating
 from llmbrain.pruning.compensation import Repair
 from llmbrain.pruning.statistics import Moments
 from llmbrain.pruning.streams import Stream
@@ -103,6 +103,18 @@ def walk(
             write(output, change)
 
 
+def is_held_out(batch: int, n: int) -> bool:
+    """Whether a batch of n serves to choose the ridge and the allocation: every eighth, or the last of fewer."""
+    return batch % HELD_OUT == HELD_OUT - 1 or (n < HELD_OUT and batch == n - 1 > 0)
+
+
+def held_out_windows(windows: Tensor) -> Tensor:
+    """The windows of held-out batches (all where there is only one batch)."""
+    parts = batches(windows)
+    chosen = [part for i, part in enumerate(parts) if is_held_out(i, len(parts))]
+    return torch.cat(chosen) if chosen else windows
+
+
 def _measure(stream: Stream, output: Projection, weights: Sequence[Tensor] | None) -> tuple[Site, list[Tensor]]:
     """Moments of one output projection in block `stream.at`, and the hidden states after the block."""
     layer = stream.layers[stream.at]
@@ -114,7 +126,7 @@ def _measure(stream: Stream, output: Projection, weights: Sequence[Tensor] | Non
         (x, t), hidden = stream.run(i, output)
         after.append(hidden)
         w = None if weights is None else weights[i].to(x.device)
-        if i % HELD_OUT == HELD_OUT - 1 or (i == n - 1 and i > 0 and held_out is None):
+        if is_held_out(i, n):
             held_out = held_out or Moments(train)
             held_out.add(x, t, w)
         else:
@@ -142,10 +154,10 @@ def write(output: Projection, change: Change) -> None:
 
 
 @contextmanager
-def restored(body: Anatomy, *, heads: bool = False) -> Iterator[None]:
+def restored(layers: Sequence[LayerAnatomy], *, heads: bool = False) -> Iterator[None]:
     """Within the block output projections may be written to; afterwards they are as before, whatever happened."""
     saved: list[tuple[Any, Tensor, Tensor | None]] = []
-    for layer in body.layers:
+    for layer in layers:
         for output in (layer.down, layer.out if heads else None):
             if output is not None:
                 bias = getattr(output.module, "bias", None)
