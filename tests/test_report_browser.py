@@ -221,6 +221,26 @@ def test_movie_is_the_sum_of_maps_times_activity(page: Any) -> None:
     assert shown == pytest.approx(expected, abs=0.6)
 
 
+def test_in_a_notebook_links_stay_in_the_frame(browser: Any, tmp_path: Path) -> None:
+    from llmbrain.reporting import build_report
+
+    notebook = tmp_path / "notebook.html"
+    frame = build_report(title="t", **make_study())._repr_html_()
+    notebook.write_text(f"<!doctype html><meta charset=utf-8><p>notebook</p>{frame}", encoding="utf-8")
+    browser.get(notebook.as_uri())
+    browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
+    try:
+        until(lambda: "SD" in text_of(browser, "now"))
+        browser.find_element(By.CSS_SELECTOR, "table.networks a[href='#network-2']").click()
+        until(lambda: chosen(browser) == ["network-2"])
+        browser.find_element(By.CSS_SELECTOR, "nav a[href='#methods']").click()
+        time.sleep(0.2)
+        assert find(browser, "methods").is_displayed()
+    finally:
+        browser.switch_to.default_content()
+    assert complaints(browser) == []
+
+
 def test_copy_gives_the_methods(page: Any) -> None:
     button = page.find_element(By.CSS_SELECTOR, "[data-copy]")
     page.execute_script("arguments[0].focus()", button)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import subprocess
 import time
 import warnings
 import zlib
@@ -453,3 +455,24 @@ def test_coupling_with_a_brain_is_shown_with_its_null() -> None:
     text = Page(build_report(title="t", comparison={"coupling": result}).html()).text
     assert "IC01, <c>" in text  # the strongest pair leads the lag profile
     assert "circular null" in text
+
+
+@pytest.mark.slow
+def test_chromium_runs_the_page(page: Path, tmp_path: Path) -> None:
+    """Without selenium: what the scripts made of the page, and what the console said."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Debian's chromium is not installed")
+    command = [
+        chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom",
+        page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    tags = Page(done.stdout).tags
+    shown = [attributes["id"] for tag, attributes in tags if "chosen" in attributes.get("class", "")]
+    assert shown == ["network-0"]
+    assert sum("data-at" in attributes for _, attributes in tags) == 120  # the tokens of the first run
+    assert [attributes.get("value") for tag, attributes in tags if tag == "option"][:3] == ["0", "1", "2"]

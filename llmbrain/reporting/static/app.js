@@ -144,11 +144,13 @@ class App {
     byId("text").focus({ preventScroll: true });
   }
 
-  route() {
-    const found = /^#network-(\d+)$/.exec(window.location.hash);
-    if (!found || Number(found[1]) >= DATA.names.length) return;
+  // Go to the page of a network; false where the address names none.
+  route(hash = window.location.hash) {
+    const found = /^#network-(\d+)$/.exec(hash);
+    if (!found || Number(found[1]) >= DATA.names.length) return false;
     this.set({ network: Number(found[1]) });
     byId("networks").scrollIntoView();
+    return true;
   }
 
   redraw() {
@@ -263,7 +265,16 @@ for (const button of document.querySelectorAll("[data-copy]")) {
   });
 }
 
-if (DATA && DATA.space && byId("viewer")) {
-  const app = new App();
-  app.start();
+const app = DATA && DATA.space && byId("viewer") ? new App() : null;
+if (app) app.start();
+
+// In the frame of a notebook a link to a part of this page would load the notebook instead.
+if (window.location.href === "about:srcdoc") {
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#']");
+    if (!link) return;
+    event.preventDefault();
+    const hash = link.getAttribute("href");
+    if (!app?.route(hash)) byId(hash.slice(1))?.scrollIntoView();
+  });
 }
