@@ -42,6 +42,7 @@ _PUBLIC = {
     "read_nifti": "imaging",
     "save_pruned": "checkpoints",
     "scan": "scanning",
+    "write_report": "reporting",
 }
 _ROOMS = {"architectures", "checkpoints", "comparison", "datasets", "decomposition", "evaluation", "imaging",
           "intervention", "networks", "plotting", "pruning", "reporting", "scanning", "space"}  # fmt: skip
