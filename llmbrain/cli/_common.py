@@ -137,6 +137,13 @@ def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) ->
     write_json(mark, settings)
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def print_table(frame: pd.DataFrame, title: str | None = None, digits: int = 3) -> None:
     """Print a table on stdout, in one look."""
     from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,26 +87,37 @@ def decompose(
     seed: SEED = 0,
     overwrite: OVERWRITE = False,
 ) -> None:
-    """Group ICA of a scan: its functional networks."""
+    """Group ICA of a scan: its functional networks. The same command goes on where it was stopped."""
     from llmbrain._validation import check_option
-    from llmbrain.cli._common import parse_components
-    from llmbrain.decomposition import GroupICA, ica_stability
+    from llmbrain.cli._common import claim, file_hash, parse_components
+    from llmbrain.decomposition import GroupICA, ica_stability, read_ica
     from llmbrain.networks import FunctionalNetworks
     from llmbrain.scanning import load_scans
 
     check_option("--convention", convention, ("bids", "fsl"))
-    scans = load_scans(scan_folder(study))[: runs or None]
+    check_option("--method", method, ("fastica", "picard", "dictlearning"))
+    k = parse_components(components)
+    folder = scan_folder(study)
+    scans = load_scans(folder)[: runs or None]
     target = out or study / "networks"
-    ica = GroupICA(parse_components(components), method=method, random_state=seed, device=device).fit(scans)
+    settings = {
+        "components": k, "method": method, "runs": len(scans), "seed": seed, "scan": file_hash(folder / "manifest.json")
+    }  # fmt: skip
+    claim(target, settings, overwrite=overwrite)
+    if (target / "ica" / "ica.json").is_file() and not overwrite:
+        say("group ICA: done before")
+        ica = read_ica(target / "ica")
+    else:
+        ica = GroupICA(k, method=method, random_state=seed, device=device, progress=sys.stderr.isatty()).fit(scans)
+        ica.save(target / "ica", overwrite=True)
     networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
-    networks.save(target, overwrite=overwrite)
-    ica.save(target / "ica", overwrite=True)
+    networks.save(target, overwrite=True)
     if convention == "fsl":
         from llmbrain.imaging import write_melodic
 
         write_melodic(ica, target)
     report: dict[str, Any] = {"scans": scans, "ica": ica, "networks": networks}
-    table = networks.summary()
+    table = networks.summary().reset_index()
     if stability:
         report["stability"] = ica_stability(
             scans, n_components=ica.n_components_, n_starts=stability, random_state=seed, device=device
@@ -115,7 +127,7 @@ def decompose(
     write_report(target / "report.html", title=f"Networks of {study}", **report)
     print_table(table)
     if stability:
-        print_table(report["stability"].to_frame(), "stability")
+        print_table(report["stability"].to_frame().reset_index(names="network"), "stability")
     say(f"networks and report: {target}")
 
 
