@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check lint types layers install install-dev clean
+.PHONY: demo test docs check lint types layers install install-dev clean
 
 demo: install  ## scan, decompose, lesion and prune the embedded model; writes demo-out/report.html
 	$(BIN)/llmbrain demo --out demo-out
@@ -13,11 +13,14 @@ demo: install  ## scan, decompose, lesion and prune the embedded model; writes d
 test: install-dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
+docs: $(VENV)/installed-docs  ## docs/_build/html; runs the tutorials, warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 check: lint types layers  ## what CI asks besides the tests
 
 lint: install-dev
-	$(BIN)/ruff check llmbrain tests benchmarks tutorials data
-	$(BIN)/ruff format --check llmbrain tests benchmarks tutorials data
+	$(BIN)/ruff check llmbrain tests benchmarks tutorials docs data
+	$(BIN)/ruff format --check llmbrain tests benchmarks tutorials docs data
 
 types: install-dev
 	$(BIN)/mypy
@@ -40,5 +43,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --quiet -c constraints.txt -e ".[dev,picard,encoding,recovery]"
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo-out *.egg-info
+	rm -rf $(VENV) build dist demo-out *.egg-info docs/_build docs/auto_examples docs/api/generated

@@ -30,6 +30,7 @@ def test_tutorial_runs(script, tmp_path):
     left_out = {"MODEL", "TEXT", "OUT"}  # a tutorial reads them: a user's own model is not for a test
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment |= {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.setdefault("LLMBRAIN_TEST_DATA", str(FOLDER.parents[1] / "shared" / "data"))  # used where it exists
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -81,7 +81,7 @@ noise_ceilings(phantom.fmri.data).round(2)
 # Chapter 1 of Alice in Wonderland (Brennan et al. 2016, Brain & Language 157-158): six language regions, timed words.
 # Where the files are there, the known answer: the word rate itself couples with all six regions, and word times in
 # reverse with none. A model's networks come in as above, through ``align``.
-data = Path(os.environ.get("LLMBRAIN_TEST_DATA", "../../shared/data"))
+data = Path(os.environ.get("LLMBRAIN_TEST_DATA", "no-data"))
 alice = data / "fmri" / "alice"
 if alice.is_dir():
     with warnings.catch_warnings():

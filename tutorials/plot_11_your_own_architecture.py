@@ -12,6 +12,8 @@ three.
 # -------------------
 # Any ``torch.nn.Module`` whose blocks lie in a ``ModuleList`` will do, if it takes ``input_ids`` and
 # ``attention_mask``.
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ import llmbrain as lb
 from llmbrain import architectures
 from llmbrain.architectures import Family, anatomy
 from llmbrain.datasets import load_demo
+from llmbrain.surgery import keep_neurons
 
 
 class Block(nn.Module):
@@ -138,18 +141,21 @@ parts = anatomy(twin)
 print(parts.family, parts.widths, "neurons,", parts.n_heads, "heads")
 
 # %%
-# Neurons can then be cut as well. The check that always holds: cutting equals setting to zero.
+# Neurons can then be cut as well. ``prune`` wants a transformers model, because it writes the new widths into its config;
+# ``keep_neurons`` cuts any. The check that always holds: cutting equals setting to zero.
 plan = lb.plan_pruning(twin, ratio=0.5, method="magnitude")
-small = lb.prune(twin, plan)
-with torch.no_grad(), lb.lesion(twin, ~plan.mask()):
-    zeroed = twin(ids)
+small = copy.deepcopy(twin)
+for layer, kept in zip(anatomy(small).layers, plan.kept):
+    keep_neurons(layer, kept)
 with torch.no_grad():
+    with lb.lesion(twin, ~plan.mask()):
+        zeroed = twin(ids)
     print(plan.widths, "neurons stay; largest difference to zeroing:", float((small(ids) - zeroed).abs().max()))
 
 # %%
 # What to conclude
 # ----------------
-# Scans, networks, lesions and cuts work on any model whose neurons can be named. ``save_pruned`` needs more: a
+# Scans, networks, lesions and cuts work on any model whose neurons can be named. ``prune`` and ``save_pruned`` need more: a
 # transformers model with a config that can hold the new widths.
 #
 # What not to conclude

@@ -1,0 +1,144 @@
+"""Pages that are made from the code: the API by room, the commands, the tables that benchmarks wrote."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+LONGEST_TABLE = 60
+
+# Room, title, and names beside the room's __all__ (which is documented whole).
+ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("space", "Geometry", ("NeuronSpace", "grid_of")),
+    ("architectures", "Architectures", ("anatomy", "context_length", "Anatomy", "LayerAnatomy", "Projection", "Family")),
+    ("checkpoints", "Checkpoints", ()),
+    ("scanning", "Scanning", ()),
+    ("imaging", "Imaging", ()),
+    ("decomposition", "Decomposition", ()),
+    ("networks", "Networks", ("thresholds.fit_mixture", "measures.gini", "measures.hoyer", "measures.overlap_matrix")),
+    ("intervention", "Intervention", ("controls.random_masks", "controls.matched_masks")),
+    ("pruning", "Pruning", ("criteria.register", "criteria.Evidence")),
+    ("evaluation", "Evaluation", ()),
+    ("comparison", "Comparison", ("encoding.encode", "encoding.Encoding", "similarity.compare_similarity",
+                                  "similarity.debiased_cka", "similarity.rsa", "phantom.make_paired_phantom",
+                                  "hrf.double_gamma", "nulls.surrogates")),
+    ("datasets", "Data sets", ("phantom.Phantom", "abilities.Example")),
+    ("plotting", "Figures", ()),
+    ("reporting", "Report and viewer", ("viewer.serve",)),
+)  # fmt: skip
+
+
+def write_all(folder: Path) -> None:
+    """Write every made page into `folder`; a page that would stay the same is not touched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for room, title, more in ROOMS:
+        _write(folder / f"{room}.rst", api_page(room, title, more))
+    _write(folder / "commands.md", commands_page())
+    _write(folder / "results.md", results_page())
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def api_page(room: str, title: str, more: tuple[str, ...] = ()) -> str:
+    """The public names of a room, as an autosummary."""
+    module = import_module(f"llmbrain.{room}")
+    names = [n for n in getattr(module, "__all__", ()) if n not in more]
+    listed = [n for n in [*names, *more] if _is_documented(module, n)]
+    described = inspect.getdoc(module) or ""
+    first = described.split("\n")[0]
+    heading = f"{title}: ``llmbrain.{room}``"
+    lines = [heading, "=" * len(heading), "", first, "", ".. autosummary::", "   :toctree: .", "   :nosignatures:", ""]
+    return "\n".join([*lines, *(f"   llmbrain.{room}.{n}" for n in listed), ""])
+
+
+def _is_documented(module: Any, name: str) -> bool:
+    value = module
+    for part in name.split("."):
+        value = getattr(value, part, None) or import_module(f"{value.__name__}.{part}")
+    return inspect.isclass(value) or inspect.isfunction(value)
+
+
+def commands_page() -> str:
+    """What ``--help`` says, of every command."""
+    import typer
+
+    from llmbrain.cli import app
+
+    group: Any = typer.main.get_command(app)
+    lines = ["# Commands", "", "Every command has `--help`; bad input is one line and exit code 2.", ""]
+    for name, command in sorted(group.commands.items()):
+        lines += [f"## `llmbrain {name}`", "", (command.help or "").strip(), "", "| | default | |", "|---|---|---|"]
+        for option in command.params:
+            flags = option.human_readable_name if option.param_type_name == "argument" else ", ".join(option.opts)
+            value = getattr(option, "default", None)
+            plain = isinstance(value, (str, int, float, Path)) and str(value) != ""
+            default = f"`{value}`" if plain else ("required" if option.required else "")
+            words = (getattr(option, "help", "") or "").replace("|", "\\|")
+            lines.append(f"| `{flags}` | {default} | {words} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def results_page() -> str:
+    """Every table in ``benchmarks/results``: Markdown as it is, JSON rows as a table."""
+    parts = [
+        "# Tables",
+        "",
+        "As the scripts in `benchmarks/` wrote them; each script says in its first lines what is measured.",
+        "",
+    ]
+    written = sorted(RESULTS.glob("*.md"))
+    for file in written:
+        parts += [f"## {file.stem}", "", f"`python benchmarks/{file.stem}.py`", "", _demoted(file), ""]
+    for file in sorted(RESULTS.glob("*.json")):
+        if file.with_suffix(".md") in written:
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
+        parts += [f"## {file.stem}", "", f"`python benchmarks/{file.stem}.py`", ""]
+        tables = {name: rows for name, rows in record.items() if _is_table(rows)} if isinstance(record, dict) else {}
+        for name, rows in tables.items():
+            parts += [f"### {name}", "", _table(pd.DataFrame(rows)), ""]
+    if len(parts) == 4:
+        parts.append("No table has been written yet.")
+    return "\n".join(parts)
+
+
+def _demoted(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return "\n".join(f"##{line}" if line.startswith("#") else line for line in lines)
+
+
+def _is_table(rows: Any) -> bool:
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
+
+
+def _table(frame: pd.DataFrame) -> str:
+    """A Markdown table; rows that differ by seed alone are averaged, and that is said."""
+    frame = frame[[c for c in frame.columns if not frame[c].map(lambda v: isinstance(v, (list, dict))).any()]]
+    note = ""
+    if "seed" in frame.columns:
+        keys = [c for c in frame.columns if c != "seed" and not pd.api.types.is_numeric_dtype(frame[c])]
+        seeds = frame["seed"].nunique()
+        if keys:
+            frame = frame.drop(columns="seed").groupby(keys, sort=False).mean(numeric_only=True).reset_index()
+            note = f"Means over {seeds} seeds.\n\n"
+    if len(frame) > LONGEST_TABLE:
+        note += f"The first {LONGEST_TABLE} of {len(frame)} rows.\n\n"
+        frame = frame[:LONGEST_TABLE]
+    cells = [[_cell(v) for v in row] for row in frame.itertuples(index=False)]
+    head = [str(c).replace("|", "\\|") for c in frame.columns]
+    return note + "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
