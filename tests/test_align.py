@@ -33,7 +33,7 @@ def table(words, step=1.0):
     return pd.DataFrame({"word": words, "onset": onset, "offset": onset + 0.8 * step})
 
 
-# -- responses -------------------------------------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------------------------------
 
 
 def test_hrf_equals_the_54_curves_that_spm_stored(shared_data):
@@ -85,11 +85,11 @@ def test_high_pass_columns_are_spms():
     assert np.linalg.matrix_rank(np.column_stack([basis, theirs]), tol=1e-6) == 12
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def test_annotations_of_alice(shared_data):
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="ds002322") as said:
         words = load_words(shared_data / "fmri/alice/ds002322_annotations.tsv")
     messages = " ".join(str(w.message) for w in said)
     assert "'suddenly'" in messages
@@ -99,7 +99,7 @@ def test_annotations_of_alice(shared_data):
     assert words["2-gram lexSurprisal"].dtype == float
     assert words["2-gram lexSurprisal"][986] == pytest.approx(6.36650841321678 + 6.94140128932559)
     assert words["word"][102] == "suddenly"
-    assert (words.loc[1899, "offset"] == words.loc[1899, "onset"]) and words["word"][1899] == "you"
+    assert words.loc[1899, ["word", "offset"]].tolist() == ["you", words["onset"][1899]]
 
 
 def test_textgrid_of_alice(shared_data):
@@ -111,8 +111,9 @@ def test_textgrid_of_alice(shared_data):
 
 
 def test_short_textgrid_and_quotes(tmp_path):
-    short = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n2\n<exists>\n2\n"IntervalTier"\n"phones"\n0\n2\n1\n0\n2\n"x"\n'
-    short += '"IntervalTier"\n"words"\n0\n2\n3\n0\n0.5\n"say"\n0.5\n1\n"sp"\n1\n2\n"""hi"""\n'
+    head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n2\n<exists>\n2\n'
+    phones = '"IntervalTier"\n"phones"\n0\n2\n1\n0\n2\n"x"\n'
+    short = head + phones + '"IntervalTier"\n"words"\n0\n2\n3\n0\n0.5\n"say"\n0.5\n1\n"sp"\n1\n2\n"""hi"""\n'
     path = tmp_path / "a.TextGrid"
     path.write_text(short, encoding="utf-16")
     words = load_words(path)
@@ -151,7 +152,7 @@ def test_bad_tables(tmp_path, content, message):
         load_words(path)
 
 
-# -- alignment -------------------------------------------------------------------------------------------------------------
+# -- alignment ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:ds002322")
@@ -181,7 +182,7 @@ def test_words_are_found_whatever_their_quotes_and_splits():
 def test_tokens_become_words(aggregate, expected):
     scan = make_scan("the rabbit, ran", ["the", " rab", "bit", ",", " ran"])
     words = table(["the", "rabbit", "ran"], step=40.0)
-    kernel = dict(rule="onset", hrf="spm", aggregate=aggregate)
+    kernel = {"rule": "onset", "hrf": "spm", "aggregate": aggregate}
     result = align(scan, words, 1.0, 120, **kernel)
     # far apart, each word leaves its own copy of the response
     curve = spm_hrf(np.arange(33.0))

@@ -1,5 +1,7 @@
 """Coupling: known answers on Alice, error rates and power on paired phantoms."""
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -17,8 +19,10 @@ REGIONS = ["LATL", "RATL", "LPTL", "LIPL", "LPreM", "LIFG"]
 def alice(shared_data):
     """Brains after the high-pass, and the timed words."""
     folder = shared_data / "fmri/alice"
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="s33"):
         fmri = load_fmri(folder / "alice_data_shared/10mm", regions=REGIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what it says is tested in test_align.py
         words = load_words(folder / "ds002322_annotations.tsv")
     return prepare(fmri.data, 2.0), words.dropna(subset=["onset"]).reset_index(drop=True)
 
@@ -59,7 +63,7 @@ def test_ceilings_of_alice(alice):
     assert (ceilings["isc_upper"] > ceilings["isc"]).all()
 
 
-# -- error rates -----------------------------------------------------------------------------------------------------------
+# -- error rates -------------------------------------------------------------------------------------------------------
 
 
 def uncoupled(kind, seed):
@@ -149,7 +153,7 @@ def test_own_networks_as_brain_are_matched_back_to_themselves():
     assert [np.sign(by_region[f"region{i}"]) for i in range(6)] == signs.tolist()
 
 
-# -- pieces ----------------------------------------------------------------------------------------------------------------
+# -- pieces ------------------------------------------------------------------------------------------------------------
 
 
 def test_partial_correlation_is_the_textbook_one():
@@ -225,16 +229,16 @@ def test_dead_series_are_nan_and_said():
 def test_bad_coupling():
     x = np.random.default_rng(0).normal(size=(100, 2))
     for arguments, message in (
-        (dict(brain_series=x[:90]), "90 volumes, the other series 100"),
-        (dict(brain_series=x, null="parametric"), "null='parametric'"),
-        (dict(brain_series=x, min_shift=45), "19 are needed"),
+        ({"brain_series": x[:90]}, "90 volumes, the other series 100"),
+        ({"brain_series": x, "null": "parametric"}, "null='parametric'"),
+        ({"brain_series": x, "min_shift": 45}, "19 are needed"),
         (
-            dict(brain_series=x, nuisance=np.random.default_rng(1).normal(size=(100, 99))),
+            {"brain_series": x, "nuisance": np.random.default_rng(1).normal(size=(100, 99))},
             "99 regressors for 100 volumes",
         ),
-        (dict(brain_series=x, networks=["a"]), "1 names for 2"),
-        (dict(brain_series=np.zeros((100, 2))), "every series is constant"),
-        (dict(brain_series=np.where(np.arange(100)[:, None] == 3, np.nan, x)), "not finite"),
+        ({"brain_series": x, "networks": ["a"]}, "1 names for 2"),
+        ({"brain_series": np.zeros((100, 2))}, "every series is constant"),
+        ({"brain_series": np.where(np.arange(100)[:, None] == 3, np.nan, x)}, "not finite"),
     ):
         with pytest.raises(InputError, match=message):
             couple(x, **arguments)

@@ -88,7 +88,7 @@ def test_bad_brains(tmp_path):
     with pytest.raises(InputError, match="nobody is left"), pytest.warns(UserWarning, match="left out"):
         load_fmri(tmp_path / "zero.npy")
     (tmp_path / "text.csv").write_text("a,b\n1,x\n2,y\n")
-    with pytest.raises(InputError, match="'b' of text.csv is not numbers"):
+    with pytest.raises(InputError, match=r"'b' of text\.csv is not numbers"):
         load_fmri(tmp_path / "text.csv")
     with pytest.raises(InputError, match="no known kind"):
         load_fmri(__file__)

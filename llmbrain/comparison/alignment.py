@@ -40,8 +40,8 @@ class Aligned:
     words : DataFrame
         The word table with ``start``, ``end`` (characters of the text, -1 where not found) and ``n_tokens``.
     report : dict
-        What was counted: ``n_words``, ``untimed`` (no onset or offset), ``not_in_text``, ``outside_scan``, ``used``, and
-        ``tokens_unused`` (punctuation, special tokens; with "last", all but the last of a word).
+        What was counted: ``n_words``, ``untimed`` (no onset or offset), ``not_in_text``, ``outside_scan``, ``used``,
+        and ``tokens_unused`` (punctuation, special tokens; with "last", all but the last of a word).
     """
 
     data: Array
@@ -92,7 +92,8 @@ def align(
     delays : sequence of int, optional
         Copies so many volumes later (finite impulse response); only with ``hrf=None``.
     offset : float
-        Stimulus time of the first volume, in seconds. Volumes are sampled at their start; add ``tr / 2`` for their middle.
+        Stimulus time of the first volume, in seconds. Volumes are sampled at their start; add ``tr / 2`` for their
+        middle.
     high_pass : float, optional
         Cut-off period in seconds; give the brain the same.
     drop : int
@@ -223,15 +224,15 @@ def _finish(values: Array, tr: float, delays: Sequence[int] | None, high_pass: f
     return values if high_pass is None else high_pass_filter(values, tr, high_pass)
 
 
-# -- characters ------------------------------------------------------------------------------------------------------------
+# -- characters --------------------------------------------------------------------------------------------------------
 
 
 def find_words(text: str, words: Sequence[str] | pd.Series) -> NDArray[np.int64]:
     """Where in a text the words of a transcript stand.
 
-    Both sides are reduced to letters and digits without case, accents or quotes; whole words are aligned first, and what is
-    left between them letter by letter, so that ``she'll`` is found by ``she`` and ``ll``, and a misspelt word by most of
-    its letters.
+    Both sides are reduced to letters and digits without case, accents or quotes; whole words are aligned first, and
+    what is left between them letter by letter, so that ``she'll`` is found by ``she`` and ``ll``, and a misspelt word
+    by most of its letters.
 
     Returns
     -------
@@ -275,7 +276,7 @@ def _letters(text: str) -> list[tuple[str, int]]:
 
 
 def token_spans(scan: Scan) -> NDArray[np.int64]:
-    """Characters of each token without the white space around them, ``(n_tokens, 2)``; start = end for special tokens."""
+    """Characters of each token, trimmed of white space, ``(n_tokens, 2)``; start = end for special tokens."""
     if not scan.text:
         raise InputError(f"scan {scan.name!r} does not know its text: it cannot be aligned with words")
     if scan.offsets is None:

@@ -29,10 +29,10 @@ def noise_ceilings(
     Returns
     -------
     DataFrame, one row a region
-        ``isc``: mean correlation of a subject with the mean of the others (lower bound for one subject); ``isc_upper``: the
-        same with a mean that contains the subject; ``split_half``: mean correlation of two halves; ``reliability``: its
-        Spearman-Brown value ``2 r / (1 + r)`` for the mean of the group; ``ceiling``: the square root of that, which a
-        perfect model of the group mean would reach; NaN where the reliability is not above 0.
+        ``isc``: mean correlation of a subject with the mean of the others (lower bound for one subject);
+        ``isc_upper``: the same with a mean that contains the subject; ``split_half``: mean correlation of two halves;
+        ``reliability``: its Spearman-Brown value ``2 r / (1 + r)`` for the mean of the group; ``ceiling``: the square
+        root of that, which a perfect model of the group mean would reach; NaN where the reliability is not above 0.
     """
     z = standardize(subjects)
     if z.ndim != 3 or len(z) < 2:

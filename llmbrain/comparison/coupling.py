@@ -43,8 +43,9 @@ class Coupling:
         Mean |r| of the matched pairs, and its p-value when the matching is done again in every null draw.
     subject_r : array ``(S, K, R)`` or None
     group_r, p_subjects : array or None
-        Mean over subjects (Fisher z, brought back to r), and its sign-flip p-value, corrected like `p_corrected`. It says
-        that other listeners would show it, for this stimulus; only `p` says that it is more than two smooth series.
+        Mean over subjects (Fisher z, brought back to r), and its sign-flip p-value, corrected like `p_corrected`. It
+        says that other listeners would show it, for this stimulus; only `p` says that it is more than two smooth
+        series.
     ceilings : DataFrame or None
         See `noise_ceilings`.
     """
@@ -125,14 +126,16 @@ def couple(
     llm_series : array ``(T, K)``
         Networks at the volumes of the scan, from `align`, after the same high-pass as the brain.
     brain_series : array ``(T, R)`` or ``(S, T, R)``
-        One subject or several; with several, the tests are on the mean of their standardised series, and the correlations
-        of each subject are reported beside.
+        One subject or several; with several, the tests are on the mean of their standardised series, and the
+        correlations of each subject are reported beside.
     null : {"circular", "phase"}
-        All networks are shifted together round the circle by at least `min_shift` volumes, or get the same random phases.
+        All networks are shifted together round the circle by at least `min_shift` volumes, or get the same random
+        phases.
     n_null : int, optional
         Draws; default all shifts, or 1000 random phases.
     correction : {"max", "fdr"}
-        Family-wise error by the largest |r| of all pairs in each draw, or Benjamini-Hochberg on the p-values of the null.
+        Family-wise error by the largest |r| of all pairs in each draw, or Benjamini-Hochberg on the p-values of the
+        null.
     nuisance : array ``(T, C)``, optional
         Word rate, sound power...: `r` becomes the partial correlation. Surrogates are cleaned of it as the data are.
     lags : sequence of int
@@ -219,7 +222,8 @@ def sign_flip_test(
     r : array ``(...)``
         Mean of Fisher z, brought back to r.
     p : array ``(...)``
-        From `n_flips` random sign flips of whole subjects of the t statistic, corrected over all entries (`correction`).
+        From `n_flips` random sign flips of whole subjects of the t statistic, corrected over all entries
+        (`correction`).
     """
     z = np.arctanh(np.clip(np.asarray(subject_r, dtype=np.float64), -1 + 1e-12, 1 - 1e-12))
     count = np.isfinite(z).sum(axis=0)

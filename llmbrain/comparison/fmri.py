@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -78,8 +77,9 @@ def load_fmri(
     ----------
     path : path or sequence of paths
         A file, files of several subjects, or a folder with one file a subject. ``.nii``, ``.nii.gz``; tables
-        ``(volumes, regions)`` as ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or white space separated text, with or without a
-        header. An ``.npz`` holds one array, or one a subject; an ``.npy`` may be ``(subjects, volumes, regions)``.
+        ``(volumes, regions)`` as ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or white space separated text, with or
+        without a header. An ``.npz`` holds one array, or one a subject; an ``.npy`` may be ``(subjects, volumes,
+        regions)``.
     atlas : image or path, optional
         Labels; the mean of each region is taken (nilearn ``NiftiLabelsMasker``).
     masker : nilearn masker, optional
@@ -114,9 +114,10 @@ def load_fmri(
             masker, values, labels, seconds = _read_image(file, atlas, masker)
             header_tr = header_tr or seconds
             arrays = {names_of[file]: values}
+            names = names or labels
         else:
-            arrays, labels = _read_table(file, names_of[file])
-        names = names or labels
+            arrays, found = _read_table(file, names_of[file])
+            names = names or found
         series.update(arrays)
     if tr is not None and header_tr is not None and abs(tr - header_tr) > 1e-3:
         warnings.warn(f"tr={tr:g} s is used, but the NIfTI header says {header_tr:g} s", stacklevel=2)
@@ -157,7 +158,8 @@ def _subject_names(files: Sequence[Path]) -> dict[Path, str]:
     if all(bids):
         names = [match[1] for match in bids if match]
     else:
-        shared = os.path.commonprefix([stem[::-1] for stem in stems])[::-1] if len(stems) > 1 else ""
+        shortest = min(map(len, stems)) if len(stems) > 1 else 0
+        shared = next((stems[0][-n:] for n in range(shortest, 0, -1) if len({stem[-n:] for stem in stems}) == 1), "")
         shared = (re.search(r"[-_.].*", shared) or [""])[0]  # whole parts of a name only
         names = [stem[: len(stem) - len(shared)] for stem in stems]
     if len(set(names)) < len(names):

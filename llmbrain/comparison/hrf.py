@@ -1,7 +1,7 @@
 """From events to volumes: haemodynamic responses and Lanczos resampling, both exact at any event time.
 
-A series of values at irregular times ``s_j`` becomes one value a volume as ``sum_j kernel(t_k - s_j) value_j``: a sparse
-matrix (volumes x events) holds ``kernel(t_k - s_j)``, so there is no time grid and nothing is rounded to one.
+A series of values at irregular times ``s_j`` becomes one value a volume as ``sum_j kernel(t_k - s_j) value_j``: a
+sparse matrix (volumes x events) holds ``kernel(t_k - s_j)``, so there is no time grid and nothing is rounded to one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def double_gamma(
     Notes
     -----
     ``spm_hrf.m``: ``gamma(t; p1/p3, p3) - gamma(t; p2/p4, p4) / p5``. nilearn's functions of the same name sample this
-    curve one fine step late, on a grid slightly wider than the step, and with 0.167 for 1/6; the defaults here are SPM's.
+    curve one fine step late, on a grid slightly wider than the step, and with 0.167 for 1/6; the defaults here are
+    SPM's.
     """
     for name, value in (("peak", peak), ("undershoot", undershoot), ("ratio", ratio)):
         check_range(name, value, 0, open_low=True)

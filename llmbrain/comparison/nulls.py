@@ -21,12 +21,12 @@ DEFAULT_PHASE_DRAWS = 1000
 
 
 def circular_shifts(n_volumes: int, min_shift: int, n_null: int | None, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Shifts of at least `min_shift` volumes in both directions round the circle: all, or `n_null` drawn without repeats."""
+    """Shifts of at least `min_shift` volumes in both directions round the circle: all, or `n_null` of them."""
     check_range("min_shift", min_shift, 1)
     shifts = np.arange(int(min_shift), n_volumes - int(min_shift) + 1)
     if len(shifts) < 19:
         raise InputError(
-            f"min_shift={min_shift} leaves {max(len(shifts), 0)} shifts of {n_volumes} volumes: 19 are needed for p = .05"
+            f"min_shift={min_shift} leaves {len(shifts)} shifts of {n_volumes} volumes: 19 are needed for p = .05"
         )
     if n_null is not None and check_range("n_null", n_null, 1) < len(shifts):
         shifts = np.sort(rng.choice(shifts, int(n_null), replace=False))
@@ -36,8 +36,8 @@ def circular_shifts(n_volumes: int, min_shift: int, n_null: int | None, rng: np.
 def phase_randomize(series: ArrayLike, rng: np.random.Generator) -> Array:
     """A surrogate with the same spectrum in every column, and the same cross-spectra between columns.
 
-    One set of random phases is added to all columns; the mean (and the Nyquist frequency, for an even number of volumes)
-    stays real (Prichard & Theiler 1994).
+    One set of random phases is added to all columns; the mean (and the Nyquist frequency, for an even number of
+    volumes) stays real (Prichard & Theiler 1994).
 
     Parameters
     ----------
@@ -83,11 +83,11 @@ def surrogates(
     n_null : int, optional
         Default: every shift, or 1000 phase draws. There are never more shifts than ``n_volumes - 2 min_shift + 1``.
     n_slow : int
-        Number of slow cosines that a high-pass has removed (`missing_cosines`). Moving a filtered series and filtering it
-        again is not the same as filtering a series that was moved: energy next to the cut-off is lost, the null gets too
-        narrow, and false positives double (measured: .10 for .05 at AR .9 and 362 volumes). So the missing part is filled
-        in before the move with that next to the cut-off, mirrored and with random signs (the same for all columns); the
-        caller filters again.
+        Number of slow cosines that a high-pass has removed (`missing_cosines`). Moving a filtered series and
+        filtering it again is not the same as filtering a series that was moved: energy next to the cut-off is lost,
+        the null gets too narrow, and false positives double (measured: .10 for .05 at AR .9 and 362 volumes). So the
+        missing part is filled in before the move with that next to the cut-off, mirrored and with random signs (the
+        same for all columns); the caller filters again.
 
     Yields
     ------

@@ -1,4 +1,5 @@
-"""What is done to every series before two of them are compared: the same high-pass, the same scaling, NaN kept apart."""
+"""What is done to every series before two of them are compared: the same high-pass, the same scaling, NaN kept
+apart."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def slow_cosines(n_volumes: int, n_columns: int) -> Array:
 
 
 def remove(series: ArrayLike, basis: ArrayLike) -> Array:
-    """Residual of a least-squares fit of the columns of `basis` (need not be orthogonal) to every column of `series`."""
+    """Residual of every column of `series` after a least-squares fit of the columns of `basis`."""
     values, design = np.asarray(series, dtype=np.float64), np.asarray(basis, dtype=np.float64)
     return values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
 
@@ -114,8 +115,8 @@ def prepare(series: ArrayLike, tr: float, *, high_pass: float | None = 128.0, dr
     tr, high_pass : float
         Seconds; `high_pass` None removes only the mean.
     drop : int
-        Volumes at the start that hold the onset transient (10 to 14 are usual for stories), dropped before the filter so
-        that they do not bend it.
+        Volumes at the start that hold the onset transient (10 to 14 are usual for stories), dropped before the filter
+        so that they do not bend it.
 
     Returns
     -------

@@ -55,17 +55,17 @@ def load_words(
     path : path
         ``.tsv``, ``.csv`` or ``.txt`` table, BIDS ``*_events.tsv``, or Praat ``.TextGrid`` (long or short).
     columns : mapping, optional
-        Which column is ``"word"``, ``"onset"``, ``"offset"`` (or ``"duration"``) where the names are not the usual ones;
-        numbers, counted from 0, for a table without a header.
+        Which column is ``"word"``, ``"onset"``, ``"offset"`` (or ``"duration"``) where the names are not the usual
+        ones; numbers, counted from 0, for a table without a header.
     tier : str, optional
         Tier of the TextGrid; default: the one called word or words, else the only interval tier.
 
     Returns
     -------
     DataFrame
-        ``word``, ``onset``, ``offset`` (seconds; NaN where unknown), then the other columns as they are. A cell with two
-        numbers and a comma (a word that was scored as two) becomes their sum, with a warning. A word that ends before it
-        starts loses its times, with a warning. Rows without a word are left out; silences of a TextGrid too.
+        ``word``, ``onset``, ``offset`` (seconds; NaN where unknown), then the other columns as they are. A cell with
+        two numbers and a comma (a word that was scored as two) becomes their sum, with a warning. A word that ends
+        before it starts loses its times, with a warning. Rows without a word are left out; silences of a TextGrid too.
 
     Raises
     ------
@@ -174,8 +174,8 @@ def _numbers(column: pd.Series, name: str) -> pd.Series:
         return column
     if odd.any():
         warnings.warn(
-            f"{name}: column {column.name!r} has {int(odd.sum())} cells with several numbers (first: row {odd.idxmax()}, "
-            f"{column[odd].iloc[0]!r}); their sum is used", stacklevel=4,
+            f"{name}: column {column.name!r} has {int(odd.sum())} cells with several numbers "
+            f"(first: row {odd.idxmax()}, {column[odd].iloc[0]!r}); their sum is used", stacklevel=4,
         )  # fmt: skip
         numbers[odd] = pairs
     return numbers
@@ -186,7 +186,8 @@ def _read_textgrid(path: Path, tier: str | None) -> pd.DataFrame:
     text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="strict")
     if "ooTextFile" not in text[:200]:
         raise InputError(f"{path.name} is not a Praat text file: its first line is {text.splitlines()[:1]}")
-    # Long and short files hold the same values in the same order: strings in quotes ("" is a quote), flags, bare numbers.
+    # Long and short files hold the same values in the same order: strings in quotes ("" is a quote), flags, bare
+    # numbers.
     body = text.split('"TextGrid"', 1)[-1]
     pattern = r'"((?:[^"]|"")*)"|<(\w+)>|(?<![\w\[])(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w\]])'
     values = [(m[0] is not None, m[0].replace('""', '"')) if m[0] is not None else (False, m[1] or m[2])

@@ -1,0 +1,195 @@
+"""Similarity of two sets of series as wholes: debiased CKA and RSA, without what neighbours in time share anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.comparison.nulls import NULLS, missing_cosines, surrogates
+from llmbrain.comparison.series import check_series, slow_cosines, standardize
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+MEASURES = ("cka", "rsa")
+RSA_DISTANCES = ("correlation", "euclidean")
+
+
+@dataclass
+class Similarity:
+    """A similarity with its null.
+
+    Attributes
+    ----------
+    value : float
+    p : float
+        ``(b + 1) / (n + 1)``, one-sided: more similar than series that were moved in time.
+    null : array ``(n_null,)``
+    measure : str
+    """
+
+    value: float
+    p: float
+    null: Array
+    measure: str
+
+
+def allowed_pairs(n_volumes: int, exclude: int) -> Mask:
+    """Pairs of volumes that are more than `exclude` apart (0: all but the diagonal), as a square mask."""
+    check_range("exclude", exclude, 0, n_volumes - 4)
+    index = np.arange(n_volumes)
+    return np.abs(index[:, None] - index) > exclude
+
+
+def debiased_cka(x: ArrayLike, y: ArrayLike, *, exclude: int = 0) -> float:
+    """Linear centred kernel alignment, debiased, on pairs of volumes that are far enough apart.
+
+    Both Gram matrices lose the part that a row effect plus a column effect explains on the allowed pairs; the result is
+    the cosine of what is left. With ``exclude=0`` (only the diagonal is left out) this is the ratio of unbiased HSIC
+    estimates (Song et al. 2012, equation 5); plain CKA rises towards 1 when there are more features than volumes.
+
+    Parameters
+    ----------
+    x, y : arrays ``(T, F)`` and ``(T, G)``
+    exclude : int
+        Leave out pairs of volumes up to so many apart.
+
+    Returns
+    -------
+    float
+        About 0 for unrelated, 1 for the same up to rotation and scale; may be slightly negative.
+    """
+    a, b = _pair(x, y)
+    mask = allowed_pairs(len(a), exclude)
+    centre = _Centring(mask)
+    return _cosine(centre(a @ a.T), centre(b @ b.T))
+
+
+class _Centring:
+    """Residual of a symmetric matrix after ``effect_i + effect_j``, by least squares on the pairs of a mask."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+        normal = mask.astype(np.float64)
+        normal[np.diag_indices_from(normal)] += mask.sum(axis=1)
+        self.inverse = np.linalg.pinv(normal, hermitian=True)
+
+    def __call__(self, gram: Array) -> Array:
+        inside = np.where(self.mask, gram, 0.0)
+        effect = self.inverse @ inside.sum(axis=1)
+        return np.where(self.mask, inside - effect[:, None] - effect, 0.0)
+
+
+def rsa(x: ArrayLike, y: ArrayLike, *, exclude: int = 0, distance: str = "correlation") -> float:
+    """Representational similarity: Spearman correlation of two dissimilarity matrices over pairs of volumes.
+
+    Parameters
+    ----------
+    x, y : arrays ``(T, F)`` and ``(T, G)``
+        Each volume is one pattern; at least two columns for the correlation distance. Columns are standardised first.
+    exclude : int
+        Leave out pairs of volumes up to so many apart (10 s are usual).
+    distance : {"correlation", "euclidean"}
+
+    Returns
+    -------
+    float
+    """
+    a, b = _pair(x, y)
+    pairs = np.triu(allowed_pairs(len(a), exclude), 1)
+    return _cosine(_ranks(_distances(a, distance)[pairs]), _ranks(_distances(b, distance)[pairs]))
+
+
+def _distances(x: Array, distance: str) -> Array:
+    check_option("distance", distance, RSA_DISTANCES)
+    if distance == "correlation":
+        if x.shape[1] < 3:
+            raise InputError(
+                f"distance='correlation' needs at least 3 columns, there are {x.shape[1]}: use 'euclidean'"
+            )
+        rows = x - x.mean(axis=1, keepdims=True)
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(float).tiny)
+        return 1.0 - rows @ rows.T
+    squares = (x**2).sum(axis=1)
+    return np.sqrt(np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0.0))
+
+
+def compare_similarity(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    measure: str = "cka",
+    exclude: int = 5,
+    distance: str = "correlation",
+    null: str = "circular",
+    n_null: int | None = 200,
+    min_shift: int = 10,
+    random_state: int = 0,
+) -> Similarity:
+    """CKA or RSA of two sets of series, with the null of `couple`: `x` moved in time as a whole.
+
+    Parameters
+    ----------
+    x, y : arrays ``(T, F)`` and ``(T, G)``
+        Columns are standardised; dead columns are left out.
+    measure : {"cka", "rsa"}
+    exclude : int
+        Pairs of volumes up to so many apart are left out: 10 s over TR.
+    null, n_null, min_shift
+        See `couple`.
+
+    Returns
+    -------
+    Similarity
+    """
+    check_option("measure", measure, MEASURES)
+    check_option("null", null, NULLS)
+    a, b = _pair(x, y)
+    mask = allowed_pairs(len(a), exclude)
+    describe = _describer(measure, mask, distance)
+    other = describe(b)
+    value = _cosine(describe(a), other)
+    n_slow = missing_cosines(a, b)
+    slow = slow_cosines(len(a), n_slow + 1)
+    draws = []
+    for moved in surrogates(a, null, n_null=n_null, min_shift=min_shift, n_slow=n_slow, random_state=random_state):
+        again = standardize(moved - slow @ (slow.T @ moved)) if n_slow else moved
+        draws.append(_cosine(describe(again), other))
+    values = np.array(draws)
+    return Similarity(value, float((1 + (values >= value).sum()) / (1 + len(values))), values, measure)
+
+
+def _describer(measure: str, mask: Mask, distance: str) -> Callable[[Array], Array]:
+    """From series to what is compared by its cosine."""
+    if measure == "cka":
+        centre = _Centring(mask)
+        return lambda series: centre(series @ series.T)
+    pairs = np.triu(mask, 1)
+    return lambda series: _ranks(_distances(series, distance)[pairs])
+
+
+def _pair(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    a = check_series("x", x)
+    b = check_series("y", y, len(a))
+    ready = []
+    for name, values in (("x", a), ("y", b)):
+        z = standardize(values)
+        z = z[:, np.isfinite(z).all(axis=0)]
+        if not z.shape[1]:
+            raise InputError(f"{name}: every series is constant or NaN")
+        ready.append(z)
+    return ready[0], ready[1]
+
+
+def _ranks(values: Array) -> Array:
+    ranks = rankdata(values)
+    return ranks - ranks.mean()
+
+
+def _cosine(a: Array, b: Array) -> float:
+    norm = np.linalg.norm(a) * np.linalg.norm(b)
+    return float((a * b).sum() / norm) if norm > 0 else float("nan")
