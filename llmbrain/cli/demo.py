@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from llmbrain.datasets import Demo
 
 N_TEXTS, N_TOKENS = 64, 256  # calibration: 64 runs of one context each
-N_LINES = 40  # held-out lines an ability is scored on
+N_LINES = 32  # held-out lines of each ability that lesions are scored on
+N_TESTED = 200  # and pruned models
 SILENT = 0.05  # nats: lesions below this in every ability are counted, not listed
 SHOWN = 0.3  # nats: networks above this are drawn
 THRESHOLD = 3.0  # |z|: about 2% of the neurons in each network
@@ -78,7 +79,7 @@ def _extras(brain: Demo, out: Path, n_random: int, seed: int) -> Callable[..., d
         print_table(abilities.reset_index(), "exact answers on held-out lines, by share of neurons removed")
         return {
             "abilities": abilities.to_dict(),
-            "double_dissociations": len(lesions.double_dissociations(corrected=False)),
+            "double_dissociations": len(dissociated(lesions)),
             "report": {"lesions": lesions.frame, "abilities": abilities},
         }
 
@@ -112,8 +113,20 @@ def show_lesions(lesions: Any) -> None:
     say(f"    {int(silent.sum())} more networks add less than {SILENT} to every ability")
     random = lesions.frame.groupby("network", sort=False)["random_effect"].max().max()
     say(f"    random sets of the same size and layers add at most {random:.3f} on average")
+    pairs = dissociated(lesions)
+    say(f"    {len(pairs)} pairs of abilities dissociate doubly, beyond every random set; the clearest:")
+    for _, row in pairs.head(3).iterrows():
+        say(
+            f"      {row['network_a']} adds {row['aa']:.2f} to {row['evaluation_a']} and {row['ab']:.2f} to "
+            f"{row['evaluation_b']}; {row['network_b']} adds {row['ba']:.2f} and {row['bb']:.2f}"
+        )
+
+
+def dissociated(lesions: Any) -> pd.DataFrame:
+    """The clearest double dissociation of each pair of abilities."""
     pairs = lesions.double_dissociations(corrected=False)
-    say(f"    double dissociations beyond every random set: {len(pairs)} pairs of networks and abilities")
+    key = pairs[["evaluation_a", "evaluation_b"]].apply(lambda row: " ".join(sorted(row)), axis=1)
+    return pairs.loc[~key.duplicated()] if len(pairs) else pairs
 
 
 def draw_lesions(lesions: Any, networks: Any, path: Path) -> None:
@@ -152,4 +165,5 @@ def ability_costs(brain: Demo, pruned: Any, networks: Any, scans: Any, seed: int
         models[name] = prune(
             brain.model, plan, tokenizer=brain.tokenizer, calibration=texts, compensate="least-squares"
         )
-    return pd.DataFrame({name: brain.ability_accuracy(model, n=N_LINES, seed=seed) for name, model in models.items()})
+    scores = {name: brain.ability_accuracy(model, n=N_TESTED, seed=seed) for name, model in models.items()}
+    return pd.DataFrame(scores).rename_axis("ability")
