@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
@@ -72,6 +73,7 @@ html_theme_options = {
 html_context = {"default_mode": "auto"}
 
 
-def setup(app: object) -> None:
+def setup(app: Any) -> None:
     """Write the pages that are made from the code before Sphinx looks for sources."""
     pages.write_all(HERE / "api" / "generated")
+    app.connect("autodoc-process-docstring", pages.escape_learned)

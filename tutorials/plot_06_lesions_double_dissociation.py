@@ -56,7 +56,7 @@ print("after:", answer())
 # and neurons that are as active as those of the network. Effects are loss added to the answers (nats a token).
 evaluations = {}
 for task in tasks:
-    lines = brain.examples("heldout", task, n=25)
+    lines = brain.examples("heldout", task, n=15)
     evaluations[task] = TokenEvaluation.from_answers(
         brain.tokenizer, [x.prompt for x in lines], [x.answer + "\n" for x in lines], score="loss"
     )

@@ -141,8 +141,8 @@ parts = anatomy(twin)
 print(parts.family, parts.widths, "neurons,", parts.n_heads, "heads")
 
 # %%
-# Neurons can then be cut as well. ``prune`` wants a transformers model, because it writes the new widths into its config;
-# ``keep_neurons`` cuts any. The check that always holds: cutting equals setting to zero.
+# Neurons can then be cut as well. ``prune`` wants a transformers model, because it writes the new widths into its
+# config; ``keep_neurons`` cuts any. The check that always holds: cutting equals setting to zero.
 plan = lb.plan_pruning(twin, ratio=0.5, method="magnitude")
 small = copy.deepcopy(twin)
 for layer, kept in zip(anatomy(small).layers, plan.kept):
@@ -155,8 +155,8 @@ with torch.no_grad():
 # %%
 # What to conclude
 # ----------------
-# Scans, networks, lesions and cuts work on any model whose neurons can be named. ``prune`` and ``save_pruned`` need more: a
-# transformers model with a config that can hold the new widths.
+# Scans, networks, lesions and cuts work on any model whose neurons can be named. ``prune`` and ``save_pruned`` need
+# more: a transformers model with a config that can hold the new widths.
 #
 # What not to conclude
 # --------------------

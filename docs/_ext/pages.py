@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ LONGEST_TABLE = 60
 # Room, title, and names beside the room's __all__ (which is documented whole).
 ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("space", "Geometry", ("NeuronSpace", "grid_of")),
-    ("architectures", "Architectures", ("anatomy", "context_length", "Anatomy", "LayerAnatomy", "Projection", "Family")),
+    ("architectures", "Architectures", ("anatomy", "context_length", "Anatomy", "LayerAnatomy", "Projection",
+                                        "Family")),
     ("checkpoints", "Checkpoints", ()),
     ("scanning", "Scanning", ()),
     ("imaging", "Imaging", ()),
@@ -78,7 +80,7 @@ def commands_page() -> str:
     for name, command in sorted(group.commands.items()):
         lines += [f"## `llmbrain {name}`", "", (command.help or "").strip(), "", "| | default | |", "|---|---|---|"]
         for option in command.params:
-            flags = option.human_readable_name if option.param_type_name == "argument" else ", ".join(option.opts)
+            flags = option.name.upper() if option.param_type_name == "argument" else ", ".join(option.opts)
             value = getattr(option, "default", None)
             plain = isinstance(value, (str, int, float, Path)) and str(value) != ""
             default = f"`{value}`" if plain else ("required" if option.required else "")
@@ -115,6 +117,14 @@ def results_page() -> str:
 def _demoted(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines()
     return "\n".join(f"##{line}" if line.startswith("#") else line for line in lines)
+
+
+def escape_learned(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """scikit-learn's names end in an underscore, which in bare text would be a link: escape it."""
+    for i, line in enumerate(lines):
+        parts = re.split(r"(``.*?``)", line)  # what is between double backticks is shown as it is
+        parts[::2] = [re.sub(r"(?<![`\w])(\w+)_(?=[,)])", r"\1\_", part) for part in parts[::2]]
+        lines[i] = "".join(parts)
 
 
 def _is_table(rows: Any) -> bool:
