@@ -80,7 +80,7 @@ def _extras(brain: Demo, out: Path, n_random: int, seed: int) -> Callable[..., d
         return {
             "abilities": abilities.to_dict(),
             "double_dissociations": len(dissociated(lesions)),
-            "report": {"lesions": lesions.frame, "abilities": abilities},
+            "report": {"lesions": marked(lesions), "abilities": abilities},
         }
 
     return extras
@@ -122,6 +122,12 @@ def show_lesions(lesions: Any) -> None:
         )
 
 
+def marked(lesions: Any) -> pd.DataFrame:
+    """The table with its clear cells marked: beyond every random set, an interval above 0, and not minute."""
+    frame = lesions.frame
+    return frame.assign(significant=(frame["p_random"] <= 0.05) & (frame["harm_low"] > 0) & (frame["harm"] > SILENT))
+
+
 def dissociated(lesions: Any) -> pd.DataFrame:
     """The clearest double dissociation of each pair of abilities."""
     pairs = lesions.double_dissociations(corrected=False)
@@ -144,7 +150,8 @@ def draw_lesions(lesions: Any, networks: Any, path: Path) -> None:
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     left, right = halves
     plot_glass_model(few, columns=3, figure=left)
-    frame = lesions.frame[lesions.frame["network"].isin(few.names)]
+    frame = marked(lesions)
+    frame = frame[frame["network"].isin(few.names)]
     plot_lesion_table(frame, vmax=1.5, label="loss added (nats a token)", figure=right)
     figure.savefig(path, dpi=130)
 
