@@ -20,6 +20,7 @@ from llmbrain._validation import InputError
 from llmbrain.decomposition import GroupICA, read_ica
 from llmbrain.decomposition._fastica import random_start
 from llmbrain.decomposition._group import Source
+from llmbrain.decomposition._order import mdl_order, parallel_order
 from llmbrain.decomposition._pca import GroupPCA, pca_of_run, run_pca
 from llmbrain.decomposition._preprocess import Preprocessing, prepare
 from llmbrain.decomposition._runs import Runs
@@ -274,6 +275,19 @@ def test_number_of_components_is_estimated(data, criterion):
     assert estimates["mdl_per_run"] == estimates["parallel_per_run"] == [K] * 3
 
 
+@pytest.mark.parametrize("shape", [(700, 400), (420, 400), (300, 2000)])
+def test_number_of_components_of_any_shape_and_of_none(shape):
+    """More tokens than neurons, nearly square, more neurons than tokens; and noise alone."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=shape)
+    signal = 3 * rng.normal(size=(shape[0], 5)) @ np.where(rng.random((5, shape[1])) < 0.2, 1.0, 0.0)
+    for run, expected in [(noise + signal, 5), (noise, 1)]:
+        centred = run - run.mean(axis=0)
+        centred = torch.from_numpy(centred - centred.mean(axis=1, keepdims=True))
+        assert mdl_order(centred)[0] == expected
+        assert parallel_order(centred, np.random.RandomState(0)) == expected
+
+
 def test_number_of_components_when_neighbours_resemble_each_other(data):
     """Smooth noise is what the subsampling is for: each neuron's noise is half its neighbour's."""
     maps, _ = data
@@ -514,6 +528,11 @@ def test_unconverged_fit_warns_and_says_so(data):
         ica = GroupICA(K, max_iter=1).fit(data[1])
     assert ica.converged_ is False
     assert ica.n_iter_ == 1
+
+
+def test_layers_that_did_not_converge_are_named(data):
+    with pytest.warns(ConvergenceWarning, match="fastica in layers 0-0, 1-1, 2-2 did not converge"):
+        GroupICA(3, max_iter=1, scope="layer").fit(data[1], space=NeuronSpace(WIDTHS))
 
 
 def test_source_reads_runs_again(data):

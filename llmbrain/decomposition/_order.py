@@ -12,7 +12,7 @@ from sklearn.utils import check_random_state
 from llmbrain.decomposition._pca import gram
 from llmbrain.decomposition._preprocess import PreparedRun
 
-_MAX_NEURONS = 8192  # for parallel analysis
+_MAX_NEURONS = 4096  # for parallel analysis
 _IID_ENTROPY = 1.40  # of at most log(2 pi e) / 2 = 1.419 nats; Li et al. 2007 call a sample independent close to it
 
 
@@ -55,7 +55,7 @@ def mdl_order(data: torch.Tensor, lattice: np.ndarray | None = None) -> tuple[in
     Parameters
     ----------
     data : Tensor (n_tokens, n_neurons)
-        One centred run; neurons are the samples.
+        One centred run; neurons are the samples, unless there are more tokens than neurons: then tokens are.
     lattice : int array (n_neurons, n_axes), optional
         Where the samples lie. Neighbours that resemble each other are no independent samples, so only every so many
         along each axis are used; how many is found from the entropy rate of the most Gaussian components.
@@ -65,19 +65,22 @@ def mdl_order(data: torch.Tensor, lattice: np.ndarray | None = None) -> tuple[in
     order, depth : int, int
         ``depth`` is the step of the subsampling: 1 keeps every sample.
     """
-    values, vectors = torch.linalg.eigh(gram(data))
+    if data.shape[0] > data.shape[1]:  # what there is more of are the samples: here the tokens
+        data, lattice = data.T.contiguous(), None
     lattice = np.arange(data.shape[1])[:, None] if lattice is None else lattice
+    values, vectors = torch.linalg.eigh(gram(data))
     depth = _independent_step(_gaussian_maps(data, values, vectors), lattice)
     if depth > 1:
         chosen = (lattice % depth == 0).all(axis=1)
         data = data[:, torch.from_numpy(chosen).to(data.device)]
-        data = data - data.mean(dim=1, keepdim=True)
-        values = torch.linalg.eigvalsh(gram(data))
+        values = torch.linalg.eigvalsh(gram(data - data.mean(dim=1, keepdim=True)))
     n_samples = data.shape[1] - 1
-    p = min(data.shape[0], n_samples) - 1  # one dimension went with the mean over tokens
+    rank = min(data.shape[0], n_samples) - 1  # one dimension went with each mean
+    # the smallest eigenvalues of a nearly square matrix are all sampling error: the theory below is useless there
+    p = int(rank * min(1.0, 1.5 - rank / n_samples))
     spectrum = values.flip(0)[:p].cpu().numpy().clip(min=1e-12 * float(values[-1])) / n_samples
     # noise eigenvalues of finite samples spread around their mean: undo the spread that theory expects
-    spectrum = spectrum / _noise_quantiles(p, n_samples)
+    spectrum = spectrum / _noise_quantiles(rank, n_samples)[:p]
     tail = np.cumsum(spectrum[::-1])[::-1]
     log_tail = np.cumsum(np.log(spectrum[::-1]))[::-1]
     k = np.arange(p)
@@ -151,7 +154,7 @@ def _entropy_rate(values: np.ndarray, lattice: np.ndarray, step: int, max_lag: i
 
 
 def parallel_order(
-    data: torch.Tensor, random_state: np.random.RandomState, *, n_draws: int = 20, quantile: float = 0.95
+    data: torch.Tensor, random_state: np.random.RandomState, *, n_draws: int = 10, quantile: float = 0.95
 ) -> int:
     """Order by parallel analysis (Horn 1965): leading components with more variance than chance gives.
 

@@ -36,7 +36,7 @@ from llmbrain.decomposition._runs import Runs
 if TYPE_CHECKING:
     from llmbrain.space import NeuronSpace
 
-_ORDER_RUNS = 5  # the order is a property of the data, not of how many runs there are: the first few tell
+_ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
 
 class GroupICA(Reportable, TransformerMixin, BaseEstimator):
@@ -50,7 +50,8 @@ class GroupICA(Reportable, TransformerMixin, BaseEstimator):
     n_components : int, float or {"auto", "parallel"}, default=20
         Components to find (in each layer or window, if `scope` says so); or the share of variance, between 0 and 1,
         that the group's subspace must hold; or "auto": by minimum description length (Li et al. 2007); or "parallel":
-        by parallel analysis against circularly shifted time courses. See ``order_estimates_``.
+        by parallel analysis against circularly shifted time courses. "auto" takes noise to be white over tokens and
+        finds too many where it is not; "parallel" allows for it. ``order_estimates_`` has both.
     method : {"fastica", "picard", "dictlearning"}, default="fastica"
         "picard" needs ``llmbrain[picard]``; "dictlearning" is nilearn's (its maps are sparse, not independent).
     fun : {"logcosh", "exp", "cube"}, default="logcosh"
@@ -359,8 +360,10 @@ class GroupICA(Reportable, TransformerMixin, BaseEstimator):
         self.converged_ = all(fit.converged for fit in fits)
         self.start_scores_ = fits[0].scores
         if not self.converged_:
-            worst = max(fits, key=lambda fit: fit.change)
-            warn_not_converged(self.method, self.max_iter, worst.change, self.tol)
+            failed = [(window, fit) for window, fit in zip(windows, fits) if not fit.converged]
+            layers = [f"{window.layers[0]}-{window.layers[1]}" for window, _ in failed if window.layers is not None]
+            where = f" in layers {', '.join(layers)}" if layers else ""
+            warn_not_converged(self.method + where, self.max_iter, max(fit.change for _, fit in failed), self.tol)
         return maps
 
     def _describe(self, source: Source, windows: list[Window], reduced: Reduced, maps: list[torch.Tensor]) -> None:
