@@ -14,8 +14,9 @@ import llmbrain
 from llmbrain._validation import InputError, check_option
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.evaluation.windows import as_windows, fingerprint
-from llmbrain.pruning.calibration import check_enough
+from llmbrain.pruning.calibration import calibration_windows, check_enough
 from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
+from llmbrain.pruning.functions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.walk import Change, Site, walk
 from llmbrain.surgery import check_cuttable, keep_heads, keep_neurons
@@ -32,7 +33,7 @@ def prune(
     plan: PruningPlan,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Sequence[str] | Tensor | None = None,
+    calibration: Sequence[Any] | Tensor | None = None,
     compensate: str | None = None,
     ridge: float | None = None,
     intercept: bool = True,
@@ -53,7 +54,7 @@ def prune(
     plan : PruningPlan
         Made for these weights.
     tokenizer, calibration
-        Texts (or windows of token ids) for the compensation.
+        Texts, windows of token ids, or scans (whose tokens are taken), for the compensation.
     compensate : {None, "bias", "least-squares"}
         None: cut only. ``"bias"``: the mean of what goes moves to the output's bias (FLAP). ``"least-squares"``: refit
         the output projection to the dense model's output (ridge regression with intercept).
@@ -87,7 +88,8 @@ def prune(
     if compensate is not None:
         if calibration is None:
             raise InputError(f"compensate={compensate!r} needs calibration texts (and their tokenizer)")
-        windows = as_windows(model, tokenizer, calibration, window, max_windows)
+        windows, by_condition = _calibrate(model, plan, tokenizer, calibration, window, max_windows)
+        weights = by_condition if weights is None else weights
         check_enough(windows, max(plan.widths_before))
     small = model if inplace else copy.deepcopy(model)
     body = plan.check_model(small)
@@ -112,6 +114,24 @@ def prune(
     }
     setattr(small, RECORD, [*getattr(small, RECORD, []), record])
     return small
+
+
+def _calibrate(
+    model: nn.Module, plan: PruningPlan, tokenizer: Any, calibration: Any, window: int | None, max_windows: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Windows, and the weights of their tokens where a plan keeps or forgets functions and scans tell conditions."""
+    functions = plan.details.get("functions")
+    if isinstance(calibration, Tensor) or not all(hasattr(c, "token_ids") for c in calibration):
+        if functions:
+            raise InputError("this plan keeps or forgets functions: calibrate with the scans it was made from")
+        return as_windows(model, tokenizer, calibration, window, max_windows), None
+    windows = calibration_windows(model, tokenizer, None, calibration, window, max_windows)
+    if windows is None:
+        raise InputError("calibration: these scans carry no token ids")
+    if not functions:
+        return windows, None
+    shape = (windows.shape[0], windows.shape[1])
+    return windows, condition_weights(calibration, shape, functions["keep"], functions["forget"])
 
 
 def repair(

@@ -19,18 +19,20 @@ from llmbrain.pruning.api import fit
 from llmbrain.pruning.calibration import calibration_windows, check_enough, signals_of_windows
 from llmbrain.pruning.compensation import least_squares
 from llmbrain.pruning.criteria import Criterion, Evidence, criterion
+from llmbrain.pruning.functions import condition_weights, neurons_to_forget, preferred_conditions, token_conditions
 from llmbrain.pruning.network_terms import COVER, balanced_weights, covered, layer_masks, time_courses
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
 from llmbrain.pruning.published import published_scores
 from llmbrain.pruning.statistics import gradient_pass
 from llmbrain.pruning.walk import Change, Site, held_out_windows, restored, walk, write
+from llmbrain.space import NeuronSpace
 from llmbrain.surgery import check_cuttable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GROUP_SIZE = 40  # texts in a group of the published rule
-LOSS_WINDOWS = 16  # windows on which allocations are measured
+LOSS_TOKENS = 8192  # tokens on which allocations are measured
 SCAN_RIDGE = 1e-3  # of the fits that allocations are measured with
 TOKEN_BALANCE = 0.5  # how far method="networks" goes towards the same total weight for every network
 
@@ -40,8 +42,8 @@ def plan_pruning(
     networks: Any = None,
     scans: Sequence[Any] | None = None,
     *,
-    ratio: float,
-    method: str = "published",
+    ratio: float | None = None,
+    method: str = "networks",
     protect: Sequence[int] | None = None,
     random_state: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -53,6 +55,8 @@ def plan_pruning(
     window: int | None = None,
     max_windows: int | None = 128,
     weights: Tensor | None = None,
+    keep: Sequence[str] | None = None,
+    forget: Sequence[str] | None = None,
     rule: dict[str, Any] | None = None,
 ) -> PruningPlan:
     """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
@@ -67,7 +71,8 @@ def plan_pruning(
         For ``"published"``: with the sites ``gate`` and ``up`` (recorded from `calibration` if not given). Their tokens
         serve as calibration where none is given.
     ratio : float
-        Share of all MLP neurons to remove, in (0, 1); met exactly, or as nearly as `multiple_of` allows.
+        Share of all MLP neurons to remove, in (0, 1); met exactly, or as nearly as `multiple_of` allows. Only `forget`
+        can do without.
     method : str
         A name in `CRITERIA`.
     protect : sequence of int, optional
@@ -89,6 +94,9 @@ def plan_pruning(
         Cut of the calibration texts.
     weights : float tensor ``(n_windows, window)``, optional
         How much each calibration token counts.
+    keep, forget : sequence of str, optional
+        Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
+        take the scans as calibration; `forget` needs networks, and with ``ratio=None`` removes what they say, no more.
     rule : dict, optional
         Options of `published_scores`.
 
@@ -112,6 +120,28 @@ def plan_pruning(
         if n <= 5:
             notes.append(f"the published rule keeps the first 3 and last 2 layers; with {n} layers none is protected")
     protected = check_protect(protect, n)
+    targets = None
+    if keep or forget:
+        if not scans or calibration is not None or weights is not None:
+            raise InputError("keep and forget take scans with events as calibration (no calibration, no weights)")
+        windows = calibration_windows(model, tokenizer, None, scans, window, max_windows)
+        assert windows is not None
+        shape = (windows.shape[0], windows.shape[1])
+        weights = condition_weights(scans, shape, keep, forget)
+        details["functions"] = {"keep": list(keep or ()), "forget": list(forget or ())}
+        if forget:
+            if networks is None:
+                raise InputError(f"forget={list(forget)} needs networks")
+            labels, names = token_conditions(scans, shape)
+            preferred = preferred_conditions(time_courses(model, body, windows, networks), labels, len(names))
+            targets = neurons_to_forget(forget, names, preferred, np.asarray(networks.masks))
+            space = NeuronSpace(body.widths)
+            counts = [int(targets[space.layer_slice(i)].sum()) for i in range(n)]
+            details["functions"]["targets"] = sum(counts)
+            if ratio is None:
+                ratio, allocation = sum(counts) / space.n_neurons, [w - c for w, c in zip(body.widths, counts)]
+    if ratio is None:
+        raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
     budget = Budget.of(body.widths, ratio, protected, multiple_of)
     if allocation is None:
         allocation = {"published": "global", "networks": "search"}.get(method, "uniform")
@@ -132,6 +162,7 @@ def plan_pruning(
     planner = Planner(model, body, chosen, windows, networks, random_state, weights)
     if "published" in chosen.needs:
         details["published"] = planner.score_by_rule(scans, notes, rule or {})
+    planner.targets = targets
     widths = planner.allocate(allocation, budget, details)
     sequential = chosen.sequential if sequential is None else sequential
     groups = planner.head_budget(head_ratio)
@@ -183,6 +214,7 @@ class Planner:
             )
         self.metric: list[Tensor] | None = gradients.get("metric")
         self.taylor: list[Tensor] | None = gradients.get("taylor")
+        self.targets: NDArray[np.bool_] | None = None
         self._dense_scores: list[NDArray[np.float64]] | None = None
 
     # -- scores ------------------------------------------------------------------------------------------------------
@@ -222,6 +254,8 @@ class Planner:
             published=of_layer(self.published),
         )
         scores = self.criterion.score(evidence).detach().cpu().numpy().astype(float)
+        if self.targets is not None and not heads:  # what is to be forgotten goes first
+            scores[self.targets[NeuronSpace(self.body.widths).layer_slice(layer)]] = scores.min() - 1.0
         if not np.isfinite(scores).all():
             raise InputError(f"{output.path}: unit {int(np.argmin(np.isfinite(scores)))} has no finite score")
         return scores
@@ -327,7 +361,7 @@ class Planner:
     def _test_windows(self) -> Tensor:
         assert self.windows is not None
         held = held_out_windows(self.windows)
-        return held[:: max(1, len(held) // LOSS_WINDOWS)][:LOSS_WINDOWS]
+        return held[: max(1, LOSS_TOKENS // held.shape[1])]
 
     def _look(self, what: str, step: Callable[[Site], None]) -> None:
         """Visit every layer of the dense model, changing none."""

@@ -1,0 +1,330 @@
+"""The parts of pruning against closed forms: moments, OBS, allocation, streams, network terms, functions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import MODELS, VOCAB, tiny, tiny_tokenizer
+
+import llmbrain as lb
+from llmbrain import FunctionalNetworks, InputError, NeuronSpace, Stimulus, plan_pruning, prune, scan
+from llmbrain.architectures import anatomy
+from llmbrain.pruning.allocation import LEVELS, Budget, from_losses, ranked, uniform
+from llmbrain.pruning.functions import condition_weights, neurons_to_forget, preferred_conditions
+from llmbrain.pruning.network_terms import balanced_weights, covered, time_courses
+from llmbrain.pruning.obs import removal_costs
+from llmbrain.pruning.recovery import recover
+from llmbrain.pruning.statistics import Moments, gradient_pass
+from llmbrain.pruning.streams import Stream
+
+FAMILIES = sorted(set(MODELS) - {"mixtral"})
+
+
+def windows(n=40, length=16, seed=0):
+    return torch.randint(3, VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_moments_of_drifting_batches_are_exact():
+    """Forty batches whose mean moves, as fails FLAP's running variance; and a mean of a thousand sigma."""
+    rng = np.random.default_rng(0)
+    batches = [1000 + 0.1 * b + rng.normal(size=(50, 5)) for b in range(40)]
+    targets = [b @ np.ones((5, 2)) + rng.normal(size=(50, 2)) for b in batches]
+    moments = Moments()
+    for x, t in zip(batches, targets):
+        moments.add(torch.from_numpy(x), torch.from_numpy(t))
+    x, t = np.concatenate(batches), np.concatenate(targets)
+    both = np.cov(x.T, t.T, ddof=0)
+    assert np.allclose(moments.variance, x.var(0), rtol=1e-3)
+    assert np.allclose(moments.covariance, both[:5, :5], atol=2e-3)
+    assert np.allclose(moments.cross_covariance, both[5:, :5], atol=5e-3)
+    assert np.allclose(moments.mean, x.mean(0), rtol=1e-6)
+
+
+def test_weighted_moments_equal_repeated_tokens():
+    rng = np.random.default_rng(1)
+    x, t, w = rng.normal(size=(30, 4)), rng.normal(size=(30, 2)), rng.integers(0, 4, 30)
+    weighted, repeated = Moments(), Moments()
+    weighted.add(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(w).float())
+    repeated.add(torch.from_numpy(np.repeat(x, w, 0)), torch.from_numpy(np.repeat(t, w, 0)))
+    assert torch.allclose(weighted.covariance, repeated.covariance, atol=1e-6)
+    assert torch.allclose(weighted.cross_covariance, repeated.cross_covariance, atol=1e-6)
+    assert torch.allclose(weighted.mean, repeated.mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_obs_costs_are_the_errors_of_refitted_outputs(size, with_metric):
+    """Each greedy removal costs what a fresh least-squares fit without the unit adds in squared error."""
+    rng = np.random.default_rng(2)
+    units, outputs = 6, 4
+    x = rng.normal(size=(400, units * size)) @ rng.normal(size=(units * size,) * 2)
+    cov = np.cov(x.T, ddof=0)
+    w = rng.normal(size=(units * size, outputs))
+    root = rng.normal(size=(outputs, outputs)) if with_metric else np.eye(outputs)
+    metric = root @ root.T
+    damped = metric + 1e-2 * np.diag(metric).mean() * np.eye(outputs) if with_metric else metric
+    costs = removal_costs(
+        torch.from_numpy(cov), torch.from_numpy(w), ridge=1e-12, size=size,
+        metric=torch.from_numpy(metric) if with_metric else None,
+    ).numpy()  # fmt: skip
+
+    def error(kept):
+        columns = [u * size + i for u in kept for i in range(size)]
+        new = np.linalg.solve(cov[np.ix_(columns, columns)], cov[columns] @ w) if columns else np.zeros((0, outputs))
+        lost = w.copy()
+        lost[columns] -= new
+        return np.trace(lost.T @ cov @ lost @ damped)
+
+    kept, total = list(range(units)), 0.0
+    for unit in np.argsort(costs, kind="stable")[: units - 1]:
+        trials = {u: error([v for v in kept if v != u]) for u in kept}
+        assert trials[unit] == pytest.approx(min(trials.values()), rel=1e-6)
+        kept.remove(unit)
+        total += costs[unit]
+        assert total >= trials[unit] * (1 - 1e-6)  # equal, but for costs that were raised to stay in order
+    assert costs.min() == pytest.approx(error([u for u in range(units) if u != int(np.argmin(costs))]), rel=1e-6)
+
+
+def test_wide_layers_lose_several_units_a_step():
+    cov, w = torch.eye(600, dtype=torch.float64), torch.arange(600, dtype=torch.float64)[:, None] + 1
+    costs = removal_costs(cov, w, ridge=1e-9)
+    assert torch.equal(costs.argsort(), torch.arange(600))
+    assert torch.allclose(costs, w[:, 0] ** 2, rtol=1e-6)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(2, 60), min_size=1, max_size=6),
+    st.floats(0.02, 0.97),
+    st.sampled_from([1, 2, 8]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_every_allocation_keeps_the_budget(widths, ratio, multiple, seed):
+    rng = np.random.default_rng(seed)
+    protect = [0] if len(widths) > 2 else []
+    try:
+        budget = Budget.of(widths, ratio, protect, multiple)
+    except InputError as error:
+        assert "largest ratio" in str(error)
+        return
+    scores = [rng.random(w) * rng.integers(1, 9) for w in widths]
+    results = [
+        uniform(budget),
+        ranked(budget, scores, standardise=True, clamp=False),
+        ranked(budget, scores, standardise=False, clamp=True),
+        from_losses(budget, np.sort(rng.random((len(widths), len(LEVELS))), 1)),
+    ]
+    for found in results:
+        assert all(1 <= f <= w for f, w in zip(found, widths))
+        assert all(found[i] == widths[i] for i in protect)
+        assert all(f % multiple == 0 or f == w for f, w in zip(found, widths))
+        assert sum(found) == budget.keep if multiple == 1 else sum(found) <= budget.keep
+        room = [w for f, w in zip(found, widths) if f < w and f + multiple <= w]
+        assert sum(found) > budget.keep - multiple or not room
+
+
+def test_sensitive_layers_keep_more():
+    losses = np.outer([1.0, 10.0], np.array(LEVELS) ** 2)
+    few, many = from_losses(Budget.of([100, 100], 0.5), losses)
+    assert few + many == 100
+    assert many > 80
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streams_replay_the_model_bit_for_bit(name):
+    model, ids = tiny(name), windows(5)
+    body = anatomy(model)
+    caught = []
+    handle = body.layers[-1].block.register_forward_hook(
+        lambda m, a, o: caught.append(o if torch.is_tensor(o) else o[0])
+    )
+    with torch.no_grad():
+        model(input_ids=ids)
+        handle.remove()
+        stream = Stream(model, body, ids)
+        for _ in body.layers:
+            stream.advance()
+    assert torch.equal(torch.cat(stream.hidden), caught[0])
+
+
+def test_gradient_metric_against_autograd_by_hand():
+    model, ids = tiny("llama"), windows(3)
+    body = anatomy(model)
+    found = gradient_pass(model, body, ids, metric=True, taylor=True)
+    outputs = {}
+    layer = body.layers[1]
+
+    def hook(module, args, output):
+        output.retain_grad()
+        outputs["y"] = output
+
+    handle = layer.down.module.register_forward_hook(hook)
+    loss = model(input_ids=ids, labels=ids).loss * ids[:, 1:].numel()
+    handle.remove()
+    loss.backward()
+    g = outputs["y"].grad.flatten(0, 1).double()
+    assert torch.allclose(found["metric"][1], g.T @ g / ids.numel(), rtol=1e-4, atol=1e-10)
+    down = layer.down.module.weight
+    by_hand = (down * down.grad).abs().sum(0) + sum(
+        (p.module.weight * p.module.weight.grad).abs().sum(1) for p in layer.inputs
+    )
+    assert torch.allclose(found["taylor"][1], by_hand.double(), rtol=1e-4)
+
+
+def make_networks(widths, k=3, seed=0):
+    space = NeuronSpace(widths)
+    return FunctionalNetworks(np.random.default_rng(seed).normal(size=(k, space.n_neurons)), space, threshold=1.5)
+
+
+def test_time_courses_are_the_first_stage_of_dual_regression():
+    model, ids = tiny("gpt2"), windows(4)
+    body, nets = anatomy(model), make_networks((24, 24))
+    caught = []
+    for layer in body.layers:
+        layer.down.module.register_forward_pre_hook(lambda m, a: caught.append(a[0].detach()))
+    with torch.no_grad():
+        model(input_ids=ids)
+    x = torch.cat(caught[:2], -1).flatten(0, 1).double().numpy()
+    expected = np.linalg.lstsq(np.asarray(nets.maps, dtype=float).T, x.T, rcond=None)[0].T
+    got = time_courses(model, body, ids, nets).flatten(0, 1).numpy()
+    assert np.allclose(got, expected - expected.mean(0), atol=1e-4)
+
+
+def test_balanced_weights_give_rare_networks_a_voice():
+    courses = torch.zeros(1, 100, 2)
+    courses[0, :99, 0], courses[0, 99, 1] = 1.0, 1.0  # the second network runs at one token in a hundred
+    equal, half = balanced_weights(courses, 0.0), balanced_weights(courses, 0.5)
+    assert torch.allclose(equal, torch.ones(1, 100))
+    assert half.mean() == pytest.approx(1, rel=1e-5)
+    assert half[0, 99] > 5 * half[0, 0] > 0
+
+
+def test_every_network_is_covered():
+    scores, masks = np.arange(100.0), np.zeros((2, 100), dtype=bool)
+    masks[0, :20] = masks[1, 60:80] = True  # the first network has the worst scores
+    kept = covered(scores, 40, masks)
+    assert len(kept) == 40
+    assert masks[0][kept].sum() == 4  # half of 20 x 40%
+    assert set(kept) >= {16, 17, 18, 19}
+    assert np.array_equal(covered(scores, 40, masks[:0]), np.arange(60, 100))
+
+
+def test_the_network_method_reports_what_it_used():
+    model, ids = tiny("llama"), windows()
+    plan = plan_pruning(model, make_networks((24, 24)), ratio=0.4, method="networks", calibration=ids)
+    assert plan.details["networks"]["n"] == 3
+    assert len({tuple(c["widths"]) for c in plan.details["search"]}) == len(plan.details["search"]) > 1
+    best = min(plan.details["search"], key=lambda c: c["loss_added"])
+    assert tuple(best["widths"]) == plan.widths
+    assert "no networks given" in plan_pruning(model, ratio=0.4, calibration=ids).summary()
+    with pytest.raises(InputError, match=r"networks lie in layers of \[30, 30\] neurons"):
+        plan_pruning(model, make_networks((30, 30)), ratio=0.4, calibration=ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "bert", "gemma2"])
+def test_heads_go_by_whole_groups(name):
+    model, ids = tiny(name), windows()
+    method = "obs"
+    plan = plan_pruning(model, ratio=0.2, method=method, calibration=ids, head_ratio=0.5)
+    before = [layer.out.units for layer in anatomy(model).layers]
+    assert [len(k) for k in plan.kept_heads] == [b // 2 for b in before]
+    small = prune(model, plan)
+    gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
+    assert gone == plan.parameters_removed
+    masks = []
+    for layer, kept in zip(anatomy(model).layers, plan.kept_heads):
+        keep = torch.zeros(layer.out.units * layer.out.size)
+        keep[layer.out.rows(kept) - layer.out.start] = 1.0
+        masks.append(layer.out.module.register_forward_pre_hook(lambda m, a, keep=keep: (a[0] * keep,)))
+        units = torch.zeros(layer.width).index_fill_(0, torch.as_tensor(plan.kept[layer.index]), 1.0)
+        masks.append(layer.down.module.register_forward_pre_hook(lambda m, a, units=units: (a[0] * units,)))
+    with torch.no_grad():
+        expected, got = model(input_ids=ids[:2]).logits, small(input_ids=ids[:2]).logits
+        for handle in masks:
+            handle.remove()
+        assert torch.allclose(got, expected, atol=1e-5)
+        dense = model(input_ids=ids[:2]).logits
+        refit = prune(model, plan, calibration=ids, compensate="least-squares")(input_ids=ids[:2]).logits
+    assert (refit - dense).square().mean() < (got - dense).square().mean()
+
+
+def stimuli(n=6):
+    tokenizer, rng = tiny_tokenizer(), np.random.default_rng(0)
+    texts = []
+    for _ in range(n):
+        segments = [("".join(rng.choice(list(letters), 12)), name)
+                    for name, letters in (("low", "abc"), ("high", "xyz"))] * 2  # fmt: skip
+        texts.append(Stimulus.from_segments(segments, tokenizer))
+    return tokenizer, texts
+
+
+def test_conditions_weigh_tokens():
+    tokenizer, texts = stimuli()
+    scans = scan(tiny("llama"), tokenizer, texts)
+    total = sum(s.n_tokens for s in scans)
+    weights = condition_weights(scans, (1, total), ["low"], None)[0]
+    at = np.concatenate([np.arange(s.n_tokens) for s in scans])
+    first = scans[0].events.iloc[0]
+    inside = weights[: scans[0].n_tokens][int(first.onset) : int(first.onset + first.duration)]
+    assert inside.min() == weights.max() > 40 * weights.min() > 0
+    assert len(at) == total
+    assert float(condition_weights(scans, (1, total), None, ["low"]).min()) == 0
+    with pytest.raises(InputError, match="keep='loud' is not known"):
+        condition_weights(scans, (1, total), ["loud"], None)
+
+
+def test_preferred_condition_of_planted_time_courses():
+    labels = np.repeat([0, 1, -1], 20)[None]
+    courses = torch.zeros(1, 60, 3)
+    courses[0, :20, 0], courses[0, 20:40, 1], courses[0, :40, 2] = 1.0, 1.0, 1.0
+    assert preferred_conditions(courses, labels, 2).tolist() == [0, 1, -1]
+
+
+def test_what_is_forgotten_belongs_to_no_other_condition():
+    masks = np.zeros((3, 10), dtype=bool)
+    masks[0, :4] = masks[1, 2:6] = masks[2, 3:8] = True
+    gone = neurons_to_forget(["low"], ["high", "low"], np.array([1, 0, -1]), masks)
+    assert np.flatnonzero(gone).tolist() == [0, 1]  # not 2 and 3: key to the network of the other condition
+    with pytest.raises(InputError, match="no network prefers"):
+        neurons_to_forget(["low"], ["high", "low"], np.array([0, 0, -1]), masks)
+
+
+def test_plans_for_functions_take_their_calibration_from_scans():
+    model = tiny("llama")
+    tokenizer, texts = stimuli()
+    scans = scan(model, tokenizer, texts)
+    x = np.concatenate([s.data() for s in scans])
+    low = np.concatenate([np.isin(s.tokens, list("abc")) for s in scans])
+    # Two maps that follow the two conditions: the mean pattern of each.
+    maps = np.stack([x[low].mean(0) - x[~low].mean(0), x[~low].mean(0) - x[low].mean(0) + 0.3 * x.std(0)])
+    nets = FunctionalNetworks(maps, scans[0].space, threshold=1.5)
+    conditions = plan_pruning(model, nets, scans, ratio=0.3, keep=["low"], allocation="uniform")
+    assert conditions.details["functions"] == {"keep": ["low"], "forget": []}
+    small = prune(model, conditions, calibration=scans, compensate="least-squares")
+    assert anatomy(small).widths == conditions.widths
+    with pytest.raises(InputError, match="scans it was made from"):
+        prune(model, conditions, calibration=windows(), compensate="least-squares")
+    with pytest.raises(InputError, match="needs networks"):
+        plan_pruning(model, None, scans, ratio=0.3, forget=["low"])
+    with pytest.raises(InputError, match="take scans with events"):
+        plan_pruning(model, nets, calibration=windows(), ratio=0.3, keep=["low"])
+    with pytest.raises(InputError, match="ratio=None"):
+        plan_pruning(model, calibration=windows())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_recovery_lowers_the_loss_and_keeps_shapes(name):
+    pytest.importorskip("peft")
+    model = tiny(name)
+    small = prune(model, plan_pruning(model, ratio=0.4, method="random", protect=[0]))
+    ids = torch.arange(3, 19).repeat(34, 1)  # a text that can be learned
+    state = {k: v.clone() for k, v in small.state_dict().items()}
+    better, table = recover(small, None, ids, steps=20, rank=2, learning_rate=0.02)
+    assert (table["after"] < 0.7 * table["before"]).all()
+    assert anatomy(better).widths == anatomy(small).widths
+    assert {k: v.shape for k, v in better.state_dict().items()} == {k: v.shape for k, v in state.items()}
+    assert all(torch.equal(v, small.state_dict()[k]) for k, v in state.items())
+    assert lb.perplexity(better, None, ids[-1:]) < lb.perplexity(small, None, ids[-1:])
