@@ -40,6 +40,7 @@ _PUBLIC = {
     "prune": "pruning",
     "read_ica": "decomposition",
     "read_nifti": "imaging",
+    "recover": "pruning",
     "save_pruned": "checkpoints",
     "scan": "scanning",
     "write_report": "reporting",

@@ -3,5 +3,6 @@
 from llmbrain.pruning.api import prune
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.planning import plan_pruning
+from llmbrain.pruning.recovery import recover
 
-__all__ = ["PruningPlan", "plan_pruning", "prune"]
+__all__ = ["PruningPlan", "plan_pruning", "prune", "recover"]

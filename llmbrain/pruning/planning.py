@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_option
+from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.architectures import Anatomy, anatomy
 from llmbrain.evaluation.perplexity import mean_loss
 from llmbrain.evaluation.windows import fingerprint
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 GROUP_SIZE = 40  # texts in a group of the published rule
 LOSS_TOKENS = 8192  # tokens on which allocations are measured
 SCAN_RIDGE = 1e-3  # of the fits that allocations are measured with
-TOKEN_BALANCE = 0.5  # how far method="networks" goes towards the same total weight for every network
 
 
 def plan_pruning(
@@ -55,6 +54,7 @@ def plan_pruning(
     window: int | None = None,
     max_windows: int | None = 128,
     weights: Tensor | None = None,
+    token_balance: float = 0.0,
     keep: Sequence[str] | None = None,
     forget: Sequence[str] | None = None,
     rule: dict[str, Any] | None = None,
@@ -94,6 +94,9 @@ def plan_pruning(
         Cut of the calibration texts.
     weights : float tensor ``(n_windows, window)``, optional
         How much each calibration token counts.
+    token_balance : float
+        With ``"networks"``: how far to go from equal tokens (0) to the same total weight for every network (1). Worth a
+        try (0.5) where calibration text is unbalanced; on balanced text it costs perplexity.
     keep, forget : sequence of str, optional
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
         take the scans as calibration; `forget` needs networks, and with ``ratio=None`` removes what they say, no more.
@@ -113,6 +116,7 @@ def plan_pruning(
     body = anatomy(model)
     check_cuttable(body)
     n = len(body.layers)
+    check_range("token_balance", token_balance, 0, 1)
     notes: list[str] = []
     details: dict[str, Any] = {"notes": notes}
     if protect is None and method == "published":
@@ -155,10 +159,11 @@ def plan_pruning(
     if method == "networks":
         if networks is None:
             notes.append("no networks given: tokens count alike, nothing is covered")
-        elif weights is None and windows is not None:
+        elif token_balance and weights is None and windows is not None:
             courses = time_courses(model, body, windows, networks)
-            weights = balanced_weights(courses, TOKEN_BALANCE)
-            details["networks"] = {"n": len(networks.maps), "token_balance": TOKEN_BALANCE, "cover": COVER}
+            weights = balanced_weights(courses, token_balance)
+        if networks is not None:
+            details["networks"] = {"n": len(networks.maps), "token_balance": token_balance, "cover": COVER}
     planner = Planner(model, body, chosen, windows, networks, random_state, weights)
     if "published" in chosen.needs:
         details["published"] = planner.score_by_rule(scans, notes, rule or {})
