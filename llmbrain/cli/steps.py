@@ -1,4 +1,4 @@
-"""The steps of the main job, alone: ``scan``, ``decompose``, ``dualreg``, ``prune``, ``evaluate``, ``info``."""
+"""The steps of the main job, alone: ``scan``, ``decompose``, ``dualreg``, ``evaluate``, ``info``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import typer
 
 from llmbrain._validation import InputError
 from llmbrain.cli._common import (
-    COMPENSATE,
     COMPONENTS,
     DEVICE,
     FIELD,
-    METHOD,
     MODEL,
     OUT,
     OVERWRITE,
-    RATIO,
     SEED,
     TEXT,
     print_table,
@@ -30,7 +27,7 @@ STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (scan, decompose, dualreg, prune, evaluate, info):
+    for command in (scan, decompose, dualreg, evaluate, info):
         app.command(command.__name__)(command)
 
 
@@ -147,44 +144,6 @@ def dualreg(
     target = out or study / "dualreg"
     dual_regression(group, scans, normalize=normalize, out=target)
     say(f"{len(scans)} runs x {len(group)} networks: {target}")
-
-
-def prune(
-    model: MODEL,
-    out: OUT,
-    text: Path | None = typer.Option(None, help="Calibration text; default: that of the study."),
-    study: Path | None = typer.Option(None, help="Folder that `llmbrain run` or `decompose` wrote: scan and networks."),
-    ratio: RATIO = 0.3,
-    method: METHOD = "networks",
-    compensate: COMPENSATE = "least-squares",
-    device: DEVICE = "auto",
-    seed: SEED = 0,
-    field: FIELD = "text",
-    overwrite: OVERWRITE = False,
-) -> None:
-    """Cut neurons out of a model and save the smaller one."""
-    from llmbrain.checkpoints import save_pruned
-    from llmbrain.cli._common import open_model, read_texts
-    from llmbrain.networks import FunctionalNetworks
-    from llmbrain.pruning import plan_pruning
-    from llmbrain.pruning import prune as cut
-    from llmbrain.scanning import load_scans
-
-    scans = load_scans(scan_folder(study)) if study else None
-    networks = FunctionalNetworks.load(study / "networks") if study and (study / "networks").is_dir() else None
-    texts = read_texts(text, field) if text else [s.text for s in scans or () if s.text]
-    loaded, tokenizer = open_model(model, device)
-    plan = plan_pruning(
-        loaded, networks, scans, ratio=ratio, method=method, random_state=seed, tokenizer=tokenizer,
-        calibration=texts or None,
-    )  # fmt: skip
-    small = cut(
-        loaded, plan, tokenizer=tokenizer, calibration=texts or None,
-        compensate=None if compensate == "none" else compensate,
-    )  # fmt: skip
-    save_pruned(small, tokenizer, out, overwrite=overwrite)
-    say(plan.summary())
-    say(f"saved: {out}")
 
 
 def evaluate(

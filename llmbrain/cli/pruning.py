@@ -1,0 +1,247 @@
+"""Making models smaller: ``plan``, ``prune``, ``recover``, ``benchmark``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmbrain._validation import InputError
+from llmbrain.cli._common import (
+    COMPENSATE,
+    DEVICE,
+    FIELD,
+    METHOD,
+    MODEL,
+    OUT,
+    OVERWRITE,
+    RATIO,
+    SEED,
+    TEXT,
+    print_table,
+    say,
+)
+
+CALIBRATION = Annotated[
+    Path | None, typer.Option("--text", help="Calibration text (.txt, .json, .jsonl); default: that of the study.")
+]
+STUDY = Annotated[Path | None, typer.Option("--study", help="Folder that `llmbrain run`, `scan` or `decompose` wrote.")]
+ALLOCATION = Annotated[
+    str,
+    typer.Option("--allocation", help="uniform, global, clamped, sensitivity or search; default: the method's own."),
+]
+MULTIPLE = Annotated[int, typer.Option("--multiple-of", help="Widths are multiples of it (8 to 256).")]
+KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Condition whose function stays; several times.")]
+FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Condition whose function goes; several times.")]
+PLAN_COMPONENTS = 20  # networks that are found where none are given
+PLAN_TOKENS = 32768  # and how much text is scanned for them
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (plan, prune, recover, benchmark):
+        app.command(command.__name__)(command)
+
+
+@dataclass
+class _Evidence:
+    """What a plan is made from."""
+
+    networks: Any
+    scans: Any
+    texts: list[str] | None
+
+
+def _evidence(
+    model: Any, tokenizer: Any, study: Path | None, text: Path | None, field: str, method: str, seed: int
+) -> _Evidence:
+    """Texts, scans and networks: those of the study, or found now where the method uses networks."""
+    from llmbrain.cli._common import read_texts
+    from llmbrain.cli.steps import scan_folder
+    from llmbrain.networks import FunctionalNetworks
+    from llmbrain.scanning import load_scans
+
+    scans = load_scans(scan_folder(study)) if study else None
+    folder = study / "networks" if study else None
+    networks = FunctionalNetworks.load(folder) if folder and (folder / "networks.json").is_file() else None
+    if text is not None:
+        texts = read_texts(text, field)
+    else:
+        texts = [scan.text for scan in scans or () if scan.text]
+    if method == "networks" and networks is None and (scans or texts):
+        from llmbrain.cli.main_job import limit_tokens
+        from llmbrain.decomposition import GroupICA
+        from llmbrain.scanning import scan as scan_model
+
+        say(f"no networks given: {PLAN_COMPONENTS} are found in the calibration text first")
+        runs = scans or scan_model(model, tokenizer, limit_tokens(texts, tokenizer, PLAN_TOKENS))
+        networks = FunctionalNetworks.from_ica(GroupICA(PLAN_COMPONENTS, random_state=seed).fit(runs))
+    return _Evidence(networks, scans, texts or None)
+
+
+def _make_plan(
+    model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float, method: str, allocation: str, multiple_of: int,
+    keep: list[str] | None, forget: list[str] | None, seed: int,
+) -> Any:  # fmt: skip
+    from llmbrain.pruning import plan_pruning
+
+    functions = bool(keep or forget)
+    if functions and evidence.scans is None:
+        raise InputError("--keep and --forget need --study: a scan whose texts have conditions")
+    return plan_pruning(
+        model, evidence.networks, evidence.scans, ratio=ratio, method=method, random_state=seed, tokenizer=tokenizer,
+        calibration=None if functions else evidence.texts, allocation=allocation or None, multiple_of=multiple_of,
+        keep=keep or None, forget=forget or None,
+    )  # fmt: skip
+
+
+def plan(
+    model: MODEL,
+    text: CALIBRATION = None,
+    study: STUDY = None,
+    out: Path = typer.Option(Path("plan.json"), "--out", help="Where to write the plan; a figure goes beside it."),
+    ratio: RATIO = 0.3,
+    method: METHOD = "networks",
+    allocation: ALLOCATION = "",
+    multiple_of: MULTIPLE = 1,
+    keep: KEEP = None,
+    forget: FORGET = None,
+    device: DEVICE = "auto",
+    seed: SEED = 0,
+    field: FIELD = "text",
+) -> None:
+    """Say what a cut would remove, layer by layer; nothing is cut."""
+    from llmbrain.cli._common import open_model
+    from llmbrain.plotting import plot_widths
+
+    loaded, tokenizer = open_model(model, device)
+    evidence = _evidence(loaded, tokenizer, study, text, field, method, seed)
+    made = _make_plan(
+        loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
+        keep=keep, forget=forget, seed=seed,
+    )  # fmt: skip
+    made.save(out)
+    plot_widths(made).savefig(out.with_suffix(".png"), dpi=130)
+    print_table(made.to_frame().reset_index())
+    say(made.summary())
+    say(f"plan: {out}")
+
+
+def prune(
+    model: MODEL,
+    out: OUT,
+    text: CALIBRATION = None,
+    study: STUDY = None,
+    from_plan: Path | None = typer.Option(None, "--plan", help="Plan that `llmbrain plan` wrote; else one is made."),
+    ratio: RATIO = 0.3,
+    method: METHOD = "networks",
+    allocation: ALLOCATION = "",
+    compensate: COMPENSATE = "least-squares",
+    format: str = typer.Option("per-layer", help="per-layer, remote-code, uniform or masked."),
+    multiple_of: MULTIPLE = 1,
+    keep: KEEP = None,
+    forget: FORGET = None,
+    device: DEVICE = "auto",
+    seed: SEED = 0,
+    field: FIELD = "text",
+    overwrite: OVERWRITE = False,
+) -> None:
+    """Cut neurons out of a model and save the smaller one."""
+    from llmbrain.checkpoints import save_pruned
+    from llmbrain.cli._common import open_model
+    from llmbrain.pruning import PruningPlan
+    from llmbrain.pruning import prune as cut
+    from llmbrain.reporting import write_report
+
+    if (out / "config.json").exists() and not overwrite:
+        raise InputError(f"--out={out} holds a model already: choose another folder, or --overwrite")
+    loaded, tokenizer = open_model(model, device)
+    evidence = _evidence(loaded, tokenizer, study, text, field, "" if from_plan else method, seed)
+    if from_plan is not None:
+        made = PruningPlan.load(from_plan)
+    else:
+        made = _make_plan(
+            loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
+            keep=keep, forget=forget, seed=seed,
+        )  # fmt: skip
+    small = cut(
+        loaded, made, tokenizer=tokenizer, calibration=evidence.texts,
+        compensate=None if compensate == "none" else compensate, intercept=format != "uniform",
+    )  # fmt: skip
+    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
+    write_report(out / "report.html", title=f"{model}, pruned", plan=made, networks=evidence.networks)
+    say(made.summary())
+    say(f"saved: {out}")
+
+
+def recover(
+    model: MODEL,
+    text: TEXT,
+    out: OUT,
+    steps: int = typer.Option(100, help="Optimiser steps."),
+    rank: int = typer.Option(8, help="Rank of the updates (LoRA)."),
+    device: DEVICE = "auto",
+    seed: SEED = 0,
+    field: FIELD = "text",
+    overwrite: OVERWRITE = False,
+) -> None:
+    """Train a pruned model for a while with low-rank updates, merge them, save it."""
+    from llmbrain.checkpoints import save_pruned
+    from llmbrain.cli._common import open_model, read_texts
+    from llmbrain.pruning import recover as train
+
+    if (out / "config.json").exists() and not overwrite:
+        raise InputError(f"--out={out} holds a model already: choose another folder, or --overwrite")
+    texts = read_texts(text, field)
+    loaded, tokenizer = open_model(model, device)
+    better, table = train(loaded, tokenizer, texts, steps=steps, rank=rank, random_state=seed, inplace=True)
+    save_pruned(better, tokenizer, out, overwrite=overwrite)
+    print_table(table)
+    say(f"saved: {out}")
+
+
+def benchmark(
+    model: MODEL,
+    text: TEXT,
+    ratios: str = typer.Option("0.2,0.3,0.5", help="Shares of the MLP neurons to remove, with commas."),
+    methods: str = typer.Option("", help="Criteria, with commas; default all."),
+    components: int = typer.Option(20, help="Networks to find for the method that uses them."),
+    draws: int = typer.Option(1, help="Calibration draws; more than one gives confidence intervals."),
+    window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context."),
+    max_windows: int = typer.Option(128, help="Calibration windows."),
+    test_windows: int = typer.Option(96, help="Test windows."),
+    out: Path = typer.Option(Path("benchmark.csv"), "--out", help="Where to write the table."),
+    device: DEVICE = "auto",
+    seed: SEED = 0,
+    field: FIELD = "text",
+) -> None:
+    """Prune your own model by every method and compare: the first 60% of the text calibrates, the last 30% tests."""
+    from llmbrain.cli._common import open_model, read_texts
+    from llmbrain.cli.main_job import limit_tokens, split_texts
+    from llmbrain.decomposition import GroupICA
+    from llmbrain.networks import FunctionalNetworks
+    from llmbrain.pruning.benchmark import compare_methods
+    from llmbrain.scanning import scan
+
+    try:
+        shares = [float(ratio) for ratio in ratios.split(",")]
+    except ValueError:
+        raise InputError(f"--ratios={ratios!r} must be numbers with commas between them") from None
+    chosen = methods.split(",") if methods else None
+    before, test = split_texts(read_texts(text, field), 0.3)
+    calibration, _ = split_texts(before, 1 / 7)
+    loaded, tokenizer = open_model(model, device)
+    networks = None
+    if chosen is None or "networks" in chosen:
+        runs = scan(loaded, tokenizer, limit_tokens(calibration, tokenizer, PLAN_TOKENS))
+        networks = FunctionalNetworks.from_ica(GroupICA(components, random_state=seed, device=device).fit(runs))
+    table = compare_methods(
+        loaded, tokenizer, calibration, test, ratios=shares, methods=chosen, networks=networks, draws=draws,
+        window=window or None, max_windows=max_windows, test_windows=test_windows, random_state=seed,
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out, index=False)
+    print_table(table)
+    say(f"table: {out}")
