@@ -244,6 +244,18 @@ def test_unknown_names_are_listed():
         plan_pruning(tiny("llama"), ratio=0.3, method="flap")
 
 
+def test_encoders_are_pruned_without_gradients():
+    from transformers import BertModel
+
+    bert = tiny("bert")
+    bare = BertModel(bert.config).eval()
+    with pytest.raises(InputError, match=r"BertModel predicts no next token.*use 'obs' or 'flap'"):
+        plan_pruning(bare, ratio=0.3, method="obs-gradient", calibration=windows())
+    plan = plan_pruning(bare, ratio=0.3, method="obs", calibration=windows())
+    small = prune(bare, plan, calibration=windows(), compensate="least-squares")
+    assert anatomy(small).widths == plan.widths
+
+
 def test_planning_changes_nothing():
     model = tiny("falcon")
     state = {k: v.clone() for k, v in model.state_dict().items()}

@@ -173,8 +173,8 @@ def obs_gradient(e: Evidence) -> Tensor:
 def networks(e: Evidence) -> Tensor:
     """Ours: `obs_gradient`, with every network covered and, if asked for, tokens weighted so that networks count alike.
 
-    Coverage enters the choice, weights the moments and the metric: see `llmbrain.pruning.network_terms`. Without networks
-    it is `obs_gradient` with the allocation that measured best.
+    Coverage enters the choice, weights the moments and the metric: see `llmbrain.pruning.network_terms`. Without
+    networks it is `obs_gradient` with the allocation that measured best.
     """
     return obs_gradient(e)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy
 from llmbrain.evaluation.windows import batches, evaluating, input_device
 
@@ -135,6 +136,11 @@ def gradient_pass(
     dict
         ``"metric"``: float64 ``(hidden, hidden)`` a layer; ``"taylor"``: float64 ``(width,)`` a layer.
     """
+    if not getattr(model, "can_generate", lambda: False)():
+        raise InputError(
+            f"model {type(model).__name__} predicts no next token: criteria that need gradients (networks, obs-gradient, "
+            "taylor) need a causal language model; use 'obs' or 'flap'"
+        )
     grams: list[Any] = [0.0] * len(body.layers)
     root: Tensor | None = None  # square root of the weights of the batch at hand
 

@@ -1,0 +1,129 @@
+"""Compare ways of pruning on the user's own model and text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from llmbrain._validation import InputError
+from llmbrain.evaluation.perplexity import perplexity
+from llmbrain.evaluation.windows import as_windows
+from llmbrain.pruning.api import prune
+from llmbrain.pruning.calibration import check_enough
+from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.planning import plan_pruning
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+# (method, allocation, compensation): the published combinations, the best of the grid, and ours.
+ROWS: tuple[tuple[str, str | None, str | None], ...] = (
+    ("random", "uniform", None),
+    ("random", "uniform", "least-squares"),
+    ("magnitude", "uniform", None),
+    ("magnitude", "uniform", "least-squares"),
+    ("published", "global", None),
+    ("published", "global", "least-squares"),
+    ("wanda-sp", "uniform", None),
+    ("wanda-sp", "uniform", "least-squares"),
+    ("flap", "global", "bias"),
+    ("flap", "uniform", "least-squares"),
+    ("flap", "sensitivity", "least-squares"),
+    ("taylor", "uniform", "least-squares"),
+    ("obs", "uniform", "least-squares"),
+    ("obs", "sensitivity", "least-squares"),
+    ("obs-gradient", "uniform", "least-squares"),
+    ("obs-gradient", "global", "least-squares"),
+    ("obs-gradient", "sensitivity", "least-squares"),
+    ("networks", None, "least-squares"),
+)
+
+
+def compare_methods(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Sequence[str] | Tensor,
+    test: Sequence[str] | Tensor,
+    *,
+    ratios: Sequence[float] = (0.2, 0.3, 0.5),
+    methods: Sequence[str] | None = None,
+    networks: Any = None,
+    draws: int = 1,
+    window: int | None = None,
+    max_windows: int = 128,
+    test_windows: int | None = 96,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Prune by every row of `ROWS` and measure perplexity.
+
+    Parameters
+    ----------
+    calibration, test : texts or windows
+        Different texts.
+    ratios : sequence of float
+        Shares of MLP neurons to remove.
+    methods : sequence of str, optional
+        Only the rows of these methods; default all.
+    networks : FunctionalNetworks, optional
+        For ``"networks"``.
+    draws : int
+        Calibration draws: with more than one, each draws its windows anew (with replacement beyond the first), and the
+        interval says how much the result depends on the text.
+    window, max_windows, test_windows : int
+        Cut of the texts.
+
+    Returns
+    -------
+    DataFrame
+        One row a combination and ratio, first the dense model: ``method``, ``allocation``, ``compensate``, ``ratio``,
+        ``perplexity`` (mean over draws), ``low`` and ``high`` (95% interval of the mean, t; nan for one draw),
+        ``parameters_removed`` (share), ``seconds`` (plan and cut).
+    """
+    import pandas as pd
+    from scipy.stats import t as student
+
+    unknown = sorted(set(methods or ()) - set(CRITERIA))
+    if unknown:
+        raise InputError(f"methods={unknown} are not known: allowed are {sorted(CRITERIA)}")
+    pool = as_windows(model, tokenizer, calibration, window, None if draws > 1 else max_windows)
+    check_enough(pool, 1)
+    held = as_windows(model, tokenizer, test, window, test_windows)
+    generator = torch.Generator().manual_seed(random_state)
+    sets = [pool[:max_windows]]
+    sets += [pool[torch.randint(len(pool), (len(sets[0]),), generator=generator)] for _ in range(draws - 1)]
+    rows: list[dict[str, Any]] = [{"method": "dense", "ratio": 0.0, "perplexity": perplexity(model, None, held)}]
+    wanted = [row for row in ROWS if methods is None or row[0] in methods]
+    bar = tqdm(total=len(wanted) * len(ratios) * draws, desc="benchmark", disable=None)
+    for ratio in ratios:
+        for method, allocation, compensate in wanted:
+            found, seconds, share = [], [], 0.0
+            for i, windows in enumerate(sets):
+                start = time.perf_counter()
+                plan = plan_pruning(
+                    model,
+                    networks if method == "networks" else None,
+                    ratio=ratio,
+                    method=method,
+                    allocation=allocation,
+                    calibration=windows,
+                    random_state=random_state + i,
+                )
+                small = prune(model, plan, calibration=windows, compensate=compensate)
+                seconds.append(time.perf_counter() - start)
+                found.append(perplexity(small, None, held))
+                share = plan.parameters_share
+                bar.update()
+            half = float(student.ppf(0.975, draws - 1) * np.std(found, ddof=1) / draws**0.5) if draws > 1 else np.nan
+            mean = float(np.mean(found))
+            rows.append({"method": method, "allocation": allocation or plan.allocation, "compensate": compensate,
+                         "ratio": ratio, "perplexity": mean, "low": mean - half, "high": mean + half,
+                         "parameters_removed": share, "seconds": float(np.mean(seconds))})  # fmt: skip
+    bar.close()
+    return pd.DataFrame(rows)
