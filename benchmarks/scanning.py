@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -149,24 +148,58 @@ def peak_memory(name: str, n_texts: int, to_disk: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def peak_mb() -> float:
+    """Largest resident size of this process so far (getrusage would count the parent's before exec too)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: measure memory on Linux")
+
+
 def child(name: str, n_texts: int, where: str) -> None:
     """In the fresh process."""
     model, tokenizer, texts = MODELS[name](n_texts)
     texts = [texts[i % len(texts)] for i in range(n_texts)]
     lb.scan(model, tokenizer, texts[:8])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_mb()
     with tempfile.TemporaryDirectory() as folder:
         scans = lb.scan(model, tokenizer, texts, out=folder if where == "disk" else None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mb()
     tokens = sum(scan.n_tokens for scan in scans)
     facts = {"model": name, "where": where, "tokens": tokens, "peak_mb": peak, "above_start_mb": peak - before}
     print(json.dumps(facts))
 
 
+def measure_time(quick: bool) -> list[dict[str, Any]]:
+    """Print and return the ratios."""
+    counts = {"stories260K": 40 if quick else 100, "random Llama, 100M": 8 if quick else 24}
+    times = [time_ratio(name, n, rounds=3) for name, n in counts.items()]
+    print("| model | tokens | body alone | whole model | scan | scan / body | scan / whole model |")
+    print("|---|---|---|---|---|---|---|")
+    for t in times:
+        cells = [f"{t[k][0]:.2f} ({t[k][1]:.2f}) s" for k in ("body_s", "whole_model_s", "scan_s")]
+        cells += [f"{t[k][0]:.2f} ({t[k][1]:.2f})" for k in ("ratio_to_body", "ratio_to_whole_model")]
+        print(f"| {t['model']} | {t['tokens']:,} | {' | '.join(cells)} |")
+    print("Wall time (processor time), medians of 3 rounds.\n")
+    return times
+
+
+def measure_memory(quick: bool) -> list[dict[str, Any]]:
+    """Print and return the peaks."""
+    sizes = [("disk", 50), ("disk", 200), ("memory", 50), ("memory", 200)] + [("disk", 400)] * (not quick)
+    memory = [peak_memory("stories260K", n, where == "disk") for where, n in sorted(sizes)]
+    print("| kept | tokens | peak memory above the start |\n|---|---|---|")
+    for m in memory:
+        kept = "on disk" if m["where"] == "disk" else "in memory"
+        print(f"| {kept} | {m['tokens']:,} | {m['above_start_mb']:.0f} MB |")
+    return memory
+
+
 def main() -> None:
-    """Measure, print a table, write the results."""
+    """Measure, print tables, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens; writes nothing")
+    parser.add_argument("--only", choices=("time", "memory"), help="keep the stored result of the other")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # texts longer than the context: known
@@ -174,31 +207,19 @@ def main() -> None:
         child(options.child[0], int(options.child[1]), options.child[2])
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    n_stories, n_random = (40, 8) if options.quick else (100, 8)
-    counts = {"stories260K": n_stories, "random Llama, 100M": n_random}
-    rounds = 3 if options.quick else 5
-    times = [time_ratio(name, n, rounds) for name, n in counts.items()]
-    print("| model | tokens | body alone | whole model | scan | scan / body | scan / whole model |")
-    print("|---|---|---|---|---|---|---|")
-    for t in times:
-        cells = [f"{t[k][0]:.2f} ({t[k][1]:.2f}) s" for k in ("body_s", "whole_model_s", "scan_s")]
-        cells += [f"{t[k][0]:.2f} ({t[k][1]:.2f})" for k in ("ratio_to_body", "ratio_to_whole_model")]
-        print(f"| {t['model']} | {t['tokens']:,} | {' | '.join(cells)} |")
-    print("Wall time (processor time).")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.only != "memory":
+        results["time"] = measure_time(options.quick)
+    if options.only != "time":
+        results["memory"] = measure_memory(options.quick)
     if options.quick:
         return
-    sizes = [("disk", 100), ("disk", 400), ("disk", 800), ("memory", 100), ("memory", 400)]
-    memory = [peak_memory("stories260K", n, where == "disk") for where, n in sizes]
-    print("\n| kept | tokens | peak memory above the start |\n|---|---|---|")
-    for m in memory:
-        kept = "on disk" if m["where"] == "disk" else "in memory"
-        print(f"| {kept} | {m['tokens']:,} | {m['above_start_mb']:.0f} MB |")
-    RESULTS.parent.mkdir(exist_ok=True)
-    facts = {
+    results["versions"] = {
         "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
         "threads": torch.get_num_threads(), "llmbrain": lb.__version__,
     }  # fmt: skip
-    RESULTS.write_text(json.dumps({"time": times, "memory": memory, "versions": facts}, indent=1) + "\n")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
