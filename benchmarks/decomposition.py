@@ -1,6 +1,6 @@
 """Speed and memory of group ICA beside nilearn's CanICA and scikit-learn's FastICA, in one run.
 
-    python benchmarks/decomposition.py [--quick] [--repeats 3] [--out FILE]
+    python benchmarks/decomposition.py [--quick] [--repeats 3] [--only wide narrow ica busy memory gpu] [--out FILE]
 
 Both sides do the same work on the same arrays: z-score over tokens, PCA of every run, canonical correlation over runs,
 ICA with the cubic contrast; `GroupICA` also returns the time courses, which costs it another pass over the runs.
@@ -300,30 +300,42 @@ def on_a_gpu(n_neurons: int, n_tokens: int, n_runs: int, k: int) -> Row:
     }
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| case | peer | target | ours | peer's | faster, wall | faster, cpu | matched r | note |",
-        "|---|---|---|---|---|---|---|---|---|",
+HEADER = """\
+| case | peer | target | ours | peer's | faster, wall | faster, cpu | matched r | note |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def as_markdown(line: Row) -> str:
+    """One line of the table."""
+
+    def shown(key: str, form: str, unit: str = "") -> str:
+        return f"{line[key]:{form}}{unit}" if key in line else ""
+
+    cells = [
+        line["case"],
+        line["peer"],
+        line["target"],
+        shown("ours_s", ".2f", " s"),
+        shown("peer_s", ".2f", " s"),
+        shown("ratio", ".1f", " x"),
+        shown("cpu_ratio", ".1f", " x"),
+        shown("matched_r", ".4f"),
+        line.get("note", ""),
     ]
+    return "| " + " | ".join(cells) + " |"
 
-    def shown(line: Row, key: str, form: str) -> str:
-        return format(line[key], form) if key in line else ""
 
-    for line in rows:
-        cells = [
-            line["case"],
-            line["peer"],
-            line["target"],
-            shown(line, "ours_s", ".2f") + (" s" if "ours_s" in line else ""),
-            shown(line, "peer_s", ".2f") + (" s" if "peer_s" in line else ""),
-            shown(line, "ratio", ".1f") + (" x" if "ratio" in line else ""),
-            shown(line, "cpu_ratio", ".1f") + (" x" if "cpu_ratio" in line else ""),
-            shown(line, "matched_r", ".4f"),
-            line.get("note", ""),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def cases(quick: bool, repeats: int) -> dict[str, Callable[[], list[Row]]]:
+    """Everything that is measured, by name."""
+    wide, narrow, tokens, k = (8192, 2048, 100, 16) if quick else (131_072, 8192, 500, 64)
+    return {
+        "wide": lambda: list(against_canica(wide, tokens, 2, {1: "4 x", 10: "8 x"}, repeats)),
+        "narrow": lambda: list(against_canica(narrow, tokens, 20, {1: "", 10: "5 x"}, repeats)),
+        "ica": lambda: [ica_step(wide, k, repeats)],
+        "busy": lambda: [with_a_busy_core(wide, tokens, repeats)],
+        "memory": lambda: [memory(narrow, tokens, (4, 8) if quick else (10, 50, 200))],
+        "gpu": lambda: [on_a_gpu(4096, 512, 2, 8) if quick else on_a_gpu(352_256, 4096, 8, 128)],
+    }
 
 
 def main() -> None:
@@ -331,21 +343,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes: a check that everything runs, no result")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=None, help=f"JSON file (default {RESULTS}; none with --quick)")
+    parser.add_argument("--only", nargs="+", choices=list(cases(True, 1)), help="some of the cases; writes no JSON")
+    parser.add_argument(
+        "--out", type=Path, default=None, help=f"JSON file (default {RESULTS}; none with --quick or --only)"
+    )
     options = parser.parse_args()
-    wide, narrow, tokens, repeats = (131_072, 8192, 500, options.repeats)
-    if options.quick:
-        wide, narrow, tokens, repeats = 8192, 2048, 100, 1
+    repeats = 1 if options.quick else options.repeats
     rows: list[Row] = []
+    print(HEADER)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nilearn's remarks on defaults that are not used here
-        rows += against_canica(wide, tokens, 2, {1: "4 x", 10: "8 x"}, repeats)
-        rows += against_canica(narrow, tokens, 20, {1: "", 10: "5 x"}, repeats)
-        rows.append(ica_step(wide, 64 if not options.quick else 16, repeats))
-        rows.append(with_a_busy_core(wide, tokens, repeats))
-        rows.append(memory(narrow, tokens, (10, 50, 200) if not options.quick else (4, 8)))
-        rows.append(on_a_gpu(352_256, 4096, 8, 128) if not options.quick else on_a_gpu(4096, 512, 2, 8))
-    print(table(rows))
+        for name, measure in cases(options.quick, repeats).items():
+            if options.only and name not in options.only:
+                continue
+            for line in measure():
+                print(as_markdown(line), flush=True)
+                rows.append(line)
     record = {
         "command": "python benchmarks/decomposition.py",
         "quick": options.quick,
@@ -358,7 +371,7 @@ def main() -> None:
         },
         "rows": rows,
     }
-    out = options.out or (None if options.quick else RESULTS)
+    out = options.out or (None if options.quick or options.only else RESULTS)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

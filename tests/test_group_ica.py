@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-import weakref
 
 import numpy as np
 import pytest
 import torch
+from ica_data import WIDTHS, K, Run, T, V, matched, planted, prepared
 from nibabel import Nifti1Image
-from scipy.optimize import linear_sum_assignment
 from sklearn.base import clone
 from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -19,49 +18,12 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from llmbrain._validation import InputError
 from llmbrain.decomposition import GroupICA, read_ica
 from llmbrain.decomposition._fastica import random_start
-from llmbrain.decomposition._group import Source
-from llmbrain.decomposition._order import mdl_order, parallel_order
-from llmbrain.decomposition._pca import GroupPCA, pca_of_run, run_pca
-from llmbrain.decomposition._preprocess import Preprocessing, prepare
-from llmbrain.decomposition._runs import Runs
 from llmbrain.space import NeuronSpace
-
-K, V, T = 6, 4000, 150
-WIDTHS = (1200, 800, 2000)
-
-
-def matched(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """|r| of rows, paired one to one."""
-    r = np.abs(np.corrcoef(first, second)[: len(first), len(first) :])
-    return r[linear_sum_assignment(-r)]
-
-
-def planted(n_runs: int = 3, *, noise: float = 0.3, seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Sparse maps and runs of them; every neuron has about the same variance, so that z-scoring changes no map."""
-    rng = np.random.default_rng(seed)
-    maps = np.zeros((K, V))
-    for k, members in enumerate(np.array_split(rng.permutation(V)[: V // 2], K)):
-        maps[k, members] = rng.choice([-1, 1], members.size, p=[0.2, 0.8]) * rng.uniform(0.8, 1.2, members.size)
-    idle = np.where(np.abs(maps).sum(axis=0) > 0, noise, 1.0)
-    runs = [
-        (rng.laplace(size=(T, K)) @ maps + idle * rng.normal(size=(T, V)) + 5).astype(np.float32) for _ in range(n_runs)
-    ]
-    return maps, runs
 
 
 @pytest.fixture(scope="module")
 def data() -> tuple[np.ndarray, list[np.ndarray]]:
     return planted()
-
-
-class Run:
-    """Anything with ``.data()`` is a run."""
-
-    def __init__(self, array, *, positions=None):
-        self.array, self.positions, self.name = array, positions, ""
-
-    def data(self):
-        return self.array
 
 
 # ---------------------------------------------------------------- what is found
@@ -176,12 +138,6 @@ def test_units_sign_and_order(data):
     assert (np.diff(ica.explained_variance_ratio_) <= 0).all()
 
 
-def prepared(run: np.ndarray) -> np.ndarray:
-    """The default preprocessing, in float64 numpy."""
-    z = (run - run.mean(axis=0, dtype=float)) / run.std(axis=0, dtype=float)
-    return z - z.mean(axis=1, keepdims=True)
-
-
 @pytest.mark.parametrize("method", ["fastica", "dictlearning"])
 def test_time_courses_and_explained_variance_in_closed_form(data, method):
     _, runs = data
@@ -266,40 +222,6 @@ def test_a_share_of_variance_is_held(data):
     assert matched(by_share.components_, by_number.components_).min() > 0.99
 
 
-@pytest.mark.parametrize("criterion", ["auto", "parallel"])
-def test_number_of_components_is_estimated(data, criterion):
-    _, runs = data
-    ica = GroupICA(criterion).fit(runs)
-    assert ica.n_components_ == K
-    estimates = ica.order_estimates_["model"]
-    assert estimates["mdl_per_run"] == estimates["parallel_per_run"] == [K] * 3
-
-
-@pytest.mark.parametrize("shape", [(700, 400), (420, 400), (300, 2000)])
-def test_number_of_components_of_any_shape_and_of_none(shape):
-    """More tokens than neurons, nearly square, more neurons than tokens; and noise alone."""
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=shape)
-    signal = 3 * rng.normal(size=(shape[0], 5)) @ np.where(rng.random((5, shape[1])) < 0.2, 1.0, 0.0)
-    for run, expected in [(noise + signal, 5), (noise, 1)]:
-        centred = run - run.mean(axis=0)
-        centred = torch.from_numpy(centred - centred.mean(axis=1, keepdims=True))
-        assert mdl_order(centred)[0] == expected
-        assert parallel_order(centred, np.random.RandomState(0)) == expected
-
-
-def test_number_of_components_when_neighbours_resemble_each_other(data):
-    """Smooth noise is what the subsampling is for: each neuron's noise is half its neighbour's."""
-    maps, _ = data
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(T, V + 3))
-    noise = (noise[:, :-3] + noise[:, 1:-2] + noise[:, 2:-1] + noise[:, 3:]) / 2
-    run = 2 * rng.normal(size=(T, K)) @ maps + noise
-    estimates = GroupICA("auto", standardize="center").fit([run]).order_estimates_["model"]
-    assert estimates["subsampling_per_run"][0] > 1
-    assert abs(estimates["mdl"] - K) <= 1
-
-
 # ---------------------------------------------------------------- scopes and masks
 
 
@@ -351,90 +273,13 @@ def test_mask_leaves_neurons_out(data):
     np.testing.assert_allclose(ica.components_[:, mask], inside.components_, atol=2e-3)
 
 
-# ---------------------------------------------------------------- reduction
-
-
-def test_pca_of_a_run_is_the_svd(data):
-    _, runs = data
-    run = prepare(runs[0], Preprocessing(), dtype=torch.float64)
-    expected = np.linalg.svd(prepared(runs[0]), compute_uv=False)
-    for found in (pca_of_run(run, slice(0, V), 10), run_pca(torch.from_numpy(prepared(runs[0])), 10)):
-        np.testing.assert_allclose(found.eigenvalues[: T - 1].sqrt(), expected[: T - 1], rtol=1e-6)
-        np.testing.assert_allclose((found.rows @ found.rows.T).diagonal().sqrt(), expected[:10], rtol=1e-8)
-    tall = prepare(runs[0][:, :60], Preprocessing(), dtype=torch.float64)  # the small side is the neurons
-    found = pca_of_run(tall, slice(0, 60), 10)
-    expected = np.linalg.svd(prepared(runs[0][:, :60]), compute_uv=False)
-    np.testing.assert_allclose((found.rows @ found.rows.T).diagonal().sqrt(), expected[:10], rtol=1e-8)
-
-
-@pytest.mark.slow
-def test_pca_of_a_long_run_keeps_every_source():
-    """More than 1,024 tokens: the eigenvectors come from Krylov iteration."""
-    rng = np.random.default_rng(0)
-    maps = planted(1)[0][:, :1600]
-    run = rng.laplace(size=(1200, K)) @ maps + rng.normal(size=(1200, 1600))
-    found = pca_of_run(prepare(run, Preprocessing(), dtype=torch.float64), slice(0, 1600), 3 * K)
-    _, lengths, exact = np.linalg.svd(prepared(run), full_matrices=False)
-    np.testing.assert_allclose(found.eigenvalues[:K].sqrt(), lengths[:K], rtol=1e-9)
-    angles = np.linalg.svd(exact[:K] @ np.linalg.qr(found.rows.numpy().T)[0], compute_uv=False)
-    np.testing.assert_allclose(angles, 1, atol=1e-9)
-    np.testing.assert_allclose(found.total, (lengths**2).sum(), rtol=1e-9)
-    low = rng.normal(size=(1200, 5)) @ rng.laplace(size=(5, 1600))
-    with pytest.raises(InputError, match="rank of the data, 5"):
-        GroupICA(20, standardize="center").fit(low)
-
-
-def test_group_pca_over_many_runs_is_the_pca_of_all_of_them():
-    _, runs = planted(24)
-    group, all_rows = GroupPCA(30), []
-    for run in runs:
-        rows = run_pca(torch.from_numpy(prepared(run)), 12).rows
-        all_rows.append(rows)
-        group.add(rows)
-        assert group.n_rows <= 60
-    exact = np.linalg.svd(torch.cat(all_rows).numpy(), full_matrices=False)[2][:K]
-    ours = np.linalg.svd(group.stack().numpy(), full_matrices=False)[2][:K]
-    assert np.linalg.svd(exact @ ours.T, compute_uv=False).min() > 0.9999
-
-
-def test_detrending_takes_polynomials_out_and_leaves_the_callers_data_alone(data):
-    rng = np.random.default_rng(0)
-    time = np.linspace(-1, 1, 90)
-    run = rng.normal(size=(90, 50)) + np.vander(time, 4) @ rng.normal(size=(4, 50)) * 5
-    before = run.copy()
-    for detrend, degree in [("none", 0), ("linear", 1), (3, 3)]:
-        ready = prepare(run, Preprocessing(detrend=detrend, standardize="center", drop_first=4), dtype=torch.float64)
-        fit = np.polynomial.polynomial.polyfit(time[4:], run[4:], degree)
-        expected = run - np.polynomial.polynomial.polyval(time, fit).T
-        np.testing.assert_allclose(ready.data.numpy(), expected, atol=1e-10)
-    np.testing.assert_array_equal(run, before)
-
-
-def test_one_run_is_in_memory_at_a_time():
-    """However many runs there are: what was read is let go before the next is."""
-    _, runs = planted(2)
-    read: list[weakref.ref] = []
-    alive = []
-
-    class Lazy(Run):
-        def data(self):
-            alive.append(sum(array() is not None for array in read))
-            array = self.array.copy()
-            read.append(weakref.ref(array))
-            return array
-
-    GroupICA(K).fit([Lazy(runs[i % 2]) for i in range(12)])
-    assert len(alive) >= 24
-    assert max(alive) == 0
-
-
 # ---------------------------------------------------------------- scikit-learn's contract, files
 
 
 def test_estimator_contract(data):
     _, runs = data
     names = list(inspect.signature(GroupICA.__init__).parameters)[1:]
-    ica = GroupICA(3, fun="cube", mask=np.ones(V, dtype=bool), random_state=np.random.RandomState(0))
+    ica = GroupICA(K, fun="cube", mask=np.ones(V, dtype=bool), random_state=np.random.RandomState(0))
     assert sorted(ica.get_params()) == sorted(names)
     for name in names:
         assert getattr(GroupICA(), name) is inspect.signature(GroupICA.__init__).parameters[name].default
@@ -533,11 +378,3 @@ def test_unconverged_fit_warns_and_says_so(data):
 def test_layers_that_did_not_converge_are_named(data):
     with pytest.warns(ConvergenceWarning, match="fastica in layers 0-0, 1-1, 2-2 did not converge"):
         GroupICA(3, max_iter=1, scope="layer").fit(data[1], space=NeuronSpace(WIDTHS))
-
-
-def test_source_reads_runs_again(data):
-    _, runs = data
-    source = Source(Runs(runs), Preprocessing(), torch.device("cpu"), torch.float32)
-    first = [run.data.numpy() for run in source.prepared("first")]
-    again = [run.data.numpy() for run in source.prepared("again")]
-    np.testing.assert_array_equal(first, again)
