@@ -83,16 +83,22 @@ def _evidence(
 
 def _make_plan(
     model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float, method: str, allocation: str, multiple_of: int,
-    keep: list[str] | None, forget: list[str] | None, seed: int,
+    keep: list[str] | None, forget: list[str] | None, seed: int, one_width: bool = False,
 ) -> Any:  # fmt: skip
+    from llmbrain.architectures import anatomy
     from llmbrain.pruning import plan_pruning
+
+    widths = anatomy(model).widths
+    given: Any = allocation or None
+    if one_width and not allocation and len(set(widths)) == 1:  # the ratio as nearly as one width allows
+        given = [max(1, round((1 - ratio) * widths[0] / multiple_of)) * multiple_of] * len(widths)
 
     functions = bool(keep or forget)
     if functions and evidence.scans is None:
         raise InputError("--keep and --forget need --study: a scan whose texts have conditions")
     return plan_pruning(
         model, evidence.networks, evidence.scans, ratio=ratio, method=method, random_state=seed, tokenizer=tokenizer,
-        calibration=None if functions else evidence.texts, allocation=allocation or None, multiple_of=multiple_of,
+        calibration=None if functions else evidence.texts, allocation=given, multiple_of=multiple_of,
         keep=keep or None, forget=forget or None,
     )  # fmt: skip
 
@@ -164,10 +170,11 @@ def prune(
     else:
         made = _make_plan(
             loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
-            keep=keep, forget=forget, seed=seed,
+            keep=keep, forget=forget, seed=seed, one_width=format == "uniform",
         )  # fmt: skip
+    calibration = evidence.scans if made.details.get("functions") else evidence.texts
     small = cut(
-        loaded, made, tokenizer=tokenizer, calibration=evidence.texts,
+        loaded, made, tokenizer=tokenizer, calibration=calibration,
         compensate=None if compensate == "none" else compensate, intercept=format != "uniform",
     )  # fmt: skip
     save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
