@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 
+from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.comparison.ceilings import noise_ceilings
 from llmbrain.comparison.nulls import CORRECTIONS, NULLS, benjamini_hochberg, missing_cosines, permutation_p, surrogates
@@ -20,7 +21,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass
-class Coupling:
+class Coupling(Reportable):
     """Correlations of K networks with R regions. All arrays are ``(K, R)`` unless said otherwise; NaN: a dead series.
 
     Attributes

@@ -203,7 +203,11 @@ def plot_glass_model(
     masks = _cut(networks, maps, threshold)
     columns = columns or min(len(maps), 4 if len(maps) <= 16 else 6)
     rows = -(-len(maps) // columns)
-    figure = new_figure((2.3 * columns, 1.35 * rows + 0.3)) if figure is None else figure
+    if figure is None:
+        # panels without axes need no layout, and there may be many
+        figure = new_figure((2.3 * columns, 1.35 * rows + 0.2), layout=None)
+        top = 1 - 0.2 / figure.get_figheight()
+        figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=top, wspace=0.02, hspace=0.18)
     axes = figure.subplots(rows, columns, squeeze=False)
     column, row, layer = space.voxels
     n_columns, n_rows = space.grid

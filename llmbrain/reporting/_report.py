@@ -165,7 +165,7 @@ def figure(fig: Any, caption: str = "", label: str = "") -> Markup:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmbrain"}):
-        fig.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)

@@ -208,5 +208,5 @@ function drawProfile(canvas, counts, layer) {
   });
   context.fillStyle = colour.of("--quiet");
   context.font = "10px system-ui, sans-serif";
-  context.fillText(`key neurons per layer (most: ${top.toLocaleString("en")})`, 0, height - 4);
+  context.fillText(`key neurons per layer (most: ${Math.max(...counts).toLocaleString("en")})`, 0, height - 4);
 }
