@@ -17,11 +17,9 @@ import numpy as np
 import pandas as pd
 
 import llmbrain as lb
-from llmbrain.architectures import anatomy
 from llmbrain.datasets import load_demo
 from llmbrain.intervention.controls import random_masks
 from llmbrain.networks import localizer
-from llmbrain.pruning.plan import weights_fingerprint
 
 brain = load_demo()
 texts = brain.texts("calibration", n=32, n_tokens=256)
@@ -61,28 +59,29 @@ table = pd.DataFrame({
 table.round(2)
 
 # %%
-# For good: the same neurons as a plan of our own, cut and saved. What it removes is in the file, and reviewable.
-body = anatomy(brain.model)
-space = networks.space
-plan = lb.PruningPlan(
-    method="forget brackets", allocation="given", ratio=target.size / space.n_neurons,
-    kept=tuple(np.flatnonzero(~target.mask[space.layer_slice(layer)]) for layer in range(space.n_layers)),
-    widths_before=body.widths, fingerprint=weights_fingerprint(body),
-)  # fmt: skip
-forgetful = lb.prune(brain.model, plan)
+# For good: ``forget=`` plans the cut of the key neurons of all networks that prefer a condition and of no network that
+# prefers another, without a ratio to choose; the repair does not count the tokens of what is to go. Then it is saved
+# and loaded as any pruned model.
+plan = lb.plan_pruning(brain.model, networks, scans, method="obs", forget=["brackets"])
+print(plan.summary())
+forgetful = lb.prune(brain.model, plan, calibration=scans, compensate="least-squares")
 with TemporaryDirectory() as folder:
     lb.save_pruned(forgetful, brain.tokenizer, Path(folder) / "forgetful")
     again = lb.load_pruned(Path(folder) / "forgetful")
-print("accuracy on brackets, loaded from disk:", brain.ability_accuracy(again, n=50)["brackets"])
+pd.Series(brain.ability_accuracy(again, n=50), name="accuracy after forgetting brackets").round(2)
 
 # %%
 # Keep
 # ----
-# The other way round: remove most neurons and keep two abilities. What decides is the text that the pruning is
-# calibrated on: that of the kept abilities alone, or of all eight. Random neurons with the same repair are the control.
+# The other way round: remove most neurons and keep two abilities. With ``keep=`` the tokens of other conditions hardly
+# count. Controls: the same criterion calibrated on text of the kept abilities alone, on all text, and random neurons
+# with the same repair.
 keep = ["reversal", "sorting"]
 kept_texts = brain.texts("calibration", keep, n=32, n_tokens=256)
 columns = {"intact": table["intact"]}
+cut = lb.plan_pruning(brain.model, networks, scans, ratio=0.6, method="obs", keep=keep)
+small = lb.prune(brain.model, cut, calibration=scans, compensate="least-squares")
+columns["keep="] = pd.Series(brain.ability_accuracy(small, n=50))
 for name, method, calibration in (
     ("kept text", "obs", kept_texts),
     ("all text", "obs", texts),
