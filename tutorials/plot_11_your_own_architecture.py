@@ -148,7 +148,7 @@ small = copy.deepcopy(twin)
 for layer, kept in zip(anatomy(small).layers, plan.kept):
     keep_neurons(layer, kept)
 with torch.no_grad():
-    with lb.lesion(twin, ~plan.mask()):
+    with lb.lesion(twin, ~plan.mask):
         zeroed = twin(ids)
     print(plan.widths, "neurons stay; largest difference to zeroing:", float((small(ids) - zeroed).abs().max()))
 
