@@ -80,12 +80,13 @@ print("layer 0 differs by at most", abs(scans[0].data(layers=[0]) - expected).ma
 
 # %%
 # So do ICA, networks and lesions:
-networks = lb.FunctionalNetworks.from_ica(lb.GroupICA(n_components=4, random_state=0).fit(scans), threshold=2.5)
+networks = lb.FunctionalNetworks.from_ica(lb.GroupICA(n_components=4, random_state=0).fit(scans), threshold=1.5)
+network = networks[int(networks.sizes.argmax())]
 with torch.no_grad():
     intact = model(ids)
-    with lb.lesion(model, networks[0]):
+    with lb.lesion(model, network):
         change = (model(ids) - intact).norm() / intact.norm()
-print(f"lesion of {networks[0].size} neurons of {networks.n_neurons} changes the output by {change:.1%}")
+print(f"lesion of {network.size} neurons of {networks.n_neurons} changes the output by {change:.1%}")
 
 # %%
 # Where structure is not enough
