@@ -13,7 +13,7 @@ import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace, Stimulus, plan_pruning, prune, scan
 from llmbrain.architectures import anatomy
 from llmbrain.pruning.allocation import LEVELS, Budget, from_losses, ranked, uniform
-from llmbrain.pruning.functions import condition_weights, neurons_to_forget, preferred_conditions
+from llmbrain.pruning.functions import condition_weights
 from llmbrain.pruning.network_terms import balanced_weights, covered, time_courses
 from llmbrain.pruning.obs import removal_costs
 from llmbrain.pruning.recovery import recover
@@ -277,20 +277,32 @@ def test_conditions_weigh_tokens():
         condition_weights(scans, (1, total), ["loud"], None)
 
 
-def test_preferred_condition_of_planted_time_courses():
-    labels = np.repeat([0, 1, -1], 20)[None]
-    courses = torch.zeros(1, 60, 3)
-    courses[0, :20, 0], courses[0, 20:40, 1], courses[0, :40, 2] = 1.0, 1.0, 1.0
-    assert preferred_conditions(courses, labels, 2).tolist() == [0, 1, -1]
-
-
-def test_what_is_forgotten_belongs_to_no_other_condition():
-    masks = np.zeros((3, 10), dtype=bool)
-    masks[0, :4] = masks[1, 2:6] = masks[2, 3:8] = True
-    gone = neurons_to_forget(["low"], ["high", "low"], np.array([1, 0, -1]), masks)
-    assert np.flatnonzero(gone).tolist() == [0, 1]  # not 2 and 3: key to the network of the other condition
-    with pytest.raises(InputError, match="no network prefers"):
-        neurons_to_forget(["low"], ["high", "low"], np.array([0, 0, -1]), masks)
+def test_forgetting_takes_the_neurons_of_a_condition():
+    model = tiny("llama")
+    tokenizer, texts = stimuli()
+    scans = scan(model, tokenizer, texts)
+    length = scans[0].n_tokens  # windows are the scans, so that contexts are the same
+    plan = plan_pruning(model, None, scans, ratio=0.25, method="obs", forget=["low"], window=length)
+    assert 48 - sum(plan.widths) == 12
+    level = {}
+    for name in ("low", "high"):
+        inside = [
+            np.isin(np.arange(s.n_tokens), np.concatenate([np.arange(e.onset, e.onset + e.duration) for e in rows]))
+            for s in scans
+            for rows in [[e for e in s.events.itertuples() if e.trial_type == name]]
+        ]
+        level[name] = np.abs(np.concatenate([s.data()[i] for s, i in zip(scans, inside)])).mean(0)
+    selectivity = level["low"] / (level["high"] + 0.05 * np.median(level["low"]))
+    gone = set(np.flatnonzero(~plan.mask))
+    targets = set(np.flatnonzero(selectivity >= 2)) & set(np.argsort(-selectivity)[:12])
+    assert len(targets) == plan.details["functions"]["targets"] > 0
+    assert targets <= gone
+    only = plan_pruning(model, None, scans, method="obs", forget=["low"], window=length)
+    assert set(np.flatnonzero(~only.mask)) == set(np.flatnonzero(selectivity >= 2))
+    with pytest.raises(InputError, match="names every condition"):
+        plan_pruning(model, None, scans, ratio=0.25, forget=["low", "high"])
+    with pytest.raises(InputError, match="forget='loud' is not known"):
+        plan_pruning(model, None, scans, ratio=0.25, forget=["loud"])
 
 
 def test_plans_for_functions_take_their_calibration_from_scans():
@@ -308,8 +320,6 @@ def test_plans_for_functions_take_their_calibration_from_scans():
     assert anatomy(small).widths == conditions.widths
     with pytest.raises(InputError, match="scans it was made from"):
         prune(model, conditions, calibration=windows(), compensate="least-squares")
-    with pytest.raises(InputError, match="needs networks"):
-        plan_pruning(model, None, scans, ratio=0.3, forget=["low"])
     with pytest.raises(InputError, match="take scans with events"):
         plan_pruning(model, nets, calibration=windows(), ratio=0.3, keep=["low"])
     with pytest.raises(InputError, match="ratio=None"):

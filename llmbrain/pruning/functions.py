@@ -1,24 +1,26 @@
 """Function-targeted pruning: keep what a model does under some conditions, or forget it.
 
 Scans bring the conditions (events). To keep functions, their tokens count and all others hardly do, so that what only
-the others need is cheap. To forget one, its tokens count nothing, and the key neurons of the networks that prefer it go
-first.
+the others need is cheap. To forget one, the neurons that are active under it and under no other go, and its tokens
+count nothing when the rest is refitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option
+from llmbrain.architectures import Anatomy
+from llmbrain.evaluation.windows import batches, evaluating, input_device
 
 OTHERS = 0.02  # weight of a token whose condition is not to be kept
-PREFERENCE = 2.0  # a network prefers the condition in which it has so many times the energy of the next
+SELECTIVE = 2.0  # a neuron so many times as active under a condition as under any other belongs to it
 
 
 def token_conditions(scans: Sequence[Any], shape: tuple[int, int]) -> tuple[NDArray[np.int64], list[str]]:
@@ -55,44 +57,62 @@ def condition_weights(
     return torch.from_numpy(weights / weights.mean()).float()
 
 
-def preferred_conditions(courses: Tensor, labels: NDArray[np.int64], n_conditions: int) -> NDArray[np.int64]:
-    """The condition that each network prefers, or -1: the localizer of networks.
+def condition_selectivity(
+    model: nn.Module,
+    body: Anatomy,
+    windows: Tensor,
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    forget: Sequence[str],
+) -> NDArray[np.float64]:
+    """How much more each neuron is active under the conditions to forget than under any other.
 
-    A network's energy in a condition is the mean square of its time course over the condition's tokens.
-
-    Returns
-    -------
-    int64 array ``(K,)``
-    """
-    square = courses.numpy().astype(float) ** 2
-    energy = np.stack([square[labels == c].mean(0) for c in range(n_conditions)])
-    order = np.argsort(energy, axis=0)
-    best = order[-1]
-    k = np.arange(energy.shape[1])
-    second = energy[order[-2], k] if n_conditions > 1 else np.zeros(len(k))
-    return np.where(energy[best, k] >= PREFERENCE * second, best, -1)
-
-
-def neurons_to_forget(
-    forget: Sequence[str], names: Sequence[str], preferred: NDArray[np.int64], masks: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Key neurons of the networks that prefer a condition to forget, and of no network that prefers another.
-
-    Parameters
-    ----------
-    masks : (K, n_neurons) bool
+    ``mean |x|`` over the tokens of a condition; the largest of the conditions to forget, divided by the largest of the
+    others. On the demo brain this beat the first-order effect on the loss, and the networks that prefer the condition.
 
     Returns
     -------
-    bool array ``(n_neurons,)``
+    float64 array ``(n_neurons,)``
     """
-    wanted = np.isin(preferred, _numbers("forget", forget, names))
-    if not wanted.any():
-        raise InputError(
-            f"forget={list(forget)}: no network prefers these conditions: fit networks on more of their text"
-        )
-    others = masks[~wanted & (preferred >= 0)]
-    return np.logical_and(masks[wanted].any(0), ~others.any(0))
+    chosen = _numbers("forget", forget, names)
+    onehot = torch.from_numpy(labels[..., None] == np.arange(len(names))).float()
+    if len(chosen) == len(names):
+        raise InputError(f"forget={list(forget)} names every condition: nothing would be left")
+    sums = [torch.zeros(len(names), w) for w in body.widths]
+    parts: list[Tensor] = []
+
+    def listen(i: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().abs().float().flatten(0, -2).cpu()
+            sums[i] += parts[-1].T @ x
+
+        return hook
+
+    handles = [layer.down.module.register_forward_pre_hook(listen(i)) for i, layer in enumerate(body.layers)]
+    try:
+        with evaluating(model):
+            for batch, part in zip(batches(windows), batches_like(onehot, windows)):
+                parts.append(part.flatten(0, 1))
+                model(input_ids=batch.to(input_device(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    level = (torch.cat(sums, 1) / onehot.sum((0, 1))[:, None].clamp_min(1)).double().numpy()
+    others = np.delete(level, chosen, axis=0).max(0)
+    return level[chosen].max(0) / (others + 0.05 * np.median(level[chosen]) + 1e-12)
+
+
+def batches_like(values: Tensor, windows: Tensor) -> tuple[Tensor, ...]:
+    """Values of windows, split as `batches` splits the windows."""
+    return values.split([len(b) for b in batches(windows)])
+
+
+def neurons_to_forget(selectivity: NDArray[np.float64], most: int | None = None) -> NDArray[np.bool_]:
+    """Neurons whose selectivity is at least `SELECTIVE`; the `most` selective of them where a number is given."""
+    chosen = selectivity >= SELECTIVE
+    if most is not None:
+        chosen[np.argsort(-selectivity, kind="stable")[most:]] = False
+    return chosen
 
 
 def _numbers(name: str, conditions: Sequence[str], names: Sequence[str]) -> list[int]:

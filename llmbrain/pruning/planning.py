@@ -19,7 +19,7 @@ from llmbrain.pruning.api import fit
 from llmbrain.pruning.calibration import calibration_windows, check_enough, signals_of_windows
 from llmbrain.pruning.compensation import least_squares
 from llmbrain.pruning.criteria import Criterion, Evidence, criterion
-from llmbrain.pruning.functions import condition_weights, neurons_to_forget, preferred_conditions, token_conditions
+from llmbrain.pruning.functions import condition_selectivity, condition_weights, neurons_to_forget, token_conditions
 from llmbrain.pruning.network_terms import COVER, balanced_weights, covered, layer_masks, time_courses
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
 from llmbrain.pruning.published import published_scores
@@ -99,7 +99,8 @@ def plan_pruning(
         try (0.5) where calibration text is unbalanced; on balanced text it costs perplexity.
     keep, forget : sequence of str, optional
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
-        take the scans as calibration; `forget` needs networks, and with ``ratio=None`` removes what they say, no more.
+        take the scans as calibration; `forget` first removes the neurons twice as active under its
+        conditions as under any other; with ``ratio=None`` no more than those.
     rule : dict, optional
         Options of `published_scores`.
 
@@ -134,16 +135,22 @@ def plan_pruning(
         weights = condition_weights(scans, shape, keep, forget)
         details["functions"] = {"keep": list(keep or ()), "forget": list(forget or ())}
         if forget:
-            if networks is None:
-                raise InputError(f"forget={list(forget)} needs networks")
+            if ratio is not None:
+                check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
+            if allocation is not None or protected:
+                raise InputError("forget says itself where to cut: leave allocation and protect away")
             labels, names = token_conditions(scans, shape)
-            preferred = preferred_conditions(time_courses(model, body, windows, networks), labels, len(names))
-            targets = neurons_to_forget(forget, names, preferred, np.asarray(networks.masks))
+            selectivity = condition_selectivity(model, body, windows, labels, names, forget)
             space = NeuronSpace(body.widths)
+            most = None if ratio is None else round(ratio * space.n_neurons)
+            targets = neurons_to_forget(selectivity, most)
             counts = [int(targets[space.layer_slice(i)].sum()) for i in range(n)]
             details["functions"]["targets"] = sum(counts)
-            if ratio is None:
-                ratio, allocation = sum(counts) / space.n_neurons, [w - c for w, c in zip(body.widths, counts)]
+            if not sum(counts):
+                raise InputError(f"forget={list(forget)}: no neuron is selective for it")
+            rest = tuple(max(1, w - c) for w, c in zip(body.widths, counts))
+            ratio = sum(counts) / space.n_neurons if most is None else ratio
+            allocation = rest if most is None else uniform(Budget(rest, space.n_neurons - most, (), multiple_of))
     if ratio is None:
         raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
     budget = Budget.of(body.widths, ratio, protected, multiple_of)

@@ -138,8 +138,8 @@ def gradient_pass(
     """
     if not getattr(model, "can_generate", lambda: False)():
         raise InputError(
-            f"model {type(model).__name__} predicts no next token: criteria by gradients (networks, obs-gradient, "
-            "taylor) need a causal language model; use 'obs' or 'flap'"
+            f"model {type(model).__name__} predicts no next token, as criteria by gradients (networks, obs-gradient, "
+            "taylor) need: use 'obs' or 'flap'"
         )
     grams: list[Any] = [0.0] * len(body.layers)
     root: Tensor | None = None  # square root of the weights of the batch at hand
