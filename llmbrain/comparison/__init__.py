@@ -1,7 +1,8 @@
 """Two kinds of brain: networks of a model against networks of people, and models against each other.
 
-Public: `compare` (all of it, as the command does), `load_words`, `load_fmri`, `align`, `word_regressor`, `couple`,
-`noise_ceilings`, `prepare`.
+Public: `compare` (all of it, as the command does); its steps `load_words`, `load_fmri`, `align`, `word_regressor`,
+`prepare`, `couple`, `noise_ceilings`, `encode`, `compare_similarity` (`debiased_cka`, `rsa`), `compare_structure`;
+between models `fingerprint`, `networks_of`, `corrmap`; `make_paired_phantom`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,27 @@ from typing import Any
 
 _PUBLIC = {
     "Aligned": "alignment",
+    "Comparison": "api",
     "Coupling": "coupling",
+    "Encoding": "encoding",
     "FMRI": "fmri",
+    "Fingerprint": "fingerprint",
     "align": "alignment",
+    "compare": "api",
+    "compare_similarity": "similarity",
+    "compare_structure": "structure",
+    "corrmap": "fingerprint",
     "couple": "coupling",
+    "debiased_cka": "similarity",
+    "encode": "encoding",
+    "fingerprint": "fingerprint",
     "load_fmri": "fmri",
     "load_words": "words",
+    "make_paired_phantom": "phantom",
+    "networks_of": "fingerprint",
     "noise_ceilings": "ceilings",
     "prepare": "series",
+    "rsa": "similarity",
     "word_regressor": "alignment",
 }
 
