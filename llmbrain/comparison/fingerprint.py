@@ -147,7 +147,8 @@ def fingerprint(
     published = published_correlations(a, b)
     best = float(np.nanmax(published)) if np.isfinite(published).any() else float("nan")
     return Fingerprint(
-        score=score, matched_score=matched, reference=drawn, p=float(p), p_shared=_p_shared(a, b, score, n_null, random_state),
+        score=score, matched_score=matched, reference=drawn, p=float(p), p_shared=_p_shared(a, b, score, n_null,
+        random_state),
         verdict=verdict, published_score=best, published_pairs=int(np.sum(published > PUBLISHED_CUT)),
         matches=matches.sort_values("rho", key=lambda c: -c.abs()).reset_index(drop=True),
         rho=rho, published_rho=published,
