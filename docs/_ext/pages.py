@@ -37,8 +37,14 @@ ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def write_all(folder: Path) -> None:
     """Write every made page into `folder`; a page that would stay the same is not touched."""
     folder.mkdir(parents=True, exist_ok=True)
+    listed = set()
     for room, title, more in ROOMS:
-        _write(folder / f"{room}.rst", api_page(room, title, more))
+        page = api_page(room, title, more)
+        listed |= {line.strip() for line in page.splitlines() if line.startswith("   llmbrain.")}
+        _write(folder / f"{room}.rst", page)
+    for stale in folder.glob("llmbrain.*.rst"):  # of a name that is public no more
+        if stale.stem not in listed:
+            stale.unlink()
     _write(folder / "commands.md", commands_page())
     _write(folder / "results.md", results_page())
 
