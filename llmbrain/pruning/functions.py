@@ -107,9 +107,9 @@ def batches_like(values: Tensor, windows: Tensor) -> tuple[Tensor, ...]:
     return values.split([len(b) for b in batches(windows)])
 
 
-def neurons_to_forget(selectivity: NDArray[np.float64], most: int | None = None) -> NDArray[np.bool_]:
-    """Neurons whose selectivity is at least `SELECTIVE`; the `most` selective of them where a number is given."""
-    chosen = selectivity >= SELECTIVE
+def neurons_to_forget(selectivity: NDArray[np.float64], least: float, most: int | None = None) -> NDArray[np.bool_]:
+    """Neurons whose selectivity is at least `least`; the `most` selective of them where a number is given."""
+    chosen = selectivity >= least
     if most is not None:
         chosen[np.argsort(-selectivity, kind="stable")[most:]] = False
     return chosen

@@ -19,12 +19,18 @@ from llmbrain.pruning.api import fit
 from llmbrain.pruning.calibration import calibration_windows, check_enough, signals_of_windows
 from llmbrain.pruning.compensation import least_squares
 from llmbrain.pruning.criteria import Criterion, Evidence, criterion
-from llmbrain.pruning.functions import condition_selectivity, condition_weights, neurons_to_forget, token_conditions
+from llmbrain.pruning.functions import (
+    SELECTIVE,
+    condition_selectivity,
+    condition_weights,
+    neurons_to_forget,
+    token_conditions,
+)
 from llmbrain.pruning.network_terms import COVER, balanced_weights, covered, layer_masks, time_courses
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
 from llmbrain.pruning.published import published_scores
 from llmbrain.pruning.statistics import gradient_pass
-from llmbrain.pruning.walk import Change, Site, held_out_windows, restored, walk, write
+from llmbrain.pruning.walk import Change, Site, restored, split_windows, walk, write
 from llmbrain.space import NeuronSpace
 from llmbrain.surgery import check_cuttable
 
@@ -57,6 +63,7 @@ def plan_pruning(
     token_balance: float = 0.0,
     keep: Sequence[str] | None = None,
     forget: Sequence[str] | None = None,
+    selectivity: float = SELECTIVE,
     rule: dict[str, Any] | None = None,
 ) -> PruningPlan:
     """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
@@ -99,8 +106,10 @@ def plan_pruning(
         try (0.5) where calibration text is unbalanced; on balanced text it costs perplexity.
     keep, forget : sequence of str, optional
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
-        take the scans as calibration; `forget` first removes the neurons twice as active under its
-        conditions as under any other; with ``ratio=None`` no more than those.
+        take the scans as calibration; `forget` first removes the neurons `selectivity` times as
+        active under its conditions as under any other; with ``ratio=None`` no more than those.
+    selectivity : float
+        Lower it towards 1 where too little is forgotten.
     rule : dict, optional
         Options of `published_scores`.
 
@@ -140,14 +149,16 @@ def plan_pruning(
             if allocation is not None or protected:
                 raise InputError("forget says itself where to cut: leave allocation and protect away")
             labels, names = token_conditions(scans, shape)
-            selectivity = condition_selectivity(model, body, windows, labels, names, forget)
+            selective = condition_selectivity(model, body, windows, labels, names, forget)
             space = NeuronSpace(body.widths)
             most = None if ratio is None else round(ratio * space.n_neurons)
-            targets = neurons_to_forget(selectivity, most)
+            targets = neurons_to_forget(selective, selectivity, most)
             counts = [int(targets[space.layer_slice(i)].sum()) for i in range(n)]
             details["functions"]["targets"] = sum(counts)
             if not sum(counts):
-                raise InputError(f"forget={list(forget)}: no neuron is selective for it")
+                raise InputError(
+                    f"forget={list(forget)}: no neuron is {selectivity} times as active for it: lower selectivity"
+                )
             rest = tuple(max(1, w - c) for w, c in zip(body.widths, counts))
             ratio = sum(counts) / space.n_neurons if most is None else ratio
             allocation = rest if most is None else uniform(Budget(rest, space.n_neurons - most, (), multiple_of))
@@ -321,10 +332,9 @@ class Planner:
     def measure_sensitivity(self) -> NDArray[np.float64]:
         """Loss added when one layer alone loses each share of `LEVELS` and is refitted; ``(n_layers, levels)``.
 
-        Fitted on the training part of the calibration windows, measured on the held-out part.
+        Fitted and measured on the training part of the calibration windows.
         """
-        assert self.windows is not None
-        test = self._test_windows()
+        test = self._test_windows(held_out=False)
         base = mean_loss(self.model, test)
         losses = np.zeros((len(self.body.layers), len(LEVELS)))
         scores: list[NDArray[np.float64]] = []
@@ -343,8 +353,8 @@ class Planner:
         return losses
 
     def measure_widths(self, candidates: Sequence[tuple[int, ...]]) -> list[float]:
-        """Loss added by each set of widths, all layers cut and refitted at once; measured as `measure_sensitivity`."""
-        scores, test = self.dense_scores(), self._test_windows()
+        """Loss added by each set of widths, all layers cut and refitted at once; measured on held-out windows."""
+        scores, test = self.dense_scores(), self._test_windows(held_out=True)
         changes: dict[tuple[int, int], Change] = {}  # by layer and width
 
         def look(site: Site) -> None:
@@ -370,10 +380,17 @@ class Planner:
         on_device = columns.to(site.output.weight().device)
         return Change(columns, least_squares(site.train, site.weight, on_device, ridge=SCAN_RIDGE))
 
-    def _test_windows(self) -> Tensor:
+    def _test_windows(self, *, held_out: bool) -> Tensor:
+        """Windows to measure losses on: held-out ones, or training ones spread over the text.
+
+        Sensitivities are measured on the latter: widths that minimise the noise of the very windows that then choose
+        between allocations would always win.
+        """
         assert self.windows is not None
-        held = held_out_windows(self.windows)
-        return held[: max(1, LOSS_TOKENS // held.shape[1])]
+        held, train = split_windows(self.windows)
+        chosen = held if held_out else train
+        count = max(1, LOSS_TOKENS // chosen.shape[1])
+        return chosen[:: max(1, len(chosen) // count)][:count]
 
     def _look(self, what: str, step: Callable[[Site], None]) -> None:
         """Visit every layer of the dense model, changing none."""

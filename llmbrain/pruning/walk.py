@@ -108,11 +108,14 @@ def is_held_out(batch: int, n: int) -> bool:
     return batch % HELD_OUT == HELD_OUT - 1 or (n < HELD_OUT and batch == n - 1 > 0)
 
 
-def held_out_windows(windows: Tensor) -> Tensor:
-    """The windows of held-out batches (all where there is only one batch)."""
+def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """The windows of held-out and of training batches (all of them twice where there is only one batch)."""
     parts = batches(windows)
-    chosen = [part for i, part in enumerate(parts) if is_held_out(i, len(parts))]
-    return torch.cat(chosen) if chosen else windows
+    if len(parts) < 2:
+        return windows, windows
+    held = [part for i, part in enumerate(parts) if is_held_out(i, len(parts))]
+    train = [part for i, part in enumerate(parts) if not is_held_out(i, len(parts))]
+    return torch.cat(held), torch.cat(train)
 
 
 def _measure(stream: Stream, output: Projection, weights: Sequence[Tensor] | None) -> tuple[Site, list[Tensor]]:
