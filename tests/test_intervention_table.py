@@ -10,6 +10,7 @@ from llmbrain import FunctionalNetworks, InputError, NeuronSpace
 from llmbrain.architectures import anatomy
 from llmbrain.evaluation.perplexity import mean_loss
 from llmbrain.intervention import (
+    Heads,
     TokenEvaluation,
     amplification_curve,
     amplify,
@@ -60,6 +61,38 @@ def test_gains_fills_and_callables():
     filled = score_conditions(model, ~mask[None], evaluations, fill=means)
     with lesion(model, mask, "mean", reference=WINDOWS):
         assert filled["text"].mean() == pytest.approx(mean_loss(model, WINDOWS), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_heads_stand_in_the_table_beside_other_heads(family):
+    model = tiny(family)
+    body = anatomy(model)
+    heads = Heads([(0, 1), (1, 0)])
+    networks = {"heads": heads, "neurons": [(0, 1), (1, 2)]}
+    table = lesion_table(model, networks, {"text": WINDOWS}, n_random=6, n_matched=2, progress=False)
+    row = table.frame.set_index("network").loc["heads"]
+    with lesion(model, heads):
+        assert row["lesioned"] == pytest.approx(mean_loss(model, WINDOWS), abs=1e-5)
+    assert row["size"] == 2
+    assert np.isfinite(row["random_effect"])
+    draws = table.draws.query("network == 'heads' and control == 'random'")["effect"]
+    every = []
+    for first in range(body.layers[0].n_heads):
+        for second in range(body.layers[1].n_heads):
+            with lesion(model, Heads([(0, first), (1, second)])):
+                every.append(mean_loss(model, WINDOWS) - row["baseline"])
+    assert np.abs(draws.to_numpy()[:, None] - np.array(every)).min(axis=1).max() < 1e-5  # each draw is a pair of heads
+    neurons = table.frame.set_index("network").loc["neurons"]
+    with lesion(model, networks["neurons"]):
+        assert neurons["lesioned"] == pytest.approx(mean_loss(model, WINDOWS), abs=1e-5)
+
+
+def test_heads_in_the_table_refuse_what_they_cannot():
+    model = tiny("llama")
+    with pytest.raises(InputError, match="heads take value='zero'"):
+        lesion_table(model, {"heads": Heads([(0, 1)])}, {"text": WINDOWS}, value="mean")
+    with pytest.raises(InputError, match="head=9 does not exist"):
+        lesion_table(model, {"heads": Heads([(0, 9)])}, {"text": WINDOWS})
 
 
 def test_answers_equal_greedy_generation():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_option
 from llmbrain.architectures import Anatomy, anatomy
 from llmbrain.evaluation.windows import as_windows, evaluating, input_device
+from llmbrain.intervention.targets import unit_space
 from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
@@ -158,11 +159,14 @@ def as_evaluations(
 
 @contextmanager
 def scaled_replicas(body: Anatomy, scales: Tensor, shifts: Tensor | None = None) -> Iterator[None]:
-    """Within the block, replica ``r`` of a batch has its neurons multiplied by ``scales[r]`` (and `shifts` added).
+    """Within the block, replica ``r`` of a batch has its units multiplied by ``scales[r]`` (and `shifts` added).
 
-    The batch must hold ``len(scales)`` replicas one after the other; both tensors are ``(replicas, n_neurons)``.
+    The batch must hold ``len(scales)`` replicas one after the other; both tensors are ``(replicas, n_neurons)``, or
+    ``(replicas, n_units)`` where heads follow the neurons (`unit_space`).
     """
-    space = NeuronSpace(body.widths)
+    space = unit_space(body)
+    if scales.shape[1] == sum(body.widths):
+        space = NeuronSpace(body.widths)
 
     def hook(scale: Tensor, shift: Tensor | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -173,12 +177,19 @@ def scaled_replicas(body: Anatomy, scales: Tensor, shifts: Tensor | None = None)
 
     handles = []
     try:
-        for layer in body.layers:
-            part = space.layer_slice(layer.index)
+        for i in range(space.n_layers):
+            part = space.layer_slice(i)
             scale = scales[:, part]
-            if bool((scale != 1).any()):
-                shift = None if shifts is None else shifts[:, part]
-                handles.append(layer.down.module.register_forward_pre_hook(partial(hook, scale, shift)))
+            if not bool((scale != 1).any()):
+                continue
+            shift = None if shifts is None else shifts[:, part]
+            layer = body.layers[i % len(body.layers)]
+            module = layer.down.module
+            if i >= len(body.layers):  # heads: runs of inputs of the attention's output projection
+                assert layer.out is not None
+                scale, module = scale.repeat_interleave(layer.head_dim, dim=1), layer.out.module
+                shift = None if shift is None else shift.repeat_interleave(layer.head_dim, dim=1)
+            handles.append(module.register_forward_pre_hook(partial(hook, scale, shift)))
         yield
     finally:
         for handle in handles:
@@ -197,8 +208,8 @@ def score_conditions(
     Parameters
     ----------
     model : causal language model
-    scales : array ``(n_conditions, n_neurons)``
-        Factor of each neuron in each condition.
+    scales : array ``(n_conditions, n_neurons)`` or ``(n_conditions, n_units)``
+        Factor of each neuron (and, in the second form, of each head: `unit_space`) in each condition.
     evaluations : dict of `TokenEvaluation` or callable
         A callable takes the model and gives a number or one number an item; it is called once a condition.
     fill : array ``(n_neurons,)``, optional
@@ -265,21 +276,30 @@ def _score_callable(
     return np.stack(rows)
 
 
-def activation_levels(model: nn.Module, evaluations: Sequence[TokenEvaluation]) -> NDArray[np.float64]:
-    """Mean, mean ``|a|`` and SD of every neuron of the intact model over the tokens read; ``(3, n_neurons)``."""
+def activation_levels(
+    model: nn.Module, evaluations: Sequence[TokenEvaluation], *, heads: bool = False
+) -> NDArray[np.float64]:
+    """Mean, mean ``|a|`` and SD of every neuron of the intact model over the tokens read; ``(3, n_neurons)``.
+
+    With `heads`, those of the heads follow (`unit_space`): what is averaged there is all channels of a head's output.
+    """
     body = anatomy(model)
-    totals = [torch.zeros(3, layer.width, dtype=torch.float64) for layer in body.layers]
+    sites = [(layer.down.module, layer.width, 1) for layer in body.layers]
+    if heads:
+        sites += [(layer.out.module, layer.n_heads, layer.head_dim) for layer in body.layers if layer.out is not None]
+    totals = [torch.zeros(3, units, dtype=torch.float64) for _, units, _ in sites]
     keep: Tensor = torch.empty(0, dtype=torch.bool)
     count = 0
 
-    def hook(total: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(total: Tensor, size: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])[keep.to(args[0].device)].double()
-        total += torch.stack([x.sum(dim=0), x.abs().sum(dim=0), (x * x).sum(dim=0)]).cpu()
+        x = x.reshape(len(x), -1, size)
+        total += torch.stack([v.mean(dim=2).sum(dim=0) for v in (x, x.abs(), x * x)]).cpu()
 
     handles = []
     try:
-        for layer, total in zip(body.layers, totals):
-            handles.append(layer.down.module.register_forward_pre_hook(partial(hook, total)))
+        for (module, _, size), total in zip(sites, totals):
+            handles.append(module.register_forward_pre_hook(partial(hook, total, size)))
         with evaluating(model):
             for evaluation in evaluations:
                 size = max(1, PASS_TOKENS // evaluation.ids.shape[1])

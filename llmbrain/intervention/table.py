@@ -17,7 +17,7 @@ from torch import nn
 
 from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.architectures import anatomy
+from llmbrain.architectures import Anatomy, anatomy
 from llmbrain.intervention.controls import matched_masks, random_masks
 from llmbrain.intervention.evaluations import (
     TokenEvaluation,
@@ -26,7 +26,7 @@ from llmbrain.intervention.evaluations import (
     levels_of_runs,
     score_conditions,
 )
-from llmbrain.intervention.targets import neuron_mask
+from llmbrain.intervention.targets import Heads, unit_mask, unit_space
 from llmbrain.networks import FunctionalNetworks, Network
 from llmbrain.space import NeuronSpace
 
@@ -145,7 +145,8 @@ def lesion_table(
     ----------
     model : causal language model
         Stays loaded and unchanged; a network and its controls share forward passes.
-    networks : FunctionalNetworks, list of Network, or dict of name -> anything that `lesion` takes but heads
+    networks : FunctionalNetworks, list of Network, or dict of name -> anything that `lesion` takes
+        `Heads` too: their controls are other heads of the same layers.
     evaluations : dict of name -> texts, token ids ``(n, length)``, `TokenEvaluation` or callable
         Texts and token ids are scored by their mean loss in windows (`window`, `max_windows`; texts need `tokenizer`).
         A callable takes the model and gives a number, or one number an item; more counts as better unless it has an
@@ -158,7 +159,9 @@ def lesion_table(
         activations: from `reference`, else from the tokens of the evaluations.
     value : {"zero", "mean"}
         What lesioned neurons hold; "mean" is over `reference`, else over the tokens of the evaluations.
+        Heads hold zero.
     reference : scans or arrays ``(n_tokens, n_neurons)``, optional
+        Not with heads: a scan of neurons does not hold them.
     n_bootstrap, level : int, float
         Confidence intervals: percentile bootstrap over items (windows, examples), lesion and baseline paired.
     out : path, optional
@@ -186,10 +189,15 @@ def lesion_table(
     n_matched = n_random if n_matched is None else int(check_range("n_matched", n_matched, 0))
     check_range("n_bootstrap", n_bootstrap, 1)
     check_range("level", level, 0, 1, open_low=True, open_high=True)
-    space = NeuronSpace(anatomy(model).widths)
-    masks = _named_masks(networks, space)
+    body = anatomy(model)
+    masks, space = _named_masks(networks, body)
+    heads = space.n_layers > len(body.layers)
+    if heads and (value == "mean" or reference is not None):
+        raise InputError(
+            f"value={value!r} with reference={_given(reference)}: heads take value='zero' and no reference"
+        )
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
-    levels = _levels_for(model, ready, reference, space) if n_matched or value == "mean" else None
+    levels = _levels_for(model, ready, reference, space, heads) if n_matched or value == "mean" else None
     fill = None if levels is None or value == "zero" else levels[0]
     baseline = score_conditions(model, np.ones((1, space.n_neurons)), ready)
     settings = {"n_random": n_random, "n_matched": n_matched, "value": value, "random_state": random_state}
@@ -215,7 +223,12 @@ def lesion_table(
     return LesionTable(frame, draws, provenance)
 
 
-def _named_masks(networks: Any, space: NeuronSpace) -> dict[str, NDArray[np.bool_]]:
+def _given(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _named_masks(networks: Any, body: Anatomy) -> tuple[dict[str, NDArray[np.bool_]], NeuronSpace]:
+    """Masks of all networks, and the space they lie in: the neurons, with the heads behind them where there are any."""
     if isinstance(networks, (FunctionalNetworks, Network)):
         networks = list(networks) if isinstance(networks, FunctionalNetworks) else [networks]
     if not isinstance(networks, Mapping):
@@ -227,15 +240,19 @@ def _named_masks(networks: Any, space: NeuronSpace) -> dict[str, NDArray[np.bool
         }
     if not networks:
         raise InputError("networks is empty: there is nothing to lesion")
-    masks = {str(name): neuron_mask(what, space, f"networks[{name!r}]") for name, what in networks.items()}
+    masks = {str(name): unit_mask(what, body, f"networks[{name!r}]") for name, what in networks.items()}
+    space = unit_space(body)
+    if not any(isinstance(what, Heads) for what in networks.values()):
+        space = NeuronSpace(body.widths)
+        masks = {name: mask[: space.n_neurons] for name, mask in masks.items()}
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         warnings.warn(f"networks {empty} hold no neuron: their effect is zero", UserWarning, stacklevel=3)
-    return masks
+    return masks, space
 
 
 def _levels_for(
-    model: nn.Module, evaluations: Mapping[str, Any], reference: Any, space: NeuronSpace
+    model: nn.Module, evaluations: Mapping[str, Any], reference: Any, space: NeuronSpace, heads: bool
 ) -> NDArray[np.float64]:
     if reference is not None:
         return levels_of_runs(reference, space)
@@ -245,7 +262,7 @@ def _levels_for(
             "activation-matched controls and value='mean' need to know the activations: pass reference= scans, or "
             "n_matched=0 and value='zero'"
         )
-    return activation_levels(model, tokens)
+    return activation_levels(model, tokens, heads=heads)
 
 
 def _controls(

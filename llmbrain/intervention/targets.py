@@ -100,6 +100,27 @@ def neuron_mask(what: Any, space: NeuronSpace, name: str = "what") -> NDArray[np
     return mask
 
 
+def unit_space(body: Anatomy) -> NeuronSpace:
+    """Neurons of every layer, then heads of every layer, one after the other, as one space.
+
+    "Layer" ``n_layers + i`` of it holds the heads of layer ``i`` (none where no heads were found).
+    """
+    return NeuronSpace([*body.widths, *(layer.n_heads if layer.out is not None else 0 for layer in body.layers)])
+
+
+def unit_mask(what: Any, body: Anatomy, name: str = "what") -> NDArray[np.bool_]:
+    """The neurons or heads that `what` names, as a bool mask over `unit_space`."""
+    units, space = unit_space(body), NeuronSpace(body.widths)
+    mask = np.zeros(units.n_neurons, dtype=bool)
+    if isinstance(what, Heads):
+        _check_heads(body, what)
+        for layer, head in what.heads:
+            mask[units.layer_slice(space.n_layers + layer).start + head] = True
+    else:
+        mask[: space.n_neurons] = neuron_mask(what, space, name)
+    return mask
+
+
 def find_parts(model: nn.Module, what: Any, *, complement: bool = False) -> list[Part]:
     """Where `what` enters the linear layers of `model`; with `complement`, all other units of that kind.
 
@@ -132,18 +153,25 @@ def neuron_parts(body: Anatomy, mask: NDArray[np.bool_]) -> list[Part]:
     return parts
 
 
-def _head_parts(body: Anatomy, what: Heads, complement: bool) -> list[Part]:
-    chosen = [_head_inputs(layer) for layer in body.layers]
+def _check_heads(body: Anatomy, what: Heads) -> None:
     for layer, head in what.heads:
         if not 0 <= layer < len(body.layers):
             raise InputError(f"what={what}: layer={layer} does not exist: allowed are 0 to {len(body.layers) - 1}")
-        anatomy_ = body.layers[layer]
-        if anatomy_.out is None:
+        place = body.layers[layer]
+        if place.out is None:
             raise InputError(f"what={what}: no heads were found in layer {layer} of this {body.family} model")
-        if not 0 <= head < anatomy_.n_heads:
-            raise InputError(f"what={what}: head={head} does not exist in layer {layer}: it has {anatomy_.n_heads}")
-        start = anatomy_.out.start + head * anatomy_.head_dim
-        chosen[layer][start : start + anatomy_.head_dim] = True
+        if not 0 <= head < place.n_heads:
+            raise InputError(f"what={what}: head={head} does not exist in layer {layer}: it has {place.n_heads}")
+
+
+def _head_parts(body: Anatomy, what: Heads, complement: bool) -> list[Part]:
+    _check_heads(body, what)
+    chosen = [_head_inputs(layer) for layer in body.layers]
+    for index, head in what.heads:
+        place = body.layers[index]
+        assert place.out is not None
+        start = place.out.start + head * place.head_dim
+        chosen[index][start : start + place.head_dim] = True
     parts = []
     for layer_, inputs in zip(body.layers, chosen):
         inputs = ~inputs if complement else inputs
