@@ -240,7 +240,7 @@ def test_unknown_names_are_listed():
         plan_pruning(tiny("llama"), ratio=0.3, method="random", allocation="fair")
     with pytest.raises(InputError, match="protect=5 is not a layer"):
         plan_pruning(tiny("llama"), ratio=0.3, method="random", protect=[5])
-    with pytest.raises(InputError, match=r"method='flap'.*need calibration"):
+    with pytest.raises(InputError, match=r"method='flap'.*needs calibration"):
         plan_pruning(tiny("llama"), ratio=0.3, method="flap")
 
 

@@ -18,6 +18,7 @@ from llmbrain.pruning.calibration import calibration_windows, check_enough
 from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
 from llmbrain.pruning.functions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
+from llmbrain.pruning.statistics import Moments
 from llmbrain.pruning.walk import Change, Site, walk
 from llmbrain.surgery import check_cuttable, keep_heads, keep_neurons
 
@@ -166,15 +167,22 @@ def repair(
     )  # fmt: skip
 
 
-def fit(site: Site, kept: Tensor, kind: str, ridge: float | None = None, intercept: bool = True) -> Change:
-    """The repair of one output projection for the units that stay."""
+def fit(
+    site: Site,
+    kept: Tensor,
+    kind: str,
+    ridge: float | None = None,
+    intercept: bool = True,
+    on: Moments | None = None,
+) -> Change:
+    """The repair of one output projection for the units that stay, fitted `on` all its moments or those given."""
     weight = site.weight
     columns = (site.output.rows(kept) - site.output.start).to(weight.device)
     if kind == "bias":
-        return Change(kept, bias_only(site.all, weight, columns))
+        return Change(kept, bias_only(on or site.all, weight, columns))
     if ridge is None:
         held = site.held_out.n > 0
         ridge = (
             choose_ridge(site.train, site.held_out, weight, columns, intercept=intercept) if held else FALLBACK_RIDGE
         )
-    return Change(kept, least_squares(site.all, weight, columns, ridge=ridge, intercept=intercept))
+    return Change(kept, least_squares(on or site.all, weight, columns, ridge=ridge, intercept=intercept))

@@ -17,7 +17,7 @@ from llmbrain.evaluation.windows import as_windows
 from llmbrain.pruning.api import prune
 from llmbrain.pruning.calibration import check_enough
 from llmbrain.pruning.criteria import CRITERIA
-from llmbrain.pruning.planning import plan_pruning
+from llmbrain.pruning.planner import Planner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,29 +101,32 @@ def compare_methods(
     rows: list[dict[str, Any]] = [{"method": "dense", "ratio": 0.0, "perplexity": perplexity(model, None, held)}]
     wanted = [row for row in ROWS if methods is None or row[0] in methods]
     bar = tqdm(total=len(wanted) * len(ratios) * draws, desc="benchmark", disable=None)
-    for ratio in ratios:
-        for method, allocation, compensate in wanted:
-            found, seconds, share = [], [], 0.0
+    planners: dict[tuple[str, int], tuple[Planner, float]] = {}  # of one method: what all ratios share is done once
+
+    def planner(method: str, i: int) -> tuple[Planner, float]:
+        if (method, i) not in planners:
+            if any(other != method for other, _ in planners):
+                planners.clear()
+            start = time.perf_counter()
+            made = Planner(model, method, sets[i], networks=networks, random_state=random_state + i)
+            planners[method, i] = made, time.perf_counter() - start
+        return planners[method, i]
+
+    for method, allocation, compensate in wanted:
+        for ratio in ratios:
+            found, seconds = [], []
             for i, windows in enumerate(sets):
+                made, before = planner(method, i)
                 start = time.perf_counter()
-                plan = plan_pruning(
-                    model,
-                    networks if method == "networks" else None,
-                    ratio=ratio,
-                    method=method,
-                    allocation=allocation,
-                    calibration=windows,
-                    random_state=random_state + i,
-                )
+                plan = made.plan(ratio, allocation=allocation)
                 small = prune(model, plan, calibration=windows, compensate=compensate)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start + before)
                 found.append(perplexity(small, None, held))
-                share = plan.parameters_share
                 bar.update()
             half = float(student.ppf(0.975, draws - 1) * np.std(found, ddof=1) / draws**0.5) if draws > 1 else np.nan
             mean = float(np.mean(found))
-            rows.append({"method": method, "allocation": allocation or plan.allocation, "compensate": compensate,
-                         "ratio": ratio, "perplexity": mean, "low": mean - half, "high": mean + half,
-                         "parameters_removed": share, "seconds": float(np.mean(seconds))})  # fmt: skip
+            rows.append({"method": method, "allocation": plan.allocation, "compensate": compensate, "ratio": ratio,
+                         "perplexity": mean, "low": mean - half, "high": mean + half,
+                         "parameters_removed": plan.parameters_share, "seconds": float(np.mean(seconds))})  # fmt: skip
     bar.close()
     return pd.DataFrame(rows)

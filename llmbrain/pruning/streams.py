@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy, Projection
-from llmbrain.evaluation.windows import batches, evaluating, input_device
+from llmbrain.evaluation.windows import BATCH_TOKENS, batches, evaluating, input_device
+
+LEAST_BATCHES = 8
 
 
 class _FirstBlockReached(Exception):
     """Raised by our own hook to end a forward pass before the first block."""
+
+
+def calibration_batches(windows: Tensor) -> tuple[Tensor, ...]:
+    """Windows in batches; little text in smaller ones, so that some can be held out."""
+    return batches(windows, min(BATCH_TOKENS, -(-windows.numel() // LEAST_BATCHES)))
 
 
 class Stream:
@@ -28,7 +35,7 @@ class Stream:
         self.at = 0
         self.hidden: list[Tensor] = []
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by batch size, one a block
-        for batch in batches(windows):
+        for batch in calibration_batches(windows):
             if len(batch) not in self._calls:
                 self._calls[len(batch)] = _record_calls(model, body, batch)
             self.hidden.append(_before_first_block(model, body, batch))

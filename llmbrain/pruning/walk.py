@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmbrain.architectures import Anatomy, LayerAnatomy, Projection
-from llmbrain.evaluation.windows import batches, evaluating
+from llmbrain.evaluation.windows import evaluating
 from llmbrain.pruning.compensation import Repair
 from llmbrain.pruning.statistics import Moments
-from llmbrain.pruning.streams import Stream
+from llmbrain.pruning.streams import Stream, calibration_batches
 from llmbrain.surgery import add_bias
 
 HELD_OUT = 8  # one batch in so many is held out to choose the ridge
@@ -110,7 +110,7 @@ def is_held_out(batch: int, n: int) -> bool:
 
 def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
     """The windows of held-out and of training batches (all of them twice where there is only one batch)."""
-    parts = batches(windows)
+    parts = calibration_batches(windows)
     if len(parts) < 2:
         return windows, windows
     held = [part for i, part in enumerate(parts) if is_held_out(i, len(parts))]
