@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 STEPS = 256  # at most so many removals with their own update; wider layers lose several units a step
+BLOCK = 64  # columns whose update of the inverse waits, so that it is one matrix product
 
 
 def removal_costs(
@@ -34,47 +35,56 @@ def removal_costs(
     float64 tensor ``(units,)``
         Non-decreasing in the order of removal; the smallest is the first to go.
     """
-    columns = len(weight)
+    columns, device = len(weight), weight.device
     units = columns // size
     step = max(1, units // STEPS)
     damping = ridge * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    inverse = torch.linalg.inv(
-        covariance + damping * torch.eye(columns, dtype=covariance.dtype, device=covariance.device)
-    )
-    w = weight if metric is None else weight @ _root(metric)
-    alive = torch.arange(units, device=weight.device)
-    costs = torch.zeros(units, dtype=torch.float64, device=weight.device)
-    floor = 0.0
-    while len(alive):
-        cost = _unit_costs(inverse, w, size)
-        gone = cost.topk(min(step, len(alive)), largest=False).indices
+    damped = covariance + damping * torch.eye(columns, dtype=covariance.dtype, device=device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    w = weight.clone() if metric is None else weight @ _root(metric)
+    index = torch.arange(columns, device=device).reshape(units, size)
+    blocks = inverse[index[:, :, None], index[:, None, :]]  # the units' own, kept up to date
+    alive = torch.arange(units, device=device)  # units that `inverse` still holds
+    here = torch.ones(units, dtype=torch.bool, device=device)  # which of them have not gone since
+    waiting: list[Tensor] = []  # factors u of updates -u u^T that `inverse` lacks
+    costs = torch.zeros(units, dtype=torch.float64, device=device)
+    floor, left = 0.0, units
+    while left:
+        cost = _unit_costs(blocks, w, size).masked_fill(~here, torch.inf)
+        gone = cost.topk(min(step, left), largest=False).indices
         # A unit can get cheaper once another has gone: what counts is the order, so costs never fall.
         values = cost[gone].clamp_min(floor * (1 + 1e-9))
         costs[alive[gone]] = values
         floor = float(values.max())
-        stays = torch.ones(len(alive), dtype=torch.bool, device=weight.device)
-        stays[gone] = False
-        out = (~stays).repeat_interleave(size)
-        keep = ~out
-        # Gauss-Jordan elimination of the removed block, for the rows that stay.
-        across = torch.linalg.solve(inverse[out][:, out], torch.cat([inverse[out][:, keep], w[out]], dim=1))
-        n = int(keep.sum())
-        side = inverse[keep][:, out]
-        w = w[keep] - side @ across[:, n:]
-        inverse = inverse[keep][:, keep] - side @ across[:, :n]
-        alive = alive[stays]
+        left -= len(gone)
+        # Elimination of the removed columns: inverse - u u^T, w - u v^T.
+        out = (gone[:, None] * size + torch.arange(size, device=device)).flatten()
+        across = inverse[:, out]
+        if waiting:
+            past = torch.cat(waiting, 1)
+            across = across - past @ past[out].T
+        factor = torch.linalg.cholesky(across[out])
+        u = torch.linalg.solve_triangular(factor, across.T, upper=False).T
+        w -= u @ torch.linalg.solve_triangular(factor, w[out], upper=False)
+        per_unit = u.reshape(-1, size, u.shape[1])
+        blocks -= per_unit @ per_unit.transpose(1, 2)
+        here[gone] = False
+        waiting.append(u)
+        if sum(v.shape[1] for v in waiting) >= BLOCK:
+            past = torch.cat(waiting, 1)
+            keep = here.repeat_interleave(size)
+            inverse = inverse[keep][:, keep].addmm_(past[keep], past[keep].T, alpha=-1)
+            w, blocks, alive = w[keep], blocks[here], alive[here]
+            here, waiting = here[here], []
     return costs
 
 
-def _unit_costs(inverse: Tensor, w: Tensor, size: int) -> Tensor:
-    """``tr(W_g^T ([C^-1]_gg)^-1 W_g)`` of each unit g."""
+def _unit_costs(blocks: Tensor, w: Tensor, size: int) -> Tensor:
+    """``tr(W_g^T ([C^-1]_gg)^-1 W_g)`` of each unit g, from the diagonal blocks of the inverse."""
     if size == 1:
-        return w.square().sum(1) / inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
-    units = len(w) // size
-    index = torch.arange(units * size, device=w.device).reshape(units, size)
-    blocks = inverse[index[:, :, None], index[:, None, :]]
-    rows = w.reshape(units, size, -1)
-    return (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+        return w.square().sum(1) / blocks.flatten().clamp_min(torch.finfo(torch.float64).tiny)
+    rows = w.reshape(len(blocks), size, -1)
+    return (rows * torch.linalg.solve_ex(blocks, rows)[0]).sum((1, 2))
 
 
 def _root(metric: Tensor) -> Tensor:
