@@ -25,6 +25,7 @@ _PUBLIC = {
     "amplification_curve": "intervention",
     "amplify": "intervention",
     "dual_regression": "decomposition",
+    "evaluate": "evaluation",
     "export_bids": "imaging",
     "ica_stability": "decomposition",
     "keep_only": "intervention",

@@ -106,6 +106,7 @@ def test_steps_alone(monkeypatch, capsys, tmp_path, model_folder, text_file):
     code, printed, err = call(monkeypatch, capsys, "evaluate", small, "--text", text_file)
     assert code == 0, err
     assert float(printed.split()[-1]) > 1
+    assert call(monkeypatch, capsys, "evaluate", small)[0] == 2  # nothing to measure
     for path, word in ((study, "scan"), (study / "networks", "networks"), (small, "LlamaForCausalLM")):
         code, printed, err = call(monkeypatch, capsys, "info", path)
         assert code == 0, err

@@ -148,21 +148,36 @@ def dualreg(
 
 def evaluate(
     model: MODEL,
-    text: TEXT,
+    text: Annotated[Path | None, typer.Option(help="Measure perplexity on this .txt, .json or .jsonl.")] = None,
+    tasks: str = typer.Option("", help="Tasks of lm-evaluation-harness: names, YAML files or folders, with commas."),
     window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context."),
     max_windows: int = typer.Option(0, help="Use the first N windows; 0 is all."),
+    batch_size: int = typer.Option(8, help="Sequences of a task that are read at once."),
+    limit: int = typer.Option(0, help="Documents of each task; 0 is all."),
+    num_fewshot: int = typer.Option(-1, help="Solved examples before each question; -1 is what the task says."),
+    out: Annotated[Path | None, typer.Option(help="Write the table of the tasks here (.csv).")] = None,
     device: DEVICE = "auto",
     field: FIELD = "text",
 ) -> None:
-    """Perplexity of a model (or of a pruned one) on a text."""
+    """Perplexity of a model (or of a pruned one) on a text, or its score on tasks."""
+    from llmbrain import evaluation
     from llmbrain.cli._common import open_model, read_texts
-    from llmbrain.evaluation import perplexity
 
+    if text is None and not tasks:
+        raise InputError("give --text FILE for perplexity, --tasks NAMES for tasks, or both")
+    texts = None if text is None else read_texts(text, field)
     loaded, tokenizer = open_model(model, device)
-    value = perplexity(
-        loaded, tokenizer, read_texts(text, field), window=window or None, max_windows=max_windows or None
-    )
-    typer.echo(f"perplexity {value:.4f}")
+    if texts is not None:
+        value = evaluation.perplexity(loaded, tokenizer, texts, window=window or None, max_windows=max_windows or None)
+        typer.echo(f"perplexity {value:.4f}")
+    if tasks:
+        table = evaluation.evaluate(
+            loaded, tokenizer, [t.strip() for t in tasks.split(",")], batch_size=batch_size, limit=limit or None,
+            num_fewshot=None if num_fewshot < 0 else num_fewshot,
+        )  # fmt: skip
+        print_table(table, digits=4)
+        if out is not None:
+            table.to_csv(out, index=False)
 
 
 def info(path: Annotated[Path, typer.Argument(help="Scan, networks, study, model or NIfTI.")]) -> None:

@@ -1,6 +1,7 @@
 """Evaluation: perplexity, latency, memory, tasks."""
 
+from llmbrain.evaluation.harness import evaluate
 from llmbrain.evaluation.latency import latency, throughput
 from llmbrain.evaluation.perplexity import perplexity
 
-__all__ = ["latency", "perplexity", "throughput"]
+__all__ = ["evaluate", "latency", "perplexity", "throughput"]
