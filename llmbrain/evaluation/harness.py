@@ -191,7 +191,7 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
 def _undisturbed() -> Iterator[None]:
     """Keep to ourselves what the harness does at large.
 
-    It draws from the global generators, warns of what is meant to be so here, and counts loads of data sets on a server.
+    It draws from the global generators, warns of what is meant to be so here, and counts loads of data on a server.
     """
     import datasets
 
