@@ -26,6 +26,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax lies beside the pages: they are read without a network
     "numpydoc",
     "myst_parser",
     "sphinx_gallery.gen_gallery",

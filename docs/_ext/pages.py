@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -95,32 +96,35 @@ def commands_page() -> str:
 
 
 def results_page() -> str:
-    """Every table in ``benchmarks/results``: Markdown as it is, JSON rows as a table."""
-    parts = [
-        "# Tables",
-        "",
-        "As the scripts in `benchmarks/` wrote them; each script says in its first lines what is measured.",
-        "",
-    ]
-    written = sorted(RESULTS.glob("*.md"))
-    for file in written:
-        parts += [f"## {file.stem}", "", f"`python benchmarks/{file.stem}.py`", "", _demoted(file), ""]
-    for file in sorted(RESULTS.glob("*.json")):
-        if file.with_suffix(".md") in written:
+    """What each script in ``benchmarks`` asks, and every table in ``benchmarks/results``: Markdown as it is, JSON rows
+    as a table."""
+    scripts = {p.stem: p for p in sorted(RESULTS.parent.glob("*.py"))}
+    parts = ["# Questions and tables", "", "| script | question |", "|---|---|"]
+    for script in scripts.values():
+        described = (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+        described = " ".join(described.split()).replace("|", "\\|")
+        parts.append(f"| `benchmarks/{script.name}` | {described} |")
+    parts += ["", "Each script says in its first lines how it is run and what is measured; here is what it wrote.", ""]
+    written = {p.stem for p in RESULTS.glob("*.md")}
+    for file in sorted([*RESULTS.glob("*.md"), *RESULTS.glob("*.json")], key=lambda p: p.stem):
+        if file.suffix == ".json" and file.stem in written:
+            continue
+        maker = max((s for s in scripts if file.stem.startswith(s)), key=len, default=None)
+        parts += [f"## {file.stem}", ""] + ([f"`benchmarks/{maker}.py`", ""] if maker else [])
+        if file.suffix == ".md":
+            parts += [_within_page(file), ""]
             continue
         record = json.loads(file.read_text(encoding="utf-8"))
-        parts += [f"## {file.stem}", "", f"`python benchmarks/{file.stem}.py`", ""]
         tables = {name: rows for name, rows in record.items() if _is_table(rows)} if isinstance(record, dict) else {}
         for name, rows in tables.items():
             parts += [f"### {name}", "", _table(pd.DataFrame(rows)), ""]
-    if len(parts) == 4:
-        parts.append("No table has been written yet.")
     return "\n".join(parts)
 
 
-def _demoted(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return "\n".join(f"##{line}" if line.startswith("#") else line for line in lines)
+def _within_page(file: Path) -> str:
+    """Markdown of a result with its headings below ours; links to files beside it become words."""
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", file.read_text(encoding="utf-8"))
+    return "\n".join(f"##{line}" if line.startswith("#") else line for line in text.splitlines())
 
 
 def escape_learned(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
