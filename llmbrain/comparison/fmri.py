@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from llmbrain._validation import InputError
 from llmbrain.comparison.series import check_tr
+from llmbrain.comparison.tables import Table, orient, read_table
 
 Array = NDArray[np.float64]
 TABLES = (".npy", ".npz", ".csv", ".tsv", ".txt", ".1d")
 IMAGES = (".nii", ".nii.gz")
+# files that lie beside the measurements: what BIDS, SPM and people call them
+BESIDE = re.compile(
+    r"(?i)(confound|regressor|(^|[-_])rp_|^(participants|sessions|readme|licen[cs]e|labels|regions|rois|atlas)$"
+    r"|(^|_)(events|physio|channels|motion|mask|dseg|boldref|T1w|T2w|scans|words|stimulus|transcript)$)"
+)
 
 
 @dataclass
@@ -70,18 +76,22 @@ def load_fmri(
     regions: Sequence[str] | None = None,
     n_volumes: int | None = None,
     tr: float | None = None,
+    orientation: str = "auto",
+    expected: float | None = None,
 ) -> FMRI:
     """Read fMRI time series.
 
     Parameters
     ----------
     path : path or sequence of paths
-        A file, files of several subjects, or a folder with one file a subject. ``.nii``, ``.nii.gz``; tables
-        ``(volumes, regions)`` as ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or white space separated text, with or
-        without a header. An ``.npz`` holds one array, or one a subject; an ``.npy`` may be ``(subjects, volumes,
-        regions)``.
+        A file, files of several subjects, or a folder with one file a subject (in subfolders too: BIDS derivatives).
+        ``.nii``, ``.nii.gz``; tables ``(volumes, regions)`` or ``(regions, volumes)`` as ``.npy``, ``.npz``, ``.csv``,
+        ``.tsv`` or white space separated text, with or without a header. An ``.npz`` holds one array, or one a subject;
+        an array may be ``(subjects, volumes, regions)``; a text table may have a column ``subject``. Events, confounds,
+        motion and masks that lie beside are not read.
     atlas : image or path, optional
-        Labels; the mean of each region is taken (nilearn ``NiftiLabelsMasker``).
+        Labels; the mean of each region is taken (nilearn ``NiftiLabelsMasker``). With tables that have a column for
+        every label, it says where in the brain they are.
     masker : nilearn masker, optional
         Any masker, in place of `atlas`. Neither: every voxel of nilearn's mask of the first image.
     pattern : str
@@ -92,6 +102,10 @@ def load_fmri(
         Keep the first so many volumes of every subject; needed only where subjects differ in length.
     tr : float, optional
         Seconds; compared with the NIfTI header, and a difference is reported.
+    orientation : {"auto", "volumes-first", "regions-first"}
+        Which axis of a table is time; see `llmbrain.comparison.tables.orient` for how "auto" tells.
+    expected : float, optional
+        About how many volumes the stimulus takes; helps "auto".
 
     Returns
     -------
@@ -104,29 +118,46 @@ def load_fmri(
     """
     if tr is not None:
         check_tr(tr)
-    files = _files(path, pattern)
-    series: dict[str, Array] = {}
-    names: list[str] | None = list(regions) if regions is not None else None
+    files, chosen = _files(path, pattern)
+    tables: dict[str, Table] = {}
+    images: dict[str, Array] = {}
+    labels: list[str] | None = None
     header_tr: float | None = None
     names_of = _subject_names(files)
     for file in files:
         if file.name.lower().endswith(IMAGES):
             masker, values, labels, seconds = _read_image(file, atlas, masker)
             header_tr = header_tr or seconds
-            arrays = {names_of[file]: values}
-            names = names or labels
-        else:
-            arrays, found = _read_table(file, names_of[file])
-            names = names or found
-        series.update(arrays)
+            images[names_of[file]] = values
+            continue
+        try:
+            found = read_table(file, names_of[file])
+        except InputError as error:
+            if chosen or len(files) == 1:
+                raise
+            warnings.warn(f"{error}: the file is left out", stacklevel=2)
+            continue
+        again = set(found) & set(tables)
+        if again:
+            raise InputError(f"fmri: subject {min(again)!r} is in {file.name} and in another file")
+        tables |= found
+    if tables and images:
+        raise InputError("fmri: there are images and tables: choose one kind with pattern=, such as '*.nii.gz'")
+    if not tables and not images:
+        raise InputError(f"fmri: none of the {len(files)} files in {path} is a table of numbers")
+    names = list(regions) if regions is not None else labels
+    if tables:
+        images, names = orient(tables, orientation=orientation, regions=regions, n_volumes=n_volumes, expected=expected)
     if tr is not None and header_tr is not None and abs(tr - header_tr) > 1e-3:
         warnings.warn(f"tr={tr:g} s is used, but the NIfTI header says {header_tr:g} s", stacklevel=2)
-    fmri = _assemble(series, names, n_volumes)
-    fmri.tr, fmri.masker = tr if tr is not None else header_tr, masker
+    fmri = _assemble(images, names, n_volumes)
+    fmri.tr = tr if tr is not None else header_tr
+    fmri.masker = masker if not tables else _place(atlas, masker, len(fmri.regions))
     return fmri
 
 
-def _files(path: Any, pattern: str) -> list[Path]:
+def _files(path: Any, pattern: str) -> tuple[list[Path], bool]:
+    """Files to read, and whether they were named one by one (or by a pattern)."""
     if isinstance(path, (str, PathLike)):
         paths = [Path(path)]
     else:
@@ -137,13 +168,25 @@ def _files(path: Any, pattern: str) -> list[Path]:
         if not p.exists():
             raise FileNotFoundError(f"fmri: nothing at {p}")
     if len(paths) == 1 and paths[0].is_dir():
-        folder = paths[0]
-        paths = sorted(p for p in folder.glob(pattern) if p.is_file() and p.name.lower().endswith(TABLES + IMAGES))
-        if not paths:
-            raise InputError(f"fmri: no file {pattern!r} of a known kind in {folder}: {', '.join(IMAGES + TABLES)}")
+        return _folder(paths[0], pattern), pattern != "*"
     for p in paths:
         if not p.name.lower().endswith(TABLES + IMAGES):
             raise InputError(f"fmri: {p.name} is of no known kind: {', '.join(IMAGES + TABLES)}")
+    return paths, True
+
+
+def _folder(folder: Path, pattern: str) -> list[Path]:
+    """One file a subject: of the folder, else of its subfolders; without what only lies beside."""
+
+    def known(files: Iterable[Path]) -> list[Path]:
+        kind = (p for p in files if p.name.lower().endswith(TABLES + IMAGES) and p.is_file())
+        return sorted(p for p in kind if pattern != "*" or not BESIDE.search(_stem(p)))
+
+    paths = known(folder.glob(pattern)) or known(folder.rglob(pattern))
+    if not paths:
+        raise InputError(f"fmri: no file {pattern!r} of a known kind in {folder}: {', '.join(IMAGES + TABLES)}")
+    if pattern == "*":  # BIDS says which files are measurements
+        paths = [p for p in paths if re.search(r"_(bold|timeseries)$", _stem(p))] or paths
     return paths
 
 
@@ -152,72 +195,47 @@ def _stem(file: Path) -> str:
 
 
 def _subject_names(files: Sequence[Path]) -> dict[Path, str]:
-    """BIDS label where there is one, else the file name without the ending that all share."""
+    """BIDS label where there is one, else the file name without the ending that all share, else the folder."""
     stems = [_stem(f) for f in files]
-    bids = [re.match(r"(sub-[A-Za-z0-9]+)", stem) for stem in stems]
+    bids = [re.search(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", f"{f.parent.name}/{stem}") or
+            re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)(?=/)", f.as_posix()) for f, stem in zip(files, stems)]  # fmt: skip
     if all(bids):
         names = [match[1] for match in bids if match]
-    else:
-        shortest = min(map(len, stems)) if len(stems) > 1 else 0
-        shared = next((stems[0][-n:] for n in range(shortest, 0, -1) if len({stem[-n:] for stem in stems}) == 1), "")
-        shared = (re.search(r"[-_.].*", shared) or [""])[0]  # whole parts of a name only
-        names = [stem[: len(stem) - len(shared)] for stem in stems]
-    if len(set(names)) < len(names):
-        names = stems
-    if len(set(names)) < len(names):
-        raise InputError(
-            f"fmri: several files are called {max(names, key=names.count)!r}: one file a subject is expected"
-        )
-    return dict(zip(files, names))
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            own = [f.name for f, name in zip(files, names) if name == twice]
+            raise InputError(f"fmri: {len(own)} files of {twice} ({', '.join(own[:3])}): one file a subject is "
+                             "expected; choose with pattern=, such as '*run-1*'")  # fmt: skip
+        return dict(zip(files, names))
+    shortest = min(map(len, stems)) if len(stems) > 1 else 0
+    shared = next((stems[0][-n:] for n in range(shortest, 0, -1) if len({stem[-n:] for stem in stems}) == 1), "")
+    shared = (re.search(r"[-_.].*", shared) or [""])[0]  # whole parts of a name only
+    short = [stem[: len(stem) - len(shared)] for stem in stems]
+    folders = [f.parent.name for f in files]
+    for names in (short, stems, folders, [f"{a}-{b}" for a, b in zip(folders, stems)]):
+        if len(set(names)) == len(names) and all(names):
+            return dict(zip(files, names))
+    raise InputError(f"fmri: several files are called {max(stems, key=stems.count)!r}: one file a subject is expected")
 
 
-def _read_table(file: Path, name: str) -> tuple[dict[str, Array], list[str] | None]:
-    suffix = file.suffix.lower()
-    labels: list[str] | None = None
-    if suffix in (".npy", ".npz"):
-        content = np.load(file, allow_pickle=False)
-        if suffix == ".npy":
-            content = {name: content}
-        elif len(content.files) == 1:
-            content = {name: content[content.files[0]]}
-        arrays = {str(key): np.asarray(content[key], dtype=np.float64) for key in content}
-    else:
-        labels, values = _read_text(file, {".csv": ",", ".tsv": "\t"}.get(suffix, r"\s+"))
-        arrays = {name: values}
-    flat: dict[str, Array] = {}
-    for key, values in arrays.items():
-        if values.ndim == 3:
-            flat.update({f"{key}-{i:02d}": subject for i, subject in enumerate(values)})
-        elif values.ndim in (1, 2):
-            flat[key] = values[:, None] if values.ndim == 1 else values
-        else:
-            raise InputError(
-                f"fmri: {file.name} holds an array of shape {values.shape}: (volumes, regions) is expected"
-            )
-    return flat, labels
+def _place(atlas: Any, masker: Any, n_regions: int) -> Any:
+    """The masker that brings values of tables into the brain, if the atlas fits."""
+    if masker is not None or atlas is None:
+        return masker
+    from nilearn.maskers import NiftiLabelsMasker
+
+    masker = NiftiLabelsMasker(_atlas(atlas), standardize=None).fit()
+    n_labels = sum(1 for key in masker.region_ids_ if key != "background")
+    if n_labels != n_regions:
+        warnings.warn(f"atlas has {n_labels} labels, the tables {n_regions} regions: no brain map", stacklevel=3)
+        return None
+    return masker
 
 
-def _read_text(file: Path, separator: str) -> tuple[list[str] | None, Array]:
-    with file.open(encoding="utf-8-sig") as lines:
-        first = re.split(separator, lines.readline().strip())
-    missing = ("", "n/a", "nan")
-    has_header = any(not _is_number(cell) for cell in first if cell.strip().lower() not in missing)
-    table = pd.read_csv(file, sep=separator, header=0 if has_header else None, engine="python", encoding="utf-8-sig",
-                        na_values=["n/a"], skipinitialspace=True)  # fmt: skip
-    wrong = [column for column in table.columns if not pd.api.types.is_numeric_dtype(table[column])]
-    if wrong:
-        raise InputError(
-            f"fmri: column {wrong[0]!r} of {file.name} is not numbers (first value {table[wrong[0]].iloc[0]!r})"
-        )
-    return [str(c) for c in table.columns] if has_header else None, table.to_numpy(dtype=np.float64)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+def _atlas(atlas: Any) -> Any:
+    if isinstance(atlas, (str, PathLike)) and not Path(atlas).is_file():
+        raise FileNotFoundError(f"atlas: no file at {atlas}")
+    return os.fspath(atlas) if isinstance(atlas, PathLike) else atlas
 
 
 def _read_image(file: Path, atlas: Any, masker: Any) -> tuple[Any, Array, list[str], float | None]:
@@ -228,7 +246,7 @@ def _read_image(file: Path, atlas: Any, masker: Any) -> tuple[Any, Array, list[s
     if len(image.shape) != 4:
         raise InputError(f"fmri: {file.name} has shape {image.shape}: a 4D image (x, y, z, volumes) is expected")
     if masker is None:
-        masker = NiftiMasker(standardize=None) if atlas is None else NiftiLabelsMasker(atlas, standardize=None)
+        masker = NiftiMasker(standardize=None) if atlas is None else NiftiLabelsMasker(_atlas(atlas), standardize=None)
     values = np.asarray(masker.fit_transform(image) if not hasattr(masker, "n_elements_") else masker.transform(image))
     names = [str(int(v)) if float(v).is_integer() else str(v) for v in getattr(masker, "labels_", [])][
         -values.shape[1] :

@@ -1,0 +1,265 @@
+"""Tables of brain series as people write them: which axis is time, where the names are, what is no series at all."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from llmbrain._validation import InputError, check_option
+
+Array = NDArray[np.float64]
+ORIENTATIONS = ("auto", "volumes-first", "regions-first")
+CLOCKS = {"", "time", "times", "t", "tr", "volume", "volumes", "vol", "frame", "index", "timepoint", "scan", "seconds"}
+PEOPLE = {"subject", "subjects", "sub", "subj", "participant", "participantid", "subjectid", "listener"}
+NOTHING = ("", "n/a", "nan", "na")
+CLEAR = np.log(1.25)  # two lengths that differ by less do not tell which of them is the story's
+
+
+@dataclass
+class Table:
+    """One subject's series as they were written.
+
+    Attributes
+    ----------
+    values : array ``(rows, columns)``
+    regions : list of str or None
+        Names, where the file has them.
+    regions_first : bool or None
+        Whether the rows are regions; None where the file does not say.
+    """
+
+    values: Array
+    regions: list[str] | None = None
+    regions_first: bool | None = None
+
+
+def read_table(file: Path, name: str) -> dict[str, Table]:
+    """Read ``.npy``, ``.npz`` or text; one `Table` a subject. `name` is the subject of a file that names none."""
+    suffix = file.suffix.lower()
+    if suffix in (".npy", ".npz"):
+        return _read_arrays(file, name)
+    return _read_text(file, name)
+
+
+def _read_arrays(file: Path, name: str) -> dict[str, Table]:
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        content = {name: loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"fmri: {file.name} cannot be read as arrays of numbers ({error})") from None
+    series = {key: a for key, a in content.items() if a.dtype.kind in "fiub" and a.ndim >= 2}
+    series = series or {key: a for key, a in content.items() if a.dtype.kind in "fiub" and a.size > 1}
+    labels = [[str(v) for v in a] for a in content.values() if a.dtype.kind in "US" and a.ndim == 1]
+    if not series:
+        raise InputError(f"fmri: {file.name} holds no array of numbers, but {sorted(content)}")
+    tables: dict[str, Table] = {}
+    for key, array in series.items():
+        owner = name if len(series) == 1 else key
+        values = np.asarray(array, dtype=np.float64)
+        if values.ndim == 3:
+            people = next((found for found in labels if len(found) == len(values)), None)
+            people = people or [f"{owner}-{i:02d}" for i in range(len(values))]
+            tables.update({who: _named(subject, labels) for who, subject in zip(people, values)})
+        elif values.ndim <= 2:
+            tables[owner] = _named(values[:, None] if values.ndim == 1 else values, labels)
+        else:
+            raise InputError(
+                f"fmri: {file.name} holds an array of shape {values.shape}: (volumes, regions) is expected"
+            )
+    return tables
+
+
+def _named(values: Array, labels: Sequence[list[str]]) -> Table:
+    """With the names that fit one axis only."""
+    for names in labels:
+        fits = [n == len(names) for n in values.shape]
+        if sum(fits) == 1:
+            return Table(values, names, regions_first=fits[0])
+    return Table(values)
+
+
+def _read_text(file: Path, name: str) -> dict[str, Table]:
+    try:
+        lines = [line.rstrip("\r\n") for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"fmri: {file.name} is not UTF-8 text (byte {error.start})") from None
+    comments = [line for line in lines if line.lstrip().startswith("#")]
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise InputError(f"fmri: {file.name} is empty")
+    separator = _separator(lines[0], file.suffix.lower())
+    first = _cells(lines[0], separator)
+    has_header = any(not _is_number(cell) for cell in first if cell.lower() not in NOTHING) or _counts(first)
+    body = lines[1:] if has_header else lines
+    if not body:
+        raise InputError(f"fmri: {file.name} has a header and no row")
+    frame = pd.read_csv(
+        io.StringIO("\n".join(body)), sep=separator, header=None, engine="python", na_values=["n/a"],
+        skipinitialspace=True, index_col=False,
+    )  # fmt: skip
+    header = first if has_header else _cells(comments[-1].lstrip("# "), separator) if comments else []
+    if len(header) == frame.shape[1] - 1 and has_header:
+        header = ["", *header]  # written with an index
+    if len(header) == frame.shape[1]:
+        frame.columns = pd.Index(header)
+    elif has_header:
+        raise InputError(f"fmri: {file.name} has {len(header)} names for {frame.shape[1]} columns")
+    return _split(frame, name, file.name, named=len(header) == frame.shape[1])
+
+
+def _separator(line: str, suffix: str) -> str:
+    for mark in ("\t", ",", ";"):
+        if mark in line:
+            return mark
+    return {".csv": ",", ".tsv": "\t"}.get(suffix, r"\s+")
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    return [cell.strip().strip("\"'") for cell in re.split(separator, line.strip() if separator == r"\s+" else line)]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _counts(cells: Sequence[str]) -> bool:
+    """Whether these cells only number the columns, as pandas writes them."""
+    numbers = [cell for cell in cells if cell.lower() not in NOTHING]
+    if len(numbers) < 3 or len(numbers) < len(cells) - 1:
+        return False
+    values = [float(cell) for cell in numbers]
+    return values[0] in (0, 1) and all(b - a == 1 for a, b in pairwise(values))
+
+
+def _split(frame: pd.DataFrame, name: str, file: str, *, named: bool) -> dict[str, Table]:
+    """Take clocks, subjects and names of regions out of the columns; what is left are series."""
+    plain = [re.sub(r"[^a-z0-9]", "", str(column).lower()) if named else "" for column in frame.columns]
+    if named and any(p in PEOPLE for p in plain):
+        place = next(i for i, p in enumerate(plain) if p in PEOPLE)
+        who, rest = frame.iloc[:, place], frame.drop(columns=frame.columns[place])
+        tables: dict[str, Table] = {}
+        for person in who.drop_duplicates():
+            tables |= _split(rest[who == person].reset_index(drop=True), str(person), file, named=named)
+        return tables
+    clocks = [i for i, p in enumerate(plain) if (p in CLOCKS if named else i == 0) and _is_clock(frame.iloc[:, i])]
+    if clocks and frame.shape[1] > 1:
+        found = str(frame.columns[clocks[0]]) if named else "the first column"
+        warnings.warn(f"fmri: {file}: {found or 'the first column'!r} counts time and is no region: left out",
+                      stacklevel=6)  # fmt: skip
+        frame = frame.drop(columns=[frame.columns[i] for i in clocks])
+    text = [i for i in range(frame.shape[1]) if not pd.api.types.is_numeric_dtype(frame.iloc[:, i])]
+    if text == [0] and frame.shape[1] > 2 and frame.iloc[:, 0].is_unique and frame.iloc[:, 0].notna().all():
+        return {name: Table(frame.iloc[:, 1:].to_numpy(np.float64), frame.iloc[:, 0].astype(str).tolist(), True)}
+    if text:
+        column = frame.iloc[:, text[0]]
+        what = repr(str(column.name)) if named else str(text[0])
+        raise InputError(f"fmri: column {what} of {file} is not numbers (first value {column.iloc[0]!r})")
+    names = [str(column) for column in frame.columns] if named else None
+    volumes = names is not None and all(re.fullmatch(r"(t|tr|vol|volume|time|frame)?_?\d+", n.lower()) for n in names)
+    return {name: Table(frame.to_numpy(np.float64), names, None if names is None or volumes else False)}
+
+
+def _is_clock(column: pd.Series) -> bool:
+    """Whether a column only counts: equal steps, which no measured series has."""
+    if not pd.api.types.is_numeric_dtype(column) or len(column) < 5:
+        return False
+    steps = np.diff(column.to_numpy(float))
+    return bool(np.isfinite(steps).all() and steps[0] > 0 and np.allclose(steps, steps[0], rtol=1e-3, atol=1e-9))
+
+
+# -- which axis is time ------------------------------------------------------------------------------------------------
+
+
+def orient(
+    tables: Mapping[str, Table],
+    *,
+    orientation: str = "auto",
+    regions: Sequence[str] | None = None,
+    n_volumes: int | None = None,
+    expected: float | None = None,
+) -> tuple[dict[str, Array], list[str] | None]:
+    """Bring every table to ``(volumes, regions)``.
+
+    What a file says of itself counts first (names of rows or of columns), then the number of names in `regions`,
+    `n_volumes`, which axis all subjects share, and which axis is as long as the stimulus (`expected` volumes).
+    Nothing of this: rows are volumes. Turned tables and doubtful cases are said in a warning.
+
+    Returns
+    -------
+    series : dict of array ``(volumes, regions)``
+    regions : list of str or None
+    """
+    check_option("orientation", orientation, ORIENTATIONS)
+    shapes = [table.values.shape for table in tables.values()]
+    guess, why, sure = _guess(list(tables.values()), shapes, regions, n_volumes, expected)
+    if orientation != "auto":
+        guess, why, sure = orientation == "regions-first", "orientation says so", True
+    series: dict[str, Array] = {}
+    names: list[str] | None = list(regions) if regions is not None else None
+    turned = 0
+    for subject, table in tables.items():
+        own = table.regions_first if orientation == "auto" and table.regions_first is not None else guess
+        series[subject] = table.values.T if own else table.values
+        turned += own
+        if names is None and table.regions is not None and len(table.regions) == series[subject].shape[1]:
+            names = table.regions
+    first, rows = next(iter(tables.values())), shapes[0]
+    if turned and first.regions_first is None and orientation == "auto":
+        warnings.warn(f"fmri: tables are (regions, volumes): {rows[0]} rows are regions, {rows[1]} columns volumes, "
+                      f"because {why}", stacklevel=3)  # fmt: skip
+    elif not sure and first.regions_first is None and min(rows) > 1:
+        warnings.warn(f"fmri: the {rows[0]} rows are taken as volumes and the {rows[1]} columns as regions ({why}); if "
+                      "it is the other way round, say orientation='regions-first'", stacklevel=3)  # fmt: skip
+    return series, names
+
+
+def _guess(
+    tables: Sequence[Table],
+    shapes: Sequence[tuple[int, ...]],
+    regions: Sequence[str] | None,
+    n_volumes: int | None,
+    expected: float | None,
+) -> tuple[bool, str, bool]:
+    """Whether rows are regions, why, and whether that is sure."""
+    rows, columns = {s[0] for s in shapes}, {s[1] for s in shapes}
+    if regions is not None and (rows == {len(regions)}) != (columns == {len(regions)}):
+        return rows == {len(regions)}, f"there are {len(regions)} names of regions", True
+    if n_volumes is not None and (rows == {n_volumes}) != (columns == {n_volumes}):
+        return columns == {n_volumes}, f"n_volumes={n_volumes}", True
+    if len(rows) == 1 and len(columns) > 1 and min(columns) > min(rows):
+        return True, "subjects differ along the other axis", True
+    if len(rows) > 1:
+        return False, "subjects differ along it", True
+    a, b = shapes[0]
+    if a == b or min(a, b) == 1:
+        return a == 1 and b > 1, "only one axis has values", a != b
+    if expected is None or expected <= 0:
+        return False, "nothing says more", a > b
+    miss = [(n < expected - 2, abs(np.log(n / expected))) for n in (a, b)]
+    if all(m[1] < CLEAR for m in miss):  # both are as long as the story: series are smooth in time
+        along = [_smoothness(table.values) for table in tables[:5]]
+        down, across = np.mean(along, axis=0)
+        return bool(across > down + 0.2), "series are smoother along it, both axes being as long as the story", False
+    return miss[1] < miss[0], f"the stimulus takes about {expected:.0f} volumes", True
+
+
+def _smoothness(values: Array) -> tuple[float, float]:
+    """Lag-1 correlation down the rows and across the columns, each after removing the mean of its own series."""
+    found = []
+    for x in (values, values.T):
+        z = np.nan_to_num(x - np.nanmean(x, axis=0))
+        found.append(float((z[1:] * z[:-1]).sum() / max((z * z).sum(), np.finfo(float).tiny)))
+    return found[0], found[1]
