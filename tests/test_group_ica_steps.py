@@ -31,7 +31,9 @@ def test_pca_of_a_run_is_the_svd(data):
     run = prepare(runs[0], Preprocessing(), dtype=torch.float64)
     expected = np.linalg.svd(prepared(runs[0]), compute_uv=False)
     for found in (pca_of_run(run, slice(0, V), 10), run_pca(torch.from_numpy(prepared(runs[0])), 10)):
-        np.testing.assert_allclose(found.eigenvalues[: T - 1].sqrt(), expected[: T - 1], rtol=1e-6)
+        known = found.eigenvalues[: T - 1]
+        assert len(known) >= 10
+        np.testing.assert_allclose(known.sqrt(), expected[: len(known)], rtol=1e-6)
         np.testing.assert_allclose((found.rows @ found.rows.T).diagonal().sqrt(), expected[:10], rtol=1e-8)
     tall = prepare(runs[0][:, :60], Preprocessing(), dtype=torch.float64)  # the small side is the neurons
     found = pca_of_run(tall, slice(0, 60), 10)
