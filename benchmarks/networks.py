@@ -29,7 +29,6 @@ import platform
 import time
 import warnings
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +100,35 @@ def demo(n_windows: int) -> Case:
 CASES = {"stories260K": stories, "shakespeare-gpt2": shakespeare, "demo": demo}
 
 
-def fit(scans: Any, n_components: int, threshold: float) -> lb.FunctionalNetworks:
+def fit(scans: Any, n_components: int) -> lb.FunctionalNetworks:
     """Networks of the group, by temporal ICA as published; it need not converge, and that is told in the table."""
     ica = lb.GroupICA(n_components, axis="time", random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return lb.FunctionalNetworks.from_ica(ica.fit(scans), threshold=threshold)
+        return lb.FunctionalNetworks.from_ica(ica.fit(scans))
 
 
-def protocol_recurrence(case: Case, templates: lb.FunctionalNetworks, threshold: float, n_null: int) -> pd.DataFrame:
-    runs = lb.scan(case.model, case.tokenizer, case.single)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        singles = single_run_networks(runs, TEMPLATES, threshold=threshold, axis="time", random_state=0)
-    return recurrence(templates, singles, n_null=n_null)
+@dataclass
+class Found:
+    """Networks of one model: of the group for every number of components, and of each single text."""
+
+    group: dict[int, lb.FunctionalNetworks]
+    singles: list[lb.FunctionalNetworks]
+
+    @classmethod
+    def of(cls, case: Case) -> Found:
+        scans = lb.scan(case.model, case.tokenizer, case.group)
+        limit = min(sum(scan.n_tokens for scan in scans), scans[0].n_neurons) // 2
+        group = {k: fit(scans, k) for k in COMPONENTS if k <= limit}
+        runs = lb.scan(case.model, case.tokenizer, case.single)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cls(group, single_run_networks(runs, TEMPLATES, axis="time", random_state=0))
+
+    def at(self, threshold: float) -> Found:
+        """The same maps, cut elsewhere."""
+        group = {k: networks.rethreshold(threshold=threshold) for k, networks in self.group.items()}
+        return Found(group, [networks.rethreshold(threshold=threshold) for networks in self.singles])
 
 
 def protocol_lesion(case: Case, templates: lb.FunctionalNetworks, n_random: int) -> pd.DataFrame:
@@ -146,9 +160,7 @@ def protocol_lesion(case: Case, templates: lb.FunctionalNetworks, n_random: int)
     return pd.DataFrame(rows)
 
 
-def protocol_keep(case: Case, scans: Any, threshold: float, n_random: int) -> pd.DataFrame:
-    limit = min(sum(scan.n_tokens for scan in scans), scans[0].n_neurons) // 2
-    networks = {k: fit(scans, k, threshold) for k in COMPONENTS if k <= limit}
+def protocol_keep(case: Case, networks: dict[int, lb.FunctionalNetworks], n_random: int) -> pd.DataFrame:
     masks = [found.union for found in networks.values()]
     frame = keep_masks_curve(case.model, masks, case.evaluations, n_random=n_random)
     frame.insert(0, "components", np.repeat(list(networks), len(case.evaluations)))
@@ -158,20 +170,18 @@ def protocol_keep(case: Case, scans: Any, threshold: float, n_random: int) -> pd
     return frame
 
 
-def examine(name: str, threshold: float, quick: bool) -> dict[str, pd.DataFrame]:
+def examine(case: Case, found: Found, quick: bool) -> dict[str, pd.DataFrame]:
     """All tables of one model at one threshold."""
-    case = CASES[name](4 if quick else 16)
     n_random = 5 if quick else 20
-    scans = lb.scan(case.model, case.tokenizer, case.group)
-    templates = fit(scans, TEMPLATES, threshold)
+    templates = found.group[TEMPLATES]
     networks = lesion_table(case.model, templates, case.evaluations, n_random=n_random, progress=False)
     columns = ["network", "evaluation", "size", "baseline", "effect", "effect_low", "effect_high", "random_effect",
                "p_random", "matched_effect", "p_matched", "q_matched"]  # fmt: skip
     return {
-        "recurrence": protocol_recurrence(case, templates, threshold, 50 if quick else 200),
+        "recurrence": recurrence(templates, found.singles, n_null=50 if quick else 200),
         "lesion": protocol_lesion(case, templates, n_random),
         "networks": networks.frame[columns],
-        "keep": protocol_keep(case, scans, threshold, n_random // 2),
+        "keep": protocol_keep(case, found.group, n_random // 2),
         "amplify": amplification_curve(
             case.model, templates, case.evaluations, gains=(0, 0.5, 1, 1.5, 2, 3), n_random=n_random // 2
         ),
@@ -205,6 +215,12 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+NOTE = (
+    "Harm: nats a token lost (stories260K, shakespeare-gpt2) or share of exact answers lost (demo), mean over "
+    'evaluations. "Beyond control": share of comparisons (templates, evaluations, network x evaluation) in which the '
+    "networks do more than every control draw (recurrence: q < .05). nan: no such control exists, as a layer has "
+    "too few other neurons."
+)
 TITLES = {
     "recurrence": "Templates in single texts",
     "lesion": "Ten networks together",
@@ -212,6 +228,54 @@ TITLES = {
     "keep": "Keep only",
     "amplify": "Amplify",
 }
+
+
+def overview(tables: dict[str, dict[str, pd.DataFrame]]) -> pd.DataFrame:
+    """What holds: a line for every question, the networks beside their control; from the tables of every case.
+
+    "beyond control" is the share of comparisons in which the networks do better (recur more, harm more, keep more)
+    than every control draw; where nothing is there it is about one in draws + 1.
+    """
+    rows = []
+    for name, found in tables.items():
+        again, joint, alone, keep = (found[key] for key in ("recurrence", "lesion", "networks", "keep"))
+        rows.append((name, "templates found again: mean rate", again["rate"].mean(), again["chance_rate"].mean(),
+                     (again["q"] < 0.05).mean(), len(again)))  # fmt: skip
+        scores = joint.set_index(["lesion", "evaluation"])
+        intact, ten = scores.loc["intact"]["score"], scores.loc["ten networks"]["score"]
+        worse = 1 if name.startswith(("stories", "shakespeare")) else -1  # a loss rises, a share of answers falls
+        for control in ("random 15 %", "as many random, same layers", "as many, as active"):
+            if control not in scores.index.get_level_values(0):
+                rows.append((name, f"harm of ten together, beside {control}", np.nan, np.nan, np.nan, 0))
+                continue
+            draws = scores.loc[control]
+            extreme = draws["highest"] if worse > 0 else draws["lowest"]
+            beyond = (worse * (ten - extreme) > 0).mean()
+            harms = (worse * (values - intact).mean() for values in (ten, draws["score"]))
+            rows.append((name, f"harm of ten together, beside {control}", *harms, beyond, len(ten)))
+        for control in ("random", "matched"):
+            known = alone.dropna(subset=[f"{control}_effect"])
+            harms = (worse * known[column].mean() for column in ("effect", f"{control}_effect"))
+            beyond = (known[f"p_{control}"] < 0.05).mean()
+            rows.append((name, f"harm of one, beside as many {control} neurons", *harms, beyond, len(known)))
+        some = keep[keep["share"] < 0.99]
+        for k, part in some.groupby("components"):
+            extreme = part["random_low"] if worse > 0 else part["random_high"]
+            beyond = (worse * (extreme - part["score"]) > 0).mean()
+            harms = (worse * (part[column] - part["intact"]).mean() for column in ("score", "random_mean"))
+            rows.append(
+                (name, f"harm when only k={k} are kept ({part['share'].iloc[0]:.0%})", *harms, beyond, len(part))
+            )
+    return pd.DataFrame(rows, columns=["case", "question", "networks", "control", "beyond control", "comparisons"])
+
+
+def page(head: list[str], done: dict[str, dict[str, pd.DataFrame]]) -> str:
+    """The whole result as Markdown."""
+    parts = ["# Protocols of arXiv 2502.20408", *head, "## What holds", NOTE, markdown(overview(done))]
+    for name, tables in done.items():
+        parts.append(f"## {name}")
+        parts += [f"### {TITLES[key]}\n\n{markdown(frame)}" for key, frame in tables.items()]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -224,17 +288,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     if args.speed:
-        print(markdown(speed()))
+        text = f"# Time of a lesion table\n\n`python benchmarks/networks.py --speed`\n\n{markdown(speed())}\n"
+        (RESULTS / "networks_speed.md").write_text(text, encoding="utf-8")
+        print(text)
         return
-    parts = [f"llmbrain {lb.__version__}, torch {torch.__version__}, {platform.machine()}" + (", --quick" * args.quick)]
-    for name, threshold in product(args.models, args.thresholds):
-        start = time.perf_counter()
-        tables = examine(name, threshold, args.quick)
-        parts.append(f"## {name}, |z| > {threshold}\n\n{time.perf_counter() - start:.0f} s")
-        parts += [f"### {TITLES[key]}\n\n{markdown(frame)}" for key, frame in tables.items()]
-        print("\n\n".join(parts[-len(tables) - 1 :]), flush=True)
+    head = [f"llmbrain {lb.__version__}, torch {torch.__version__}, {platform.machine()}" + (", --quick" * args.quick)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("# Protocols of arXiv 2502.20408\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
+    done: dict[str, dict[str, pd.DataFrame]] = {}
+    for name in args.models:
+        case = CASES[name](4 if args.quick else 16)
+        found = Found.of(case)
+        for threshold in args.thresholds:
+            tables = examine(case, found.at(threshold), args.quick)
+            done[f"{name}, z > {threshold}"] = tables
+            args.out.write_text(page(head, done), encoding="utf-8")
+            print(args.out.read_text(encoding="utf-8") if args.quick else f"done: {name}, z > {threshold}", flush=True)
     print(f"\nwritten to {args.out}")
 
 
