@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from llmbrain import __version__
-from llmbrain.cli import demo, networks, pruning, run, steps, view
+from llmbrain.cli import compare, demo, networks, pruning, run, steps, view
 from llmbrain.cli._common import fail
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _options(
     pass
 
 
-for module in (demo, run, steps, networks, pruning, view):
+for module in (demo, run, steps, networks, pruning, compare, view):
     module.register(app)
 
 

@@ -44,6 +44,10 @@ class Encoding:
         Largest `r` of all targets in each draw.
     prediction : array ``(T, R)``
         Held-out prediction in units of the targets, without their mean.
+    parts : dict of array ``(T, R)``
+        What each band contributes to it.
+    blocks : list of int array
+        Volumes of each held-out block.
     penalties : array ``(n_folds, n_bands, R)``
         Ridge penalty of each band and target (for features with unit variance, divided by the root of their number).
     """
@@ -59,8 +63,34 @@ class Encoding:
     null_max: Array
     prediction: Array = field(repr=False)
     penalties: Array = field(repr=False)
+    parts: dict[str, Array] = field(repr=False)
+    blocks: list[NDArray[np.int64]] = field(repr=False)
     targets: list[str]
     ceiling: Array | None = None
+
+    def subject_gain(self, subjects: ArrayLike, band: str) -> Array:
+        """Gain of a band in each subject, with the prediction that was fitted to other volumes of the group.
+
+        Parameters
+        ----------
+        subjects : array ``(S, T, R)``
+            Filtered as the targets were.
+        band : str
+
+        Returns
+        -------
+        array ``(S, R)``
+            NaN where a series is dead.
+        """
+        check_option("band", band, self.parts)
+        without = self.prediction - self.parts[band]
+        gains = []
+        for own in np.asarray(subjects, dtype=np.float64):
+            both = [
+                np.mean([_columns_r(p[b], own[b]) for b in self.blocks], axis=0) for p in (self.prediction, without)
+            ]
+            gains.append(np.where(np.isfinite(own).all(axis=0), both[0] - both[1], np.nan))
+        return np.stack(gains)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a target."""
@@ -218,6 +248,7 @@ def encode(
         gain_p={name: spread(values[0]) for name, values in gain_p.items()},
         gain_p_corrected={name: spread(values[1]) for name, values in gain_p.items()},
         null_max=null_r.max(axis=1), prediction=spread(parts.sum(axis=0)), penalties=spread(penalties),
+        parts={name: spread(part) for name, part in zip(bands, parts)}, blocks=[test for _, test in model.folds],
         targets=[str(name) for name in names] if names is not None else [f"target{i}" for i in range(n_targets)],
         ceiling=None if ceiling is None else np.asarray(ceiling, dtype=np.float64),
     )  # fmt: skip

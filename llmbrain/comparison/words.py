@@ -39,6 +39,7 @@ SILENCE = {
     "silence",
     "pau",
 }
+LONGEST_WORD = 30.0  # seconds in the median; even whole sentences are shorter
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": None}
 
 
@@ -107,6 +108,9 @@ def check_words(words: pd.DataFrame, *, name: str = "words") -> pd.DataFrame:
         )
     if onsets.empty:
         raise InputError(f"{name}: none of its {len(words)} words has a time")
+    usual = float((words["offset"] - words["onset"]).median())
+    if usual > LONGEST_WORD:
+        raise InputError(f"{name}: words last {usual:g} s in the median: times must be in seconds, not milliseconds")
     return words
 
 
@@ -117,6 +121,9 @@ def _read_table(path: Path, columns: Mapping[str, str | int] | None) -> pd.DataF
         keep_default_na=False, na_values=["", "n/a", "N/A", "nan", "NaN", "NA"], engine="python", quotechar='"',
     )  # fmt: skip
     found = _find_columns(table, columns, path)
+    top = table[found["onset"]].astype(str).iloc[:1]
+    if numbered and len(top) and top.str.contains(r"[A-Za-z]").all():
+        table = table.iloc[1:].reset_index(drop=True)  # a header after all
     table = table.rename(columns={actual: role for role, actual in found.items()})
     for role in ("onset", "offset", "duration"):
         if role in found:

@@ -3,7 +3,7 @@
 Neurons are shown on the model's own anatomy, layer by layer, and never on a brain.
 """
 
-from llmbrain.plotting._comparison import plot_coupling, plot_lag_profile
+from llmbrain.plotting._comparison import plot_brain_map, plot_ceilings, plot_coupling, plot_lag_profile
 from llmbrain.plotting._maps import plot_glass_model, plot_layer_profile, plot_network
 from llmbrain.plotting._pruning import kept_widths, plot_latency, plot_tradeoff, plot_widths
 from llmbrain.plotting._tables import (
@@ -18,7 +18,9 @@ from llmbrain.plotting._time import plot_carpet, plot_time_courses
 __all__ = [
     "kept_widths",
     "long_lesions",
+    "plot_brain_map",
     "plot_carpet",
+    "plot_ceilings",
     "plot_connectivity",
     "plot_coupling",
     "plot_glass_model",

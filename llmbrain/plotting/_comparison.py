@@ -19,6 +19,7 @@ from llmbrain.plotting._style import (
     diverging,
     ink_on,
     legend,
+    new_figure,
     one_axes,
     plain,
 )
@@ -117,4 +118,70 @@ def plot_lag_profile(
     ax.grid(color=GRID, linewidth=0.5)
     if labels is not None or threshold is not None:
         legend(ax, ncols=2)
+    return figure
+
+
+def plot_ceilings(
+    ceilings: pd.DataFrame, *, r: ArrayLike | None = None, ax: Axes | None = None, figure: Any = None
+) -> Any:
+    """Noise ceilings of each region, and how far a model gets below them.
+
+    Parameters
+    ----------
+    ceilings : DataFrame
+        From `llmbrain.comparison.noise_ceilings`.
+    r : array ``(n_regions,)``, optional
+        Largest ``|r|`` of a model with each region.
+
+    Returns
+    -------
+    Figure
+    """
+    missing = {"region", "isc", "ceiling"} - set(ceilings.columns)
+    if missing:
+        raise InputError(f"ceilings has no column {min(missing)!r}: pass what noise_ceilings returned")
+    n = len(ceilings)
+    figure, ax = one_axes(ax, figure, (1.6 + 0.34 * min(max(n, 4), 40), 3.0))
+    place = np.arange(n)
+    ax.bar(place, ceilings["ceiling"], color=QUIET, alpha=0.35, label="ceiling of the group mean")
+    ax.plot(place, ceilings["isc"], "o", markersize=4, color=CATEGORIES[0], label="one listener with the others (ISC)")
+    if r is not None:
+        ax.plot(place, np.abs(np.asarray(r, dtype=float)), "D", markersize=4, color=CATEGORIES[1],
+                label="best network, |r|")  # fmt: skip
+    step = max(1, -(-n // 40))
+    names = [plain(name) for name in ceilings["region"]]
+    ax.set_xticks(place[::step], names[::step], rotation=40, ha="right")
+    ax.set(ylabel="r")
+    ax.set_ylim(bottom=min(0.0, float(np.nanmin(ceilings["isc"]))))
+    legend(ax, loc="upper right")
+    return figure
+
+
+def plot_brain_map(values: ArrayLike, masker: Any, *, title: str = "r", vmax: float | None = None) -> Any:
+    """A value of every region or voxel of a brain, seen through it (nilearn's glass brain).
+
+    Parameters
+    ----------
+    values : array ``(n_regions,)``
+        NaN is left empty.
+    masker : fitted nilearn masker
+        Of `llmbrain.comparison.load_fmri`.
+    vmax : float, optional
+
+    Returns
+    -------
+    Figure
+    """
+    from nilearn.plotting import plot_glass_brain
+
+    shown = np.nan_to_num(np.asarray(values, dtype=np.float32))
+    image = masker.inverse_transform(shown[None] if shown.ndim == 1 else shown)
+    if len(image.shape) == 4:
+        image = image.slicer[..., 0]
+    figure = new_figure((7.0, 2.6), layout=None)
+    limit = vmax or float(np.abs(shown).max()) or 1.0
+    plot_glass_brain(
+        image, figure=figure, plot_abs=False, symmetric_cbar=True, vmax=limit, vmin=-limit, cmap=diverging(),
+        colorbar=True, title=title, annotate=True,
+    )  # fmt: skip
     return figure

@@ -13,6 +13,7 @@ import pandas as pd
 
 from llmbrain._validation import check_option
 from llmbrain.reporting import _sections as parts
+from llmbrain.reporting._comparison import comparison_report
 from llmbrain.reporting._effects import labels_of
 from llmbrain.reporting._pack import blob, codebook, encode, pack_maps
 from llmbrain.reporting._report import Report
@@ -89,7 +90,7 @@ def report_of(obj: Any, *, title: str | None = None, **contents: Any) -> Report:
 
     Parameters
     ----------
-    obj : GroupICA, FunctionalNetworks, PruningPlan, LesionTable or Coupling
+    obj : GroupICA, FunctionalNetworks, PruningPlan, LesionTable, Coupling or Comparison
         Fitted.
     title : str, optional
         Default: the kind of object.
@@ -102,6 +103,8 @@ def report_of(obj: Any, *, title: str | None = None, **contents: Any) -> Report:
         If there is no report of such an object, or it is not fitted.
     """
     kind = type(obj).__name__
+    if kind == "Comparison":
+        return comparison_report(obj, title=title or "llmbrain: Comparison", **contents)
     if kind == "GroupICA":
         from llmbrain.networks import FunctionalNetworks
 

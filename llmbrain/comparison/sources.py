@@ -1,0 +1,145 @@
+"""What `compare` starts from: the run in which a model reads the story, its networks, and the control series."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from llmbrain._validation import InputError
+from llmbrain.comparison.alignment import align, find_words, word_regressor
+from llmbrain.comparison.series import check_tr, standardize
+from llmbrain.scanning import Scan
+
+Array = NDArray[np.float64]
+FREQUENCY_NAMES = ("logfreq", "logfrequency", "logwordfreq", "lgfreq", "zipf", "wordfrequency", "freq", "frequency")
+COUNTED = 50.0  # no logarithm of a frequency is larger: such a column holds counts
+
+
+def expected_volumes(words: pd.DataFrame, tr: float | None, offset: float = 0.0) -> float | None:
+    """About how many volumes the words take; None without a TR."""
+    last = words["offset"].max()
+    return None if tr is None or not np.isfinite(last) else float(last - offset) / check_tr(tr)
+
+
+def story_of(source: Any, words: pd.DataFrame, text: str | None) -> tuple[tuple[Any, Any] | None, Scan]:
+    """The model, if there is one, and its scan of the story.
+
+    Parameters
+    ----------
+    source : Scan, list of Scan, (model, tokenizer), or path of a model, a scan or a study
+        Of several runs, the one that holds the words is taken.
+    """
+    if isinstance(source, Scan):
+        return None, source
+    if isinstance(source, (list, tuple)) and source and all(isinstance(s, Scan) for s in source):
+        return None, _story(source, words, "the list of scans")
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        store = next((p for p in (path, path / "scan") if (p / "manifest.json").is_file()), None)
+        if store is not None:
+            from llmbrain.scanning import load_scans
+
+            return None, _story(load_scans(store), words, os.fspath(path))
+        from llmbrain.checkpoints import load_model
+
+        source = load_model(os.fspath(source))
+    try:
+        model, tokenizer = source
+    except (TypeError, ValueError):
+        raise InputError(f"model of type {type(source).__name__}: pass a Scan, (model, tokenizer) or a path") from None
+    return (model, tokenizer), read_story((model, tokenizer), " ".join(words["word"]) if text is None else text)
+
+
+def _story(scans: Sequence[Scan], words: pd.DataFrame, where: str) -> Scan:
+    """The run whose text holds most of the words, if it holds half of them."""
+    shares = [float(np.mean(find_words(scan.text, words["word"])[:, 0] >= 0)) if scan.text else 0.0 for scan in scans]
+    best = int(np.argmax(shares))
+    if shares[best] < 0.5:
+        raise InputError(
+            f"{where}: no run reads this story: {scans[best].name!r} holds {shares[best]:.0%} of the words, the most "
+            f"of {len(scans)} runs; scan the story, or pass the model"
+        )
+    return scans[best]
+
+
+def read_story(model: tuple[Any, Any], text: str) -> Scan:
+    """Scan of one text."""
+    from llmbrain.scanning import scan
+
+    return scan(model[0], model[1], [text])[0]
+
+
+def untrained_copy(model: Any, seed: int) -> Any:
+    """The same architecture with random weights."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(model)(model.config).eval().to(next(model.parameters()).device)
+
+
+def network_series(scan: Scan, networks: Any, series: ArrayLike | None, n_components: Any, random_state: int) -> Array:
+    """Time courses on the tokens of the story ``(n_tokens, K)``: given, of given networks, or found in this scan."""
+    if series is not None:
+        return np.asarray(series, dtype=np.float64)
+    if networks is not None:
+        from llmbrain.decomposition import dual_regression
+        from llmbrain.networks import FunctionalNetworks
+
+        if isinstance(networks, (str, os.PathLike)):
+            folder = Path(networks)
+            inside = folder / "networks"
+            networks = FunctionalNetworks.load(inside if (inside / "networks.json").is_file() else folder)
+        return np.asarray(dual_regression(networks, [scan], standardize=True).time_courses[0], dtype=np.float64)
+    from llmbrain.decomposition import GroupICA
+
+    ica = GroupICA(n_components=n_components, random_state=random_state).fit([scan])
+    return np.asarray(ica.mixing_[0], dtype=np.float64)
+
+
+def control_series(
+    scan: Scan, words: pd.DataFrame, given: Mapping[str, ArrayLike] | None, clock: dict[str, Any], hrf: str
+) -> tuple[dict[str, Array], list[str]]:
+    """Control series at the volumes (before the filter), and the usual ones that are missing."""
+    n, drop = clock["n_volumes"], clock["drop"]
+    found = {"word rate": word_regressor(words, hrf=hrf, **clock)}
+    if len(np.unique(scan.positions)) > 1:
+        place = scan.positions[:, None].astype(np.float64)
+        found["position"] = align(scan, words, hrf=hrf, series=place, **clock).data
+    frequency = _log_frequency(words)
+    if frequency is not None:  # centred: what is left beside the word rate
+        found["log frequency"] = word_regressor(words, values=frequency - np.nanmean(frequency), hrf=hrf, **clock)
+    for name, values in (given or {}).items():
+        array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
+        if len(array) != n:
+            raise InputError(f"controls[{name!r}] has {len(array)} values for {n} volumes")
+        found[name] = array[drop:]
+    for name in [name for name, values in found.items() if np.isnan(standardize(values)).any()]:
+        warnings.warn(f"control {name!r} is constant or NaN: left out", stacklevel=3)
+        del found[name]
+    return found, [name for name in ("log frequency", "sound power") if name not in found]
+
+
+def _log_frequency(words: pd.DataFrame) -> Array | None:
+    plain = {"".join(c for c in str(column).lower() if c.isalnum()): column for column in words.columns}
+    column = next((plain[name] for name in FREQUENCY_NAMES if name in plain), None)
+    if column is None or not pd.api.types.is_numeric_dtype(words[column]) or not words[column].notna().any():
+        return None
+    values = words[column].to_numpy(float)
+    return np.log1p(values) if np.nanmin(values) >= 0 and np.nanmax(values) > COUNTED else values
+
+
+def mirror(words: pd.DataFrame, rule: str) -> pd.DataFrame:
+    """The words as if the story ran backwards, within the same span of time."""
+    timed = words.dropna(subset=["onset", "offset"])
+    total = timed["onset"].min() + timed["offset"].max()
+    times = (timed["onset"] + timed["offset"]) / 2 if rule == "midpoint" else timed[rule]
+    mirrored = timed.assign(onset=total - times, offset=total - times)
+    return mirrored.sort_values("onset", kind="stable").reset_index(drop=True)
