@@ -39,7 +39,7 @@ SILENCE = {
     "silence",
     "pau",
 }
-LONGEST_WORD = 30.0  # seconds in the median; even whole sentences are shorter
+LONGEST_WORD = 60.0  # seconds in the median; even whole sentences are shorter
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": None}
 
 

@@ -117,7 +117,7 @@ def plot_lag_profile(
     ax.set(xlabel="lag (volumes)" if tr is None else "lag (s)", ylabel="r")
     ax.grid(color=GRID, linewidth=0.5)
     if labels is not None or threshold is not None:
-        legend(ax, ncols=2)
+        legend(ax, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return figure
 
 
@@ -153,7 +153,7 @@ def plot_ceilings(
     ax.set_xticks(place[::step], names[::step], rotation=40, ha="right")
     ax.set(ylabel="r")
     ax.set_ylim(bottom=min(0.0, float(np.nanmin(ceilings["isc"]))))
-    legend(ax, loc="upper right")
+    legend(ax, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=1)
     return figure
 
 
