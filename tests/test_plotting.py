@@ -6,6 +6,7 @@ import io
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,7 +70,22 @@ def every_figure(networks: FunctionalNetworks, scan: Scan) -> dict[str, Figure]:
         "latency": plotting.plot_latency(latency, spread="sd"),
         "coupling": plotting.plot_coupling(np.array([[0.2, -0.1]]), significant=np.array([[True, False]])),
         "lags": plotting.plot_lag_profile([-1, 0, 1], [0.1, 0.3, 0.2], threshold=0.15, tr=2.0),
+        "ceilings": plotting.plot_ceilings(
+            pd.DataFrame({"region": ["a", "b$"], "isc": [0.2, np.nan], "ceiling": [0.5, np.nan]}), r=[-0.1, np.nan]
+        ),
+        "brain": plotting.plot_brain_map([0.3, np.nan], two_regions()),
     }
+
+
+def two_regions() -> Any:
+    """A fitted masker of an atlas with two labels."""
+    from nilearn.maskers import NiftiLabelsMasker
+
+    labels = np.zeros((5, 5, 5), dtype=np.int16)
+    labels[1], labels[3] = 1, 2
+    affine = np.diag([20.0, 20, 20, 1])
+    affine[:3, 3] = -40
+    return NiftiLabelsMasker(nib.Nifti1Image(labels, affine), standardize=None).fit()
 
 
 def test_every_figure_draws_without_a_display_or_pyplot(networks: FunctionalNetworks, scan: Scan) -> None:

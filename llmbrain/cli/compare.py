@@ -92,6 +92,7 @@ def compare(
     settings = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in settings.items()}
     for name in ("out", "overwrite", "source", "device"):
         settings.pop(name)
+    settings["controls"] = controls
     if tr is not None:
         check_tr(tr)
     k = parse_components(components)
@@ -104,7 +105,7 @@ def compare(
         check_tr(brain.tr)
         more = read_controls(controls or [], brain.n_volumes)
         story = text.read_text(encoding="utf-8-sig") if text is not None else None
-        claim(out, {"model": source, **settings, "controls": controls}, overwrite=overwrite)
+        claim(out, {"model": source, **settings}, overwrite=overwrite)
         is_scan = any((Path(source) / p).is_file() for p in ("manifest.json", "scan/manifest.json"))
         if is_scan and untrained:
             raise InputError("--untrained needs a model, not a scan: pass the model's folder")
@@ -122,7 +123,7 @@ def compare(
             figure.savefig(out / f"figure-{name}.png", dpi=150)
         if brain.masker is not None:
             brain.masker.inverse_transform(_filled(result.coupling.r)).to_filename(out / "coupling.nii.gz")
-    record = provenance(source, [" ".join(table["word"]) if story is None else story], **settings, controls=controls)
+    record = provenance(source, [" ".join(table["word"]) if story is None else story], **settings)
     page = comparison_report(
         result, title=f"llmbrain compare: {Path(source).name} and {fmri.name}", figures=figures,
         warnings=[line for line in said if not _repeats(line)], provenance=record,
