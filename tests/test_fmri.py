@@ -1,8 +1,12 @@
 """Reading brains of every kind, and what is done with the dead."""
 
+import warnings
+
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.signal import lfilter
 
 from llmbrain import InputError
 from llmbrain.comparison import load_fmri
@@ -55,6 +59,89 @@ def test_folder_with_bids_names(tmp_path):
         )
     (tmp_path / "readme.md").write_text("not a brain")
     assert load_fmri(tmp_path, pattern="sub-*").subjects == ["sub-01", "sub-02"]
+
+
+def smooth(n_volumes, n_regions, seed=0):
+    """Series as smooth as a brain's: a random walk that forgets."""
+    noise = np.random.default_rng(seed).normal(size=(n_volumes, n_regions))
+    return lfilter([1.0], [1.0, -0.8], noise, axis=0)
+
+
+@pytest.mark.parametrize(("n_volumes", "n_regions"), [(400, 68), (250, 268), (90, 268), (300, 300 - 32)])
+def test_time_is_the_axis_that_fits_the_stimulus(tmp_path, n_volumes, n_regions):
+    values = smooth(n_volumes, n_regions)
+    np.save(tmp_path / "upright.npy", values)
+    np.save(tmp_path / "lying.npy", values.T)
+    for expected in (n_volumes - 8.0, n_volumes + 1.0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # where both axes fit, it says what it took
+            upright = load_fmri(tmp_path / "upright.npy", expected=expected)
+        np.testing.assert_array_equal(upright.data[0], values)
+        with pytest.warns(UserWarning, match=f"{n_regions} rows are regions"):
+            lying = load_fmri(tmp_path / "lying.npy", expected=expected)
+        np.testing.assert_array_equal(lying.data[0], values)
+
+
+def test_orientation_by_names_by_subjects_and_by_hand(tmp_path):
+    short, long = smooth(160, 120), smooth(190, 120)
+    np.save(tmp_path / "a.npy", short.T)
+    with pytest.warns(UserWarning, match="are taken as volumes"):
+        assert load_fmri(tmp_path / "a.npy").n_volumes == 120  # nothing says more
+    assert load_fmri(tmp_path / "a.npy", orientation="regions-first").n_volumes == 160
+    with pytest.warns(UserWarning, match="names of regions"):
+        assert load_fmri(tmp_path / "a.npy", regions=[f"r{i}" for i in range(120)]).n_volumes == 160
+    np.save(tmp_path / "b.npy", long.T)
+    with pytest.raises(InputError, match="differ in length"), pytest.warns(UserWarning, match="along the other axis"):
+        load_fmri([tmp_path / "a.npy", tmp_path / "b.npy"])
+    with pytest.raises(InputError, match="orientation='sideways'"):
+        load_fmri(tmp_path / "a.npy", orientation="sideways")
+    np.savez(tmp_path / "c.npz", bold=short.T, labels=[f"area {i}" for i in range(120)], tr=1.5)
+    fmri = load_fmri(tmp_path / "c.npz")
+    assert (fmri.n_volumes, fmri.regions[3]) == (160, "area 3")
+
+
+def test_tables_as_programs_write_them(tmp_path):
+    values = brain(30, 5)
+    frame = pd.DataFrame(values, columns=list("VWXYZ"))
+    frame.to_csv(tmp_path / "index.csv")
+    frame.assign(time=np.arange(30) * 1.5).to_csv(tmp_path / "clock.csv", index=False)
+    frame.to_csv(tmp_path / "german.csv", sep=";", index=False)
+    pd.DataFrame(values).to_csv(tmp_path / "numbered.csv", index=False)
+    rows = ["   ".join(["", *(f"{v:.16e}" for v in row)]) for row in values]
+    (tmp_path / "matlab.txt").write_text("\n".join(rows) + "\n")
+    header = '"V" "W" "X" "Y" "Z"'
+    rows = [f'"{i}" ' + " ".join(map(repr, map(float, row))) for i, row in enumerate(values, 1)]
+    (tmp_path / "r.txt").write_text("\n".join([header, *rows]) + "\n")
+    frame.T.rename_axis("roi").to_csv(tmp_path / "transposed.csv")
+    names = {"numbered": list("01234"), "matlab": [f"region{i}" for i in range(5)]}
+    for file in sorted(tmp_path.iterdir()):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*counts time.*")
+            fmri = load_fmri(file)
+        np.testing.assert_allclose(fmri.data[0], values, rtol=1e-12, err_msg=file.name)
+        assert fmri.regions == names.get(file.stem, list("VWXYZ")), file.name
+    people = pd.concat([frame.assign(subject=s) for s in ("p1", "p2")])
+    people.to_csv(tmp_path / "people.csv", index=False)
+    assert load_fmri(tmp_path / "people.csv").subjects == ["p1", "p2"]
+
+
+def test_folders_with_other_files_beside(tmp_path):
+    for i in (1, 2):
+        folder = tmp_path / f"subject{i}"
+        folder.mkdir()
+        np.savetxt(folder / "timeseries.txt", brain(seed=i))
+        np.savetxt(folder / "rp_scan.txt", brain(seed=i + 9, n_regions=6))
+        (folder / "story_events.tsv").write_text("onset\tduration\ttrial_type\n0\t1\ta\n")
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nx\t3\n")
+    (tmp_path / "notes.md").write_text("nothing to read")
+    assert load_fmri(tmp_path).subjects == ["subject1", "subject2"]
+    bids = tmp_path / "bids"
+    for run in (1, 2):
+        (bids / "sub-1/func").mkdir(parents=True, exist_ok=True)
+        np.savetxt(bids / f"sub-1/func/sub-1_run-{run}_timeseries.tsv", brain(seed=run), delimiter="\t")
+    with pytest.raises(InputError, match=r"2 files of sub-1 .*choose with pattern="):
+        load_fmri(bids)
+    assert load_fmri(bids, pattern="*run-2*").subjects == ["sub-1"]
 
 
 def test_one_dead_series_is_nan(tmp_path):

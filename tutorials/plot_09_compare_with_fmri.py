@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from llmbrain.comparison import align, couple, load_fmri, load_words, noise_ceilings, prepare, word_regressor
+from llmbrain.comparison import align, compare, couple, load_fmri, load_words, noise_ceilings, prepare, word_regressor
 from llmbrain.comparison.coupling import group_mean
 from llmbrain.comparison.phantom import make_paired_phantom
 from llmbrain.plotting import plot_coupling, plot_lag_profile
@@ -74,6 +74,23 @@ print(f"false alarms at p < .05 per pair: textbook {textbook:.0%}, circular shif
 # -----------
 # How well could any model do? A correlation of listeners with each other bounds it.
 noise_ceilings(phantom.fmri.data).round(2)
+
+# %%
+# All of it at once
+# -----------------
+# ``compare`` goes these steps from files to tables: controls (word rate, position in the context, log frequency where
+# the word table has it, and whatever series you give), the story mirrored in time, coupling, ceilings, similarity and,
+# with himalaya installed, encoding models. The same as a command, with figures and a report:
+#
+# .. code-block:: bash
+#
+#    llmbrain compare MODEL --fmri FOLDER --words words.tsv --tr 2 --offset 20 --out out
+#
+# FOLDER holds one file a listener (NIfTI, or tables of regions in either orientation), ``words.tsv`` may be CSV, BIDS
+# events or a TextGrid, and ``--untrained`` adds a copy of the model with random weights as a control.
+whole = compare(phantom.scan, phantom.fmri, phantom.words, tr=tr, series=phantom.time_courses, encoding=False)
+print(*whole.findings(), sep="\n")
+print("to know before believing it:", *whole.report["cautions"], sep="\n  ")
 
 # %%
 # Real listeners

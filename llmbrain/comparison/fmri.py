@@ -178,11 +178,11 @@ def _files(path: Any, pattern: str) -> tuple[list[Path], bool]:
 def _folder(folder: Path, pattern: str) -> list[Path]:
     """One file a subject: of the folder, else of its subfolders; without what only lies beside."""
 
-    def known(files: Iterable[Path]) -> list[Path]:
+    def known(files: Iterable[Path], beside: bool = pattern != "*") -> list[Path]:
         kind = (p for p in files if p.name.lower().endswith(TABLES + IMAGES) and p.is_file())
-        return sorted(p for p in kind if pattern != "*" or not BESIDE.search(_stem(p)))
+        return sorted(p for p in kind if beside or not BESIDE.search(_stem(p)))
 
-    paths = known(folder.glob(pattern)) or known(folder.rglob(pattern))
+    paths = known(folder.glob(pattern)) or known(folder.rglob(pattern)) or known(folder.glob(pattern), True)
     if not paths:
         raise InputError(f"fmri: no file {pattern!r} of a known kind in {folder}: {', '.join(IMAGES + TABLES)}")
     if pattern == "*":  # BIDS says which files are measurements

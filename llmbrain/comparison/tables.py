@@ -100,6 +100,8 @@ def _read_text(file: Path, name: str) -> dict[str, Table]:
     first = _cells(lines[0], separator)
     has_header = any(not _is_number(cell) for cell in first if cell.lower() not in NOTHING) or _counts(first)
     body = lines[1:] if has_header else lines
+    if separator == r"\s+":
+        body = [line.strip().replace('"', "") for line in body]
     if not body:
         raise InputError(f"fmri: {file.name} has a header and no row")
     frame = pd.read_csv(
