@@ -88,11 +88,10 @@ def compare(
     from llmbrain.comparison.sources import expected_volumes
     from llmbrain.reporting import comparison_figures, comparison_report
 
-    settings = {k: v for k, v in locals().items() if isinstance(v, (str, int, float, bool, Path)) or v is None}
-    settings = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    given = {k: v for k, v in locals().items() if isinstance(v, (str, int, float, bool, Path, list)) or v is None}
+    settings = {k: os.fspath(v) if isinstance(v, Path) else v for k, v in given.items()}
     for name in ("out", "overwrite", "source", "device"):
         settings.pop(name)
-    settings["controls"] = controls
     if tr is not None:
         check_tr(tr)
     k = parse_components(components)
