@@ -2,6 +2,7 @@
 
 import networkx as nx
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -218,3 +219,11 @@ def test_shifted_networks_stay_apart():
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_graph_measures_take_what_connectivity_gives():
+    courses = np.random.default_rng(0).normal(size=(200, 12)) @ np.random.default_rng(1).normal(size=(12, 12))
+    networks = FunctionalNetworks(np.eye(12, 30), time_courses=[courses])
+    links = connectivity(networks, n_null=0)
+    options = {"densities": [0.2], "n_null": 3, "n_seeds": 2}
+    pd.testing.assert_frame_equal(graph_measures(links, **options), graph_measures(links.matrix, **options))

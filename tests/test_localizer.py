@@ -125,15 +125,18 @@ def test_top_tokens_with_context():
     course = [np.random.default_rng(r).normal(0, 0.1, size=(240, 2)) for r in range(2)]
     course[1][100, 0], course[1][103, 0], course[0][7, 0], course[0][50, 0] = 9, 8, 7, -9
     networks = FunctionalNetworks(np.random.default_rng(0).laplace(size=(2, 30)), SPACE, time_courses=course)
-    frame = top_tokens(networks, 0, scans, n=2, context=2)
+    frame = top_tokens(networks[0], scans, n=2, context=2)
     assert frame[["run", "position"]].values.tolist() == [[1, 100], [0, 7]]  # 103 is too near
     first = frame.iloc[0]
     assert (first.before, first.token, first.after) == ("w98 w99 ", "w100 ", "w101 w102 ")
     assert first.condition == scans[1].events.trial_type[100 // 8]
     joined = np.concatenate([c[:, 0] for c in course])
     assert first.value == pytest.approx((9 - joined.mean()) / joined.std(), rel=1e-5)
-    assert top_tokens(networks, 0, scans, n=1, sign=-1).position[0] == 50
+    assert top_tokens(networks[0], scans, n=1, sign=-1).position[0] == 50
     assert "'w100 '" in describe(networks, scans).tokens["IC00"]
+    assert describe(networks[1], scans).to_dict() == describe(networks, scans).iloc[1:].to_dict()
+    with pytest.raises(InputError, match=r"pass networks\[k\]"):
+        top_tokens(networks, scans)
 
 
 def test_estimability_and_shifts():

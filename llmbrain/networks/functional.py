@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ class Network:
     index : int
         Row in the collection it comes from.
     name : str
+    group : FunctionalNetworks
+        That collection.
     """
 
     map: NDArray[np.float32]
@@ -45,6 +47,7 @@ class Network:
     space: NeuronSpace | None
     index: int
     name: str
+    group: FunctionalNetworks = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -222,7 +225,7 @@ class FunctionalNetworks(Reportable):
 
     def __getitem__(self, k: int | str) -> Network:
         index = self._index(k)
-        return Network(self.maps[index], self.masks[index], self.space, index, self.names[index])
+        return Network(self.maps[index], self.masks[index], self.space, index, self.names[index], self)
 
     def __iter__(self) -> Iterator[Network]:
         return (self[k] for k in range(len(self)))

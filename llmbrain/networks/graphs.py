@@ -17,6 +17,8 @@ from llmbrain._validation import InputError, check_range
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llmbrain.networks.connectivity import Connectivity
+
 Array = NDArray[np.float64]
 SWAPS_PER_EDGE = 10
 
@@ -129,7 +131,7 @@ def rewire(adjacency: Array, rng: np.random.Generator, swaps_per_edge: int = SWA
 
 
 def graph_measures(
-    matrix: ArrayLike,
+    matrix: Connectivity | ArrayLike,
     densities: Sequence[float] = (0.05, 0.1, 0.15, 0.2),
     *,
     n_null: int = 100,
@@ -140,7 +142,7 @@ def graph_measures(
 
     Parameters
     ----------
-    matrix : array ``(n_networks, n_networks)``
+    matrix : Connectivity, or array ``(n_networks, n_networks)``
     densities : sequence of float
         Shares of all pairs that become links; report the sweep, not one choice.
     n_null : int
@@ -158,9 +160,10 @@ def graph_measures(
     import pandas as pd
 
     check_range("n_null", n_null, 2)
+    links: Any = getattr(matrix, "matrix", matrix)
     rows = []
     for density in densities:
-        adjacency = to_graph(matrix, density)
+        adjacency = to_graph(links, density)
         rng = np.random.default_rng(random_state)
         value = _measures(adjacency, n_seeds, random_state)
         few = max(1, n_seeds // 5)

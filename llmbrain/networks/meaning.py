@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.networks.functional import FunctionalNetworks
+from llmbrain.networks.functional import FunctionalNetworks, Network
 from llmbrain.networks.localizer import Localizer, time_courses_of
 
 if TYPE_CHECKING:
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 
 def top_tokens(
-    networks: FunctionalNetworks,
-    k: int | str,
+    network: Network,
     scans: Sequence[Any],
     n: int = 10,
     *,
@@ -26,14 +25,14 @@ def top_tokens(
     distance: int = 8,
     sign: int = 1,
 ) -> pd.DataFrame:
-    """The tokens at which network `k` is most active, with their context.
+    """The tokens at which a network is most active, with their context.
 
     Parameters
     ----------
-    networks : FunctionalNetworks
-    k : int or str
+    network : Network
+        As ``networks[k]`` gives it.
     scans : list of Scan
-        Their tokens are shown; time courses are the networks' own if they fit, else by dual regression.
+        Their tokens are shown; time courses are those of the network's group if they fit, else by dual regression.
     n : int
         How many.
     context : int
@@ -52,9 +51,10 @@ def top_tokens(
     import pandas as pd
 
     check_range("n", n, 1)
-    index = networks[k].index
-    courses = time_courses_of(networks, scans)
-    joined = np.concatenate([course[:, index] for course in courses])
+    if not isinstance(network, Network):
+        raise InputError(f"network of type {type(network).__name__} must be one Network: pass networks[k]")
+    courses = time_courses_of(network.group, scans)
+    joined = np.concatenate([course[:, network.index] for course in courses])
     spread = joined.std()
     values = (joined - joined.mean()) / (spread if spread > 0 else 1)
     run_of = np.repeat(np.arange(len(courses)), [len(c) for c in courses])
@@ -71,9 +71,9 @@ def top_tokens(
                 "run": run,
                 "position": at,
                 "value": float(values[i]),
-                "token": tokens[at],
-                "before": "".join(tokens[max(0, at - context) : at]),
-                "after": "".join(tokens[at + 1 : at + 1 + context]),
+                "token": _text(tokens[at : at + 1]),
+                "before": _text(tokens[max(0, at - context) : at]),
+                "after": _text(tokens[at + 1 : at + 1 + context]),
                 "condition": _condition_at(scans[run], at),
             }
         )
@@ -83,7 +83,7 @@ def top_tokens(
 
 
 def describe(
-    networks: FunctionalNetworks,
+    networks: FunctionalNetworks | Network,
     scans: Sequence[Any] | None = None,
     *,
     localizer: Localizer | None = None,
@@ -95,6 +95,8 @@ def describe(
 
     Parameters
     ----------
+    networks : FunctionalNetworks or Network
+        One network makes one row.
     scans : list of Scan, optional
         For the tokens.
     localizer : Localizer, optional
@@ -110,8 +112,11 @@ def describe(
     """
     import pandas as pd
 
+    some = [networks] if isinstance(networks, Network) else list(networks)
+    networks = networks.group if isinstance(networks, Network) else networks
     rows = []
-    for k, network in enumerate(networks):
+    for network in some:
+        k = network.index
         row: dict[str, Any] = {
             "network": network.name,
             "size": network.size,
@@ -128,13 +133,18 @@ def describe(
             row["condition"] = sign + localizer.contrasts[best] if p <= alpha else ""
             row |= {"t": float(localizer.t[best, k]), "p_fwe": p}
         if scans is not None:
-            found = top_tokens(networks, k, scans, n=4 * n_tokens)["token"]
+            found = top_tokens(network, scans, n=4 * n_tokens)["token"]
             row["tokens"] = " ".join(repr(t) for t in list(dict.fromkeys(found))[:n_tokens])
         if stability is not None:
             r = stability.loc[stability["network_a"] == k, "r"]
             row["r"] = float(abs(r.iloc[0])) if len(r) else np.nan
         rows.append(row)
     return pd.DataFrame(rows).set_index("network")
+
+
+def _text(tokens: Sequence[str]) -> str:
+    """Tokens as one text; half a surrogate pair, which no table can hold, becomes a question mark."""
+    return "".join(tokens).encode("utf-8", "replace").decode("utf-8")
 
 
 def _condition_at(scan: Any, token: int) -> str | None:

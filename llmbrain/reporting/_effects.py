@@ -104,7 +104,7 @@ def top_tokens(networks: Any, k: int, scans: Sequence[Any], texts: Sequence[list
     """
     from llmbrain.networks import top_tokens as find
 
-    places = find(networks, k, scans, n, sign=sign)[["run", "position", "value"]]
+    places = find(networks[k], scans, n, sign=sign)[["run", "position", "value"]]
     found = []
     for run, token, value in places.itertuples(index=False, name=None):
         before, text, after = context_of(texts[run], token)
