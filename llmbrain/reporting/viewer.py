@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import mimetypes
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
@@ -30,6 +32,7 @@ from llmbrain.reporting._write import condition_spans, cutoffs
 
 HOST = "127.0.0.1"
 WINDOW = 2048  # tokens of one run that the page shows at once
+AHEAD = 256  # tokens between two looks of `read_ahead`: fewer than a file of the store holds
 # a file of the study may be a page: it gets an origin of its own, and no network
 SANDBOX = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -131,6 +134,16 @@ class StudyFolder:
         if scan.n_tokens > WINDOW:
             name += f", {start:,} to {stop - 1:,}"
         return {"name": name, "n": stop - start, "of": stop - start, "courses": bool(self.study.runs)}
+
+    def read_ahead(self) -> None:
+        """Read a little of every stretch of every scan: a store checks each of its files once, when it is first read.
+
+        What is wrong with a file is said to whoever asks for it.
+        """
+        for i, scan in enumerate(self.scans):
+            for start in range(0, scan.n_tokens, AHEAD):
+                with suppress(InputError, OSError, Refused):
+                    scan.data(layers=[0], tokens=[start], site=self._site(i))
 
     def _is_inside(self, path: Path) -> bool:
         return path.is_file() and path.resolve().is_relative_to(self.root)
@@ -296,6 +309,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, study: str | Path, port: int = 0) -> None:
         self.folder = StudyFolder(Path(study))
         super().__init__((HOST, port), Handler)
+        threading.Thread(target=self.folder.read_ahead, daemon=True).start()
 
     @property
     def url(self) -> str:
