@@ -71,6 +71,7 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+html_sidebars = {page: [] for page in ("index", "install", "methods")}  # pages that have no others below them
 html_context = {"default_mode": "auto"}
 
 

@@ -21,6 +21,7 @@ import llmbrain as lb
 from llmbrain import architectures
 from llmbrain.architectures import Family, anatomy
 from llmbrain.datasets import load_demo
+from llmbrain.plotting import plot_network, plot_widths
 from llmbrain.surgery import keep_neurons
 
 
@@ -87,6 +88,7 @@ with torch.no_grad():
     with lb.lesion(model, network):
         change = (model(ids) - intact).norm() / intact.norm()
 print(f"lesion of {network.size} neurons of {networks.n_neurons} changes the output by {change:.1%}")
+where = plot_network(network)
 
 # %%
 # Where structure is not enough
@@ -152,6 +154,7 @@ with torch.no_grad():
     with lb.lesion(twin, ~plan.mask):
         zeroed = twin(ids)
     print(plan.widths, "neurons stay; largest difference to zeroing:", float((small(ids) - zeroed).abs().max()))
+widths = plot_widths(plan)
 
 # %%
 # What to conclude

@@ -26,6 +26,7 @@ import llmbrain as lb
 from llmbrain.architectures import anatomy
 from llmbrain.datasets import load_demo
 from llmbrain.evaluation import throughput
+from llmbrain.plotting import plot_layer_profile, plot_widths
 
 MODEL, TEXT = os.environ.get("MODEL"), os.environ.get("TEXT")
 cuda = torch.cuda.is_available()
@@ -74,6 +75,7 @@ print(len(scans), "runs,", sum(run.n_tokens for run in scans), "tokens")
 ica = lb.GroupICA(n_components=8 if not MODEL else 32, random_state=0, progress=True).fit(scans)
 networks = lb.FunctionalNetworks.from_ica(ica)
 networks.save(out / "networks")
+profile = plot_layer_profile(networks)
 networks.summary().head()
 
 # %%
@@ -87,6 +89,7 @@ dense = lb.perplexity(model, tokenizer, texts, window=256, max_windows=16)
 plan = lb.plan_pruning(model, ratio=0.3, method="flap", tokenizer=tokenizer, calibration=texts, window=256,
                        multiple_of=multiple)  # fmt: skip
 print(plan.summary())
+cut = plot_widths(plan)
 small = lb.prune(model, plan, tokenizer=tokenizer, calibration=texts, window=256, compensate="least-squares",
                  inplace=True)  # fmt: skip
 print(f"perplexity {dense:.2f} -> {lb.perplexity(small, tokenizer, texts, window=256, max_windows=16):.2f}")

@@ -99,12 +99,11 @@ def results_page() -> str:
     """What each script in ``benchmarks`` asks, and every table in ``benchmarks/results``: Markdown as it is, JSON rows
     as a table."""
     scripts = {p.stem: p for p in sorted(RESULTS.parent.glob("*.py"))}
-    parts = ["# Questions and tables", "", "| script | question |", "|---|---|"]
+    parts = ["# Questions and tables", ""]
     for script in scripts.values():
         described = (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-        described = " ".join(described.split()).replace("|", "\\|")
-        parts.append(f"| `benchmarks/{script.name}` | {described} |")
-    parts += ["", "Each script says in its first lines how it is run and what is measured; here is what it wrote.", ""]
+        parts += [f"`benchmarks/{script.name}`", f": {' '.join(described.split())}", ""]
+    parts += ["Each script says in its first lines how it is run and what is measured; here is what it wrote.", ""]
     written = {p.stem for p in RESULTS.glob("*.md")}
     for file in sorted([*RESULTS.glob("*.md"), *RESULTS.glob("*.json")], key=lambda p: p.stem):
         if file.suffix == ".json" and file.stem in written:
