@@ -98,10 +98,11 @@ def markdown(record: dict[str, Any]) -> str:
     answer = (
         f"With p at most .05, corrected over all pairs or regions, in single runs (models x seeds): some pair of "
         f"network and region couples beyond the controls in {counts['trained'][0]} (untrained copies: "
-        f"{counts['untrained'][0]}), and beyond controls and untrained copy in {counts['trained beyond untrained'][0]}; held-out prediction gains "
-        f"in some region in {counts['trained'][1]} (untrained copies: {counts['untrained'][1]}), beyond both in "
-        f"{counts['trained beyond untrained'][1]}. All runs use the same story and the same listeners: they are not "
-        f"independent of each other, and no correction over runs is made."
+        f"{counts['untrained'][0]}), and beyond controls and untrained copy in "
+        f"{counts['trained beyond untrained'][0]}; held-out prediction gains in some region in {counts['trained'][1]} "
+        f"(untrained copies: {counts['untrained'][1]}), beyond both in {counts['trained beyond untrained'][1]}. All "
+        "runs use the same story and the same listeners: they are not independent of each other, and no correction "
+        "over runs is made."
     )
     mirrored = record["mirrored"]
     return "\n\n".join([

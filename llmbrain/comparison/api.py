@@ -21,7 +21,7 @@ from llmbrain.comparison.alignment import align, word_regressor
 from llmbrain.comparison.coupling import Coupling, couple, group_mean
 from llmbrain.comparison.encoding import Encoding, encode
 from llmbrain.comparison.fmri import FMRI, load_fmri
-from llmbrain.comparison.series import check_tr, prepare, remove
+from llmbrain.comparison.series import check_tr, prepare
 from llmbrain.comparison.similarity import compare_similarity
 from llmbrain.comparison.sources import (
     control_series,
@@ -352,8 +352,8 @@ class _Job:
         alive = group[:, np.isfinite(group).all(axis=0)]
         pair = (_living(side.x), alive)
         rows = []
-        for name, series in (("nothing", pair), ("controls", [remove(s, nuisance) for s in pair])):
-            found = compare_similarity(*series, **settings)
+        for name, known in (("nothing", None), ("controls", nuisance)):
+            found = compare_similarity(*pair, nuisance=known, **settings)
             rows.append({"measure": "cka", "beyond": name, "value": found.value, "p": found.p, "n_null":
                          len(found.null)})  # fmt: skip
         encoded = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,7 +12,7 @@ from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.comparison.nulls import NULLS, missing_cosines, surrogates
-from llmbrain.comparison.series import check_series, slow_cosines, standardize
+from llmbrain.comparison.series import check_series, orthonormal, slow_cosines, standardize
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -128,6 +129,7 @@ def compare_similarity(
     null: str = "circular",
     n_null: int | None = 200,
     min_shift: int = 10,
+    nuisance: ArrayLike | None = None,
     random_state: int = 0,
 ) -> Similarity:
     """CKA or RSA of two sets of series, with the null of `couple`: `x` moved in time as a whole.
@@ -141,6 +143,8 @@ def compare_similarity(
         Pairs of volumes up to so many apart are left out: 10 s over TR.
     null, n_null, min_shift
         See `couple`.
+    nuisance : array ``(T, C)``, optional
+        Regressed out of both sides, and of every surrogate; see `couple`.
 
     Returns
     -------
@@ -149,18 +153,27 @@ def compare_similarity(
     check_option("measure", measure, MEASURES)
     check_option("null", null, NULLS)
     a, b = _pair(x, y)
+    whole, n_slow = a, missing_cosines(a, b)
+    basis = None if nuisance is None else orthonormal(nuisance, len(a))
+    if basis is not None:
+        a, b = _pair(a - basis @ (basis.T @ a), b - basis @ (basis.T @ b))
     mask = allowed_pairs(len(a), exclude)
     describe = _describer(measure, mask, distance)
     other = describe(b)
     value = _cosine(describe(a), other)
-    n_slow = missing_cosines(a, b)
-    slow = slow_cosines(len(a), n_slow + 1)
-    draws = []
-    for moved in surrogates(a, null, n_null=n_null, min_shift=min_shift, n_slow=n_slow, random_state=random_state):
-        again = standardize(moved - slow @ (slow.T @ moved)) if n_slow else moved
-        draws.append(_cosine(describe(again), other))
-    values = np.array(draws)
-    return Similarity(value, float((1 + (values >= value).sum()) / (1 + len(values))), values, measure)
+    lost = slow_cosines(len(a), n_slow + 1)
+    if basis is not None:
+        lost = orthonormal(np.column_stack([lost[:, 1:], basis[:, 1:]]) if n_slow else basis[:, 1:], len(a))
+    settings: dict[str, Any] = {"n_null": n_null, "min_shift": min_shift, "n_slow": n_slow}
+    nulls = []  # both ways of moving, as in `couple`
+    for moving in [a] if basis is None else [a, whole]:
+        draws = []
+        for moved in surrogates(moving, null, random_state=random_state, **settings):
+            again = standardize(moved - lost @ (lost.T @ moved)) if n_slow or basis is not None else moved
+            draws.append(_cosine(describe(again), other))
+        nulls.append(np.array(draws))
+    p = [float((1 + (draws >= value).sum()) / (1 + len(draws))) for draws in nulls]
+    return Similarity(value, max(p), nulls[int(np.argmax(p))], measure)
 
 
 def _describer(measure: str, mask: Mask, distance: str) -> Callable[[Array], Array]:
