@@ -109,3 +109,15 @@ def test_sparsity_and_slopes_have_their_closed_forms():
     white = rng.normal(size=(20000, 3))
     np.testing.assert_allclose(spectral_slope(white), 0.0, atol=0.1)
     np.testing.assert_allclose(spectral_slope(np.cumsum(white, axis=0)), 2.0, atol=0.25)
+
+
+def test_public_names_are_what_they_say():
+    """A module of the same name must not come instead of a function, whatever was imported before."""
+    import llmbrain.comparison as room
+
+    for name in room.__all__:
+        assert callable(getattr(room, name)), name
+    import llmbrain as lb
+
+    for name in lb.__all__[1:]:
+        assert callable(getattr(lb, name)), name

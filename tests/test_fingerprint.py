@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmbrain import InputError
-from llmbrain.comparison.fingerprint import (
+from llmbrain.comparison.fingerprints import (
     ModelNetworks,
     align_and_correlate,
     common_units,

@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmbrain as lb
-from llmbrain.comparison.fingerprint import fingerprint, networks_of
+from llmbrain.comparison import fingerprint, networks_of
 from llmbrain.datasets import load_demo
 from llmbrain.datasets.abilities import stream_examples
 

@@ -246,7 +246,8 @@ def compare(
         controls_coupling.threshold, "n_null": coupling.n_null, "null": null, "correction": correction,
         "settings": {**clock, **filters, "hrf": hrf, "aggregate": aggregate, "random_state": random_state},
     }  # fmt: skip
-    report["cautions"] = cautions(report, couple(rate, people, regions=brain.regions, n_null=19, lags=LAGS))
+    group = group_mean(people) if len(people) > 1 else people[0]
+    report["cautions"] = cautions(report, couple(rate, group, n_null=min(n_null or 99, 99), lags=LAGS))
     if job.draws == 0 and encoding is None:
         why = f"they take long with {len(brain.regions)} regions" if _himalaya() else "himalaya is not installed"
         report["cautions"].append(f"encoding models were left out: {why}")
