@@ -12,11 +12,16 @@ import pandas as pd
 import pytest
 from tiny_models import tiny, tiny_tokenizer
 
+from llmbrain.checkpoints import load_model
 from llmbrain.cli import main
 from llmbrain.cli.compare import parse_columns, read_controls
 from llmbrain.comparison import load_words, word_regressor
 from llmbrain.comparison.phantom import ar_noise
-from llmbrain.scanning import scan
+from llmbrain.decomposition import GroupICA
+from llmbrain.networks import FunctionalNetworks
+from llmbrain.scanning import load_scans, scan
+
+pytestmark = pytest.mark.filterwarnings("ignore::llmbrain.scanning.runs.ScanWarning")
 
 TR, N_VOLUMES, OFFSET = 1.5, 190, 6.0
 FAST = ("--components", 4, "--n-null", 40, "--no-encoding")
@@ -197,8 +202,6 @@ def test_scan_of_a_study_controls_and_untrained(monkeypatch, capsys, tmp_path, m
         tmp_path / "sound.tsv", sep="\t", index=False
     )
     common = ["--fmri", brains, "--words", table, "--tr", TR, "--offset", OFFSET, "--n-null", 40]
-    from llmbrain.checkpoints import load_model
-
     model, tokenizer = load_model(str(model_folder))
     scan(model, tokenizer, ["another text of no story at all", " ".join(story["word"])], out=tmp_path / "study/scan")
     code, _, err = call(monkeypatch, capsys, tmp_path / "study", *common, "--out", tmp_path / "a", "--components", 3,
@@ -207,6 +210,12 @@ def test_scan_of_a_study_controls_and_untrained(monkeypatch, capsys, tmp_path, m
     report = json.loads((tmp_path / "a/comparison.json").read_text())
     assert report["controls"] == ["word rate", "position", "sound power", "pitch"]
     assert report["run"] == "run-0002"
+    ica = GroupICA(5, random_state=0).fit(load_scans(tmp_path / "study/scan"))
+    FunctionalNetworks.from_ica(ica, threshold=2.0).save(tmp_path / "study/networks")
+    code, printed, err = call(monkeypatch, capsys, tmp_path / "study", *common, "--out", tmp_path / "n", "--networks",
+                              tmp_path / "study", "--no-encoding")  # fmt: skip
+    assert code == 0, err
+    assert "5 networks" in printed
     code, _, err = call(monkeypatch, capsys, tmp_path / "study", *common, "--out", tmp_path / "b", "--untrained")
     assert (code, err.count("error:")) == (2, 1)
     assert "needs a model" in err

@@ -1,13 +1,14 @@
 """The whole comparison, from files to tables."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from llmbrain import InputError
-from llmbrain.comparison import compare
+from llmbrain.comparison import compare, prepare, word_regressor
 from llmbrain.comparison.phantom import make_paired_phantom
 from llmbrain.comparison.structure import compare_structure, sparsity, spectral_slope
 from llmbrain.datasets import fetch_alice
@@ -36,6 +37,26 @@ def test_phantom_from_files_to_tables(tmp_path):
     assert report["controls"] == ["word rate", "position"]
     assert report["controls_missing"] == ["log frequency", "sound power"]
     assert {p.stem for p in (tmp_path / "out").glob("*.tsv")} == set(result.tables)
+    page = result.generate_report(title="a <phantom>").html()
+    assert "a &lt;phantom&gt;" in page
+    assert "2 of 20 pairs" in " ".join(result.findings())
+    assert all(line[:40] in page for line in result.findings())
+
+
+def test_a_study_of_other_texts_is_refused_and_a_wrong_offset_is_said():
+    phantom = make_paired_phantom(n_networks=3, n_regions=4, n_pairs=0, n_volumes=200, n_neurons=20)
+    rate = prepare(word_regressor(phantom.words, 2.0, 200), 2.0)
+    noise = np.random.default_rng(0).normal(size=(200, 4))
+    brain = replace(phantom.fmri, data=(rate + 0.5 * noise)[None])
+    settings = {"tr": 2.0, "series": phantom.time_courses, "encoding": False, "n_null": 99}
+    right = compare(phantom.scan, brain, phantom.words, **settings)
+    wrong = compare(phantom.scan, brain, phantom.words, offset=4.0, **settings)
+    assert not [line for line in right.report["cautions"] if "right?" in line]
+    assert [line for line in wrong.report["cautions"] if "4 s later: is offset=4 s right?" in line]
+    assert [line for line in right.report["cautions"] if line.startswith("one subject")]
+    other = phantom.words.assign(word=[f"q{i}zz" for i in range(len(phantom.words))])
+    with pytest.raises(InputError, match="no run reads this story"):
+        compare([phantom.scan, phantom.scan], brain, other, **settings)
 
 
 @pytest.mark.slow

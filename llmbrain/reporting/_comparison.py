@@ -251,8 +251,9 @@ def _methods(result: Any) -> tuple[list[str], list[str]]:
     tests = (
         f"Correlations with the mean of {facts['n_subjects']} standardised listeners are partial correlations after "
         f"{', '.join(facts['controls'])}. Null distributions came from {null} ({coupling.n_null} draws), p = (b + 1) / "
-        f"(n + 1) ({cite('plus-one', 'Phipson and Smyth 2010')}), corrected by {correction}. No parametric p-value was "
-        "used, since the series are autocorrelated."
+        f"(n + 1) ({cite('plus-one', 'Phipson and Smyth 2010')}), corrected by {correction}. Both the "
+        "series and what the controls leave of them were moved, cleaned of the controls again, and the larger p was "
+        "taken. No parametric p-value was used, since the series are autocorrelated."
     )
     paragraphs = [time, tests]
     if coupling.ceilings is not None:
