@@ -13,7 +13,9 @@ import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace, Stimulus, plan_pruning, prune, scan
 from llmbrain.architectures import anatomy
 from llmbrain.pruning.allocation import LEVELS, Budget, from_losses, ranked, uniform
-from llmbrain.pruning.functions import condition_weights
+from llmbrain.pruning.forgetting import log_odds
+from llmbrain.pruning.functions import condition_weights, token_conditions
+from llmbrain.pruning.losses import weighted_loss, window_losses
 from llmbrain.pruning.network_terms import balanced_weights, covered, time_courses
 from llmbrain.pruning.obs import removal_costs
 from llmbrain.pruning.recovery import recover
@@ -218,8 +220,9 @@ def test_the_network_method_reports_what_it_used():
     plan = plan_pruning(model, make_networks((24, 24)), ratio=0.4, method="networks", calibration=ids)
     assert plan.details["networks"]["n"] == 3
     assert len({tuple(c["widths"]) for c in plan.details["search"]}) == len(plan.details["search"]) > 1
-    best = min(plan.details["search"], key=lambda c: c["loss_added"])
+    (best,) = [c for c in plan.details["search"] if c["chosen"]]
     assert tuple(best["widths"]) == plan.widths
+    assert best is plan.details["search"][0] or best["loss"] < plan.details["search"][0]["loss"]
     assert "no networks given" in plan_pruning(model, ratio=0.4, calibration=ids).summary()
     with pytest.raises(InputError, match=r"networks lie in layers of \[30, 30\] neurons"):
         plan_pruning(model, make_networks((30, 30)), ratio=0.4, calibration=ids)
@@ -277,32 +280,78 @@ def test_conditions_weigh_tokens():
         condition_weights(scans, (1, total), ["loud"], None)
 
 
-def test_forgetting_takes_the_neurons_of_a_condition():
-    model = tiny("llama")
-    tokenizer, texts = stimuli()
+@pytest.fixture(scope="module")
+def two_abilities():
+    """A tiny model that was trained to go on with two cycles of letters, and scans of text of both."""
+    torch.manual_seed(0)
+    model, tokenizer, rng = tiny("llama", intermediate_size=48), tiny_tokenizer(), np.random.default_rng(0)
+    texts = []
+    for _ in range(24):
+        parts = [(letters * 3, name) for name, letters in (("low", "abcde"), ("high", "vwxyz"))]
+        texts.append(Stimulus.from_segments([parts[i] for i in rng.permutation([0, 1, 0, 1])], tokenizer))
     scans = scan(model, tokenizer, texts)
-    length = scans[0].n_tokens  # windows are the scans, so that contexts are the same
-    plan = plan_pruning(model, None, scans, ratio=0.25, method="obs", forget=["low"], window=length)
-    assert 48 - sum(plan.widths) == 12
-    level = {}
-    for name in ("low", "high"):
-        inside = [
-            np.isin(np.arange(s.n_tokens), np.concatenate([np.arange(e.onset, e.onset + e.duration) for e in rows]))
-            for s in scans
-            for rows in [[e for e in s.events.itertuples() if e.trial_type == name]]
-        ]
-        level[name] = np.abs(np.concatenate([s.data()[i] for s, i in zip(scans, inside)])).mean(0)
-    selectivity = level["low"] / (level["high"] + 0.05 * np.median(level["low"]))
-    gone = set(np.flatnonzero(~plan.mask))
-    targets = set(np.flatnonzero(selectivity >= 2)) & set(np.argsort(-selectivity)[:12])
-    assert len(targets) == plan.details["functions"]["targets"] > 0
-    assert targets <= gone
-    only = plan_pruning(model, None, scans, method="obs", forget=["low"], window=length)
-    assert set(np.flatnonzero(~only.mask)) == set(np.flatnonzero(selectivity >= 2))
+    ids = torch.tensor(np.stack([s.token_ids for s in scans]))
+    model.train()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(80):
+        optimiser.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+    return model.eval(), scan(model, tokenizer, texts), ids
+
+
+def right_by_condition(model, scans, ids):
+    with torch.no_grad():
+        right = (model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).numpy()
+    labels = token_conditions(scans, tuple(ids.shape))
+    return {name: right[labels[0][:, 1:] == i].mean() for i, name in enumerate(labels[1])}
+
+
+@pytest.mark.parametrize("ratio", [None, 0.6])
+def test_forgetting_takes_one_condition_and_leaves_the_other(two_abilities, ratio):
+    model, scans, ids = two_abilities
+    before = right_by_condition(model, scans, ids)
+    assert min(before.values()) > 0.9
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = plan_pruning(model, None, scans, ratio=ratio, forget=["low"], window=ids.shape[1])
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    assert not any(p.requires_grad is False for p in model.parameters())
+    functions = plan.details["functions"]
+    assert functions["left"][-1]["low"] <= 0.3 or functions["targets"] == 48
+    assert functions["left"][0] == {"low": 1.0, "high": 1.0}
+    gone = round(ratio * 96) if ratio else functions["targets"]
+    assert 96 - sum(plan.widths) == gone
+    small = prune(model, plan, calibration=scans, window=ids.shape[1], compensate="least-squares")
+    after = right_by_condition(small, scans, ids)
+    assert after["low"] < 0.3
+    assert after["high"] > before["high"] - 0.03
+    assert small.llmbrain_pruning[-1]["forgetting"]["loss_added"]["low"] > 1
+
+
+def test_forgetting_refuses_what_can_not_be(two_abilities):
+    model, scans, _ = two_abilities
     with pytest.raises(InputError, match="names every condition"):
         plan_pruning(model, None, scans, ratio=0.25, forget=["low", "high"])
     with pytest.raises(InputError, match="forget='loud' is not known"):
         plan_pruning(model, None, scans, ratio=0.25, forget=["loud"])
+    with pytest.raises(InputError, match="level=2"):
+        plan_pruning(model, None, scans, forget=["low"], level=2)
+    with pytest.raises(InputError, match="predicts none of these tokens"):
+        plan_pruning(tiny("llama", intermediate_size=48), None, scans, forget=["low"], window=8)
+
+
+def test_log_odds_and_losses_of_tokens_against_transformers(two_abilities):
+    model, _, ids = two_abilities
+    with torch.no_grad():
+        p = torch.softmax(model(input_ids=ids).logits[:, :-1].double(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        assert torch.allclose(log_odds(model, ids).double(), (p / (1 - p)).log(), atol=1e-3)
+        mean = model(input_ids=ids, labels=ids).loss.item()
+    assert weighted_loss(model, ids) == pytest.approx(mean, rel=1e-5)
+    weights = torch.zeros(ids.shape)
+    weights[0, 3], weights[1, 7] = 1.0, 3.0
+    by_hand = -(p[0, 2].log() + 3 * p[1, 6].log()) / 4
+    assert weighted_loss(model, ids, weights) == pytest.approx(float(by_hand), rel=1e-4)
+    assert window_losses(model, ids, weights).mean() == pytest.approx(float(by_hand), rel=1e-4)
 
 
 def test_plans_for_functions_take_their_calibration_from_scans():

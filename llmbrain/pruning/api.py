@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import llmbrain
 from llmbrain._validation import InputError, check_option
+from llmbrain.architectures import Projection
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.evaluation.windows import as_windows, fingerprint
 from llmbrain.pruning.calibration import calibration_windows, check_enough
 from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
+from llmbrain.pruning.forgetting import forget_by_repair
 from llmbrain.pruning.functions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.statistics import Moments
@@ -95,9 +97,20 @@ def prune(
     small = model if inplace else copy.deepcopy(model)
     body = plan.check_model(small)
     check_cuttable(body)
+    forgetting = None
     if windows is not None:
-        options: dict[str, Any] = {"ridge": ridge, "intercept": intercept, "sequential": sequential, "weights": weights}
-        repair(small, plan, windows, kind=str(compensate), **options)
+
+        def mend(weights: Tensor | None = weights, lost: Tensor | None = None) -> None:
+            options: dict[str, Any] = {"ridge": ridge, "intercept": intercept, "sequential": sequential}
+            repair(small, plan, windows, kind=str(compensate), weights=weights, lost=lost, **options)
+
+        functions = plan.details.get("functions", {})
+        if functions.get("forget") and compensate == "least-squares":
+            assert weights is not None
+            assert not isinstance(calibration, (Tensor, type(None)))
+            forgetting = forget_by_repair(small, body, windows, calibration, functions, weights, mend)
+        else:
+            mend()
     for layer, kept in zip(body.layers, plan.kept):
         keep_neurons(layer, torch.from_numpy(kept))
     for layer, groups in zip(body.layers, plan.kept_heads or ()):
@@ -110,6 +123,7 @@ def prune(
         "kept_heads": None if plan.kept_heads is None else [k.tolist() for k in plan.kept_heads],
         "plan": {k: v for k, v in plan.to_dict().items() if k not in ("kept", "kept_heads")},
         "compensate": compensate,
+        "forgetting": forgetting,
         "calibration": None if windows is None else {"hash": fingerprint(windows), "shape": list(windows.shape)},
         "versions": {"llmbrain": llmbrain.__version__, "torch": version("torch")},
     }
@@ -145,9 +159,22 @@ def repair(
     intercept: bool = True,
     sequential: bool = True,
     weights: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> None:
-    """Write compensated output projections into a model, with zeros where the plan removes; shapes stay."""
+    """Write compensated output projections into a model, with zeros where the plan removes; shapes stay.
+
+    On tokens marked as `lost` the MLPs are to say what they say on average, so that what is to be forgotten is not
+    repaired from what others keep.
+    """
     body = plan.check_model(model)
+
+    def silent(output: Projection, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """Outputs as they are, but on marked tokens those of an average other token: nothing in particular."""
+        if tokens.all() or not any(output is layer.down for layer in body.layers):
+            return t
+        t = t.float()
+        t[tokens] = t[~tokens].mean(0)
+        return t
 
     def step(kept: Tensor, site: Site) -> Change | None:
         if len(kept) == site.output.units:
@@ -163,6 +190,8 @@ def repair(
             lambda site: step(torch.from_numpy(plan.kept_heads[site.layer.index]), site)),  # type: ignore[index]
         sequential=sequential,
         weights=weights,
+        marked=lost,
+        amend=None if lost is None else silent,
         progress="repair",
     )  # fmt: skip
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
@@ -32,3 +34,10 @@ def weighted_loss(model: nn.Module, windows: Tensor, weights: Tensor | None = No
         return float(losses.mean())
     counts = weights[:, 1:].double()
     return float((losses * counts).sum() / counts.sum())
+
+
+def window_losses(model: nn.Module, windows: Tensor, weights: Tensor | None = None) -> NDArray[np.float64]:
+    """Loss of each window, such that their mean is `weighted_loss`."""
+    losses = token_losses(model, windows)[:, 1:].double()
+    counts = torch.ones_like(losses) if weights is None else weights[:, 1:].double()
+    return ((losses * counts).sum(1) / counts.sum() * len(windows)).numpy()

@@ -18,7 +18,7 @@ from llmbrain.pruning.api import fit
 from llmbrain.pruning.calibration import check_enough, signals_of_windows
 from llmbrain.pruning.compensation import least_squares
 from llmbrain.pruning.criteria import Evidence, criterion
-from llmbrain.pruning.losses import weighted_loss
+from llmbrain.pruning.losses import weighted_loss, window_losses
 from llmbrain.pruning.network_terms import COVER, balanced_weights, covered, layer_masks, time_courses
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
 from llmbrain.pruning.published import published_scores
@@ -221,9 +221,16 @@ class Planner:
         both = [self._ranked(budget, clamp=c) for c in (False, True)]
         middle = budget.fit((np.array(best) + np.array(both[0])) / 2)
         candidates = list(dict.fromkeys([best, *both, middle, uniform(budget)]))
-        added = [self.measure(c, sequential=sequential) for c in candidates]
-        details["search"] = [{"widths": list(w), "loss_added": round(x, 6)} for w, x in zip(candidates, added)]
-        return candidates[int(np.argmin(added))]
+        losses_ = np.array([self.measure(c, sequential=sequential) for c in candidates])
+        gain = losses_[0] - losses_  # by window; sensitivity stays unless another is surely better
+        sure = gain.mean(1) > gain.std(1) / np.sqrt(gain.shape[1])
+        mean = np.where(sure, losses_.mean(1), np.inf)
+        mean[0] = losses_[0].mean()
+        details["search"] = [
+            {"widths": list(w), "loss": round(float(x), 6), "chosen": i == int(np.argmin(mean))}
+            for i, (w, x) in enumerate(zip(candidates, losses_.mean(1)))
+        ]
+        return candidates[int(np.argmin(mean))]
 
     def _ranked(self, budget: Budget, *, clamp: bool) -> tuple[int, ...]:
         return ranked(budget, self.dense_scores(), standardise=self.criterion.standardise, clamp=clamp)
@@ -258,8 +265,8 @@ class Planner:
         self._dense_scores, self._losses = scores, losses
         return losses
 
-    def measure(self, widths: Sequence[int], *, sequential: bool = True) -> float:
-        """Loss on held-out windows after a whole cut to these widths, chosen and refitted on the others."""
+    def measure(self, widths: Sequence[int], *, sequential: bool = True) -> NDArray[np.float64]:
+        """Loss on each held-out window after a whole cut to these widths, chosen and refitted on the others."""
         test, weights = self._test_windows(held_out=True)
         scores = None if sequential else self.dense_scores()
 
@@ -273,7 +280,7 @@ class Planner:
         with restored(self.body.layers):
             assert self.windows is not None
             walk(self.model, self.body, self.windows, step, sequential=True, weights=self.weights, progress="search")
-            return weighted_loss(self.model, test, weights)
+            return window_losses(self.model, test, weights)
 
     def _test_windows(self, *, held_out: bool) -> tuple[Tensor, Tensor | None]:
         """Windows to measure losses on, held-out ones or training ones, spread over the text; and their weights."""

@@ -12,13 +12,8 @@ from llmbrain.architectures import anatomy
 from llmbrain.pruning.allocation import Budget, uniform
 from llmbrain.pruning.calibration import calibration_windows
 from llmbrain.pruning.criteria import criterion
-from llmbrain.pruning.functions import (
-    SELECTIVE,
-    condition_selectivity,
-    condition_weights,
-    neurons_to_forget,
-    token_conditions,
-)
+from llmbrain.pruning.forgetting import LEVEL, neurons_to_forget
+from llmbrain.pruning.functions import condition_numbers, condition_weights, token_conditions
 from llmbrain.pruning.plan import PruningPlan, check_protect
 from llmbrain.pruning.planner import Planner
 from llmbrain.space import NeuronSpace
@@ -48,7 +43,7 @@ def plan_pruning(
     token_balance: float = 0.0,
     keep: Sequence[str] | None = None,
     forget: Sequence[str] | None = None,
-    selectivity: float = SELECTIVE,
+    level: float = LEVEL,
     rule: dict[str, Any] | None = None,
 ) -> PruningPlan:
     """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
@@ -91,10 +86,10 @@ def plan_pruning(
         try (0.5) where calibration text is unbalanced; on balanced text it costs perplexity.
     keep, forget : sequence of str, optional
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
-        take the scans as calibration; `forget` first removes the neurons `selectivity` times as
-        active under its conditions as under any other; with ``ratio=None`` no more than those.
-    selectivity : float
-        Lower it towards 1 where too little is forgotten.
+        take the scans as calibration; `forget` first removes the neurons of
+        `llmbrain.pruning.forgetting.neurons_to_forget`; with ``ratio=None`` no more than those.
+    level : float
+        Of `forget`: share of a condition's known tokens that may still be predicted.
     rule : dict, optional
         Options of `published_scores`.
 
@@ -120,21 +115,23 @@ def plan_pruning(
         weights = condition_weights(scans, shape, keep, forget)
         details["functions"] = {"keep": list(keep or ()), "forget": list(forget or ())}
         if forget:
+            check_range("level", level, 0, 1)
             if ratio is not None:
                 check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
             if allocation is not None or protect:
                 raise InputError("forget says itself where to cut: leave allocation and protect away")
             labels, names = token_conditions(scans, shape)
-            selective = condition_selectivity(model, body, windows, labels, names, forget)
+            wanted = condition_numbers("forget", forget, names)
+            if len(wanted) == len(names):
+                raise InputError(f"forget={list(forget)} names every condition: nothing would be left")
             space = NeuronSpace(body.widths)
             most = None if ratio is None else round(ratio * space.n_neurons)
-            targets = neurons_to_forget(selective, selectivity, most)
+            found = neurons_to_forget(model, body, windows, labels, names, wanted, most=most, level=level)
+            targets = found.gone
             counts = [int(targets[space.layer_slice(i)].sum()) for i in range(len(body.layers))]
-            details["functions"]["targets"] = sum(counts)
+            details["functions"] |= {"targets": sum(counts), "left": found.left}
             if not sum(counts):
-                raise InputError(
-                    f"forget={list(forget)}: no neuron is {selectivity} times as active for it: lower selectivity"
-                )
+                raise InputError(f"forget={list(forget)}: no neuron is needed for it")
             rest = tuple(max(1, w - c) for w, c in zip(body.widths, counts))
             ratio = sum(counts) / space.n_neurons if most is None else ratio
             allocation = rest if most is None else uniform(Budget(rest, space.n_neurons - most, (), multiple_of))

@@ -1,0 +1,259 @@
+"""How a model forgets what it does under a condition, and nothing else: which neurons go, and a repair that lets it go.
+
+Neurons alone are not enough where functions share them: what the others need of a removed neuron the repair restores,
+and with it most of what was to be forgotten (on the demo brain 240 neurons took agreement from 1.00 to 0.08, and an
+ordinary refit brought it back to 0.99). So the repair forgets too: on tokens of the condition the refitted layers are
+to say what they say on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmbrain._validation import InputError
+from llmbrain.architectures import Anatomy
+from llmbrain.evaluation.windows import batches, evaluating, input_device
+from llmbrain.pruning.functions import condition_numbers, token_conditions
+from llmbrain.pruning.losses import token_losses
+from llmbrain.pruning.walk import restored
+
+LEVEL = 0.2  # a condition is forgotten when so small a share of its known tokens is still the first choice
+STEP = 0.01  # share of all neurons that goes in one round
+MOST = 0.5  # and in all rounds together
+TOKENS = 8192  # on which a round is measured
+
+
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # weights of a forgotten token in the repair
+EMPHASIS, LARGEST = 10.0, 50.0  # how much more a token counts for each nat that the last fit added to it; at most
+SURE, BROKEN = 0.9, 0.007  # of the tokens that had this probability, so many may fall below a half in another condition
+
+
+@dataclass
+class Forgetting:
+    """Neurons that were found, and how much was left of each condition after every round."""
+
+    gone: NDArray[np.bool_]
+    left: list[dict[str, float]]
+
+
+def neurons_to_forget(
+    model: nn.Module,
+    body: Anatomy,
+    windows: Tensor,
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    forget: Sequence[int],
+    *,
+    most: int | None = None,
+    level: float = LEVEL,
+) -> Forgetting:
+    """Silence neurons in rounds, the most specific first, until a condition's tokens are not predicted any more.
+
+    What a neuron does is measured on tokens that the dense model gets right, by the first-order effect of silencing it
+    on their log odds, ``x * d(log odds)/dx``, in the model as lesioned so far: its mean over the tokens of the
+    conditions to forget, divided by its root mean square over the tokens of the other condition that it matters most
+    to. (The loss would not do: it is flat where a model is sure. Nor does activity alone: a neuron may be active under
+    one condition and needed under another.) Tokens that are wrong already count no more.
+
+    Parameters
+    ----------
+    windows : (n, window) int64
+    labels : (n, window) int64
+        Condition of each token, -1 for none.
+    forget : sequence of int
+        Numbers of the conditions to forget.
+    most : int, optional
+        Never more neurons than these; default half of them.
+    level : float
+        Share of the conditions' known tokens still right at which it ends.
+    """
+    windows, labels_ = _spread(windows, TOKENS), _spread(torch.from_numpy(labels), TOKENS)
+    total = sum(body.widths)
+    most = min(int(MOST * total), total if most is None else most)
+    step = max(1, round(STEP * total))
+    gone = np.zeros(total, dtype=bool)
+    left: list[dict[str, float]] = []
+    with _leaf(model), evaluating(model, gradients=True):
+        known = torch.cat([log_odds(model, ids).detach().cpu() > 0 for ids in batches(windows)])
+        target = torch.from_numpy(np.isin(labels_[:, 1:].numpy(), list(forget))) & known
+        if not target.any():
+            raise InputError(
+                f"forget={[names[i] for i in forget]}: the model predicts none of these tokens: nothing to forget"
+            )
+        while True:
+            found = _round(model, body, windows, labels_, known, target, gone, len(names))
+            left.append({name: float(found.left[i]) for i, name in enumerate(names)})
+            room = min(step, most - int(gone.sum()))
+            if found.target_left <= level or room < 1:
+                return Forgetting(gone, left)
+            others = np.delete(found.harm, [i + 1 for i in forget], axis=0).max(0)
+            score = found.gain / (others + 1e-3 * others.mean() + 1e-12)
+            score[gone] = -np.inf
+            full = _last_ones(gone, body.widths)
+            score[full] = -np.inf
+            chosen = np.argsort(-score, kind="stable")[:room]
+            chosen = chosen[score[chosen] > 0]
+            if not len(chosen):
+                return Forgetting(gone, left)
+            gone[chosen] = True
+
+
+@dataclass
+class _Found:
+    gain: NDArray[np.float64]  # (n_neurons,)
+    harm: NDArray[np.float64]  # (1 + conditions, n_neurons); first: tokens of no condition
+    left: NDArray[np.float64]  # (conditions,) share of known tokens still right
+    target_left: float
+
+
+def _round(
+    model: nn.Module, body: Anatomy, windows: Tensor, labels: Tensor, known: Tensor, target: Tensor,
+    gone: NDArray[np.bool_], n: int,
+) -> _Found:  # fmt: skip
+    widths = body.widths
+    gain, harm = torch.zeros(sum(widths)), torch.zeros(n + 1, sum(widths))
+    stays = torch.from_numpy(~gone).float().split(list(widths))
+    right = []
+    signals: list[Tensor] = []
+
+    def listen(keep: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+            signals.append(args[0] * keep.to(args[0]))
+            return (signals[-1], *args[1:])
+
+        return hook
+
+    handles = [layer.down.module.register_forward_pre_hook(listen(s)) for layer, s in zip(body.layers, stays)]
+    try:
+        at = 0
+        for ids in batches(windows):
+            part = slice(at, at + len(ids))
+            at += len(ids)
+            signals.clear()
+            odds = log_odds(model, ids)
+            right.append(odds.detach().cpu() > 0)
+            wanted = target[part].to(odds.device)
+            other = (known[part] & ~target[part]).to(odds.device)
+            ours = torch.autograd.grad(F.softplus(odds[wanted] + 1).sum(), signals, retain_graph=True)
+            theirs = torch.autograd.grad(odds[other].sum(), signals)
+            onehot = F.one_hot(labels[part].flatten() + 1, n + 1).float().T
+            flat = [x.detach().float().reshape(-1, x.shape[-1]).cpu() for x in signals]
+            gain += torch.cat([(x * g.reshape(x.shape).cpu()).sum(0) for x, g in zip(flat, ours)])
+            harm += torch.cat([onehot @ (x * g.reshape(x.shape).cpu()).square() for x, g in zip(flat, theirs)], 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    still = torch.cat(right)
+    counts = F.one_hot(labels.flatten() + 1, n + 1).sum(0)[:, None].clamp_min(1)
+    share = [float(still[known & (labels[:, 1:] == i)].float().mean()) for i in range(n)]
+    return _Found(
+        (gain / target.sum()).double().numpy(), (harm / counts).sqrt().double().numpy(), np.array(share),
+        float(still[target].float().mean()),
+    )  # fmt: skip
+
+
+def log_odds(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log odds of each token but the first against all others; ``(n, window - 1)``."""
+    ids = ids.to(input_device(model))
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    target = ids[:, 1:, None].to(logits.device)
+    right = logits.gather(-1, target).squeeze(-1)
+    return right - logits.scatter(-1, target, -torch.inf).logsumexp(-1)
+
+
+def _spread(values: Tensor, tokens: int) -> Tensor:
+    """So many tokens' worth of windows, spread over the text."""
+    count = max(1, tokens // values.shape[1])
+    return values[:: max(1, len(values) // count)][:count]
+
+
+def _last_ones(gone: NDArray[np.bool_], widths: Sequence[int]) -> NDArray[np.int64]:
+    """Of each layer the neuron that must stay: no layer may become empty."""
+    starts = np.cumsum([0, *widths[:-1]])
+    return np.array([s + int(np.argmin(gone[s : s + w])) for s, w in zip(starts, widths)])
+
+
+@contextmanager
+def _leaf(model: nn.Module) -> Iterator[None]:
+    """Only the embeddings ask for gradients: one leaf is enough for gradients to reach every layer."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        model.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+def forget_by_repair(
+    model: nn.Module,
+    body: Anatomy,
+    windows: Tensor,
+    scans: Sequence[Any],
+    functions: dict[str, Any],
+    weights: Tensor,
+    mend: Callable[[Tensor, Tensor], None],
+) -> dict[str, Any]:
+    """Refit a cut model such that tokens to forget tell nothing, as firmly as the other conditions bear.
+
+    Parameters
+    ----------
+    model : transformers model
+        Uncut; its output projections are written by `mend`.
+    functions : dict
+        ``"keep"`` and ``"forget"`` of the plan.
+    weights : (n, window) float
+        Of the tokens that are not to be forgotten.
+    mend : function of weights and of which tokens are to tell nothing
+        The repair.
+
+    Returns
+    -------
+    dict
+        ``"strength"``: the largest weight of `STRENGTHS` at which no other condition loses more than a share `BROKEN`
+        of its tokens (else the least); by condition that share, ``"broken"``, and ``"loss_added"``, on the
+        calibration text.
+    """
+    labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
+    lost = torch.from_numpy(np.isin(labels, condition_numbers("forget", functions["forget"], names)))
+    others = [n for n in functions["keep"] or names if n not in functions["forget"]]
+    before, numbers = token_losses(model, windows), torch.from_numpy(labels)
+
+    sure = before < -np.log(SURE)
+    emphasis = torch.ones_like(weights)
+
+    def share(of: Tensor, among: Tensor) -> dict[str, float]:
+        found = {n: of[among & (numbers == i)] for i, n in enumerate(names)}
+        return {n: float(v.float().mean()) for n, v in found.items() if len(v)}
+
+    def attempt(strength: float) -> tuple[dict[str, float], Tensor]:
+        mend(torch.where(lost, torch.full_like(weights, strength), weights * emphasis), lost)
+        after = token_losses(model, windows)
+        # Tokens that this fit hurts count more in the next, as in boosting: an ability may hang on single ones.
+        emphasis.mul_(torch.where(lost, 0.0, (after - before).clamp(0, 1)) * EMPHASIS + 1).clamp_(max=LARGEST)
+        return share(after > np.log(2), sure), after - before
+
+    def bearable(strength: float) -> bool:
+        with restored(body.layers):
+            broken, _ = attempt(strength)
+            return max((broken[n] for n in others if n in broken), default=0.0) <= BROKEN
+
+    low, high = 0, len(STRENGTHS)  # the first is taken in any case
+    for _ in range(2):  # for the emphasis
+        bearable(STRENGTHS[high // 2])
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bearable(STRENGTHS[middle]) else (low, middle)
+    broken, change = attempt(STRENGTHS[low])
+    return {"strength": STRENGTHS[low], "broken": broken, "loss_added": share(change, torch.ones_like(lost))}
