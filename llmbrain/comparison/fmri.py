@@ -262,7 +262,7 @@ def _assemble(series: dict[str, Array], names: list[str] | None, n_volumes: int 
     """Leave out subjects without any signal, mark dead series, and stack the rest."""
     widths = {key: values.shape[1] for key, values in series.items()}
     if len(set(widths.values())) > 1:
-        raise InputError(f"fmri: subjects differ in their number of regions: {widths}")
+        raise InputError(f"fmri: subjects differ in their number of regions: {_few(widths)}; pattern= chooses files")
     n_regions = next(iter(widths.values()))
     if names is None:
         names = [f"region{i}" for i in range(n_regions)]
@@ -309,6 +309,15 @@ def _assemble(series: dict[str, Array], names: list[str] | None, n_volumes: int 
     lengths = {k: len(v) for k, v in kept.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(
-            f"fmri: subjects differ in length: {lengths}; pass n_volumes= to keep the first volumes of each"
+            f"fmri: subjects differ in length: {_few(lengths)}; pass n_volumes= to keep the first volumes of each"
         )
     return FMRI(np.stack(list(kept.values())), list(kept), names, excluded=excluded, dead=dead)
+
+
+def _few(sizes: dict[str, int]) -> str:
+    """Sizes of all, or of one subject a size where they are many."""
+    if len(sizes) <= 4:
+        return str(sizes)
+    first = {size: who for who, size in reversed(sizes.items())}
+    counts = [f"{size} in {list(sizes.values()).count(size)} (as {first[size]})" for size in sorted(first)]
+    return ", ".join(counts)
