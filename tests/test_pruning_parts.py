@@ -328,6 +328,27 @@ def test_forgetting_takes_one_condition_and_leaves_the_other(two_abilities, rati
     assert small.llmbrain_pruning[-1]["forgetting"]["loss_added"]["low"] > 1
 
 
+def test_the_command_forgets(two_abilities, tmp_path):
+    from typer.testing import CliRunner
+
+    from llmbrain.cli import app
+
+    model, scans, ids = two_abilities
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    scan(model, tiny_tokenizer(), [s.text for s in scans], out=tmp_path / "study")
+    call = ["prune", str(tmp_path / "model"), "--study", str(tmp_path / "study"), "--forget", "low", "--method", "obs"]
+    refused = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "none")])
+    assert "events" in str(refused.exception) + refused.output
+    texts = [Stimulus(s.text, events=s.events, name=s.name) for s in scans]
+    scan(model, tiny_tokenizer(), texts, out=tmp_path / "labelled")
+    call[3] = str(tmp_path / "labelled")
+    result = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "small")])
+    assert result.exit_code == 0, result.output
+    after = right_by_condition(lb.load_pruned(tmp_path / "small"), scans, ids)
+    assert after["low"] < 0.3 < 0.9 < after["high"]
+
+
 def test_forgetting_refuses_what_can_not_be(two_abilities):
     model, scans, _ = two_abilities
     with pytest.raises(InputError, match="names every condition"):

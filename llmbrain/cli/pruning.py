@@ -17,7 +17,6 @@ from llmbrain.cli._common import (
     MODEL,
     OUT,
     OVERWRITE,
-    RATIO,
     SEED,
     TEXT,
     print_table,
@@ -34,7 +33,12 @@ ALLOCATION = Annotated[
 ]
 MULTIPLE = Annotated[int, typer.Option("--multiple-of", help="Widths are multiples of it (8 to 256).")]
 KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Condition whose function stays; several times.")]
+SHARE = Annotated[
+    float | None,
+    typer.Option("--ratio", help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes."),
+]
 FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Condition whose function goes; several times.")]
+DEFAULT_RATIO = 0.3
 PLAN_COMPONENTS = 20  # networks that are found where none are given
 PLAN_TOKENS = 32768  # and how much text is scanned for them
 
@@ -82,15 +86,21 @@ def _evidence(
 
 
 def _make_plan(
-    model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float, method: str, allocation: str, multiple_of: int,
-    keep: list[str] | None, forget: list[str] | None, seed: int, one_width: bool = False,
+    model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float | None, method: str, allocation: str,
+    multiple_of: int, keep: list[str] | None, forget: list[str] | None, seed: int, one_width: bool = False,
 ) -> Any:  # fmt: skip
     from llmbrain.architectures import anatomy
     from llmbrain.pruning import plan_pruning
 
+    if ratio is None and not forget:
+        ratio = DEFAULT_RATIO
     widths = anatomy(model).widths
     given: Any = allocation or None
-    if one_width and not allocation and len(set(widths)) == 1:  # the ratio as nearly as one width allows
+    if one_width and forget:
+        raise InputError("--format uniform: --forget says itself how wide each layer stays; use per-layer or masked")
+    if (
+        one_width and ratio is not None and not allocation and len(set(widths)) == 1
+    ):  # the ratio as nearly as one width allows
         given = [max(1, round((1 - ratio) * widths[0] / multiple_of)) * multiple_of] * len(widths)
 
     functions = bool(keep or forget)
@@ -108,7 +118,7 @@ def plan(
     text: CALIBRATION = None,
     study: STUDY = None,
     out: Path = typer.Option(Path("plan.json"), "--out", help="Where to write the plan; a figure goes beside it."),
-    ratio: RATIO = 0.3,
+    ratio: SHARE = None,
     method: METHOD = "networks",
     allocation: ALLOCATION = "",
     multiple_of: MULTIPLE = 1,
@@ -141,7 +151,7 @@ def prune(
     text: CALIBRATION = None,
     study: STUDY = None,
     from_plan: Path | None = typer.Option(None, "--plan", help="Plan that `llmbrain plan` wrote; else one is made."),
-    ratio: RATIO = 0.3,
+    ratio: SHARE = None,
     method: METHOD = "networks",
     allocation: ALLOCATION = "",
     compensate: COMPENSATE = "least-squares",
