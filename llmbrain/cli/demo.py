@@ -54,7 +54,7 @@ def demo(
         "group ICA, as in fMRI.\n"
     )
     summary = main_job(
-        model, brain.tokenizer, texts, out, model_id="llmbrain demo brain", components=parse_components(components),
+        model, brain.tokenizer, texts, out, model_id="the demo brain", components=parse_components(components),
         ratio=0.3, threshold=THRESHOLD, device=device, seed=seed, overwrite=overwrite,
         extras=_extras(brain, out, n_random, seed),
     )  # fmt: skip
