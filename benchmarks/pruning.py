@@ -1,60 +1,278 @@
-"""Perplexity of every way of pruning on a model and text: ``python benchmarks/pruning.py MODEL --text FILE``.
+"""Pruning beside its rivals and its controls: ``python benchmarks/pruning.py [PART ...]``.
 
-The text is split: the first half calibrates, the last three tenths are the test. Writes a Markdown table and a CSV.
-
-    python benchmarks/pruning.py ../shared/data/models/stories260K --text ../shared/data/corpora/tinystories-1000.json \
-        --window 256 --out stories.csv
+Parts: ``stories260K``, ``shakespeare-gpt2``, ``demo`` (perplexity for every method), ``unbalanced`` (demo brain, two
+abilities 100 times as frequent as the others in the calibration text), ``functions`` (keep and forget). Each part
+replaces its tables in ``benchmarks/results/pruning.json``, from which ``pruning.md`` is written. The first two need the
+models and texts in ``--data``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
 
 import llmbrain as lb
+from llmbrain.architectures import anatomy
+from llmbrain.datasets import load_demo
+from llmbrain.evaluation.windows import as_windows
+from llmbrain.networks import localizer
+from llmbrain.networks.thresholds import phase_randomise
 from llmbrain.pruning.benchmark import compare_methods
+from llmbrain.pruning.calibration import calibration_windows, signals_of_windows
+from llmbrain.pruning.functions import condition_weights
+from llmbrain.pruning.plan import PruningPlan
+from llmbrain.pruning.planner import Planner
+
+RESULTS = Path(__file__).parent / "results"
+RATIOS = (0.2, 0.3, 0.5)
+K = 20
+SCANNED = 12288  # tokens from which networks are found
+MAIN = ("random", "flap", "obs", "networks")  # methods that are repeated over calibration draws
 
 
-def read_texts(path: Path) -> list[str]:
-    """A JSON list of texts, or one text cut into pieces of 2,000 characters."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else [text[i : i + 2000] for i in range(0, len(text), 2000)]
+def setting(name: str, data: Path) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """Model, tokenizer, calibration windows, test windows."""
+    if name == "stories260K":
+        model, tokenizer = lb.load_model(data / "models/stories260K")
+        texts = json.loads((data / "corpora/tinystories-1000.json").read_text(encoding="utf-8"))
+        head, tail = texts[:500], texts[700:]
+        return (
+            model,
+            tokenizer,
+            as_windows(model, tokenizer, head, 256, 128),
+            as_windows(model, tokenizer, tail, 256, 96),
+        )
+    if name == "shakespeare-gpt2":
+        model, tokenizer = lb.load_model(data / "models/shakespeare-gpt2")
+        text = (data / "corpora/tinyshakespeare.txt").read_text(encoding="utf-8")
+        head, tail = [text[: len(text) // 2]], [text[len(text) * 7 // 10 :]]
+        return (
+            model,
+            tokenizer,
+            as_windows(model, tokenizer, head, 48, 680),
+            as_windows(model, tokenizer, tail, 48, 510),
+        )
+    demo = load_demo()
+    texts = demo.texts("calibration", n=140), demo.texts("heldout", n=110)
+    return (
+        demo.model,
+        demo.tokenizer,
+        *(as_windows(demo.model, demo.tokenizer, t, 256, n) for t, n in zip(texts, (128, 96))),
+    )
+
+
+def find_networks(model: Any, windows: torch.Tensor, *, null: bool = False) -> lb.FunctionalNetworks:
+    """Group ICA of part of the calibration windows; of their phase-randomised signals for the control."""
+    runs: list[Any] = signals_of_windows(model, anatomy(model), windows[: SCANNED // windows.shape[1]], ("neuron",))
+    space = runs[0].space
+    if null:
+        rng = np.random.default_rng(0)
+        runs = [phase_randomise(run.data(), rng) for run in runs]
+    ica = lb.GroupICA(K, random_state=0).fit(runs)
+    return lb.FunctionalNetworks(ica.components_, space)
+
+
+def perplexities(name: str, data: Path, draws: int) -> dict[str, Any]:
+    """Every row of the comparison, ours with its controls, and intervals over calibration draws for the main rows."""
+    model, _, calibration, test = setting(name, data)
+    start, clock = time.process_time(), time.perf_counter()
+    given = {"networks": find_networks(model, calibration)}
+    methods = ["random", "magnitude", "published", "wanda-sp", "flap", "taylor", "obs", "obs-gradient"]
+    parts = [compare_methods(model, None, calibration, test, ratios=RATIOS, methods=methods)]
+    given |= {"networks, phase-randomised": find_networks(model, calibration, null=True), "networks, none given": None}
+    for label, networks in given.items():
+        part = compare_methods(model, None, calibration, test, ratios=RATIOS, methods=["networks"], networks=networks)
+        parts.append(part.iloc[1:].assign(method=label))
+    table = pd.concat(parts, ignore_index=True)
+    seconds = {"processor seconds": round(time.process_time() - start), "seconds": round(time.perf_counter() - clock)}
+    dense = float(table["perplexity"][0])
+    rows = table.iloc[1:].pivot_table(
+        index=["method", "allocation", "compensate"], columns="ratio", values="perplexity", sort=False, dropna=False
+    ).dropna(how="all").reset_index()  # fmt: skip
+    rows.columns = [c if isinstance(c, str) else f"{c:.0%}" for c in rows.columns]
+    rows["compensate"] = rows["compensate"].fillna("none")
+    intervals = []
+    if draws > 1:
+        of = compare_methods(
+            model, None, calibration, test, ratios=RATIOS, methods=MAIN, networks=given["networks"], draws=draws
+        ).iloc[1:]
+        of = of[(of["compensate"] == "least-squares") & (of["allocation"] != "sensitivity")]
+        for key, part in of.groupby(["method", "allocation"], sort=False):
+            cells = {f"{r:.0%}": f"{m:.2f} [{lo:.2f}, {hi:.2f}]" for r, m, lo, hi in zip(
+                part["ratio"], part["perplexity"], part["low"], part["high"])}  # fmt: skip
+            intervals.append({"method": key[0], "allocation": key[1], **cells})
+    return {"dense": dense, "rows": rows.to_dict("records"), "draws": draws, "intervals": intervals, "time": seconds}
+
+
+def unbalanced(seeds: int) -> dict[str, Any]:
+    """Loss added to abilities when 70% go and two abilities make up nearly all of the calibration text."""
+    demo, rows = load_demo(), []
+    pairs = [("addition", "reversal"), ("recall", "sequence"), ("agreement", "shift")][:seeds]
+    for seed, pair in enumerate(pairs):
+        often = {a: 100.0 if a in pair else 1.0 for a in demo.abilities}
+        texts = demo.texts("calibration", n=128, weights=often, seed=seed)
+        windows = as_windows(demo.model, demo.tokenizer, texts, 256, 128)
+        real, null = find_networks(demo.model, windows), find_networks(demo.model, windows, null=True)
+        dense = demo.ability_loss(n=200, seed=seed)
+        cases: dict[str, tuple[str, str | None, Any, float]] = {
+            "FLAP + LS": ("flap", "uniform", None, 0),
+            "OBS + LS": ("obs", "uniform", None, 0),
+            "ours, no networks": ("networks", None, None, 0),
+            "ours": ("networks", None, real, 0),
+            "ours, tokens balanced by networks": ("networks", None, real, 0.5),
+            "ours, tokens balanced by phase-randomised networks": ("networks", None, null, 0.5),
+        }
+        for label, (method, allocation, networks, balance) in cases.items():
+            planner = Planner(demo.model, method, windows, networks=networks, token_balance=balance)
+            plan = planner.plan(0.7, allocation=allocation)
+            small = lb.prune(demo.model, plan, calibration=windows, compensate="least-squares", weights=planner.weights)
+            after = demo.ability_loss(small, n=200, seed=seed)
+            added = {a: after[a] - dense[a] for a in demo.abilities}
+            worst = max(added, key=lambda a: added[a])
+            rows.append({"method": label, "seed": seed, "frequent": " and ".join(pair),
+                         "mean": float(np.mean(list(added.values()))), "worst": added[worst],
+                         "worst ability": worst})  # fmt: skip
+            print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
+def functions() -> dict[str, Any]:
+    """Keep two abilities with 40% of the neurons; forget each ability in turn. Beside each its control."""
+    demo = load_demo()
+    texts = demo.texts("calibration", n=64, n_tokens=256)
+    scans = lb.scan(demo.model, demo.tokenizer, texts)
+    networks = lb.FunctionalNetworks.from_ica(lb.GroupICA(K, random_state=0).fit(scans))
+    dense = demo.ability_accuracy(n=200)
+    kept = []
+    for pair in (("reversal", "sorting"), ("addition", "brackets"), ("recall", "shift")):
+        plan = lb.plan_pruning(demo.model, networks, scans, ratio=0.6, tokenizer=demo.tokenizer, keep=pair)
+        ours = demo.ability_accuracy(lb.prune(demo.model, plan, calibration=scans, compensate="least-squares"), n=200)
+        own = as_windows(demo.model, demo.tokenizer, demo.texts("calibration", pair, n=64), 256)
+        flap = lb.plan_pruning(demo.model, ratio=0.6, method="flap", calibration=own)
+        rival = demo.ability_accuracy(lb.prune(demo.model, flap, calibration=own, compensate="least-squares"), n=200)
+        bias = demo.ability_accuracy(lb.prune(demo.model, flap, calibration=own, compensate="bias"), n=200)
+        kept.append({"keep": " and ".join(pair), **{
+            name: " / ".join(f"{found[a]:.3f}" for a in pair)
+            for name, found in (("dense", dense), ("ours", ours), ("FLAP + LS on kept text", rival),
+                                ("FLAP + bias on kept text", bias))
+        }})  # fmt: skip
+        print(kept[-1], flush=True)
+    forgot = [forget_row(demo, networks, scans, ability) for ability in demo.abilities]
+    return {"keep": kept, "forget": forgot}
+
+
+def forget_row(demo: Any, networks: Any, scans: Any, ability: str) -> dict[str, Any]:
+    """Accuracy on one ability to forget / on the worst of the others, by us and by activation contrast."""
+    plan = lb.plan_pruning(demo.model, networks, scans, tokenizer=demo.tokenizer, forget=[ability])
+    size = plan.details["functions"]["targets"]
+    contrast = np.abs(localizer(scans, [ability], n_permutations=0).t[0])
+    loud = np.zeros(contrast.size, dtype=bool)
+    loud[np.argsort(-contrast)[:size]] = True
+    space = networks.space
+    plain = {
+        **plan.to_dict(),
+        "kept": [np.flatnonzero(~loud[space.layer_slice(i)]).tolist() for i in range(space.n_layers)],
+    }
+    rival = PruningPlan.from_dict({**plain, "details": {}})
+    row: dict[str, Any] = {"forget": ability, "neurons": size}
+    for name, of, repaired in (
+        ("ours", plan, True), ("ours, cut only", plan, False), ("contrast, refitted", rival, True),
+        ("contrast, cut only", rival, False),
+    ):  # fmt: skip
+        options: dict[str, Any] = {"calibration": scans, "compensate": "least-squares"} if repaired else {}
+        if repaired and of is rival:
+            windows = calibration_windows(demo.model, None, None, scans, None, 128)
+            assert windows is not None
+            weights = condition_weights(scans, (windows.shape[0], windows.shape[1]), None, [ability])
+            options |= {"calibration": windows, "weights": weights}
+        found = demo.ability_accuracy(lb.prune(demo.model, of, **options), n=200)
+        row[name] = f"{found[ability]:.3f} / {min(v for a, v in found.items() if a != ability):.3f}"
+    print(row, flush=True)
+    return row
+
+
+def written(record: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    parts = []
+    for name in ("stories260K", "shakespeare-gpt2", "demo"):
+        if name not in record:
+            continue
+        of = record[name]
+        rows = pd.DataFrame(of["rows"])
+        parts += [f"### Perplexity: {name}, dense {of['dense']:.3f}", "",
+                  rows.to_markdown(index=False, floatfmt=".3f"), "", verdict(rows), "",
+                  f"All rows took {of['time']['processor seconds']} processor seconds.", ""]  # fmt: skip
+        if of["intervals"]:
+            parts += [f"With least squares, mean and 95% interval over {of['draws']} calibration draws:", "",
+                      pd.DataFrame(of["intervals"]).to_markdown(index=False), ""]  # fmt: skip
+    if "unbalanced" in record:
+        rows = pd.DataFrame(record["unbalanced"]["rows"])
+        mean = rows.groupby("method", sort=False)[["mean", "worst"]].agg(["mean", "min", "max"]).round(3)
+        mean.columns = [f"{a}, {b}" for a, b in mean.columns]
+        parts += ["### Unbalanced calibration: demo brain, 70% removed", "",
+                  f"Two abilities ({'; '.join(rows['frequent'].unique())}) 100 times as frequent as each other one. "
+                  "Nats added to the answers, averaged over abilities (mean) and of the worst ability (worst); mean, "
+                  "least and largest over the pairs.", "", mean.reset_index().to_markdown(index=False), ""]  # fmt: skip
+    if "functions" in record:
+        of = record["functions"]
+        parts += ["### Keep: demo brain, 60% removed, accuracy on the two kept abilities", "",
+                  pd.DataFrame(of["keep"]).to_markdown(index=False), "",
+                  "### Forget: demo brain, accuracy on the ability to forget / on the worst of the others", "",
+                  "Contrast: as many neurons by the localizer's |t|, refitted on the other abilities' tokens.", "",
+                  pd.DataFrame(of["forget"]).to_markdown(index=False), ""]  # fmt: skip
+    return "\n".join(parts)
+
+
+def verdict(rows: pd.DataFrame) -> str:
+    """Where ours and the published rule stand, and what networks add, in numbers."""
+    ratios = [c for c in rows.columns if c.endswith("%")]
+    grid = rows[~rows["method"].str.startswith("networks")]
+    ours, null, none = (rows[rows["method"] == m].iloc[0] for m in (
+        "networks", "networks, phase-randomised", "networks, none given"))  # fmt: skip
+    fits = grid["compensate"] == "least-squares"
+    published, random = (grid[(grid["method"] == m) & fits].iloc[0] for m in ("published", "random"))
+    lines = []
+    for r in ratios:
+        best = grid.loc[grid[r].idxmin()]
+        lines.append(
+            f"- {r}: ours {ours[r]:.3f}, the best other row {best[r]:.3f} ({best['method']}, {best['allocation']}): "
+            f"{ours[r] / best[r] - 1:+.1%}. Networks change it by {ours[r] / none[r] - 1:+.2%}, phase-randomised ones "
+            f"by {null[r] / none[r] - 1:+.2%}. The published rule with least squares is "
+            f"{'worse' if published[r] > random[r] else 'better'} than random with least squares "
+            f"({published[r]:.2f}, {random[r]:.2f})."
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the parts asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.5])
-    parser.add_argument("--methods", nargs="+")
-    parser.add_argument("--draws", type=int, default=1)
-    parser.add_argument("--window", type=int)
-    parser.add_argument("--max-windows", type=int, default=128)
-    parser.add_argument("--test-windows", type=int, default=96)
-    parser.add_argument("--networks", type=int, default=20, help="components of the group ICA; 0 for none")
-    parser.add_argument("--out", type=Path)
+    names = ["stories260K", "shakespeare-gpt2", "demo", "unbalanced", "functions"]
+    parser.add_argument("parts", nargs="*", default=names)
+    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=3, help="frequent pairs of the unbalanced part")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    model, tokenizer = lb.load_model(options.model)
-    texts = read_texts(options.text)
-    head, tail = texts[: len(texts) // 2], texts[len(texts) * 7 // 10 :]
-    networks = None
-    if options.networks and (options.methods is None or "networks" in options.methods):
-        ica = lb.GroupICA(n_components=options.networks, random_state=0).fit(lb.scan(model, tokenizer, head[:24]))
-        networks = lb.FunctionalNetworks.from_ica(ica)
-    table = compare_methods(
-        model, tokenizer, head, tail, ratios=options.ratios, methods=options.methods, networks=networks,
-        draws=options.draws, window=options.window, max_windows=options.max_windows, test_windows=options.test_windows,
-    )  # fmt: skip
-    wide = table.iloc[1:].pivot_table(
-        index=["method", "allocation", "compensate"], columns="ratio", values="perplexity", sort=False, dropna=False
-    )
-    print(f"dense {table['perplexity'][0]:.4f}")
-    print(wide.dropna(how="all").round(3).to_string())
-    print(table[["method", "allocation", "ratio", "seconds"]].to_string())
-    if options.out is not None:
-        table.to_csv(options.out, index=False)
+    target = options.out / "pruning.json"
+    record = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for part in options.parts:
+        if part == "unbalanced":
+            record[part] = unbalanced(options.pairs)
+        elif part == "functions":
+            record[part] = functions()
+        else:
+            record[part] = perplexities(part, options.data, options.draws)
+        target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (options.out / "pruning.md").write_text(written(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

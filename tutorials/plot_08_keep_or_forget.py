@@ -59,9 +59,9 @@ table = pd.DataFrame({
 table.round(2)
 
 # %%
-# For good: ``forget=`` plans the cut of the neurons that are active under a condition and under no other, without a
-# ratio to choose; the repair does not count the tokens of what is to go. Then it is saved and loaded as any pruned
-# model.
+# For good: ``forget=`` silences neurons in rounds, those first that matter to brackets and to nothing else, until
+# brackets are not predicted any more; there is no ratio to choose. The repair restores the others and, on text of
+# brackets, teaches the layers to say nothing in particular. Then it is saved and loaded as any pruned model.
 plan = lb.plan_pruning(brain.model, networks, scans, method="obs", forget=["brackets"])
 print(plan.summary())
 forgetful = lb.prune(brain.model, plan, calibration=scans, compensate="least-squares")

@@ -28,7 +28,8 @@ from llmbrain.space import NeuronSpace
 from llmbrain.surgery import check_cuttable
 
 GROUP_SIZE = 40  # texts in a group of the published rule
-LOSS_TOKENS = 8192  # tokens on which allocations are measured
+LOSS_TOKENS = 8192  # tokens on which a loss is measured, at most
+SENSITIVITY_PASSES = 8  # forward passes over the calibration text that all sensitivities together may cost
 SCAN_RIDGE = 1e-3  # of the fits that sensitivities are measured with
 
 
@@ -285,8 +286,12 @@ class Planner:
     def _test_windows(self, *, held_out: bool) -> tuple[Tensor, Tensor | None]:
         """Windows to measure losses on, held-out ones or training ones, spread over the text; and their weights."""
         assert self.windows is not None
+        tokens = LOSS_TOKENS
+        if not held_out:
+            trials = len(self.body.layers) * len(LEVELS)
+            tokens = min(tokens, SENSITIVITY_PASSES * self.windows.numel() // trials)
         parts = [split_windows(x)[0 if held_out else 1] for x in (self.windows, self.weights) if x is not None]
-        count = max(1, LOSS_TOKENS // parts[0].shape[1])
+        count = max(1, tokens // parts[0].shape[1])
         chosen = [p[:: max(1, len(p) // count)][:count] for p in parts]
         return chosen[0], chosen[1] if len(chosen) > 1 else None
 
