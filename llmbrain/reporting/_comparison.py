@@ -15,7 +15,7 @@ from llmbrain.reporting._report import Report, Section, figure, render, table
 from llmbrain.reporting._sections import fill, provenance_section, warnings_section
 from llmbrain.reporting._study import Study
 
-SHOWN_PAIRS, SHOWN_REGIONS = 60, 80  # rows and columns that a page can be read with; the files hold all
+SHOWN_PAIRS, SHOWN_REGIONS = 30, 80  # rows and columns that a page can be read with; the files hold all
 REFERENCES = {
     "group-ica": COMMON["group-ica"],
     "fdr": COMMON["fdr"],
