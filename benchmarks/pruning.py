@@ -1,7 +1,7 @@
 """Pruning beside its rivals and its controls: ``python benchmarks/pruning.py [PART ...]``.
 
 Parts: ``stories260K``, ``shakespeare-gpt2``, ``demo`` (perplexity for every method), ``unbalanced`` (demo brain, two
-abilities 100 times as frequent as the others in the calibration text), ``functions`` (keep and forget). Each part
+abilities 100 times as frequent as the others in the calibration text), ``keep`` and ``forget`` (functions). Each part
 replaces its tables in ``benchmarks/results/pruning.json``, from which ``pruning.md`` is written. The first two need the
 models and texts in ``--data``.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,9 @@ def perplexities(name: str, data: Path, draws: int) -> dict[str, Any]:
     return {"dense": dense, "rows": rows.to_dict("records"), "draws": draws, "intervals": intervals, "time": seconds}
 
 
-def unbalanced(seeds: int) -> dict[str, Any]:
+def unbalanced(seeds: int) -> Iterator[dict[str, Any]]:
     """Loss added to abilities when 70% go and two abilities make up nearly all of the calibration text."""
-    demo, rows = load_demo(), []
+    demo = load_demo()
     pairs = [("addition", "reversal"), ("recall", "sequence"), ("agreement", "shift")][:seeds]
     for seed, pair in enumerate(pairs):
         often = {a: 100.0 if a in pair else 1.0 for a in demo.abilities}
@@ -136,36 +137,38 @@ def unbalanced(seeds: int) -> dict[str, Any]:
             after = demo.ability_loss(small, n=200, seed=seed)
             added = {a: after[a] - dense[a] for a in demo.abilities}
             worst = max(added, key=lambda a: added[a])
-            rows.append({"method": label, "seed": seed, "frequent": " and ".join(pair),
-                         "mean": float(np.mean(list(added.values()))), "worst": added[worst],
-                         "worst ability": worst})  # fmt: skip
-            print(rows[-1], flush=True)
-    return {"rows": rows}
+            yield {"method": label, "seed": seed, "frequent": " and ".join(pair),
+                   "mean": float(np.mean(list(added.values()))), "worst": added[worst],
+                   "worst ability": worst}  # fmt: skip
 
 
-def functions() -> dict[str, Any]:
-    """Keep two abilities with 40% of the neurons; forget each ability in turn. Beside each its control."""
+def labelled_demo() -> tuple[Any, list[Any], lb.FunctionalNetworks]:
+    """Demo brain, scans with conditions, networks."""
     demo = load_demo()
-    texts = demo.texts("calibration", n=64, n_tokens=256)
-    scans = lb.scan(demo.model, demo.tokenizer, texts)
-    networks = lb.FunctionalNetworks.from_ica(lb.GroupICA(K, random_state=0).fit(scans))
+    scans = lb.scan(demo.model, demo.tokenizer, demo.texts("calibration", n=64, n_tokens=256))
+    return demo, scans, lb.FunctionalNetworks.from_ica(lb.GroupICA(K, random_state=0).fit(scans))
+
+
+def keep() -> Iterator[dict[str, Any]]:
+    """Keep two abilities with 40% of the neurons; beside it FLAP calibrated on text of these two."""
+    demo, scans, networks = labelled_demo()
     dense = demo.ability_accuracy(n=200)
-    kept = []
     for pair in (("reversal", "sorting"), ("addition", "brackets"), ("recall", "shift")):
         plan = lb.plan_pruning(demo.model, networks, scans, ratio=0.6, tokenizer=demo.tokenizer, keep=pair)
-        ours = demo.ability_accuracy(lb.prune(demo.model, plan, calibration=scans, compensate="least-squares"), n=200)
+        models = {"ours": lb.prune(demo.model, plan, calibration=scans, compensate="least-squares")}
         own = as_windows(demo.model, demo.tokenizer, demo.texts("calibration", pair, n=64), 256)
         flap = lb.plan_pruning(demo.model, ratio=0.6, method="flap", calibration=own)
-        rival = demo.ability_accuracy(lb.prune(demo.model, flap, calibration=own, compensate="least-squares"), n=200)
-        bias = demo.ability_accuracy(lb.prune(demo.model, flap, calibration=own, compensate="bias"), n=200)
-        kept.append({"keep": " and ".join(pair), **{
-            name: " / ".join(f"{found[a]:.3f}" for a in pair)
-            for name, found in (("dense", dense), ("ours", ours), ("FLAP + LS on kept text", rival),
-                                ("FLAP + bias on kept text", bias))
-        }})  # fmt: skip
-        print(kept[-1], flush=True)
-    forgot = [forget_row(demo, networks, scans, ability) for ability in demo.abilities]
-    return {"keep": kept, "forget": forgot}
+        for repair, label in (("bias", "FLAP + bias"), ("least-squares", "FLAP + LS")):
+            models[f"{label}, kept text only"] = lb.prune(demo.model, flap, calibration=own, compensate=repair)
+        found = {"dense": dense} | {name: demo.ability_accuracy(model, n=200) for name, model in models.items()}
+        yield {"keep": " and ".join(pair), **{k: " / ".join(f"{v[a]:.3f}" for a in pair) for k, v in found.items()}}
+
+
+def forget() -> Iterator[dict[str, Any]]:
+    """Forget each ability in turn; beside it as many neurons by activation contrast."""
+    demo, scans, networks = labelled_demo()
+    for ability in demo.abilities:
+        yield forget_row(demo, networks, scans, ability)
 
 
 def forget_row(demo: Any, networks: Any, scans: Any, ability: str) -> dict[str, Any]:
@@ -194,7 +197,6 @@ def forget_row(demo: Any, networks: Any, scans: Any, ability: str) -> dict[str, 
             options |= {"calibration": windows, "weights": weights}
         found = demo.ability_accuracy(lb.prune(demo.model, of, **options), n=200)
         row[name] = f"{found[ability]:.3f} / {min(v for a, v in found.items() if a != ability):.3f}"
-    print(row, flush=True)
     return row
 
 
@@ -213,20 +215,20 @@ def written(record: dict[str, Any]) -> str:
             parts += [f"With least squares, mean and 95% interval over {of['draws']} calibration draws:", "",
                       pd.DataFrame(of["intervals"]).to_markdown(index=False), ""]  # fmt: skip
     if "unbalanced" in record:
-        rows = pd.DataFrame(record["unbalanced"]["rows"])
+        rows = pd.DataFrame(record["unbalanced"])
         mean = rows.groupby("method", sort=False)[["mean", "worst"]].agg(["mean", "min", "max"]).round(3)
         mean.columns = [f"{a}, {b}" for a, b in mean.columns]
         parts += ["### Unbalanced calibration: demo brain, 70% removed", "",
                   f"Two abilities ({'; '.join(rows['frequent'].unique())}) 100 times as frequent as each other one. "
                   "Nats added to the answers, averaged over abilities (mean) and of the worst ability (worst); mean, "
                   "least and largest over the pairs.", "", mean.reset_index().to_markdown(index=False), ""]  # fmt: skip
-    if "functions" in record:
-        of = record["functions"]
+    if "keep" in record:
         parts += ["### Keep: demo brain, 60% removed, accuracy on the two kept abilities", "",
-                  pd.DataFrame(of["keep"]).to_markdown(index=False), "",
-                  "### Forget: demo brain, accuracy on the ability to forget / on the worst of the others", "",
+                  pd.DataFrame(record["keep"]).to_markdown(index=False), ""]  # fmt: skip
+    if "forget" in record:
+        parts += ["### Forget: demo brain, accuracy on the ability to forget / on the worst of the others", "",
                   "Contrast: as many neurons by the localizer's |t|, refitted on the other abilities' tokens.", "",
-                  pd.DataFrame(of["forget"]).to_markdown(index=False), ""]  # fmt: skip
+                  pd.DataFrame(record["forget"]).to_markdown(index=False), ""]  # fmt: skip
     return "\n".join(parts)
 
 
@@ -254,7 +256,7 @@ def verdict(rows: pd.DataFrame) -> str:
 def main() -> None:
     """Run the parts asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["stories260K", "shakespeare-gpt2", "demo", "unbalanced", "functions"]
+    names = ["stories260K", "shakespeare-gpt2", "demo", "unbalanced", "keep", "forget"]
     parser.add_argument("parts", nargs="*", default=names)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--draws", type=int, default=3)
@@ -264,15 +266,22 @@ def main() -> None:
     target = options.out / "pruning.json"
     record = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     options.out.mkdir(parents=True, exist_ok=True)
-    for part in options.parts:
-        if part == "unbalanced":
-            record[part] = unbalanced(options.pairs)
-        elif part == "functions":
-            record[part] = functions()
-        else:
-            record[part] = perplexities(part, options.data, options.draws)
+
+    def save() -> None:
         target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (options.out / "pruning.md").write_text(written(record), encoding="utf-8")
+
+    rows = {"unbalanced": lambda: unbalanced(options.pairs), "keep": keep, "forget": forget}
+    for part in options.parts:
+        if part not in rows:
+            record[part] = perplexities(part, options.data, options.draws)
+            save()
+            continue
+        record[part] = []
+        for row in rows[part]():
+            print(row, flush=True)
+            record[part].append(row)
+            save()
 
 
 if __name__ == "__main__":
