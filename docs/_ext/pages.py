@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,14 @@ def results_page() -> str:
 
 
 def _within_page(file: Path) -> str:
-    """Markdown of a result with its headings below ours; links to files beside it become words."""
+    """Markdown of a result: headings below ours, links to files beside it as words, of long tables the first rows."""
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", file.read_text(encoding="utf-8"))
-    return "\n".join(f"##{line}" if line.startswith("#") else line for line in text.splitlines())
+    lines: list[str] = []
+    for is_table, block in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        rows = [f"##{line}" if line.startswith("#") else line for line in block]
+        left_out = len(rows) - LONGEST_TABLE - 2 if is_table else 0  # a head and a rule above the rows
+        lines += [*rows[:-left_out], "", f"{left_out} more rows stand in the file."] if left_out > 0 else rows
+    return "\n".join(lines)
 
 
 def escape_learned(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
