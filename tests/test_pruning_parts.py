@@ -18,9 +18,11 @@ from llmbrain.pruning.functions import condition_weights, token_conditions
 from llmbrain.pruning.losses import weighted_loss, window_losses
 from llmbrain.pruning.network_terms import balanced_weights, covered, time_courses
 from llmbrain.pruning.obs import removal_costs
+from llmbrain.pruning.planner import Planner
 from llmbrain.pruning.recovery import recover
 from llmbrain.pruning.statistics import Moments, gradient_pass
 from llmbrain.pruning.streams import Stream
+from llmbrain.pruning.walk import split_windows
 
 FAMILIES = sorted(set(MODELS) - {"mixtral"})
 
@@ -226,6 +228,39 @@ def test_the_network_method_reports_what_it_used():
     assert "no networks given" in plan_pruning(model, ratio=0.4, calibration=ids).summary()
     with pytest.raises(InputError, match=r"networks lie in layers of \[30, 30\] neurons"):
         plan_pruning(model, make_networks((30, 30)), ratio=0.4, calibration=ids)
+
+
+def test_the_search_keeps_to_sensitivity_unless_another_is_surely_better(monkeypatch):
+    planner = Planner(tiny("llama"), "networks", windows())
+    best = planner.plan(0.4, allocation="sensitivity").widths
+    noise = np.random.default_rng(0).normal(size=(9, 20))
+    for gain, stays in ((0.02, True), (0.9, False)):  # against a standard error of about 0.3
+        calls = iter(noise)
+        monkeypatch.setattr(planner, "measure", lambda w, sequential, gain=gain, calls=calls: next(calls) * (w != best)
+                            - gain * (w != best))  # fmt: skip
+        chosen = planner.plan(0.4)
+        assert (chosen.widths == best) == stays
+        assert sum(chosen.widths) == sum(best)
+
+
+def test_what_ratios_share_is_computed_once(monkeypatch):
+    model, ids = tiny("llama"), windows()
+    planner = Planner(model, "obs-gradient", ids)
+    shared = [planner.plan(r, allocation="sensitivity") for r in (0.3, 0.5)]
+    monkeypatch.setattr(planner, "score", None)  # would fail if called again
+    assert planner.dense_scores() is planner._dense_scores
+    assert planner.plan(0.3, allocation="sensitivity", sequential=False).widths == shared[0].widths
+    alone = plan_pruning(model, ratio=0.5, method="obs-gradient", allocation="sensitivity", calibration=ids)
+    assert all(np.array_equal(a, b) for a, b in zip(alone.kept, shared[1].kept))
+
+
+def test_little_text_is_split_so_that_some_is_held_out():
+    ids = windows(9, 16)
+    held, train = split_windows(ids)
+    assert len(held) >= 1
+    assert torch.equal(torch.cat([held, train]).sort(0).values, ids.sort(0).values)
+    plan = plan_pruning(tiny("llama"), ratio=0.5, calibration=ids)
+    assert sum(plan.widths) == 24
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "bert", "gemma2"])
