@@ -208,7 +208,7 @@ def written(record: dict[str, Any]) -> str:
             continue
         of = record[name]
         rows = pd.DataFrame(of["rows"])
-        parts += [f"### Perplexity: {name}, dense {of['dense']:.3f}", "",
+        parts += [f"# Perplexity: {name}, dense {of['dense']:.3f}", "",
                   rows.to_markdown(index=False, floatfmt=".3f"), "", verdict(rows), "",
                   f"All rows took {of['time']['processor seconds']} processor seconds.", ""]  # fmt: skip
         if of["intervals"]:
@@ -218,15 +218,15 @@ def written(record: dict[str, Any]) -> str:
         rows = pd.DataFrame(record["unbalanced"])
         mean = rows.groupby("method", sort=False)[["mean", "worst"]].agg(["mean", "min", "max"]).round(3)
         mean.columns = [f"{a}, {b}" for a, b in mean.columns]
-        parts += ["### Unbalanced calibration: demo brain, 70% removed", "",
+        parts += ["# Unbalanced calibration: demo brain, 70% removed", "",
                   f"Two abilities ({'; '.join(rows['frequent'].unique())}) 100 times as frequent as each other one. "
                   "Nats added to the answers, averaged over abilities (mean) and of the worst ability (worst); mean, "
                   "least and largest over the pairs.", "", mean.reset_index().to_markdown(index=False), ""]  # fmt: skip
     if "keep" in record:
-        parts += ["### Keep: demo brain, 60% removed, accuracy on the two kept abilities", "",
+        parts += ["# Keep: demo brain, 60% removed, accuracy on the two kept abilities", "",
                   pd.DataFrame(record["keep"]).to_markdown(index=False), ""]  # fmt: skip
     if "forget" in record:
-        parts += ["### Forget: demo brain, accuracy on the ability to forget / on the worst of the others", "",
+        parts += ["# Forget: demo brain, accuracy on the ability to forget / on the worst of the others", "",
                   "Contrast: as many neurons by the localizer's |t|, refitted on the other abilities' tokens.", "",
                   pd.DataFrame(record["forget"]).to_markdown(index=False), ""]  # fmt: skip
     return "\n".join(parts)

@@ -108,12 +108,12 @@ def main() -> None:
     target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     parts = []
     if "costs" in record:
-        parts += ["### Plan and cut, processor time on one thread", "",
+        parts += ["# Plan and cut, processor time on one thread", "",
                   pd.DataFrame(record["costs"]).to_markdown(index=False, floatfmt=".2f"), ""]  # fmt: skip
     if "gains" in record:
-        parts += ["### Speed with half of the MLP neurons, one thread, random weights", "",
+        parts += ["# Speed with half of the MLP neurons, one thread, random weights", "",
                   pd.DataFrame(record["gains"]).to_markdown(index=False, floatfmt=".3f"), ""]  # fmt: skip
-    parts += ["### 7B on one GPU", "", "not measured", ""]
+    parts += ["# 7B on one GPU", "", "not measured", ""]
     (options.out / "pruning_speed.md").write_text("\n".join(parts), encoding="utf-8")
 
 
