@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from scipy.linalg import eigh
 from threadpoolctl import ThreadpoolController
@@ -128,6 +129,8 @@ def _some_eigen(matrix: torch.Tensor, n_components: int) -> tuple[torch.Tensor, 
     n = len(matrix)
     with _blas().limit(limits=1, user_api="blas"):
         values, vectors = eigh(matrix.numpy(), subset_by_index=(n - n_components, n - 1), check_finite=False)
+    if len(values) < n_components or not np.isfinite(values).all():  # syevr can give up where values span too much
+        return symmetric_eigen(matrix)
     return torch.from_numpy(values[::-1].copy()).clamp_min(0.0), torch.from_numpy(vectors[:, ::-1].copy())
 
 
