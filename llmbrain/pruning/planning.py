@@ -82,8 +82,8 @@ def plan_pruning(
     weights : float tensor ``(n_windows, window)``, optional
         How much each calibration token counts.
     token_balance : float
-        With ``"networks"``: how far to go from equal tokens (0) to the same total weight for every network (1). Worth a
-        try (0.5) where calibration text is unbalanced; on balanced text it costs perplexity.
+        With ``"networks"``: how far to go from equal tokens (0) to the same total weight for every network (1). Off,
+        since it was no gain where it was measured, unbalanced calibration text included (``benchmarks/pruning.py``).
     keep, forget : sequence of str, optional
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
         take the scans as calibration; `forget` first removes the neurons of
