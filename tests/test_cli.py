@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_models import CHARACTERS, tiny, tiny_tokenizer
@@ -15,6 +16,7 @@ from tiny_models import CHARACTERS, tiny, tiny_tokenizer
 from llmbrain import InputError
 from llmbrain.cli import main
 from llmbrain.cli._common import claim, parse_components, read_texts
+from llmbrain.cli._lists import spread
 from llmbrain.cli.main_job import limit_tokens, split_texts
 
 
@@ -215,3 +217,33 @@ def test_model_comes_back_untouched(model_folder, text_file, tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     main_job(model, tokenizer, read_texts(text_file), tmp_path / "s", model_id="tiny", components=4, method="random")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("M --text a b --seed 1", "M --text a --text b --seed 1"),
+        ("--text a b M", "--text a --text b M"),
+        ("--text a --text b M", "--text a --text b M"),
+        ("--seed 1 --text a b --fast M", "--seed 1 --text a --text b --fast M"),
+        ("--text a", "--text a"),
+        ("M --text --seed 1", "M --text --seed 1"),
+        ("M --seed=1 --text -1 -2", "M --seed=1 --text -1 --text -2"),
+    ],
+)
+def test_values_one_after_the_other(typed, meant):
+    assert " ".join(spread(typed.split(), {"--text"}, {"--seed"}, 1)) == meant
+
+
+@pytest.mark.parametrize("separate", [" ", ","])
+def test_lists_of_the_benchmark_command(separate, model_folder, text_file, tmp_path, monkeypatch, capsys):
+    lists = ["--ratios", *f"0.2{separate}0.4".split(" "), "--methods", *f"random{separate}magnitude".split(" ")]
+    windows = ["--window", 16, "--max-windows", 8, "--test-windows", 4]
+    out = tmp_path / "out.csv"
+    code, _, err = call(
+        monkeypatch, capsys, "benchmark", model_folder, "--text", text_file, *windows, *lists, "--out", out
+    )
+    assert code == 0, err
+    table = pd.read_csv(out)
+    assert set(table["ratio"].dropna()) >= {0.2, 0.4}
+    assert set(table["method"].dropna()) >= {"random", "magnitude"}

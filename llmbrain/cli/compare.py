@@ -14,6 +14,7 @@ import typer
 
 from llmbrain._validation import InputError
 from llmbrain.cli._common import COMPONENTS, DEVICE, OUT, OVERWRITE, SEED, print_table, say
+from llmbrain.cli._lists import ListCommand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ SOUND = re.compile(r"(?i)snd_?pwr|sound_?(power|level)|rms|loudness|envelope")
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("compare")(compare)
+    app.command("compare", cls=ListCommand)(compare)
 
 
 def compare(

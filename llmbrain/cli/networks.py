@@ -9,16 +9,15 @@ import typer
 
 from llmbrain._validation import InputError
 from llmbrain.cli._common import DEVICE, FIELD, MODEL, SEED, print_table, say
+from llmbrain.cli._lists import ListCommand
 
-TEXTS = Annotated[
-    list[Path], typer.Option("--text", help="One evaluation a file (.txt, .json, .jsonl); give it several times.")
-]
+TEXTS = Annotated[list[Path], typer.Option("--text", help="One evaluation a file (.txt, .json, .jsonl).")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     for command in (networks, lesion):
-        app.command(command.__name__)(command)
+        app.command(command.__name__, cls=ListCommand)(command)
 
 
 def networks(

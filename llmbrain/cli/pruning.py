@@ -22,6 +22,7 @@ from llmbrain.cli._common import (
     print_table,
     say,
 )
+from llmbrain.cli._lists import ListCommand, parts
 
 CALIBRATION = Annotated[
     Path | None, typer.Option("--text", help="Calibration text (.txt, .json, .jsonl); default: that of the study.")
@@ -32,12 +33,12 @@ ALLOCATION = Annotated[
     typer.Option("--allocation", help="uniform, global, clamped, sensitivity or search; default: the method's own."),
 ]
 MULTIPLE = Annotated[int, typer.Option("--multiple-of", help="Widths are multiples of it (8 to 256).")]
-KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Condition whose function stays; several times.")]
+KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Conditions whose function stays.")]
 SHARE = Annotated[
     float | None,
     typer.Option("--ratio", help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes."),
 ]
-FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Condition whose function goes; several times.")]
+FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
 DEFAULT_RATIO = 0.3
 PLAN_COMPONENTS = 20  # networks that are found where none are given
 PLAN_TOKENS = 32768  # and how much text is scanned for them
@@ -46,7 +47,7 @@ PLAN_TOKENS = 32768  # and how much text is scanned for them
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     for command in (plan, prune, recover, benchmark):
-        app.command(command.__name__)(command)
+        app.command(command.__name__, cls=ListCommand)(command)
 
 
 @dataclass
@@ -109,7 +110,7 @@ def _make_plan(
     return plan_pruning(
         model, evidence.networks, evidence.scans, ratio=ratio, method=method, random_state=seed, tokenizer=tokenizer,
         calibration=None if functions else evidence.texts, allocation=given, multiple_of=multiple_of,
-        keep=keep or None, forget=forget or None,
+        keep=parts(keep) or None, forget=parts(forget) or None,
     )  # fmt: skip
 
 
@@ -222,8 +223,8 @@ def recover(
 def benchmark(
     model: MODEL,
     text: TEXT,
-    ratios: str = typer.Option("0.2,0.3,0.5", help="Shares of the MLP neurons to remove, with commas."),
-    methods: str = typer.Option("", help="Criteria, with commas; default all."),
+    ratios: list[str] = typer.Option(["0.2", "0.3", "0.5"], help="Shares of the MLP neurons to remove."),
+    methods: list[str] = typer.Option([], help="Criteria; default all."),
     components: int = typer.Option(20, help="Networks to find for the method that uses them."),
     draws: int = typer.Option(1, help="Calibration draws; more than one gives confidence intervals."),
     window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context."),
@@ -243,10 +244,10 @@ def benchmark(
     from llmbrain.scanning import scan
 
     try:
-        shares = [float(ratio) for ratio in ratios.split(",")]
+        shares = [float(ratio) for ratio in parts(ratios)]
     except ValueError:
-        raise InputError(f"--ratios={ratios!r} must be numbers with commas between them") from None
-    chosen = methods.split(",") if methods else None
+        raise InputError(f"--ratios={' '.join(ratios)} must be numbers") from None
+    chosen = parts(methods) or None
     before, test = split_texts(read_texts(text, field), 0.3)
     calibration, _ = split_texts(before, 1 / 7)
     loaded, tokenizer = open_model(model, device)

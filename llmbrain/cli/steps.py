@@ -21,6 +21,7 @@ from llmbrain.cli._common import (
     print_table,
     say,
 )
+from llmbrain.cli._lists import ListCommand, parts
 
 STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that `llmbrain run` wrote.")]
 
@@ -28,7 +29,7 @@ STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     for command in (scan, decompose, dualreg, evaluate, info):
-        app.command(command.__name__)(command)
+        app.command(command.__name__, cls=ListCommand)(command)
 
 
 def scan_folder(study: Path) -> Path:
@@ -149,7 +150,7 @@ def dualreg(
 def evaluate(
     model: MODEL,
     text: Annotated[Path | None, typer.Option(help="Measure perplexity on this .txt, .json or .jsonl.")] = None,
-    tasks: str = typer.Option("", help="Tasks of lm-evaluation-harness: names, YAML files or folders, with commas."),
+    tasks: list[str] = typer.Option([], help="Tasks of lm-evaluation-harness: names, YAML files or folders."),
     window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context."),
     max_windows: int = typer.Option(0, help="Use the first N windows; 0 is all."),
     batch_size: int = typer.Option(8, help="Sequences of a task that are read at once."),
@@ -172,7 +173,7 @@ def evaluate(
         typer.echo(f"perplexity {value:.4f}")
     if tasks:
         table = evaluation.evaluate(
-            loaded, tokenizer, [t.strip() for t in tasks.split(",")], batch_size=batch_size, limit=limit or None,
+            loaded, tokenizer, parts(tasks), batch_size=batch_size, limit=limit or None,
             num_fewshot=None if num_fewshot < 0 else num_fewshot,
         )  # fmt: skip
         print_table(table, digits=4)
