@@ -26,15 +26,17 @@ from llmbrain.pruning.functions import condition_numbers, token_conditions
 from llmbrain.pruning.losses import token_losses
 from llmbrain.pruning.walk import restored
 
-LEVEL = 0.2  # a condition is forgotten when so small a share of its known tokens is still the first choice
+LEVEL = 0.3  # a condition is forgotten when so small a share of its known tokens is still the first choice
 STEP = 0.01  # share of all neurons that goes in one round
 MOST = 0.5  # and in all rounds together
 TOKENS = 8192  # on which a round is measured
 
 
-STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # weights of a forgotten token in the repair
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # weights of a forgotten token in the repair
 EMPHASIS, LARGEST = 10.0, 50.0  # how much more a token counts for each nat that the last fit added to it; at most
-SURE, BROKEN = 0.9, 0.007  # of the tokens that had this probability, so many may fall below a half in another condition
+SURE, BROKEN = 0.9, 0.01  # of the tokens that had this probability, so many may fall below a half in another condition
+ENOUGH = 0.7  # of the tokens to forget: no need to go further
+HELD_OUT = 4  # one window in so many tells that
 
 
 @dataclass
@@ -221,9 +223,9 @@ def forget_by_repair(
     Returns
     -------
     dict
-        ``"strength"``: the largest weight of `STRENGTHS` at which no other condition loses more than a share `BROKEN`
-        of its tokens (else the least); by condition that share, ``"broken"``, and ``"loss_added"``, on the
-        calibration text.
+        ``"strength"``: the weight of `STRENGTHS` up to which no other condition loses more than a share `BROKEN`
+        of its held-out tokens (else the least), or at which `ENOUGH` is forgotten; by condition the share that is
+        ``"broken"``, and ``"loss_added"``, on all calibration tokens.
     """
     labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
     lost = torch.from_numpy(np.isin(labels, condition_numbers("forget", functions["forget"], names)))
@@ -231,29 +233,40 @@ def forget_by_repair(
     before, numbers = token_losses(model, windows), torch.from_numpy(labels)
 
     sure = before < -np.log(SURE)
+    held = torch.zeros(len(windows), 1, dtype=torch.bool)  # windows that tell whether a fit is bearable
+    held[HELD_OUT - 1 :: HELD_OUT] = True
     emphasis = torch.ones_like(weights)
 
     def share(of: Tensor, among: Tensor) -> dict[str, float]:
         found = {n: of[among & (numbers == i)] for i, n in enumerate(names)}
         return {n: float(v.float().mean()) for n, v in found.items() if len(v)}
 
-    def attempt(strength: float) -> tuple[dict[str, float], Tensor]:
-        mend(torch.where(lost, torch.full_like(weights, strength), weights * emphasis), lost)
+    def attempt(strength: float, *, on_all: bool) -> tuple[Tensor, Tensor]:
+        counts = torch.where(lost, torch.full_like(weights, strength), weights * emphasis)
+        mend(counts if on_all or not held.any() else counts * ~held, lost)
         after = token_losses(model, windows)
         # Tokens that this fit hurts count more in the next, as in boosting: an ability may hang on single ones.
         emphasis.mul_(torch.where(lost, 0.0, (after - before).clamp(0, 1)) * EMPHASIS + 1).clamp_(max=LARGEST)
-        return share(after > np.log(2), sure), after - before
+        return after > np.log(2), after - before
 
-    def bearable(strength: float) -> bool:
+    def trial(strength: float) -> tuple[float, float]:
+        """Share of held-out tokens broken: of those to forget, and of the other condition that is hurt most."""
         with restored(body.layers):
-            broken, _ = attempt(strength)
-            return max((broken[n] for n in others if n in broken), default=0.0) <= BROKEN
+            broken, _ = attempt(strength, on_all=False)
+            among = sure & held if held.any() else sure
+            shares = share(broken, among)
+            own = broken[among & lost].float()
+            return float(own.mean()) if len(own) else 1.0, max((shares[n] for n in others if n in shares), default=0.0)
 
-    low, high = 0, len(STRENGTHS)  # the first is taken in any case
-    for _ in range(2):  # for the emphasis
-        bearable(STRENGTHS[high // 2])
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if bearable(STRENGTHS[middle]) else (low, middle)
-    broken, change = attempt(STRENGTHS[low])
-    return {"strength": STRENGTHS[low], "broken": broken, "loss_added": share(change, torch.ones_like(lost))}
+    trial(STRENGTHS[0])  # for the emphasis
+    chosen = STRENGTHS[0]
+    for strength in STRENGTHS:
+        own, other = trial(strength)
+        if other > BROKEN:
+            break
+        chosen = strength
+        if own >= ENOUGH:
+            break
+    broken, change = attempt(chosen, on_all=True)
+    every = torch.ones_like(lost)
+    return {"strength": chosen, "broken": share(broken, sure), "loss_added": share(change, every)}
