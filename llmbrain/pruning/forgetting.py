@@ -32,7 +32,7 @@ MOST = 0.5  # and in all rounds together
 TOKENS = 8192  # on which a round is measured
 
 
-STRENGTHS = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0)  # weights of a forgotten token in the repair
+STRENGTHS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)  # weights of a forgotten token in the repair
 EMPHASIS, LARGEST = 10.0, 50.0  # how much more a token counts for each nat that the last fit added to it; at most
 SURE, BROKEN = 0.9, 0.02  # of the tokens that had this probability, so many may fall below a half in another condition
 ENOUGH = 0.6  # of the tokens to forget: no need to go further
