@@ -359,6 +359,9 @@ def test_forgetting_takes_one_condition_and_leaves_the_other(two_abilities, rati
     small = prune(model, plan, calibration=scans, window=ids.shape[1], compensate="least-squares")
     after = right_by_condition(small, scans, ids)
     assert after["low"] < 1 - ENOUGH  # what the repair calls forgotten
+    ordinary = lb.PruningPlan.from_dict({**plan.to_dict(), "details": {}})  # control: the same cut, an ordinary repair
+    restored = prune(model, ordinary, calibration=scans, window=ids.shape[1], compensate="least-squares")
+    assert after["low"] < right_by_condition(restored, scans, ids)["low"] - 0.1
     assert after["high"] > before["high"] - 0.03
     assert small.llmbrain_pruning[-1]["forgetting"]["loss_added"]["low"] > 1
 
