@@ -172,8 +172,7 @@ def prune(
     from llmbrain.pruning import prune as cut
     from llmbrain.reporting import write_report
 
-    if (out / "config.json").exists() and not overwrite:
-        raise InputError(f"--out={out} holds a model already: choose another folder, or --overwrite")
+    _check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device)
     evidence = _evidence(loaded, tokenizer, study, text, field, "" if from_plan else method, seed)
     if from_plan is not None:
@@ -194,6 +193,12 @@ def prune(
     say(f"saved: {out}")
 
 
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Before the work, not after it."""
+    if (out / "config.json").exists() and not overwrite:
+        raise InputError(f"--out={out} holds a model already: choose another folder, or --overwrite")
+
+
 def recover(
     model: MODEL,
     text: TEXT,
@@ -210,8 +215,7 @@ def recover(
     from llmbrain.cli._common import open_model, read_texts
     from llmbrain.pruning import recover as train
 
-    if (out / "config.json").exists() and not overwrite:
-        raise InputError(f"--out={out} holds a model already: choose another folder, or --overwrite")
+    _check_free(out, overwrite)
     texts = read_texts(text, field)
     loaded, tokenizer = open_model(model, device)
     better, table = train(loaded, tokenizer, texts, steps=steps, rank=rank, random_state=seed, inplace=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,19 +53,25 @@ def perplexity(
     return math.exp(min(mean_loss(model, as_windows(model, tokenizer, texts, window, max_windows)), 709.0))
 
 
+def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Cross-entropy of each token given those before it: ``(n, length)`` ids, float32 ``(n, length - 1)`` losses."""
+    ids = ids.to(input_device(model))
+    logits = getattr(model(input_ids=ids), "logits", None)
+    if logits is None or logits.shape[:2] != ids.shape:
+        raise InputError(f"model {type(model).__name__} gives no next-token logits: use a causal model")
+    target = ids[:, 1:].flatten().to(logits.device)
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="none")
+    return losses.unflatten(0, (len(ids), -1))
+
+
 def mean_loss(model: nn.Module, windows: Tensor) -> float:
     """Mean cross-entropy (nats a token) over windows ``(n, window)``, positions 1 to the end of each."""
     if type(model).__name__.endswith("ForMaskedLM"):
         raise InputError(f"model {type(model).__name__} reads in both directions: it has no next-token perplexity")
     total = 0.0
     with evaluating(model):
-        for batch in batches(windows):
-            ids = batch.to(input_device(model))
-            logits = getattr(model(input_ids=ids), "logits", None)
-            if logits is None or logits.shape[:2] != ids.shape:
-                raise InputError(f"model {type(model).__name__} gives no next-token logits: use a causal model")
-            target = ids[:, 1:].flatten().to(logits.device)
-            total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="sum").item()
+        for ids in batches(windows):
+            total += next_token_losses(model, ids).sum(dtype=torch.float64).item()
     mean = total / (len(windows) * (windows.shape[1] - 1))
     if math.isnan(mean):
         raise InputError(f"model {type(model).__name__} gives NaN logits: its weights or dtype are broken")

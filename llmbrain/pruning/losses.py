@@ -8,23 +8,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError
-from llmbrain.evaluation.windows import batches, evaluating, input_device
+from llmbrain.evaluation.perplexity import next_token_losses
+from llmbrain.evaluation.windows import batches, evaluating
 
 
 def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
     """Cross-entropy of each token given those before it in its window; float32 ``(n, window)``, 0 at the first."""
-    found = []
     with evaluating(model):
-        for batch in batches(windows):
-            ids = batch.to(input_device(model))
-            logits = getattr(model(input_ids=ids), "logits", None)
-            if logits is None or logits.shape[:2] != ids.shape:
-                raise InputError(f"model {type(model).__name__} gives no next-token logits: allocate by scores instead")
-            target = ids[:, 1:].flatten().to(logits.device)
-            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="none")
-            found.append(F.pad(losses.unflatten(0, (len(ids), -1)), (1, 0)).cpu())
-    return torch.cat(found)
+        return torch.cat([F.pad(next_token_losses(model, ids), (1, 0)).cpu() for ids in batches(windows)])
 
 
 def weighted_loss(model: nn.Module, windows: Tensor, weights: Tensor | None = None) -> float:
