@@ -1,12 +1,15 @@
 """Calibration text on its way through a model, one block at a time.
 
 A `Stream` holds the hidden states of the calibration windows between two blocks. Measuring a block and going on through
-the changed block costs two block passes, so a whole sequential calibration costs two forward passes, not one per layer.
-What is held is tokens x hidden size; signals of neurons (tokens x width) never are.
+the changed block costs two block passes, so a whole sequential calibration costs two forward passes, not one per layer;
+and where only the MLP was changed, the second needs no attention. What is held is tokens x hidden size, twice; signals
+of neurons (tokens x width) never are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +37,7 @@ class Stream:
         self.layers = body.layers
         self.at = 0
         self.hidden: list[Tensor] = []
+        self._attended: dict[int, Any] = {}  # by batch: what the attention of block `at` said
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by batch size, one a block
         for batch in calibration_batches(windows):
             if len(batch) not in self._calls:
@@ -53,22 +57,50 @@ class Stream:
             # The output is copied: Falcon adds to it in place afterwards.
             caught.append((args[0].detach().flatten(0, -2), out.detach().flatten(0, -2).clone()))
 
-        handle = output.module.register_forward_hook(keep)
+        def attended(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            self._attended[batch] = out.clone() if isinstance(out, Tensor) else (out[0].clone(), *[None] * len(out[1:]))
+
+        layer = self.layers[self.at]
+        self._attended.pop(batch, None)
+        handles = [output.module.register_forward_hook(keep)]
+        if output is layer.down and layer.attention is not None:
+            handles.append(layer.attention.register_forward_hook(attended))
         try:
             hidden = self._through(batch)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return caught[0], hidden
 
     def advance(self, hidden: list[Tensor] | None = None) -> None:
-        """Go on to the next block: with hidden states that are known, or through the block as it is now."""
+        """Go on to the next block: with hidden states that are known, or through the block as it is now.
+
+        Its attention must be as it was when the down projection was listened to.
+        """
         self.hidden = [self._through(i) for i in range(len(self.hidden))] if hidden is None else hidden
+        self._attended.clear()
         self.at += 1
 
     def _through(self, batch: int) -> Tensor:
-        hidden = self.hidden[batch]
+        hidden, layer = self.hidden[batch], self.layers[self.at]
         args, kwargs = self._calls[len(hidden)][self.at]
-        return _tensor(self.layers[self.at].block(hidden, *args, **kwargs))
+        known = self._attended.pop(batch, None)
+        with nullcontext() if known is None or layer.attention is None else _saying(layer.attention, known):
+            return _tensor(layer.block(hidden, *args, **kwargs))
+
+
+@contextmanager
+def _saying(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within the block a module says this and computes nothing."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
 
 
 def _record_calls(model: nn.Module, body: Anatomy, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
