@@ -12,10 +12,9 @@ from tiny_models import MODELS, VOCAB, tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace, Stimulus, plan_pruning, prune, scan
 from llmbrain.architectures import anatomy
-from llmbrain.pruning.allocation import LEVELS, Budget, from_losses, ranked, uniform
-from llmbrain.pruning.forgetting import ENOUGH, log_odds
+from llmbrain.pruning.allocation import LEVELS, Budget, from_curves, from_losses, ranked, uniform
 from llmbrain.pruning.functions import condition_weights, token_conditions
-from llmbrain.pruning.losses import weighted_loss, window_losses
+from llmbrain.pruning.losses import log_odds, weighted_loss, window_losses
 from llmbrain.pruning.network_terms import balanced_weights, covered, time_courses
 from llmbrain.pruning.obs import removal_costs
 from llmbrain.pruning.planner import Planner
@@ -121,6 +120,7 @@ def test_every_allocation_keeps_the_budget(widths, ratio, multiple, seed):
         ranked(budget, scores, standardise=True, clamp=False),
         ranked(budget, scores, standardise=False, clamp=True),
         from_losses(budget, np.sort(rng.random((len(widths), len(LEVELS))), 1)),
+        from_curves(budget, np.sort(rng.random((len(widths), len(LEVELS))), 1)),
     ]
     for found in results:
         assert all(1 <= f <= w for f, w in zip(found, widths))
@@ -131,11 +131,23 @@ def test_every_allocation_keeps_the_budget(widths, ratio, multiple, seed):
         assert sum(found) > budget.keep - multiple or not room
 
 
-def test_sensitive_layers_keep_more():
+@pytest.mark.parametrize("widths_of", [from_losses, from_curves])
+def test_sensitive_layers_keep_more(widths_of):
     losses = np.outer([1.0, 10.0], np.array(LEVELS) ** 2)
-    few, many = from_losses(Budget.of([100, 100], 0.5), losses)
+    few, many = widths_of(Budget.of([100, 100], 0.5), losses)
     assert few + many == 100
     assert many > 80
+
+
+def test_smooth_losses_have_their_closed_form_minimum_and_bear_noise():
+    # Sum of a s_1^2 + b s_2^2 with s_1 + s_2 = 1: shares removed b / (a + b) and a / (a + b).
+    budget, exact = Budget.of([1000, 1000], 0.5), np.outer([1.0, 3.0], np.array(LEVELS) ** 2)
+    assert np.allclose(from_curves(budget, exact), [250, 750], atol=2)
+    noise = np.random.default_rng(0).normal(0, 0.02, (50, *exact.shape))
+    errors = {
+        f.__name__: np.mean([abs(f(budget, exact + e)[0] - 250) for e in noise]) for f in (from_curves, from_losses)
+    }
+    assert errors["from_curves"] < errors["from_losses"] / 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -230,9 +242,9 @@ def test_the_network_method_reports_what_it_used():
         plan_pruning(model, make_networks((30, 30)), ratio=0.4, calibration=ids)
 
 
-def test_the_search_keeps_to_sensitivity_unless_another_is_surely_better(monkeypatch):
+def test_the_search_keeps_to_the_smooth_widths_unless_others_are_surely_better(monkeypatch):
     planner = Planner(tiny("llama"), "networks", windows())
-    best = planner.plan(0.4, allocation="sensitivity").widths
+    best = from_curves(Budget.of(planner.body.widths, 0.4), planner.sensitivity())
     noise = np.random.default_rng(0).normal(size=(9, 20))
     for gain, stays in ((0.02, True), (0.9, False)):  # against a standard error of about 0.3
         calls = iter(noise)
@@ -358,12 +370,16 @@ def test_forgetting_takes_one_condition_and_leaves_the_other(two_abilities, rati
     assert 96 - sum(plan.widths) == gone
     small = prune(model, plan, calibration=scans, window=ids.shape[1], compensate="least-squares")
     after = right_by_condition(small, scans, ids)
-    assert after["low"] < 1 - ENOUGH  # what the repair calls forgotten
+    assert after["low"] < 0.2
     ordinary = lb.PruningPlan.from_dict({**plan.to_dict(), "details": {}})  # control: the same cut, an ordinary repair
     restored = prune(model, ordinary, calibration=scans, window=ids.shape[1], compensate="least-squares")
     assert after["low"] < right_by_condition(restored, scans, ids)["low"] - 0.1
     assert after["high"] > before["high"] - 0.03
-    assert small.llmbrain_pruning[-1]["forgetting"]["loss_added"]["low"] > 1
+    assert all(p.requires_grad for p in small.parameters())
+    record = small.llmbrain_pruning[-1]["forgetting"]
+    assert record["loss_added"]["low"] > 1 > 0.1 > record["loss_added"]["high"]
+    assert record["broken"]["low"] > 0.8
+    assert record["broken"]["high"] < 0.03
 
 
 def test_the_command_forgets(two_abilities, tmp_path):
@@ -384,7 +400,7 @@ def test_the_command_forgets(two_abilities, tmp_path):
     result = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "small")])
     assert result.exit_code == 0, result.output
     after = right_by_condition(lb.load_pruned(tmp_path / "small"), scans, ids)
-    assert after["low"] < 1 - ENOUGH
+    assert after["low"] < 0.2
     assert after["high"] > 0.9
 
 
@@ -404,7 +420,7 @@ def test_log_odds_and_losses_of_tokens_against_transformers(two_abilities):
     model, _, ids = two_abilities
     with torch.no_grad():
         p = torch.softmax(model(input_ids=ids).logits[:, :-1].double(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        assert torch.allclose(log_odds(model, ids).double(), (p / (1 - p)).log(), atol=1e-3)
+        assert torch.allclose(log_odds(model(input_ids=ids).logits, ids).double(), (p / (1 - p)).log(), atol=1e-3)
         mean = model(input_ids=ids, labels=ids).loss.item()
     assert weighted_loss(model, ids) == pytest.approx(mean, rel=1e-5)
     weights = torch.zeros(ids.shape)

@@ -60,8 +60,8 @@ table.round(2)
 
 # %%
 # For good: ``forget=`` silences neurons in rounds, those first that matter to brackets and to nothing else, until
-# brackets are not predicted any more; there is no ratio to choose. The repair restores the others and, on text of
-# brackets, teaches the layers to say nothing in particular. Then it is saved and loaded as any pruned model.
+# brackets are not predicted any more; there is no ratio to choose. The repair makes the model answer as before on text
+# of the others, and no more on text of brackets. Then it is saved and loaded as any pruned model.
 plan = lb.plan_pruning(brain.model, networks, scans, method="obs", forget=["brackets"])
 print(plan.summary())
 forgetful = lb.prune(brain.model, plan, calibration=scans, compensate="least-squares")

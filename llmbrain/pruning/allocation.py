@@ -12,6 +12,7 @@ from llmbrain._validation import InputError, check_range
 
 ALLOCATIONS = ("uniform", "global", "clamped", "sensitivity", "search")
 LEVELS = tuple(i / 10 for i in range(1, 10))  # shares removed at which sensitivity is measured
+POWERS = (1, 2, 3, 5, 8)  # of the share removed, in a layer's smooth loss
 CLAMP = (0.5, 1.5)  # a layer's share removed, relative to the ratio
 
 
@@ -186,3 +187,40 @@ def from_losses(budget: Budget, losses: NDArray[np.float64], steps: int = 64) ->
         widths[i] -= removed * unit
         left -= removed
     return budget.fit(widths)
+
+
+def from_curves(budget: Budget, losses: NDArray[np.float64]) -> tuple[int, ...]:
+    """Widths that minimise the sum of smooth curves through measured losses.
+
+    Measured losses are noisy, and `from_losses` stops at the levels where one layer happened to come out low. Here each
+    layer's loss is ``sum_k c_k s^k``, k in `POWERS`, of the share s removed, with ``c >= 0`` by least squares: rising
+    and convex, so that the minimum is where all layers lose equally much with one more unit (or are at a bound).
+
+    Parameters
+    ----------
+    losses : array ``(n_layers, len(LEVELS))``
+        As in `from_losses`.
+    """
+    from scipy.optimize import nnls
+
+    w, powers, shares = np.array(budget.widths, dtype=float), np.array(POWERS), np.array(LEVELS)
+    powered = shares[:, None] ** powers
+    curves = np.array([nnls(powered, np.maximum.accumulate(np.maximum(y, 0)))[0] for y in losses])
+    curves += 1e-9 * max(curves.max(), 1e-9)  # strictly rising
+    most = 1 - budget.low / w
+    goal = w.sum() - budget.keep
+
+    def removed(price: float) -> NDArray[np.float64]:
+        """Units that each layer loses when one more may cost so much, by bisection."""
+        low, high = np.zeros(len(w)), most.copy()
+        for _ in range(50):
+            middle = (low + high) / 2
+            cheap = (curves * powers * middle[:, None] ** (powers - 1)).sum(1) / w < price
+            low, high = np.where(cheap, middle, low), np.where(cheap, high, middle)
+        return np.asarray(w * low)
+
+    left, right = 0.0, float((curves * powers).sum(1).max())
+    for _ in range(100):
+        price = (left + right) / 2
+        left, right = (price, right) if removed(price).sum() < goal else (left, price)
+    return budget.fit(w - removed(right))

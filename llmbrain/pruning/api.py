@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 import llmbrain
 from llmbrain._validation import InputError, check_option
-from llmbrain.architectures import Projection
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.evaluation.windows import as_windows, fingerprint
 from llmbrain.pruning.calibration import calibration_windows, check_enough
 from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
-from llmbrain.pruning.forgetting import forget_by_repair
 from llmbrain.pruning.functions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.statistics import Moments
+from llmbrain.pruning.unlearning import unlearn
 from llmbrain.pruning.walk import Change, Site, walk
 from llmbrain.surgery import check_cuttable, keep_heads, keep_neurons
 
@@ -100,15 +99,15 @@ def prune(
     forgetting = None
     if windows is not None:
 
-        def mend(weights: Tensor | None = weights, lost: Tensor | None = None) -> None:
+        def mend() -> None:
             options: dict[str, Any] = {"ridge": ridge, "intercept": intercept, "sequential": sequential}
-            repair(small, plan, windows, kind=str(compensate), weights=weights, lost=lost, **options)
+            repair(small, plan, windows, kind=str(compensate), weights=weights, **options)
 
         functions = plan.details.get("functions", {})
         if functions.get("forget") and compensate == "least-squares":
             assert weights is not None
             assert not isinstance(calibration, (Tensor, type(None)))
-            forgetting = forget_by_repair(small, body, windows, calibration, functions, weights, mend)
+            forgetting = unlearn(small, body, windows, calibration, functions, plan.kept, weights, mend)
         else:
             mend()
     for layer, kept in zip(body.layers, plan.kept):
@@ -159,22 +158,9 @@ def repair(
     intercept: bool = True,
     sequential: bool = True,
     weights: Tensor | None = None,
-    lost: Tensor | None = None,
 ) -> None:
-    """Write compensated output projections into a model, with zeros where the plan removes; shapes stay.
-
-    On tokens marked as `lost` the MLPs are to say what they say on average, so that what is to be forgotten is not
-    repaired from what others keep.
-    """
+    """Write compensated output projections into a model, with zeros where the plan removes; shapes stay."""
     body = plan.check_model(model)
-
-    def silent(output: Projection, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """Outputs as they are, but on marked tokens those of an average other token: nothing in particular."""
-        if tokens.all() or not any(output is layer.down for layer in body.layers):
-            return t
-        t = t.float()
-        t[tokens] = t[~tokens].mean(0)
-        return t
 
     def step(kept: Tensor, site: Site) -> Change | None:
         if len(kept) == site.output.units:
@@ -190,8 +176,6 @@ def repair(
             lambda site: step(torch.from_numpy(plan.kept_heads[site.layer.index]), site)),  # type: ignore[index]
         sequential=sequential,
         weights=weights,
-        marked=lost,
-        amend=None if lost is None else silent,
         progress="repair",
     )  # fmt: skip
 

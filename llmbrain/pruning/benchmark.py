@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from llmbrain._validation import InputError
 from llmbrain.evaluation.perplexity import perplexity
-from llmbrain.evaluation.windows import as_windows
+from llmbrain.evaluation.windows import as_windows, window_length
 from llmbrain.pruning.api import prune
 from llmbrain.pruning.calibration import check_enough
 from llmbrain.pruning.criteria import CRITERIA
@@ -22,6 +22,8 @@ from llmbrain.pruning.planner import Planner
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
+
+WINDOW = 256
 
 # (method, allocation, compensation): the published combinations, the best of the grid, and ours.
 ROWS: tuple[tuple[str, str | None, str | None], ...] = (
@@ -77,7 +79,7 @@ def compare_methods(
         Calibration draws: with more than one, each draws its windows anew (with replacement beyond the first), and the
         interval says how much the result depends on the text.
     window, max_windows, test_windows : int
-        Cut of the texts.
+        Cut of the texts; windows are the model's context, at most 256 tokens, where not said.
 
     Returns
     -------
@@ -92,6 +94,8 @@ def compare_methods(
     unknown = sorted(set(methods or ()) - set(CRITERIA))
     if unknown:
         raise InputError(f"methods={unknown} are not known: allowed are {sorted(CRITERIA)}")
+    if window is None:
+        window = min(window_length(model), WINDOW)
     pool = as_windows(model, tokenizer, calibration, window, None if draws > 1 else max_windows)
     check_enough(pool, 1)
     held = as_windows(model, tokenizer, test, window, test_windows)

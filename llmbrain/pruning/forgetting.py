@@ -1,15 +1,11 @@
-"""How a model forgets what it does under a condition, and nothing else: which neurons go, and a repair that lets it go.
+"""Which neurons go when a model is to forget what it does under a condition, and nothing else.
 
-Neurons alone are not enough where functions share them: what the others need of a removed neuron the repair restores,
-and with it most of what was to be forgotten (on the demo brain 240 neurons took agreement from 1.00 to 0.08, and an
-ordinary refit brought it back to 0.99). So the repair forgets too: on tokens of the condition the refitted layers are
-to say what they say on average.
+For the repair afterwards see `llmbrain.pruning.unlearning`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +17,13 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy
-from llmbrain.evaluation.windows import batches, evaluating, input_device
-from llmbrain.pruning.functions import condition_numbers, token_conditions
-from llmbrain.pruning.losses import token_losses
-from llmbrain.pruning.walk import restored
+from llmbrain.evaluation.windows import batches, input_device
+from llmbrain.pruning.losses import gradients_of, log_odds
 
 LEVEL = 0.3  # a condition is forgotten when so small a share of its known tokens is still the first choice
 STEP = 0.01  # share of all neurons that goes in one round
 MOST = 0.5  # and in all rounds together
 TOKENS = 8192  # on which a round is measured
-
-
-STRENGTHS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)  # weights of a forgotten token in the repair
-EMPHASIS, LARGEST = 10.0, 50.0  # how much more a token counts for each nat that the last fit added to it; at most
-SURE, BROKEN = 0.9, 0.02  # of the tokens that had this probability, so many may fall below a half in another condition
-ENOUGH = 0.6  # of the tokens to forget: no need to go further
-HELD_OUT = 4  # one window in so many tells that
 
 
 @dataclass
@@ -84,8 +71,9 @@ def neurons_to_forget(
     step = max(1, round(STEP * total))
     gone = np.zeros(total, dtype=bool)
     left: list[dict[str, float]] = []
-    with _leaf(model), evaluating(model, gradients=True):
-        known = torch.cat([log_odds(model, ids).detach().cpu() > 0 for ids in batches(windows)])
+    leaf: Any = model.get_input_embeddings()  # type: ignore[operator]
+    with gradients_of(model, [leaf.weight]):  # one leaf is enough for gradients to reach every layer
+        known = torch.cat([_log_odds(model, ids).detach().cpu() > 0 for ids in batches(windows)])
         target = torch.from_numpy(np.isin(labels_[:, 1:].numpy(), list(forget))) & known
         if not target.any():
             raise InputError(
@@ -141,7 +129,7 @@ def _round(
             part = slice(at, at + len(ids))
             at += len(ids)
             signals.clear()
-            odds = log_odds(model, ids)
+            odds = _log_odds(model, ids)
             right.append(odds.detach().cpu() > 0)
             wanted = target[part].to(odds.device)
             other = (known[part] & ~target[part]).to(odds.device)
@@ -163,13 +151,9 @@ def _round(
     )  # fmt: skip
 
 
-def log_odds(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log odds of each token but the first against all others; ``(n, window - 1)``."""
+def _log_odds(model: Any, ids: Tensor) -> Tensor:
     ids = ids.to(input_device(model))
-    logits = model(input_ids=ids).logits[:, :-1].float()
-    target = ids[:, 1:, None].to(logits.device)
-    right = logits.gather(-1, target).squeeze(-1)
-    return right - logits.scatter(-1, target, -torch.inf).logsumexp(-1)
+    return log_odds(model(input_ids=ids).logits, ids)
 
 
 def _spread(values: Tensor, tokens: int) -> Tensor:
@@ -182,91 +166,3 @@ def _last_ones(gone: NDArray[np.bool_], widths: Sequence[int]) -> NDArray[np.int
     """Of each layer the neuron that must stay: no layer may become empty."""
     starts = np.cumsum([0, *widths[:-1]])
     return np.array([s + int(np.argmin(gone[s : s + w])) for s, w in zip(starts, widths)])
-
-
-@contextmanager
-def _leaf(model: nn.Module) -> Iterator[None]:
-    """Only the embeddings ask for gradients: one leaf is enough for gradients to reach every layer."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        model.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
-        yield
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)
-
-
-def forget_by_repair(
-    model: nn.Module,
-    body: Anatomy,
-    windows: Tensor,
-    scans: Sequence[Any],
-    functions: dict[str, Any],
-    weights: Tensor,
-    mend: Callable[[Tensor, Tensor], None],
-) -> dict[str, Any]:
-    """Refit a cut model such that tokens to forget tell nothing, as firmly as the other conditions bear.
-
-    Parameters
-    ----------
-    model : transformers model
-        Uncut; its output projections are written by `mend`.
-    functions : dict
-        ``"keep"`` and ``"forget"`` of the plan.
-    weights : (n, window) float
-        Of the tokens that are not to be forgotten.
-    mend : function of weights and of which tokens are to tell nothing
-        The repair.
-
-    Returns
-    -------
-    dict
-        ``"strength"``: the weight of `STRENGTHS` up to which no other condition loses more than a share `BROKEN`
-        of its held-out tokens (else the least), or at which `ENOUGH` is forgotten; by condition the share that is
-        ``"broken"``, and ``"loss_added"``, on all calibration tokens.
-    """
-    labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
-    lost = torch.from_numpy(np.isin(labels, condition_numbers("forget", functions["forget"], names)))
-    others = [n for n in functions["keep"] or names if n not in functions["forget"]]
-    before, numbers = token_losses(model, windows), torch.from_numpy(labels)
-
-    sure = before < -np.log(SURE)
-    held = torch.zeros(len(windows), 1, dtype=torch.bool)  # windows that tell whether a fit is bearable
-    held[HELD_OUT - 1 :: HELD_OUT] = True
-    emphasis = torch.ones_like(weights)
-
-    def share(of: Tensor, among: Tensor) -> dict[str, float]:
-        found = {n: of[among & (numbers == i)] for i, n in enumerate(names)}
-        return {n: float(v.float().mean()) for n, v in found.items() if len(v)}
-
-    def attempt(strength: float, *, on_all: bool) -> tuple[Tensor, Tensor]:
-        counts = torch.where(lost, torch.full_like(weights, strength), weights * emphasis)
-        mend(counts if on_all or not held.any() else counts * ~held, lost)
-        after = token_losses(model, windows)
-        # Tokens that this fit hurts count more in the next, as in boosting: an ability may hang on single ones.
-        emphasis.mul_(torch.where(lost, 0.0, (after - before).clamp(0, 1)) * EMPHASIS + 1).clamp_(max=LARGEST)
-        return after > np.log(2), after - before
-
-    def trial(strength: float) -> tuple[float, float]:
-        """Share of held-out tokens broken: of those to forget, and of the other condition that is hurt most."""
-        with restored(body.layers):
-            broken, _ = attempt(strength, on_all=False)
-            among = sure & held if held.any() else sure
-            shares = share(broken, among)
-            own = broken[among & lost].float()
-            return float(own.mean()) if len(own) else 1.0, max((shares[n] for n in others if n in shares), default=0.0)
-
-    trial(STRENGTHS[0])  # for the emphasis
-    chosen = STRENGTHS[0]
-    for strength in STRENGTHS:
-        own, other = trial(strength)
-        if other > BROKEN:
-            break
-        chosen = strength
-        if own >= ENOUGH:
-            break
-    broken, change = attempt(chosen, on_all=True)
-    every = torch.ones_like(lost)
-    return {"strength": chosen, "broken": share(broken, sure), "loss_added": share(change, every)}

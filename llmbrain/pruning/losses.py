@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,3 +35,26 @@ def window_losses(model: nn.Module, windows: Tensor, weights: Tensor | None = No
     losses = token_losses(model, windows)[:, 1:].double()
     counts = torch.ones_like(losses) if weights is None else weights[:, 1:].double()
     return ((losses * counts).sum(1) / counts.sum() * len(windows)).numpy()
+
+
+def log_odds(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log odds of each token but the first against all others: logits ``(n, window, ...)`` to ``(n, window - 1)``."""
+    logits = logits[:, :-1].float()
+    target = ids[:, 1:, None].to(logits.device)
+    right = logits.gather(-1, target).squeeze(-1)
+    return right - logits.scatter(-1, target, -torch.inf).logsumexp(-1)
+
+
+@contextmanager
+def gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block these parameters alone ask for gradients, and the model is in evaluation mode."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        with evaluating(model, gradients=True):
+            yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.architectures import anatomy
 from llmbrain.evaluation.windows import fingerprint
-from llmbrain.pruning.allocation import ALLOCATIONS, LEVELS, Budget, from_losses, ranked, uniform
+from llmbrain.pruning.allocation import ALLOCATIONS, LEVELS, Budget, from_curves, from_losses, ranked, uniform
 from llmbrain.pruning.api import fit
 from llmbrain.pruning.calibration import check_enough, signals_of_windows
 from llmbrain.pruning.compensation import least_squares
@@ -30,6 +30,7 @@ from llmbrain.surgery import check_cuttable
 GROUP_SIZE = 40  # texts in a group of the published rule
 LOSS_TOKENS = 8192  # tokens on which a loss is measured, at most
 SENSITIVITY_PASSES = 8  # forward passes over the calibration text that all sensitivities together may cost
+SURE = 2.0  # standard errors of a gain on held-out windows
 SCAN_RIDGE = 1e-3  # of the fits that sensitivities are measured with
 
 
@@ -216,15 +217,16 @@ class Planner:
             return self._ranked(budget, clamp=allocation == "clamped")
         losses = self.sensitivity()
         details["sensitivity"] = {"levels": list(LEVELS), "loss_added": np.round(losses, 6).tolist()}
-        best = from_losses(budget, losses)
         if allocation == "sensitivity":
-            return best
+            return from_losses(budget, losses)
+        best = from_curves(budget, losses)
         both = [self._ranked(budget, clamp=c) for c in (False, True)]
-        middle = budget.fit((np.array(best) + np.array(both[0])) / 2)
-        candidates = list(dict.fromkeys([best, *both, middle, uniform(budget)]))
+        even = uniform(budget)
+        middles = [budget.fit((np.array(best) + np.array(other)) / 2) for other in (both[0], even)]
+        candidates = list(dict.fromkeys([best, *middles, *both, even]))
         losses_ = np.array([self.measure(c, sequential=sequential) for c in candidates])
-        gain = losses_[0] - losses_  # by window; sensitivity stays unless another is surely better
-        sure = gain.mean(1) > gain.std(1) / np.sqrt(gain.shape[1])
+        gain = losses_[0] - losses_  # by window; the first stays unless another is surely better
+        sure = gain.mean(1) > SURE * gain.std(1) / np.sqrt(gain.shape[1])
         mean = np.where(sure, losses_.mean(1), np.inf)
         mean[0] = losses_[0].mean()
         details["search"] = [

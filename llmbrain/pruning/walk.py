@@ -50,7 +50,6 @@ class Change:
 
 
 Step = Callable[[Site], Change | None]
-Amend = Callable[[Projection, Tensor, Tensor, Tensor], Tensor]
 
 
 def walk(
@@ -62,8 +61,6 @@ def walk(
     heads: Step | None = None,
     sequential: bool = True,
     weights: Tensor | None = None,
-    marked: Tensor | None = None,
-    amend: Amend | None = None,
     progress: str | None = None,
 ) -> None:
     """Visit every layer in order, with the moments of its signals and outputs over calibration tokens.
@@ -82,22 +79,18 @@ def walk(
         Whether later layers see the changes to earlier ones.
     weights : (n, window) float, optional
         How much each token counts.
-    marked : (n, window) bool, optional
-    amend : function of an output projection, its signals, its outputs and which tokens are marked, optional
-        Other targets than the outputs.
     """
     with evaluating(model):
         stream = Stream(model, body, windows)
         sizes = [len(h) for h in stream.hidden]
         token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
-        marks = None if marked is None else [m.flatten() for m in marked.split(sizes)]
         late: list[tuple[Projection, Change]] = []
         for layer in tqdm(body.layers, desc=progress, disable=None if progress else True, leave=False):
             outputs = [(layer.out, heads)] if heads is not None and layer.heads else []
             unchanged = None
             for output, step in [*outputs, (layer.down, mlp)]:
                 assert output is not None
-                site, after = _measure(stream, output, token_weights, marks, amend)
+                site, after = _measure(stream, output, token_weights)
                 change = step(site)
                 unchanged = after if change is None else None
                 if change is not None and sequential:
@@ -125,13 +118,7 @@ def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(held), torch.cat(train)
 
 
-def _measure(
-    stream: Stream,
-    output: Projection,
-    weights: Sequence[Tensor] | None,
-    marks: Sequence[Tensor] | None,
-    amend: Amend | None,
-) -> tuple[Site, list[Tensor]]:
+def _measure(stream: Stream, output: Projection, weights: Sequence[Tensor] | None) -> tuple[Site, list[Tensor]]:
     """Moments of one output projection in block `stream.at`, and the hidden states after the block."""
     layer = stream.layers[stream.at]
     train = Moments()
@@ -141,8 +128,6 @@ def _measure(
     for i in range(n):
         (x, t), hidden = stream.run(i, output)
         after.append(hidden)
-        if amend is not None and marks is not None:
-            t = amend(output, x, t, marks[i].to(x.device))
         w = None if weights is None else weights[i].to(x.device)
         if is_held_out(i, n):
             held_out = held_out or Moments(train)
