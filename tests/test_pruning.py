@@ -13,6 +13,7 @@ from llmbrain import InputError, PruningPlan, load_pruned, plan_pruning, prune, 
 from llmbrain.architectures import anatomy
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.plan import weights_fingerprint
+from llmbrain.pruning.statistics import gradient_pass
 
 FAMILIES = sorted(set(MODELS) - {"mixtral"})
 CAUSAL = sorted(set(FAMILIES) - {"bert", "roberta", "distilbert", "modernbert"})
@@ -244,16 +245,35 @@ def test_unknown_names_are_listed():
         plan_pruning(tiny("llama"), ratio=0.3, method="flap")
 
 
-def test_encoders_are_pruned_without_gradients():
+@pytest.mark.parametrize("method", ["networks", "obs-gradient", "obs", "flap"])
+def test_encoders_are_pruned_too(method):
     from transformers import BertModel
 
-    bert = tiny("bert")
-    bare = BertModel(bert.config).eval()
-    with pytest.raises(InputError, match=r"BertModel predicts no next token.*use 'obs' or 'flap'"):
-        plan_pruning(bare, ratio=0.3, method="obs-gradient", calibration=windows())
-    plan = plan_pruning(bare, ratio=0.3, method="obs", calibration=windows())
+    bare = BertModel(tiny("bert").config).eval()
+    plan = plan_pruning(bare, ratio=0.3, method=method, calibration=windows())
     small = prune(bare, plan, calibration=windows(), compensate="least-squares")
     assert anatomy(small).widths == plan.widths
+    with pytest.raises(InputError, match=r"BertModel predicts no next token, as method='taylor' needs"):
+        plan_pruning(bare, ratio=0.3, method="taylor", calibration=windows())
+
+
+def test_the_metric_of_an_encoder_is_the_curvature_of_its_last_states():
+    """Mean of J^T r r^T J over many r against J^T J by autograd, for a single-token text."""
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    bert = BertModel(tiny("bert").config).eval()
+    layer, ids = anatomy(bert).layers[1], torch.tensor([[5]])
+    jacobian = torch.zeros(16, 16)
+    caught = []
+    handle = layer.down.module.register_forward_hook(lambda m, a, out: caught.append(out))
+    states = bert(input_ids=ids).last_hidden_state[0, 0]
+    handle.remove()
+    for i in range(16):
+        jacobian[i] = torch.autograd.grad(states[i], caught[0], retain_graph=True)[0].flatten()
+    found = gradient_pass(bert, anatomy(bert), ids.repeat(20000, 1))["metric"][1].float()
+    exact = jacobian.T @ jacobian
+    assert (found - exact).norm() < 0.05 * exact.norm()
 
 
 def test_planning_changes_nothing():

@@ -53,6 +53,12 @@ def perplexity(
     return math.exp(min(mean_loss(model, as_windows(model, tokenizer, texts, window, max_windows)), 709.0))
 
 
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether a model is a causal language model with its head: encoders and bare stacks of blocks are not."""
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate()) and not type(model).__name__.endswith("ForMaskedLM")
+
+
 def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     """Cross-entropy of each token given those before it: ``(n, length)`` ids, float32 ``(n, length - 1)`` losses."""
     ids = ids.to(input_device(model))

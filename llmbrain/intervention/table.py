@@ -26,7 +26,7 @@ from llmbrain.intervention.evaluations import (
     levels_of_runs,
     score_conditions,
 )
-from llmbrain.intervention.targets import Heads, unit_mask, unit_space
+from llmbrain.intervention.targets import Heads, spans_heads, unit_mask, unit_space
 from llmbrain.networks import FunctionalNetworks, Network
 from llmbrain.space import NeuronSpace
 
@@ -242,7 +242,7 @@ def _named_masks(networks: Any, body: Anatomy) -> tuple[dict[str, NDArray[np.boo
         raise InputError("networks is empty: there is nothing to lesion")
     masks = {str(name): unit_mask(what, body, f"networks[{name!r}]") for name, what in networks.items()}
     space = unit_space(body)
-    if not any(isinstance(what, Heads) for what in networks.values()):
+    if not any(isinstance(what, Heads) or spans_heads(what, body) for what in networks.values()):
         space = NeuronSpace(body.widths)
         masks = {name: mask[: space.n_neurons] for name, mask in masks.items()}
     empty = [name for name, mask in masks.items() if not mask.any()]

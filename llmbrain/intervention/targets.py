@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy, LayerAnatomy, anatomy
+from llmbrain.architectures import Anatomy, anatomy
 from llmbrain.networks import FunctionalNetworks, Network
 from llmbrain.space import NeuronSpace
 
@@ -108,9 +108,20 @@ def unit_space(body: Anatomy) -> NeuronSpace:
     return NeuronSpace([*body.widths, *(layer.n_heads if layer.out is not None else 0 for layer in body.layers)])
 
 
+def spans_heads(what: Any, body: Anatomy) -> bool:
+    """Whether `what` is made of networks of neurons and heads together (from `Scan.joined`): they lie in `unit_space`."""
+    parts = list(what) if isinstance(what, (list, tuple)) and what else [what]
+    units = unit_space(body)
+    return units.n_neurons > sum(body.widths) and all(
+        isinstance(part, (Network, FunctionalNetworks)) and part.space == units for part in parts
+    )
+
+
 def unit_mask(what: Any, body: Anatomy, name: str = "what") -> NDArray[np.bool_]:
-    """The neurons or heads that `what` names, as a bool mask over `unit_space`."""
+    """The neurons and heads that `what` names, as a bool mask over `unit_space`."""
     units, space = unit_space(body), NeuronSpace(body.widths)
+    if spans_heads(what, body):
+        return neuron_mask(what, units, name)
     mask = np.zeros(units.n_neurons, dtype=bool)
     if isinstance(what, Heads):
         _check_heads(body, what)
@@ -124,16 +135,15 @@ def unit_mask(what: Any, body: Anatomy, name: str = "what") -> NDArray[np.bool_]
 def find_parts(model: nn.Module, what: Any, *, complement: bool = False) -> list[Part]:
     """Where `what` enters the linear layers of `model`; with `complement`, all other units of that kind.
 
-    Heads and neurons are different kinds: the complement of neurons holds no head, and the other way round. An empty
-    choice is allowed and said by a warning.
+    Heads and neurons are different kinds: the complement of neurons holds no head, and the other way round; networks
+    that span both have both. An empty choice is allowed and said by a warning.
     """
     body = anatomy(model)
-    if isinstance(what, Heads):
-        parts = _head_parts(body, what, complement)
-    else:
-        space = NeuronSpace(body.widths)
-        mask = neuron_mask(what, space)
-        parts = neuron_parts(body, ~mask if complement else mask)
+    both = spans_heads(what, body)
+    mask, n = unit_mask(what, body), sum(body.widths)
+    mask = ~mask if complement else mask
+    parts = [] if isinstance(what, Heads) else neuron_parts(body, mask[:n])
+    parts += _head_parts(body, mask) if both or isinstance(what, Heads) else []
     if not parts:
         reason = "names every unit, so there is nothing else" if complement else "holds no neuron"
         warnings.warn(f"{_brief(what)} {reason}: the model is unchanged", UserWarning, stacklevel=3)
@@ -164,24 +174,15 @@ def _check_heads(body: Anatomy, what: Heads) -> None:
             raise InputError(f"what={what}: head={head} does not exist in layer {layer}: it has {place.n_heads}")
 
 
-def _head_parts(body: Anatomy, what: Heads, complement: bool) -> list[Part]:
-    _check_heads(body, what)
-    chosen = [_head_inputs(layer) for layer in body.layers]
-    for index, head in what.heads:
-        place = body.layers[index]
-        assert place.out is not None
-        start = place.out.start + head * place.head_dim
-        chosen[index][start : start + place.head_dim] = True
-    parts = []
-    for layer_, inputs in zip(body.layers, chosen):
-        inputs = ~inputs if complement else inputs
-        if layer_.out is not None and inputs.any():
-            parts.append(Part(layer_.index, layer_.out.module, layer_.out.path, inputs))
+def _head_parts(body: Anatomy, mask: NDArray[np.bool_]) -> list[Part]:
+    """The heads of a mask over `unit_space`; layers without any are left out."""
+    units, parts = unit_space(body), []
+    for layer in body.layers:
+        heads = torch.from_numpy(mask[units.layer_slice(len(body.layers) + layer.index)])
+        if layer.out is not None and heads.any():
+            chosen = heads.repeat_interleave(layer.head_dim)
+            parts.append(Part(layer.index, layer.out.module, layer.out.path, chosen))
     return parts
-
-
-def _head_inputs(layer: LayerAnatomy) -> Tensor:
-    return torch.zeros(layer.n_heads * layer.head_dim if layer.out is not None else 0, dtype=torch.bool)
 
 
 def _check_space(own: NeuronSpace | None, n_neurons: int, space: NeuronSpace) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy
+from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.evaluation.windows import batches, input_device
 from llmbrain.pruning.losses import gradients_of, log_odds
 
@@ -65,6 +66,8 @@ def neurons_to_forget(
     level : float
         Share of the conditions' known tokens still right at which it ends.
     """
+    if not predicts_next_token(model):
+        raise InputError(f"forget: model {type(model).__name__} predicts no next token, so there is none to forget")
     windows, labels_ = _spread(windows, TOKENS), _spread(torch.from_numpy(labels), TOKENS)
     total = sum(body.widths)
     most = min(int(MOST * total), total if most is None else most)

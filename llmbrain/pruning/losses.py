@@ -1,4 +1,4 @@
-"""Losses of single tokens, to weigh or to sort by condition."""
+"""What a cut should leave as it is, measured: losses of single tokens, to weigh or to sort by condition."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain.evaluation.perplexity import next_token_losses
-from llmbrain.evaluation.windows import batches, evaluating
+from llmbrain._validation import InputError
+from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
+from llmbrain.evaluation.windows import batches, evaluating, input_device
 
 
 def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
@@ -21,20 +22,62 @@ def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
         return torch.cat([F.pad(next_token_losses(model, ids), (1, 0)).cpu() for ids in batches(windows)])
 
 
-def weighted_loss(model: nn.Module, windows: Tensor, weights: Tensor | None = None) -> float:
-    """Mean loss a token, each counted by its weight ``(n, window)``; nan where no token counts."""
-    losses = token_losses(model, windows)[:, 1:].double()
-    if weights is None:
-        return float(losses.mean())
-    counts = weights[:, 1:].double()
-    return float((losses * counts).sum() / counts.sum())
+class Objective:
+    """The loss that a cut adds to on some windows.
+
+    Of a causal language model the cross-entropy of the next token. Of any other (an encoder, a stack without a head)
+    the squared distance of its last hidden states from those it had when this object was made, relative to their
+    variance over tokens.
+
+    Parameters
+    ----------
+    model : transformers model
+        Dense, now.
+    windows : (n, window) int64
+    weights : (n, window) float, optional
+        How much each token counts.
+    """
+
+    def __init__(self, model: nn.Module, windows: Tensor, weights: Tensor | None = None) -> None:
+        self.model, self.windows = model, windows
+        self.weights = torch.ones(windows.shape) if weights is None else weights
+        self._states: Tensor | None = None
+        if predicts_next_token(model):
+            self.weights = F.pad(self.weights[:, 1:], (1, 0))  # nothing predicts the first token
+        else:
+            self._states = torch.cat([s.cpu() for s in self._each_state()])
+            self._scale = self._states.flatten(0, 1).var(0, correction=0).sum().clamp_min(1e-12)
+
+    def by_window(self) -> NDArray[np.float64]:
+        """Loss of each window of the model as it is now, such that their mean is the mean over (weighted) tokens."""
+        if self._states is None:
+            losses = token_losses(self.model, self.windows)
+        else:
+            parts = zip(self._each_state(), self._states.split(len(batches(self.windows)[0])))
+            losses = torch.cat([(now.cpu() - then).square().sum(-1) for now, then in parts]) / self._scale
+        counts = self.weights.double()
+        return ((losses.double() * counts).sum(1) / counts.sum() * len(losses)).numpy()
+
+    def mean(self) -> float:
+        """Mean loss a token."""
+        return float(self.by_window().mean())
+
+    def _each_state(self) -> Iterator[Tensor]:
+        with evaluating(self.model):
+            for ids in batches(self.windows):
+                yield last_states(self.model, ids)
 
 
-def window_losses(model: nn.Module, windows: Tensor, weights: Tensor | None = None) -> NDArray[np.float64]:
-    """Loss of each window, such that their mean is `weighted_loss`."""
-    losses = token_losses(model, windows)[:, 1:].double()
-    counts = torch.ones_like(losses) if weights is None else weights[:, 1:].double()
-    return ((losses * counts).sum(1) / counts.sum() * len(windows)).numpy()
+def last_states(model: nn.Module, ids: Tensor) -> Tensor:
+    """Hidden states after the last block and its norm; float32 ``(n, window, hidden)``."""
+    stack: nn.Module = getattr(model, "base_model", model)
+    states = getattr(stack(input_ids=ids.to(input_device(model))), "last_hidden_state", None)
+    if states is None:
+        raise InputError(
+            f"model {type(model).__name__} gives neither logits of the next token nor last_hidden_state, which this way "
+            "of pruning is measured by: use method='obs' or 'flap' with allocation='uniform' or 'global'"
+        )
+    return states.float()
 
 
 def log_odds(logits: Tensor, ids: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from llmbrain.pruning.api import fit
 from llmbrain.pruning.calibration import check_enough, signals_of_windows
 from llmbrain.pruning.compensation import least_squares
 from llmbrain.pruning.criteria import Evidence, criterion
-from llmbrain.pruning.losses import weighted_loss, window_losses
+from llmbrain.pruning.losses import Objective
 from llmbrain.pruning.network_terms import COVER, balanced_weights, covered, layer_masks, time_courses
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
 from llmbrain.pruning.published import published_scores
@@ -246,8 +246,8 @@ class Planner:
         """
         if self._losses is not None:
             return self._losses
-        test, weights = self._test_windows(held_out=False)
-        base = weighted_loss(self.model, test, weights)
+        objective = self._objective(held_out=False)
+        base = objective.mean()
         losses = np.zeros((len(self.body.layers), len(LEVELS)))
         scores: list[NDArray[np.float64]] = []
 
@@ -262,7 +262,7 @@ class Planner:
                         site.output,
                         Change(columns, least_squares(site.train, site.weight, on_device, ridge=SCAN_RIDGE)),
                     )
-                    losses[i, k] = weighted_loss(self.model, test, weights) - base
+                    losses[i, k] = objective.mean() - base
 
         self._look("sensitivity", look)
         self._dense_scores, self._losses = scores, losses
@@ -270,7 +270,7 @@ class Planner:
 
     def measure(self, widths: Sequence[int], *, sequential: bool = True) -> NDArray[np.float64]:
         """Loss on each held-out window after a whole cut to these widths, chosen and refitted on the others."""
-        test, weights = self._test_windows(held_out=True)
+        objective = self._objective(held_out=True)
         scores = None if sequential else self.dense_scores()
 
         def step(site: Site) -> Change | None:
@@ -283,10 +283,10 @@ class Planner:
         with restored(self.body.layers):
             assert self.windows is not None
             walk(self.model, self.body, self.windows, step, sequential=True, weights=self.weights, progress="search")
-            return window_losses(self.model, test, weights)
+            return objective.by_window()
 
-    def _test_windows(self, *, held_out: bool) -> tuple[Tensor, Tensor | None]:
-        """Windows to measure losses on, held-out ones or training ones, spread over the text; and their weights."""
+    def _objective(self, *, held_out: bool) -> Objective:
+        """The loss on held-out windows or on training ones, spread over the text."""
         assert self.windows is not None
         tokens = LOSS_TOKENS
         if not held_out:
@@ -295,7 +295,7 @@ class Planner:
         parts = [split_windows(x)[0 if held_out else 1] for x in (self.windows, self.weights) if x is not None]
         count = max(1, tokens // parts[0].shape[1])
         chosen = [p[:: max(1, len(p) // count)][:count] for p in parts]
-        return chosen[0], chosen[1] if len(chosen) > 1 else None
+        return Objective(self.model, *chosen)
 
     def _look(self, what: str, step: Callable[[Site], None]) -> None:
         """Visit every layer of the dense model, changing none."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy
-from llmbrain.evaluation.windows import batches, evaluating, input_device
+from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
+from llmbrain.evaluation.windows import batches, evaluating
+from llmbrain.pruning.losses import last_states
 
 
 class Moments:
@@ -119,11 +121,14 @@ def gradient_pass(
 ) -> dict[str, list[Tensor]]:
     """Second moments of the loss gradient, by one backward pass over the windows.
 
+    For a model that predicts no next token (an encoder, say) the gradient is that of the last hidden states in a random
+    direction, ``J^T r`` with r ~ N(0, 1): its second moment is the curvature ``J^T J`` of half their squared change.
+
     Parameters
     ----------
     windows : (n, window) int64
     metric : bool
-        Give ``G = E[g g^T]`` of each layer, g the gradient of the summed next-token loss by the MLP's output at a token
+        Give ``G = E[g g^T]`` of each layer, g the gradient of the summed loss by the MLP's output at a token
         (the output-side Kronecker factor of LLM Surgeon, arXiv 2312.17244, eq. 6).
     weights : (n, window) float, optional
         How much each token counts in the metric.
@@ -136,11 +141,12 @@ def gradient_pass(
     dict
         ``"metric"``: float64 ``(hidden, hidden)`` a layer; ``"taylor"``: float64 ``(width,)`` a layer.
     """
-    if not getattr(model, "can_generate", lambda: False)():
+    causal = predicts_next_token(model)
+    if taylor and not causal:
         raise InputError(
-            f"model {type(model).__name__} predicts no next token, as criteria by gradients (networks, obs-gradient, "
-            "taylor) need: use 'obs' or 'flap'"
+            f"model {type(model).__name__} predicts no next token, as method='taylor' needs: use another one"
         )
+    probe = torch.Generator().manual_seed(0)
     grams: list[Any] = [0.0] * len(body.layers)
     root: Tensor | None = None  # square root of the weights of the batch at hand
 
@@ -171,12 +177,11 @@ def gradient_pass(
             for i, batch in enumerate(batches(windows)):
                 if weights is not None:
                     root = batches(weights)[i].flatten().sqrt()[:, None]
-                ids = batch.to(input_device(model))
-                logits = model(input_ids=ids).logits[:, :-1].float()
-                loss = nn.functional.cross_entropy(
-                    logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="sum"
-                )
-                loss.backward()
+                if causal:
+                    next_token_losses(model, batch).sum().backward()
+                else:
+                    states = last_states(model, batch)
+                    states.backward(torch.randn(states.shape, generator=probe).to(states.device))
                 if not taylor:
                     embeddings.weight.grad = None
         n = windows.numel()

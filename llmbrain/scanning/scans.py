@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,24 @@ class ArraySignals:
             return rows.astype(np.float32)
         parts = [rows[:, self.space.layer_slice(layer)] for layer in layers]
         return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+class JoinedSignals:
+    """The units of several sites as one: all layers of the first, then all layers of the second, and so on."""
+
+    def __init__(self, parts: Sequence[Signals]) -> None:
+        self.parts = list(parts)
+        self.space = NeuronSpace([width for part in parts for width in part.space.widths])
+        self.n_tokens = parts[0].n_tokens
+        self._places = [(part, layer) for part in parts for layer in range(part.space.n_layers)]
+
+    def read(self, layers: Sequence[int], start: int, stop: int) -> NDArray[np.float32]:
+        """See `Signals`."""
+        if list(layers) == list(range(self.space.n_layers)):
+            read = [part.read(range(part.space.n_layers), start, stop) for part in self.parts]
+        else:
+            read = [self._places[i][0].read([self._places[i][1]], start, stop) for i in layers]
+        return np.concatenate(read, axis=1) if read else np.empty((stop - start, 0), dtype=np.float32)
 
 
 class Scan:
@@ -138,6 +157,35 @@ class Scan:
             raise InputError(f"data of shape {array.shape} does not fit a space of {space.n_neurons} neurons")
         signals = {site: ArraySignals(array, space)}
         return cls(signals, name=name, text=text, token_ids=token_ids, tokens=tokens, events=events, model_id=model_id)
+
+    def joined(self, *sites: str) -> Scan:
+        """The same run with the units of several sites as one, so that networks can span them.
+
+        Parameters
+        ----------
+        *sites : str
+            Two or more of `sites`; ``"neuron", "head"`` gives networks of neurons and heads, which `lesion` and
+            `plan_pruning` understand.
+
+        Returns
+        -------
+        Scan
+            With the one site ``"neuron+head"``; "layer" ``n_layers + i`` of its space holds layer i of the second.
+            Nothing is copied.
+
+        Raises
+        ------
+        InputError
+            If a site was not recorded, or fewer than two are named.
+        """
+        if len(set(sites)) != len(sites) or len(sites) < 2:
+            raise InputError(f"sites={sites!r} must name at least two different sites")
+        signals = JoinedSignals([self._signals[check_option("sites", site, self.sites)] for site in sites])
+        scan = copy(self)
+        scan._signals = {"+".join(sites): signals}
+        scan.sites, scan.site = ("+".join(sites),), "+".join(sites)
+        scan.spaces = {scan.site: signals.space}
+        return scan
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
