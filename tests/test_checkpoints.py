@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, VOCAB, tiny, tiny_tokenizer
 
-from llmbrain import InputError, load_model, load_pruned, save_pruned
+from llmbrain import InputError, load_model, load_pruned, plan_pruning, prune, save_pruned
 from llmbrain.architectures import anatomy
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.surgery import add_bias, keep_heads, keep_neurons
@@ -201,3 +201,17 @@ def test_heads_cut_by_group_round_trip(name, tmp_path):
     record_shapes(model)
     save_pruned(model, None, tmp_path / "h")
     assert torch.equal(logits(load_pruned(tmp_path / "h")), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_plain_transformers_loads_as_few_heads_everywhere(name, tmp_path):
+    model = tiny(name)
+    small = prune(model, plan_pruning(model, ratio=0.5, method="magnitude", head_ratio=0.5))
+    save_pruned(small, None, tmp_path / "u", format="uniform")
+    plain = type(model).from_pretrained(tmp_path / "u")
+    assert torch.equal(logits(plain), logits(small))
+    assert plain.config.num_key_value_heads == model.config.num_key_value_heads // 2
+    gpt2 = tiny("gpt2")
+    small = prune(gpt2, plan_pruning(gpt2, ratio=0.5, method="magnitude", head_ratio=0.5))
+    with pytest.raises(InputError, match="cannot say that heads are fewer"):
+        save_pruned(small, None, tmp_path / "none", format="uniform")

@@ -115,6 +115,28 @@ def test_steps_alone(monkeypatch, capsys, tmp_path, model_folder, text_file):
         assert word in printed
 
 
+def test_plans_take_heads_and_protect_layers(monkeypatch, capsys, tmp_path, model_folder, text_file):
+    import llmbrain as lb
+
+    made, cut = tmp_path / "plan.json", ["--ratio", 0.3, "--head-ratio", 0.3, "--protect", -1, "--passes", 9]
+    code, printed, err = call(monkeypatch, capsys, "plan", model_folder, "--text", text_file, "--out", made, *cut)
+    assert code == 0, err
+    assert "groups_kept" in printed
+    assert "key/value groups" in err
+    plan = lb.PruningPlan.load(made)
+    assert made.with_suffix(".png").is_file()
+    assert plan.protect == (1,)
+    assert len(plan.kept_heads[1]) == plan.groups_before[1] == 2
+    assert plan.widths[1] == 40
+    small = tmp_path / "small"
+    code, _, err = call(monkeypatch, capsys, "prune", model_folder, "--text", text_file, "--plan", made, "--out", small)
+    assert code == 0, err
+    assert [layer.n_kv_heads for layer in lb.anatomy(lb.load_pruned(small)).layers] == [len(k) for k in plan.kept_heads]
+    code, _, err = call(monkeypatch, capsys, "plan", model_folder, "--text", text_file, "--protect", "last")
+    assert code == 2
+    assert "--protect=last must be whole numbers" in err
+
+
 def test_the_same_run_goes_on_and_another_is_refused(monkeypatch, capsys, tmp_path, model_folder, text_file):
     arguments = ["run", model_folder, "--text", text_file, "--out", tmp_path / "s", "--components", 4]
     assert call(monkeypatch, capsys, *arguments, "--method", "random")[0] == 0

@@ -125,6 +125,8 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     if key is not None and len(target) == 1:
         setattr(text, key, target.copy().pop())
     _ask_for_biases(model, text)
+    if width is not None:
+        _ask_for_heads(model, text)
     empty = build_empty(type(model), config)
     layers, stock = anatomy(model).layers, anatomy(empty).layers
     if any(s.width not in target for s in stock):
@@ -135,7 +137,10 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     if width is not None and any(
         a.out is not None and b.out is not None and a.out.units != b.out.units for a, b in zip(layers, stock)
     ):
-        raise InputError("format='uniform' cannot hold cut heads: use 'per-layer', 'remote-code' or 'masked'")
+        raise InputError(
+            f"format='uniform': the config of {type(model).__name__} cannot say that heads are fewer and no wider: use "
+            "'per-layer', 'remote-code' or 'masked'"
+        )
     state = {**dict(model.state_dict()), **_padded(layers, stock, cuts if width is None else [])}
     for name, tensor in empty.state_dict().items():
         if name not in state and name.endswith("bias"):
@@ -155,6 +160,16 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     if getattr(model, "generation_config", None) is not None:
         empty.generation_config = model.generation_config
     return empty
+
+
+def _ask_for_heads(model: nn.Module, text: Any) -> None:
+    """Say in the config how many heads there are, where it can say so without changing their size."""
+    layer = anatomy(model).layers[0]
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    cut = layer.out is not None and layer.n_heads != getattr(text, "num_attention_heads", layer.n_heads)
+    if cut and all(hasattr(text, name) for name in names):
+        for name, value in zip(names, (layer.n_heads, layer.n_kv_heads, layer.head_dim)):
+            setattr(text, name, value)
 
 
 def _ask_for_biases(model: nn.Module, text: Any) -> None:

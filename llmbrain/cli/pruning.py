@@ -33,6 +33,15 @@ ALLOCATION = Annotated[
     typer.Option("--allocation", help="uniform, global, clamped, sensitivity or search; default: the method's own."),
 ]
 MULTIPLE = Annotated[int, typer.Option("--multiple-of", help="Widths are multiples of it (8 to 256).")]
+PROTECT = Annotated[
+    list[str] | None, typer.Option("--protect", help="Layers that are not cut; negative ones count from the end.")
+]
+HEADS = Annotated[
+    float, typer.Option("--head-ratio", help="Share of the attention heads to remove, in key/value groups.")
+]
+PASSES = Annotated[
+    float, typer.Option("--passes", help="Forward passes over the calibration text that a search may take.")
+]
 KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Conditions whose function stays.")]
 SHARE = Annotated[
     float | None,
@@ -88,7 +97,8 @@ def _evidence(
 
 def _make_plan(
     model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float | None, method: str, allocation: str,
-    multiple_of: int, keep: list[str] | None, forget: list[str] | None, seed: int, one_width: bool = False,
+    multiple_of: int, protect: list[str] | None, head_ratio: float, passes: float, keep: list[str] | None,
+    forget: list[str] | None, seed: int, one_width: bool = False,
 ) -> Any:  # fmt: skip
     from llmbrain.architectures import anatomy
     from llmbrain.pruning import plan_pruning
@@ -103,6 +113,9 @@ def _make_plan(
         one_width and ratio is not None and not allocation and len(set(widths)) == 1
     ):  # the ratio as nearly as one width allows
         given = [max(1, round((1 - ratio) * widths[0] / multiple_of)) * multiple_of] * len(widths)
+    if one_width and head_ratio:
+        groups = min(layer.out.units if layer.out else 1 for layer in anatomy(model).layers)
+        head_ratio = min(round(head_ratio * groups), groups - 1) / groups
 
     functions = bool(keep or forget)
     if functions and evidence.scans is None:
@@ -110,8 +123,16 @@ def _make_plan(
     return plan_pruning(
         model, evidence.networks, evidence.scans, ratio=ratio, method=method, random_state=seed, tokenizer=tokenizer,
         calibration=None if functions else evidence.texts, allocation=given, multiple_of=multiple_of,
-        keep=parts(keep) or None, forget=parts(forget) or None,
+        protect=_layers(protect), head_ratio=head_ratio, passes=passes, keep=parts(keep) or None,
+        forget=parts(forget) or None,
     )  # fmt: skip
+
+
+def _layers(protect: list[str] | None) -> list[int] | None:
+    try:
+        return [int(layer) for layer in parts(protect)] or None
+    except ValueError:
+        raise InputError(f"--protect={' '.join(protect or ())} must be whole numbers, layers of the model") from None
 
 
 def plan(
@@ -123,6 +144,9 @@ def plan(
     method: METHOD = "networks",
     allocation: ALLOCATION = "",
     multiple_of: MULTIPLE = 1,
+    protect: PROTECT = None,
+    head_ratio: HEADS = 0.0,
+    passes: PASSES = 24,
     keep: KEEP = None,
     forget: FORGET = None,
     device: DEVICE = "auto",
@@ -137,11 +161,11 @@ def plan(
     evidence = _evidence(loaded, tokenizer, study, text, field, method, seed)
     made = _make_plan(
         loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
-        keep=keep, forget=forget, seed=seed,
+        protect=protect, head_ratio=head_ratio, passes=passes, keep=keep, forget=forget, seed=seed,
     )  # fmt: skip
     made.save(out)
     plot_widths(made).savefig(out.with_suffix(".png"), dpi=130)
-    print_table(made.to_frame().reset_index())
+    print_table(made.to_frame())
     say(made.summary())
     say(f"plan: {out}")
 
@@ -158,6 +182,9 @@ def prune(
     compensate: COMPENSATE = "least-squares",
     format: str = typer.Option("per-layer", help="per-layer, remote-code, uniform or masked."),
     multiple_of: MULTIPLE = 1,
+    protect: PROTECT = None,
+    head_ratio: HEADS = 0.0,
+    passes: PASSES = 24,
     keep: KEEP = None,
     forget: FORGET = None,
     device: DEVICE = "auto",
@@ -180,7 +207,8 @@ def prune(
     else:
         made = _make_plan(
             loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
-            keep=keep, forget=forget, seed=seed, one_width=format == "uniform",
+            protect=protect, head_ratio=head_ratio, passes=passes, keep=keep, forget=forget, seed=seed,
+            one_width=format == "uniform",
         )  # fmt: skip
     calibration = evidence.scans if made.details.get("functions") else evidence.texts
     small = cut(

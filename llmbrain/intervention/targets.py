@@ -109,7 +109,7 @@ def unit_space(body: Anatomy) -> NeuronSpace:
 
 
 def spans_heads(what: Any, body: Anatomy) -> bool:
-    """Whether `what` is made of networks of neurons and heads together (from `Scan.joined`): they lie in `unit_space`."""
+    """Whether `what` is made of networks of neurons and heads together (from `Scan.joined`), in `unit_space`."""
     parts = list(what) if isinstance(what, (list, tuple)) and what else [what]
     units = unit_space(body)
     return units.n_neurons > sum(body.widths) and all(

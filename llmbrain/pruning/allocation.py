@@ -38,15 +38,23 @@ class Budget:
     multiple_of: int = 1
 
     @classmethod
-    def of(cls, widths: Sequence[int], ratio: float, protect: Sequence[int] = (), multiple_of: int = 1) -> Budget:
-        """The budget of a share `ratio` removed.
+    def of(
+        cls,
+        widths: Sequence[int],
+        ratio: float,
+        protect: Sequence[int] = (),
+        multiple_of: int = 1,
+        *,
+        name: str = "ratio",
+    ) -> Budget:
+        """The budget of a share `ratio` removed; `name` is what errors call it.
 
         Raises
         ------
         InputError
-            If `ratio` is outside (0, 1), or what may be cut is too little for it.
+            If the ratio is outside (0, 1), or what may be cut is too little for it.
         """
-        check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
+        check_range(name, ratio, 0, 1, open_low=True, open_high=True)
         if multiple_of != int(multiple_of) or multiple_of < 1:
             raise InputError(f"multiple_of={multiple_of!r} must be a whole number, at least 1")
         total = sum(widths)
@@ -54,7 +62,7 @@ class Budget:
         low, high = budget.low.sum(), budget.high.sum()
         if not low <= budget.keep:
             raise InputError(
-                f"ratio={ratio} leaves {budget.keep} of {total} units, but {low} must stay (protect={list(protect)}, "
+                f"{name}={ratio} leaves {budget.keep} of {total} units, but {low} must stay (protect={list(protect)}, "
                 f"multiple_of={multiple_of}, at least one unit a layer): the largest ratio is {1 - low / total:.3f}"
             )
         return budget if budget.keep <= high else cls(budget.widths, int(high), budget.protect, budget.multiple_of)

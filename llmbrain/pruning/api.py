@@ -107,7 +107,11 @@ def prune(
         if functions.get("forget") and compensate == "least-squares":
             assert weights is not None
             assert not isinstance(calibration, (Tensor, type(None)))
-            forgetting = unlearn(small, body, windows, calibration, functions, plan.kept, weights, mend)
+            cut = [(layer.down, kept) for layer, kept in zip(body.layers, plan.kept)]
+            cut += [
+                (layer.out, kept) for layer, kept in zip(body.layers, plan.kept_heads or ()) if layer.out is not None
+            ]
+            forgetting = unlearn(small, windows, calibration, functions, cut, weights, mend)
         else:
             mend()
     for layer, kept in zip(body.layers, plan.kept):

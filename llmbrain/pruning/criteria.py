@@ -183,5 +183,5 @@ def networks(e: Evidence) -> Tensor:
 def published(e: Evidence) -> Tensor:
     """Largest |z| of a unit in any map of any group (arXiv 2508.05239); see `llmbrain.pruning.published`."""
     if e.published is None:
-        raise InputError("the published rule scores MLP neurons only")
+        raise InputError("this criterion needs scans or calibration text")
     return e.published

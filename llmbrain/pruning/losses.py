@@ -74,8 +74,8 @@ def last_states(model: nn.Module, ids: Tensor) -> Tensor:
     states = getattr(stack(input_ids=ids.to(input_device(model))), "last_hidden_state", None)
     if states is None:
         raise InputError(
-            f"model {type(model).__name__} gives neither logits of the next token nor last_hidden_state, which this way "
-            "of pruning is measured by: use method='obs' or 'flap' with allocation='uniform' or 'global'"
+            f"model {type(model).__name__} gives neither logits of the next token nor last_hidden_state, which this "
+            "way of pruning is measured by: use method='obs' or 'flap' with allocation='uniform' or 'global'"
         )
     return states.float()
 

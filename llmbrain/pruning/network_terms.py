@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy
 from llmbrain.evaluation.windows import batches, evaluating, input_device
+from llmbrain.intervention.targets import unit_space
 
 COVER = 0.5  # of the share of its key neurons that a network would keep if neurons were cut at random
 LIMIT = 20.0  # largest weight of a token, in mean weights
@@ -27,13 +28,15 @@ def time_courses(model: nn.Module, body: Anatomy, windows: Tensor, networks: Any
     """Time courses of networks over windows, by least squares of each token's activations on the maps.
 
     Stage 1 of dual regression: ``x_t M^+`` with M the maps (K, neurons). Signals are projected as they pass, not kept.
+    Networks that span heads are followed by their neurons.
 
     Returns
     -------
     float32 tensor ``(n, window, K)``, each network centred over all tokens
     """
     check_space(networks, body)
-    projector = torch.linalg.pinv(torch.as_tensor(np.asarray(networks.maps), dtype=torch.float64)).float()
+    maps = np.asarray(networks.maps)[:, : sum(body.widths)]
+    projector = torch.linalg.pinv(torch.as_tensor(maps, dtype=torch.float64)).float()
     slices = [networks.space.layer_slice(i) for i in range(len(body.layers))]
     found: list[Tensor] = []
 
@@ -110,14 +113,27 @@ def covered(
     return np.sort(np.concatenate([first, rest])).astype(np.int64)
 
 
-def layer_masks(networks: Any, body: Anatomy) -> list[NDArray[np.bool_]]:
-    """Key neurons of each network, layer by layer: ``(K, width)``."""
+def layer_masks(networks: Any, body: Anatomy, *, heads: bool = False) -> list[NDArray[np.bool_]] | None:
+    """Key units of each network, layer by layer: ``(K, width)``; of heads the key/value groups that hold a key head.
+
+    None for the heads of networks that hold none.
+    """
     check_space(networks, body)
-    return [np.asarray(networks.masks)[:, networks.space.layer_slice(i)] for i in range(len(body.layers))]
+    masks, n = np.asarray(networks.masks), len(body.layers)
+    if not heads:
+        return [masks[:, networks.space.layer_slice(i)] for i in range(n)]
+    if networks.space.n_layers == n:
+        return None
+    found = []
+    for layer in body.layers:
+        of_layer: NDArray[np.bool_] = masks[:, networks.space.layer_slice(n + layer.index)]
+        groups = layer.out.units if layer.out is not None else 0
+        found.append(np.any(of_layer.reshape(len(masks), groups, -1), axis=2) if groups else of_layer)
+    return found
 
 
 def check_space(networks: Any, body: Anatomy) -> None:
-    """Networks must lie in the neurons of this model."""
+    """Networks must lie in the neurons of this model, or in its neurons and heads (`Scan.joined`)."""
     widths: Sequence[int] = tuple(networks.space.widths)
-    if widths != body.widths:
+    if widths != body.widths and networks.space != unit_space(body):
         raise InputError(f"networks lie in layers of {list(widths)} neurons, the model has {list(body.widths)}")

@@ -15,7 +15,7 @@ from llmbrain.pruning.criteria import criterion
 from llmbrain.pruning.forgetting import LEVEL, neurons_to_forget
 from llmbrain.pruning.functions import condition_numbers, condition_weights, token_conditions
 from llmbrain.pruning.plan import PruningPlan, check_protect
-from llmbrain.pruning.planner import Planner
+from llmbrain.pruning.planner import PASSES, Planner, groups_of
 from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def plan_pruning(
     sequential: bool | None = None,
     multiple_of: int = 1,
     head_ratio: float = 0.0,
+    passes: float = PASSES,
     window: int | None = None,
     max_windows: int | None = 128,
     weights: Tensor | None = None,
@@ -76,7 +77,11 @@ def plan_pruning(
     multiple_of : int
         Widths of cut layers are multiples of it (8 to 256: what hardware likes).
     head_ratio : float
-        Share of attention heads to remove, in whole key/value groups, by the same method.
+        Share of attention heads to remove, in whole key/value groups, by the same method and allocation. Networks that
+        span neurons and heads (of ``scan.joined("neuron", "head")``) cover their key heads too.
+    passes : float
+        Forward passes over the calibration text that ``"sensitivity"`` and ``"search"`` may take: a third of them
+        measures layers alone, the rest whole allocations, 2.25 passes each.
     window, max_windows : int, optional
         Cut of the calibration texts.
     weights : float tensor ``(n_windows, window)``, optional
@@ -137,14 +142,17 @@ def plan_pruning(
             allocation = rest if most is None else uniform(Budget(rest, space.n_neurons - most, (), multiple_of))
     if ratio is None:
         raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
-    Budget.of(body.widths, ratio, check_protect(protect, len(body.layers)), multiple_of)  # fails before any work
+    protected = check_protect(protect, len(body.layers))
+    Budget.of(body.widths, ratio, protected, multiple_of)  # fails before any work
+    if head_ratio:
+        Budget.of(groups_of(body, head_ratio), head_ratio, protected, name="head_ratio")
     windows = calibration_windows(model, tokenizer, calibration, scans, window, max_windows)
     planner = Planner(
         model, method, windows, networks=networks, scans=scans, random_state=random_state, weights=weights,
-        token_balance=token_balance, rule=rule,
+        token_balance=token_balance, rule=rule, passes=passes,
     )  # fmt: skip
-    planner.targets = targets
-    planner.details.update(details)
+    planner.scorer.targets = targets
+    planner.scorer.details.update(details)
     return planner.plan(
         ratio, allocation=allocation, protect=protect, multiple_of=multiple_of, sequential=sequential,
         head_ratio=head_ratio,

@@ -118,6 +118,7 @@ def gradient_pass(
     metric: bool = True,
     taylor: bool = False,
     weights: Tensor | None = None,
+    heads: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Second moments of the loss gradient, by one backward pass over the windows.
 
@@ -135,11 +136,13 @@ def gradient_pass(
     taylor : bool
         Give each neuron's first-order importance, ``sum |w * dL/dw|`` over its weights (LLM-Pruner, arXiv 2305.11627,
         eq. 5, `param_first`).
+    heads : bool
+        Of the attention's output and of key/value groups instead.
 
     Returns
     -------
     dict
-        ``"metric"``: float64 ``(hidden, hidden)`` a layer; ``"taylor"``: float64 ``(width,)`` a layer.
+        ``"metric"``: float64 ``(hidden, hidden)`` a layer; ``"taylor"``: float64 ``(units,)`` a layer.
     """
     causal = predicts_next_token(model)
     if taylor and not causal:
@@ -162,11 +165,13 @@ def gradient_pass(
 
         return hook
 
-    wanted = {
-        id(p) for layer in body.layers for j in layer.neuron_projections for p in j.module.parameters(recurse=False)
-    }
+    outputs = [layer.out if heads else layer.down for layer in body.layers]
+    projections = [
+        (*layer.heads, out) if heads else layer.neuron_projections for layer, out in zip(body.layers, outputs)
+    ]
+    wanted = {id(p) for of in projections for j in of if j for p in j.module.parameters(recurse=False)}
     before = [(p, p.requires_grad) for p in model.parameters()]
-    handles = [layer.down.module.register_forward_hook(watch(i)) for i, layer in enumerate(body.layers)]
+    handles = [out.module.register_forward_hook(watch(i)) for i, out in enumerate(outputs) if out is not None]
     try:
         for p, _ in before:
             p.requires_grad_(taylor and id(p) in wanted)
@@ -189,7 +194,7 @@ def gradient_pass(
         if metric:
             found["metric"] = [g / n for g in grams]
         if taylor:
-            found["taylor"] = [sum(_first_order(p) for p in layer.neuron_projections) for layer in body.layers]  # type: ignore[misc]
+            found["taylor"] = [sum(_first_order(p) for p in of if p) for of in projections]  # type: ignore[misc]
         return found
     finally:
         for handle in handles:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmbrain.architectures import Anatomy, Projection
+from llmbrain.architectures import Projection
 from llmbrain.evaluation.windows import batches, input_device
 from llmbrain.pruning.functions import condition_numbers, token_conditions
 from llmbrain.pruning.losses import gradients_of, log_odds, token_losses
@@ -34,11 +34,10 @@ SURE = 0.9  # the record counts tokens that had this probability and fell below 
 
 def unlearn(
     model: nn.Module,
-    body: Anatomy,
     windows: Tensor,
     scans: Sequence[Any],
     functions: dict[str, Any],
-    kept: Sequence[Any],
+    cut: Sequence[tuple[Projection, Any]],
     weights: Tensor,
     mend: Callable[[], None],
 ) -> dict[str, Any]:
@@ -59,8 +58,8 @@ def unlearn(
     windows : (n, window) int64
     functions : dict
         ``"forget"`` of the plan.
-    kept : sequence of int arrays
-        Of each layer the neurons that stay.
+    cut : sequence of (Projection, int array)
+        Output projections, and the units that stay in each.
     weights : (n, window) float
         Of the tokens that are not to be forgotten.
     mend : function
@@ -78,9 +77,9 @@ def unlearn(
     held = torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
     test = held if held.any() else ~held
     before = token_losses(model, windows[test])
-    dense = [_copies(layer.down.module) for layer in body.layers]
+    dense = [_copies(output.module) for output, _ in cut]
     mend()
-    refits = [r for layer, old, k in zip(body.layers, dense, kept) for r in _refits(layer.down, old, k)]
+    refits = [r for (output, kept), old in zip(cut, dense) for r in _refits(output, old, kept)]
     _train(model, refits, windows[~held], lost[~held], weights[~held])
     change = token_losses(model, windows[test]) - before
     numbers = torch.from_numpy(labels)[test]

@@ -56,7 +56,7 @@ def walk(
     model: nn.Module,
     body: Anatomy,
     windows: Tensor,
-    mlp: Step,
+    mlp: Step | None,
     *,
     heads: Step | None = None,
     sequential: bool = True,
@@ -73,8 +73,8 @@ def walk(
     ----------
     windows : (n, window) int64
     mlp, heads : function of a `Site`
-        What to do with the down projection, and with the attention's output projection. A returned `Change` is written
-        into the weights (units that go become zero): see `restored`.
+        What to do with the down projection, and with the attention's output projection; None is not measured. A
+        returned `Change` is written into the weights (units that go become zero): see `restored`.
     sequential : bool
         Whether later layers see the changes to earlier ones.
     weights : (n, window) float, optional
@@ -86,10 +86,10 @@ def walk(
         token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
         late: list[tuple[Projection, Change]] = []
         for layer in tqdm(body.layers, desc=progress, disable=None if progress else True, leave=False):
-            outputs = [(layer.out, heads)] if heads is not None and layer.heads else []
             unchanged = None
-            for output, step in [*outputs, (layer.down, mlp)]:
-                assert output is not None
+            for output, step in ((layer.out, heads), (layer.down, mlp)):
+                if output is None or step is None:
+                    continue
                 site, after = _measure(stream, output, token_weights)
                 change = step(site)
                 unchanged = after if change is None else None
