@@ -117,6 +117,7 @@ def test_steps_alone(monkeypatch, capsys, tmp_path, model_folder, text_file):
 
 def test_plans_take_heads_and_protect_layers(monkeypatch, capsys, tmp_path, model_folder, text_file):
     import llmbrain as lb
+    from llmbrain.architectures import anatomy
 
     made, cut = tmp_path / "plan.json", ["--ratio", 0.3, "--head-ratio", 0.3, "--protect", -1, "--passes", 9]
     code, printed, err = call(monkeypatch, capsys, "plan", model_folder, "--text", text_file, "--out", made, *cut)
@@ -131,7 +132,7 @@ def test_plans_take_heads_and_protect_layers(monkeypatch, capsys, tmp_path, mode
     small = tmp_path / "small"
     code, _, err = call(monkeypatch, capsys, "prune", model_folder, "--text", text_file, "--plan", made, "--out", small)
     assert code == 0, err
-    assert [layer.n_kv_heads for layer in lb.anatomy(lb.load_pruned(small)).layers] == [len(k) for k in plan.kept_heads]
+    assert [layer.n_kv_heads for layer in anatomy(lb.load_pruned(small)).layers] == [len(k) for k in plan.kept_heads]
     code, _, err = call(monkeypatch, capsys, "plan", model_folder, "--text", text_file, "--protect", "last")
     assert code == 2
     assert "--protect=last must be whole numbers" in err
