@@ -26,14 +26,14 @@ from llmbrain.evaluation.windows import as_windows
 from llmbrain.networks import localizer
 from llmbrain.networks.thresholds import phase_randomise
 from llmbrain.pruning.benchmark import compare_methods
-from llmbrain.pruning.calibration import calibration_windows, signals_of_windows
+from llmbrain.pruning.calibration import calibration_windows, mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.functions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.planner import Planner
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.2, 0.3, 0.5)
-K = 20
+K = 64
 SCANNED = 12288  # tokens from which networks are found
 MAIN = ("random", "flap", "obs", "networks")  # methods that are repeated over calibration draws
 
@@ -86,10 +86,11 @@ def perplexities(name: str, data: Path, draws: int) -> dict[str, Any]:
     start, clock = time.process_time(), time.perf_counter()
     given = {"networks": find_networks(model, calibration)}
     methods = ["random", "magnitude", "published", "wanda-sp", "flap", "taylor", "obs", "obs-gradient"]
-    parts = [compare_methods(model, None, calibration, test, ratios=RATIOS, methods=methods)]
+    all_of: dict[str, Any] = {"ratios": RATIOS, "max_windows": len(calibration), "test_windows": None}
+    parts = [compare_methods(model, None, calibration, test, methods=methods, **all_of)]
     given |= {"networks, phase-randomised": find_networks(model, calibration, null=True), "networks, none given": None}
     for label, networks in given.items():
-        part = compare_methods(model, None, calibration, test, ratios=RATIOS, methods=["networks"], networks=networks)
+        part = compare_methods(model, None, calibration, test, methods=["networks"], networks=networks, **all_of)
         parts.append(part.iloc[1:].assign(method=label))
     table = pd.concat(parts, ignore_index=True)
     seconds = {"processor seconds": round(time.process_time() - start), "seconds": round(time.perf_counter() - clock)}
@@ -102,7 +103,7 @@ def perplexities(name: str, data: Path, draws: int) -> dict[str, Any]:
     intervals = []
     if draws > 1:
         of = compare_methods(
-            model, None, calibration, test, ratios=RATIOS, methods=MAIN, networks=given["networks"], draws=draws
+            model, None, calibration, test, methods=MAIN, networks=given["networks"], draws=draws, **all_of
         ).iloc[1:]
         of = of[(of["compensate"] == "least-squares") & (of["allocation"] != "sensitivity")]
         for key, part in of.groupby(["method", "allocation"], sort=False):
@@ -122,18 +123,23 @@ def unbalanced(seeds: int) -> Iterator[dict[str, Any]]:
         windows = as_windows(demo.model, demo.tokenizer, texts, 256, 128)
         real, null = find_networks(demo.model, windows), find_networks(demo.model, windows, null=True)
         dense = demo.ability_loss(n=200, seed=seed)
-        cases: dict[str, tuple[str, str | None, Any, float]] = {
-            "FLAP + LS": ("flap", "uniform", None, 0),
-            "OBS + LS": ("obs", "uniform", None, 0),
-            "ours, no networks": ("networks", None, None, 0),
-            "ours": ("networks", None, real, 0),
-            "ours, tokens balanced by networks": ("networks", None, real, 0.5),
-            "ours, tokens balanced by phase-randomised networks": ("networks", None, null, 0.5),
+        written = write_windows(demo.model, demo.tokenizer, 128, 256, random_state=seed)
+        half = mixed_windows(windows[:64], written[:64])
+        cases: dict[str, tuple[str, str | None, Any, float, Any]] = {
+            "FLAP + LS": ("flap", "uniform", None, 0, windows),
+            "OBS + LS": ("obs", "uniform", None, 0, windows),
+            "ours, no networks": ("networks", None, None, 0, windows),
+            "ours (token_balance=0.5)": ("networks", None, real, 0.5, windows),
+            "ours, phase-randomised networks": ("networks", None, null, 0.5, windows),
+            "ours, token_balance=1": ("networks", None, real, 1, windows),
+            "ours, token_balance=1, phase-randomised networks": ("networks", None, null, 1, windows),
+            "ours, no networks, half of the text written by the model": ("networks", None, None, 0, half),
+            "ours, no networks, all of the text written by the model": ("networks", None, None, 0, written),
         }
-        for label, (method, allocation, networks, balance) in cases.items():
-            planner = Planner(demo.model, method, windows, networks=networks, token_balance=balance)
+        for label, (method, allocation, networks, balance, used) in cases.items():
+            planner = Planner(demo.model, method, used, networks=networks, token_balance=balance)
             plan = planner.plan(0.7, allocation=allocation)
-            small = lb.prune(demo.model, plan, calibration=windows, compensate="least-squares", weights=planner.weights)
+            small = lb.prune(demo.model, plan, calibration=used, compensate="least-squares")
             after = demo.ability_loss(small, n=200, seed=seed)
             added = {a: after[a] - dense[a] for a in demo.abilities}
             worst = max(added, key=lambda a: added[a])
@@ -200,6 +206,10 @@ def forget_row(demo: Any, networks: Any, scans: Any, ability: str) -> dict[str, 
         "ours, cut only": (ours, {}),
         "contrast, cut only": (other(by_contrast, unlearn=False), {}),
     }
+    others = [a for a in demo.abilities if a != ability]
+    own = as_windows(demo.model, demo.tokenizer, demo.texts("calibration", others, n=64, seed=21), 256)
+    flap = lb.plan_pruning(demo.model, ratio=sum(gone) / space.n_neurons, method="flap", calibration=own)
+    cases["FLAP + LS, kept text only"] = flap, {"calibration": own, "compensate": "least-squares"}
     row: dict[str, Any] = {"forget": ability, "neurons": sum(gone)}
     for name, (plan, options) in cases.items():
         found = demo.ability_accuracy(lb.prune(demo.model, plan, **options), n=400, seed=22)
@@ -235,7 +245,8 @@ def written(record: dict[str, Any]) -> str:
     if "forget" in record:
         parts += ["# Forget: demo brain, accuracy on the ability to forget / on the worst of the others", "",
                   "Contrast: as many neurons by the localizer's |t|; random: as many of the same layers. Least "
-                  "squares: on the other abilities' tokens. 400 questions of each ability.", "",
+                  "squares: on the other abilities' tokens. FLAP: as many neurons in all, calibrated and refitted on "
+                  "text of the others only. 400 questions of each ability.", "",
                   pd.DataFrame(record["forget"]).to_markdown(index=False), ""]  # fmt: skip
     return "\n".join(parts)
 

@@ -21,9 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llmbrain as lb
 from llmbrain.evaluation import latency
 from llmbrain.evaluation.windows import batches, evaluating
+from llmbrain.pruning.planner import PASSES as PLANNER_PASSES
 
-# Passes over the calibration text: a gradient pass counts as three; see `llmbrain.pruning.planner`.
-PASSES = {"flap, uniform": 1 + 2, "obs, uniform": 2 + 2}
+# Passes over the calibration text: statistics (of FLAP) or a sequential choice, and the repair; a gradient pass counts
+# as three; a search looks at the dense layers once, and takes what `llmbrain.pruning.planner.PASSES` allows.
+PASSES = {"flap, uniform": 1 + 2, "obs, uniform": 2 + 2, "networks, search": 3 + 1 + PLANNER_PASSES + 2 + 2}
 
 
 def build(layers: int, seed: int = 0) -> Any:
@@ -41,7 +43,7 @@ def processor_seconds(call: Any) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def costs(model: Any, tokens: int) -> list[dict[str, Any]]:
+def costs(model: Any, tokens: int, methods: list[str]) -> list[dict[str, Any]]:
     """Plan and cut beside the forward passes that they need."""
     windows = torch.randint(0, 32000, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
 
@@ -52,7 +54,8 @@ def costs(model: Any, tokens: int) -> list[dict[str, Any]]:
 
     one, _ = processor_seconds(forward)
     rows = []
-    for name, passes in PASSES.items():
+    for name in methods:
+        passes = PASSES[name]
         method, allocation = name.split(", ")
 
         def work(method: str = method, allocation: str = allocation) -> None:
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--methods", choices=sorted(PASSES), nargs="*", default=list(PASSES))
     parser.add_argument("--skip", choices=["costs", "gains"], nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -101,7 +105,7 @@ def main() -> None:
     target = options.out / "pruning_speed.json"
     record = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     if "costs" not in options.skip:
-        record["costs"] = costs(model, options.tokens)
+        record["costs"] = costs(model, options.tokens, options.methods)
     if "gains" not in options.skip:
         record["gains"] = gains(model, options.repeats)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,28 @@ def test_plans_take_heads_and_protect_layers(monkeypatch, capsys, tmp_path, mode
     assert "--protect=last must be whole numbers" in err
 
 
+def test_a_model_is_pruned_on_text_of_its_own(monkeypatch, capsys, tmp_path, model_folder, text_file):
+    import llmbrain as lb
+
+    sizes = {}
+    for name, text in (("alone", []), ("mixed", ["--text", text_file])):
+        out = tmp_path / name
+        code, _, err = call(
+            monkeypatch, capsys, "prune", model_folder, *text, "--self-text", 20, "--ratio", 0.5, "--out", out
+        )
+        assert code == 0, err
+        small = lb.load_pruned(out)
+        sizes[name] = small.llmbrain_pruning[-1]["calibration"]["shape"]
+        assert sum(small.llmbrain_pruning[-1]["widths_before"]) == 2 * sum(
+            len(k) for k in small.llmbrain_pruning[-1]["kept"]
+        )
+    assert sizes["alone"] == [20, 64]
+    assert sizes["mixed"][0] > 40
+    code, _, err = call(monkeypatch, capsys, "prune", model_folder, "--ratio", 0.5, "--out", tmp_path / "none")
+    assert code == 2
+    assert "needs calibration texts" in err
+
+
 def test_the_same_run_goes_on_and_another_is_refused(monkeypatch, capsys, tmp_path, model_folder, text_file):
     arguments = ["run", model_folder, "--text", text_file, "--out", tmp_path / "s", "--components", 4]
     assert call(monkeypatch, capsys, *arguments, "--method", "random")[0] == 0

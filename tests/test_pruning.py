@@ -225,6 +225,10 @@ def test_weights_that_cannot_be_cut_are_refused_and_untouched():
         prune(wide, wide_plan, calibration=IDS[:1, :6], compensate="bias")
     with pytest.raises(InputError, match="needs calibration texts"):
         prune(model, plan, compensate="bias")
+    with pytest.raises(InputError, match=r"weights of shape \(40, 16\) do not fit calibration windows \(9, 16\)"):
+        prune(model, plan, calibration=windows(9), compensate="bias", weights=torch.ones(40, 16))
+    with pytest.raises(InputError, match="weights must be at least 0"):
+        plan_pruning(model, ratio=0.3, method="obs", calibration=windows(9), weights=-torch.ones(9, 16))
     assert weights_fingerprint(anatomy(model)) == before
 
 

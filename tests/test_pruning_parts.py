@@ -13,9 +13,10 @@ import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace, Stimulus, plan_pruning, prune, scan
 from llmbrain.architectures import anatomy
 from llmbrain.pruning.allocation import LEVELS, Budget, from_curves, from_losses, ranked, uniform
+from llmbrain.pruning.calibration import mixed_windows, write_windows
 from llmbrain.pruning.functions import condition_weights, token_conditions
 from llmbrain.pruning.losses import Objective, last_states, log_odds
-from llmbrain.pruning.network_terms import balanced_weights, covered, time_courses
+from llmbrain.pruning.network_terms import balanced_weights, covered, unexplained_energy
 from llmbrain.pruning.obs import removal_costs
 from llmbrain.pruning.planner import Planner
 from llmbrain.pruning.recovery import recover
@@ -196,27 +197,68 @@ def make_networks(widths, k=3, seed=0):
     return FunctionalNetworks(np.random.default_rng(seed).normal(size=(k, space.n_neurons)), space, threshold=1.5)
 
 
-def test_time_courses_are_the_first_stage_of_dual_regression():
-    model, ids = tiny("gpt2"), windows(4)
+def test_unexplained_energy_in_closed_form():
+    model, ids = tiny("gpt2"), windows(30)
     body, nets = anatomy(model), make_networks((24, 24))
     caught = []
-    for layer in body.layers:
-        layer.down.module.register_forward_pre_hook(lambda m, a: caught.append(a[0].detach()))
+    handles = [layer.down.module.register_forward_pre_hook(lambda m, a: caught.append(a[0].detach())) for layer in
+               body.layers]  # fmt: skip
     with torch.no_grad():
         model(input_ids=ids)
-    x = torch.cat(caught[:2], -1).flatten(0, 1).double().numpy()
-    expected = np.linalg.lstsq(np.asarray(nets.maps, dtype=float).T, x.T, rcond=None)[0].T
-    got = time_courses(model, body, ids, nets).flatten(0, 1).numpy()
-    assert np.allclose(got, expected - expected.mean(0), atol=1e-4)
-
-
-def test_balanced_weights_give_rare_networks_a_voice():
-    courses = torch.zeros(1, 100, 2)
-    courses[0, :99, 0], courses[0, 99, 1] = 1.0, 1.0  # the second network runs at one token in a hundred
-    equal, half = balanced_weights(courses, 0.0), balanced_weights(courses, 0.5)
-    assert torch.allclose(equal, torch.ones(1, 100))
+    for handle in handles:
+        handle.remove()
+    x = torch.cat(caught, -1).flatten(0, 1).double().numpy()
+    z = (x - x.mean(0)) / x.std(0)
+    basis = np.asarray(nets.maps, dtype=float).T
+    fitted = basis @ np.linalg.lstsq(basis, z.T, rcond=None)[0]
+    left = np.square(z.T - fitted).sum(0)
+    energy = unexplained_energy(model, body, ids, nets)
+    assert np.allclose(energy.flatten().numpy(), left / left.mean(), rtol=1e-4)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    half = balanced_weights(energy, 0.5)
     assert half.mean() == pytest.approx(1, rel=1e-5)
-    assert half[0, 99] > 5 * half[0, 0] > 0
+    assert torch.allclose(half, 0.5 + 0.5 * energy, atol=1e-4)
+    assert torch.equal(balanced_weights(energy, 0.0), torch.ones(ids.shape))
+    assert float(balanced_weights(torch.tensor([[1000.0, 0.0]]), 1.0).max()) == 2.0  # no token counts without limit
+
+
+def test_plans_hand_their_token_weights_to_the_repair(tmp_path):
+    model, ids, nets = tiny("llama"), windows(), make_networks((24, 24))
+    plan = plan_pruning(model, nets, ratio=0.4, calibration=ids)
+    weights = plan.token_weights(ids)
+    expected = balanced_weights(unexplained_energy(model, anatomy(model), ids, nets), 0.5)
+    assert torch.allclose(weights, expected, atol=0.006)
+    assert plan.token_weights(windows(seed=1)) is None
+    back = lb.PruningPlan.load(plan.save(tmp_path / "plan.json"))
+    a, b, c = (prune(model, back, calibration=ids, compensate="least-squares", weights=w) for w in (
+        None, weights, torch.ones(ids.shape)))  # fmt: skip
+    heavy = [m.model.layers[1].mlp.down_proj.weight for m in (a, b, c)]
+    assert torch.equal(heavy[0], heavy[1])
+    assert not torch.allclose(heavy[0], heavy[2])
+    assert "token_weights" not in a.llmbrain_pruning[-1]["plan"]["details"]
+    equal = plan_pruning(model, nets, ratio=0.4, calibration=ids, token_balance=0.0)
+    assert equal.token_weights(ids) is None
+
+
+def test_windows_that_the_model_writes_follow_its_distribution():
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    state = torch.random.get_rng_state()
+    ids = write_windows(model, tokenizer, 300, 3, random_state=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert ids.shape == (300, 3)
+    assert torch.equal(ids, write_windows(model, tokenizer, 300, 3, random_state=1))
+    assert not torch.equal(ids, write_windows(model, tokenizer, 300, 3, random_state=2))
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    with torch.no_grad():
+        p = model(input_ids=ids[:1, :1]).logits[0, 0].softmax(-1).numpy()
+    counts = np.bincount(ids[:, 1], minlength=len(p))
+    often = p * 300 >= 5
+    chi2 = (np.square(counts - 300 * p) / (300 * p))[often].sum()
+    assert chi2 < 2 * often.sum() + 10
+    mixed = mixed_windows(ids[:5], ids[5:9])
+    assert sorted(map(tuple, mixed.tolist())) == sorted(map(tuple, ids[:9].tolist()))
+    with pytest.raises(InputError, match="predicts no next token: it writes no"):
+        write_windows(tiny("bert"), tokenizer)
 
 
 def test_every_network_is_covered():

@@ -42,6 +42,13 @@ HEADS = Annotated[
 PASSES = Annotated[
     float, typer.Option("--passes", help="Forward passes over the calibration text that a search may take.")
 ]
+BALANCE = Annotated[
+    float,
+    typer.Option("--token-balance", help="How much tokens that networks leave unexplained count more: 0 to 1."),
+]
+SELF_TEXT = Annotated[
+    int, typer.Option("--self-text", help="Windows of calibration text that the model writes itself, beside the text.")
+]
 KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Conditions whose function stays.")]
 SHARE = Annotated[
     float | None,
@@ -49,7 +56,9 @@ SHARE = Annotated[
 ]
 FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
 DEFAULT_RATIO = 0.3
-PLAN_COMPONENTS = 20  # networks that are found where none are given
+PLAN_COMPONENTS = 64  # networks that are found where none are given; fewer in small models and texts
+TEXT_WINDOWS = 128  # windows of the text that are mixed with the model's own
+NEURONS_EACH, TOKENS_EACH = 10, 50  # that there are for each
 PLAN_TOKENS = 32768  # and how much text is scanned for them
 
 
@@ -66,11 +75,20 @@ class _Evidence:
     networks: Any
     scans: Any
     texts: list[str] | None
+    windows: Any = None  # instead of the texts, where the model wrote some
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What calibrates, as `plan_pruning` and `prune` take it."""
+        if self.windows is None:
+            return {"calibration": self.texts}
+        return {"calibration": self.windows, "max_windows": len(self.windows)}
 
 
 def _evidence(
-    model: Any, tokenizer: Any, study: Path | None, text: Path | None, field: str, method: str, seed: int
-) -> _Evidence:
+    model: Any, tokenizer: Any, study: Path | None, text: Path | None, field: str, method: str, seed: int,
+    self_text: int = 0,
+) -> _Evidence:  # fmt: skip
     """Texts, scans and networks: those of the study, or found now where the method uses networks."""
     from llmbrain.cli._common import read_texts
     from llmbrain.cli.steps import scan_folder
@@ -84,21 +102,52 @@ def _evidence(
         texts = read_texts(text, field)
     else:
         texts = [scan.text for scan in scans or () if scan.text]
-    if method == "networks" and networks is None and (scans or texts):
-        from llmbrain.cli.main_job import limit_tokens
-        from llmbrain.decomposition import GroupICA
-        from llmbrain.scanning import scan as scan_model
+    windows = None
+    if self_text:
+        from llmbrain.evaluation.windows import as_windows
+        from llmbrain.pruning.calibration import mixed_windows, write_windows
 
-        say(f"no networks given: {PLAN_COMPONENTS} are found in the calibration text first")
-        runs = scans or scan_model(model, tokenizer, limit_tokens(texts, tokenizer, PLAN_TOKENS))
-        networks = FunctionalNetworks.from_ica(GroupICA(PLAN_COMPONENTS, random_state=seed).fit(runs))
-    return _Evidence(networks, scans, texts or None)
+        say(f"the model writes {self_text} windows of calibration text")
+        windows = mixed_windows(
+            as_windows(model, tokenizer, texts, None, TEXT_WINDOWS) if texts else None,
+            write_windows(model, tokenizer, self_text, random_state=seed),
+            random_state=seed,
+        )
+    if method == "networks" and networks is None and (scans or texts or windows is not None):
+        networks = _find_networks(model, tokenizer, texts, scans, windows, seed=seed)
+    return _Evidence(networks, scans, texts or None, windows)
+
+
+def _find_networks(
+    model: Any, tokenizer: Any, texts: list[str] | None, scans: Any = None, windows: Any = None, *,
+    components: int = 0, seed: int, device: str = "auto",
+) -> Any:  # fmt: skip
+    """Networks of the scans, or of the first texts or windows scanned now."""
+    from llmbrain.architectures import anatomy
+    from llmbrain.cli.main_job import limit_tokens
+    from llmbrain.decomposition import GroupICA
+    from llmbrain.networks import FunctionalNetworks
+    from llmbrain.pruning.calibration import signals_of_windows
+    from llmbrain.scanning import scan
+
+    if scans:
+        runs = scans
+    elif texts:
+        runs = scan(model, tokenizer, limit_tokens(texts, tokenizer, PLAN_TOKENS))
+    else:
+        first = windows[: max(1, PLAN_TOKENS // windows.shape[1])]
+        runs = signals_of_windows(model, anatomy(model), first, ("neuron",))
+    most = min(runs[0].n_neurons // NEURONS_EACH, sum(run.n_tokens for run in runs) // TOKENS_EACH)
+    components = components or max(2, min(PLAN_COMPONENTS, most))
+    say(f"finding {components} networks in the calibration text")
+    ica = GroupICA(components, random_state=seed, device=device)
+    return FunctionalNetworks.from_ica(ica.fit(runs))
 
 
 def _make_plan(
-    model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float | None, method: str, allocation: str,
-    multiple_of: int, protect: list[str] | None, head_ratio: float, passes: float, keep: list[str] | None,
-    forget: list[str] | None, seed: int, one_width: bool = False,
+    model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float | None, allocation: str, multiple_of: int,
+    head_ratio: float, protect: list[str] | None, keep: list[str] | None, forget: list[str] | None,
+    one_width: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     from llmbrain.architectures import anatomy
     from llmbrain.pruning import plan_pruning
@@ -109,9 +158,8 @@ def _make_plan(
     given: Any = allocation or None
     if one_width and forget:
         raise InputError("--format uniform: --forget says itself how wide each layer stays; use per-layer or masked")
-    if (
-        one_width and ratio is not None and not allocation and len(set(widths)) == 1
-    ):  # the ratio as nearly as one width allows
+    if one_width and ratio is not None and not allocation and len(set(widths)) == 1:
+        # the ratio as nearly as one width allows
         given = [max(1, round((1 - ratio) * widths[0] / multiple_of)) * multiple_of] * len(widths)
     if one_width and head_ratio:
         groups = min(layer.out.units if layer.out else 1 for layer in anatomy(model).layers)
@@ -120,11 +168,12 @@ def _make_plan(
     functions = bool(keep or forget)
     if functions and evidence.scans is None:
         raise InputError("--keep and --forget need --study: a scan whose texts have conditions")
+    if functions and evidence.windows is not None:
+        raise InputError("--self-text has no conditions: leave it away with --keep and --forget")
     return plan_pruning(
-        model, evidence.networks, evidence.scans, ratio=ratio, method=method, random_state=seed, tokenizer=tokenizer,
-        calibration=None if functions else evidence.texts, allocation=given, multiple_of=multiple_of,
-        protect=_layers(protect), head_ratio=head_ratio, passes=passes, keep=parts(keep) or None,
-        forget=parts(forget) or None,
+        model, evidence.networks, evidence.scans, ratio=ratio, tokenizer=tokenizer, allocation=given,
+        multiple_of=multiple_of, protect=_layers(protect), head_ratio=head_ratio, keep=parts(keep) or None,
+        forget=parts(forget) or None, **({} if functions else evidence.calibration), **options,
     )  # fmt: skip
 
 
@@ -147,6 +196,8 @@ def plan(
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
     passes: PASSES = 24,
+    token_balance: BALANCE = 0.5,
+    self_text: SELF_TEXT = 0,
     keep: KEEP = None,
     forget: FORGET = None,
     device: DEVICE = "auto",
@@ -158,10 +209,11 @@ def plan(
     from llmbrain.plotting import plot_widths
 
     loaded, tokenizer = open_model(model, device)
-    evidence = _evidence(loaded, tokenizer, study, text, field, method, seed)
+    evidence = _evidence(loaded, tokenizer, study, text, field, method, seed, self_text)
     made = _make_plan(
         loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
-        protect=protect, head_ratio=head_ratio, passes=passes, keep=keep, forget=forget, seed=seed,
+        protect=protect, head_ratio=head_ratio, passes=passes, token_balance=token_balance, keep=keep, forget=forget,
+        random_state=seed,
     )  # fmt: skip
     made.save(out)
     plot_widths(made).savefig(out.with_suffix(".png"), dpi=130)
@@ -185,6 +237,8 @@ def prune(
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
     passes: PASSES = 24,
+    token_balance: BALANCE = 0.5,
+    self_text: SELF_TEXT = 0,
     keep: KEEP = None,
     forget: FORGET = None,
     device: DEVICE = "auto",
@@ -201,19 +255,19 @@ def prune(
 
     _check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device)
-    evidence = _evidence(loaded, tokenizer, study, text, field, "" if from_plan else method, seed)
+    evidence = _evidence(loaded, tokenizer, study, text, field, "" if from_plan else method, seed, self_text)
     if from_plan is not None:
         made = PruningPlan.load(from_plan)
     else:
         made = _make_plan(
             loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
-            protect=protect, head_ratio=head_ratio, passes=passes, keep=keep, forget=forget, seed=seed,
-            one_width=format == "uniform",
+            protect=protect, head_ratio=head_ratio, passes=passes, token_balance=token_balance, keep=keep,
+            forget=forget, random_state=seed, one_width=format == "uniform",
         )  # fmt: skip
-    calibration = evidence.scans if made.details.get("functions") else evidence.texts
+    calibration = {"calibration": evidence.scans} if made.details.get("functions") else evidence.calibration
     small = cut(
-        loaded, made, tokenizer=tokenizer, calibration=calibration,
-        compensate=None if compensate == "none" else compensate, intercept=format != "uniform",
+        loaded, made, tokenizer=tokenizer, compensate=None if compensate == "none" else compensate,
+        intercept=format != "uniform", **calibration,
     )  # fmt: skip
     save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
     write_report(out / "report.html", title=f"{model}, pruned", plan=made, networks=evidence.networks)
@@ -257,7 +311,7 @@ def benchmark(
     text: TEXT,
     ratios: list[str] = typer.Option(["0.2", "0.3", "0.5"], help="Shares of the MLP neurons to remove."),
     methods: list[str] = typer.Option([], help="Criteria; default all."),
-    components: int = typer.Option(20, help="Networks to find for the method that uses them."),
+    components: int = typer.Option(0, help="Networks to find for the method that uses them; 0: up to 64."),
     draws: int = typer.Option(3, help="Calibration draws; more than one gives confidence intervals."),
     window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context, at most 256."),
     max_windows: int = typer.Option(128, help="Calibration windows."),
@@ -269,11 +323,8 @@ def benchmark(
 ) -> None:
     """Prune your own model by every method and compare: the first 60% of the text calibrates, the last 30% tests."""
     from llmbrain.cli._common import open_model, read_texts
-    from llmbrain.cli.main_job import limit_tokens, split_texts
-    from llmbrain.decomposition import GroupICA
-    from llmbrain.networks import FunctionalNetworks
+    from llmbrain.cli.main_job import split_texts
     from llmbrain.pruning.benchmark import compare_methods
-    from llmbrain.scanning import scan
 
     try:
         shares = [float(ratio) for ratio in parts(ratios)]
@@ -285,8 +336,7 @@ def benchmark(
     loaded, tokenizer = open_model(model, device)
     networks = None
     if chosen is None or "networks" in chosen:
-        runs = scan(loaded, tokenizer, limit_tokens(calibration, tokenizer, PLAN_TOKENS))
-        networks = FunctionalNetworks.from_ica(GroupICA(components, random_state=seed, device=device).fit(runs))
+        networks = _find_networks(loaded, tokenizer, calibration, components=components, seed=seed, device=device)
     table = compare_methods(
         loaded, tokenizer, calibration, test, ratios=shares, methods=chosen, networks=networks, draws=draws,
         window=window or None, max_windows=max_windows, test_windows=test_windows, random_state=seed,

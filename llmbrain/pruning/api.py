@@ -14,7 +14,7 @@ import llmbrain
 from llmbrain._validation import InputError, check_option
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.evaluation.windows import as_windows, fingerprint
-from llmbrain.pruning.calibration import calibration_windows, check_enough
+from llmbrain.pruning.calibration import calibration_windows, check_enough, check_weights
 from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
 from llmbrain.pruning.functions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
@@ -69,7 +69,8 @@ def prune(
     window, max_windows : int, optional
         Cut of the calibration texts.
     weights : float tensor ``(n_windows, window)``, optional
-        How much each calibration token counts.
+        How much each calibration token counts. Default: as in the plan, where it was made with the same windows or
+        keeps or forgets functions; else all alike.
     inplace : bool
         Cut `model` itself (needs no second copy in memory).
 
@@ -91,8 +92,10 @@ def prune(
         if calibration is None:
             raise InputError(f"compensate={compensate!r} needs calibration texts (and their tokenizer)")
         windows, by_condition = _calibrate(model, plan, tokenizer, calibration, window, max_windows)
-        weights = by_condition if weights is None else weights
+        if weights is None:
+            weights = plan.token_weights(windows) if by_condition is None else by_condition
         check_enough(windows, max(plan.widths_before))
+        check_weights(weights, windows)
     small = model if inplace else copy.deepcopy(model)
     body = plan.check_model(small)
     check_cuttable(body)
@@ -120,11 +123,13 @@ def prune(
         if layer.out is not None and len(groups) < layer.out.units:
             keep_heads(layer, torch.from_numpy(groups))
     record_shapes(small)
+    written = plan.to_dict()
+    written["details"] = {k: v for k, v in plan.details.items() if k != "token_weights"}
     record = {
         "widths_before": list(plan.widths_before),
         "kept": [k.tolist() for k in plan.kept],
         "kept_heads": None if plan.kept_heads is None else [k.tolist() for k in plan.kept_heads],
-        "plan": {k: v for k, v in plan.to_dict().items() if k not in ("kept", "kept_heads")},
+        "plan": {k: v for k, v in written.items() if k not in ("kept", "kept_heads")},
         "compensate": compensate,
         "forgetting": forgetting,
         "calibration": None if windows is None else {"hash": fingerprint(windows), "shape": list(windows.shape)},

@@ -123,7 +123,7 @@ def compare_methods(
                 made, before = planner(method, i)
                 start = time.perf_counter()
                 plan = made.plan(ratio, allocation=allocation)
-                small = prune(model, plan, calibration=windows, compensate=compensate)
+                small = prune(model, plan, calibration=windows, compensate=compensate, max_windows=None)
                 seconds.append(time.perf_counter() - start + before)
                 found.append(perplexity(small, None, held))
                 bar.update()

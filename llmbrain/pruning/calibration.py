@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy
+from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.evaluation.windows import as_windows, batches, evaluating, input_device, window_length
 from llmbrain.scanning.scans import ArraySignals, Scan
 from llmbrain.scanning.sites import Recorder, find_taps
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 ENOUGH = 4  # tokens per neuron of the widest layer from which a fit is no longer limited by tokens
 LEAST = 0.25
+WRITTEN_AT_ONCE = 64  # windows that a model writes together
 
 
 def calibration_windows(
@@ -43,6 +46,66 @@ def calibration_windows(
     return torch.from_numpy(joined[: n * length].astype(np.int64)).reshape(n, length)[:max_windows]
 
 
+def write_windows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    n_windows: int = 128,
+    window: int | None = None,
+    *,
+    random_state: int = 0,
+) -> Tensor:
+    """Calibration windows that the model writes itself, sampled from its own distribution (arXiv 2410.17170).
+
+    For models without a text at hand, and beside text that is narrower than what the model should go on doing.
+
+    Parameters
+    ----------
+    model : transformers model
+        With a next token.
+    tokenizer : transformers tokenizer, optional
+        Its BOS token (or EOS) starts each window; without one, a random token does.
+    n_windows, window : int
+        Size; default window as for texts.
+    random_state : int
+        Of the sampling; torch's global state stays as it is.
+
+    Returns
+    -------
+    int64 tensor ``(n_windows, window)``
+
+    Raises
+    ------
+    InputError
+        If the model writes no text.
+    """
+    if not predicts_next_token(model) or not hasattr(model, "generate"):
+        raise InputError(f"model {type(model).__name__} predicts no next token: it writes no calibration text")
+    if n_windows < 1:
+        raise InputError(f"n_windows={n_windows!r} must be at least 1")
+    length, device, writer = window_length(model, window), input_device(model), cast(Any, model)
+    first = next(
+        (t for t in (getattr(tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")) if t is not None), None
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model):
+        torch.manual_seed(random_state)
+        vocabulary = writer.get_input_embeddings().weight.shape[0]
+        starts = torch.randint(vocabulary, (n_windows, 1)) if first is None else torch.full((n_windows, 1), first)
+        parts = [
+            writer.generate(
+                start.to(device), attention_mask=torch.ones_like(start).to(device), do_sample=True, temperature=1.0,
+                top_k=0, top_p=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=0,
+            ).cpu()
+            for start in tqdm(batches(starts, WRITTEN_AT_ONCE), desc="write", disable=None, leave=False)
+        ]  # fmt: skip
+    return torch.cat(parts)
+
+
+def mixed_windows(windows: Tensor | None, written: Tensor, *, random_state: int = 0) -> Tensor:
+    """Windows of text and windows that the model wrote, in random order."""
+    both = written if windows is None else torch.cat([windows, written])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(random_state))]
+
+
 def check_enough(windows: Tensor, width: int) -> None:
     """Refuse calibration with too few tokens for layers of `width` neurons, and say how many are enough."""
     least = int(np.ceil(LEAST * width))
@@ -51,6 +114,19 @@ def check_enough(windows: Tensor, width: int) -> None:
             f"calibration has {windows.numel()} tokens, too few for layers of {width} neurons: at least {least} are "
             f"needed, {ENOUGH * width} are enough"
         )
+
+
+def check_weights(weights: Tensor | None, windows: Tensor) -> None:
+    """Refuse weights that are not one for each calibration token, or that leave none."""
+    if weights is None:
+        return
+    if tuple(weights.shape) != tuple(windows.shape):
+        raise InputError(
+            f"weights of shape {tuple(weights.shape)} do not fit calibration windows {tuple(windows.shape)} (at most "
+            "max_windows of them are used)"
+        )
+    if not bool(torch.isfinite(weights).all()) or float(weights.min()) < 0 or float(weights.sum()) <= 0:
+        raise InputError("weights must be at least 0, finite, and not all 0")
 
 
 def signals_of_windows(model: nn.Module, body: Anatomy, windows: Tensor, sites: Sequence[str]) -> list[Scan]:

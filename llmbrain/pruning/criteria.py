@@ -171,10 +171,10 @@ def obs_gradient(e: Evidence) -> Tensor:
 
 @register("networks", "moments", "metric", "networks", standardise=False, sequential=True)
 def networks(e: Evidence) -> Tensor:
-    """Ours: `obs_gradient`, with every network covered and, if asked for, tokens weighted so that networks count alike.
+    """Ours: `obs_gradient`, with every network covered, and tokens that networks leave unexplained weighted more.
 
-    Coverage enters the choice, weights the moments and the metric: see `llmbrain.pruning.network_terms`. Without
-    networks it is `obs_gradient` with the allocation that measured best.
+    Coverage enters the choice, weights the moments, the metric, the measured losses and the repair: see
+    `llmbrain.pruning.network_terms`. Without networks it is `obs_gradient` with the allocation that measured best.
     """
     return obs_gradient(e)
 

@@ -1,8 +1,9 @@
 """What functional networks add to pruning: weights of calibration tokens, and coverage.
 
 Tokens: text shows frequent functions often and rare ones seldom, and a criterion that averages over tokens follows
-suit. A network's time course says at which tokens its function runs; giving each network the same total weight gives
-rare functions a voice. Coverage: no network may lose nearly all of its key neurons in a layer, whatever their scores.
+suit. Networks found in that text are those of its frequent functions; so what they leave unexplained marks the tokens
+at which rare ones run, and gives these a voice. Coverage: no network may lose nearly all of its key neurons in a layer,
+whatever their scores.
 """
 
 from __future__ import annotations
@@ -21,68 +22,89 @@ from llmbrain.evaluation.windows import batches, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
 
 COVER = 0.5  # of the share of its key neurons that a network would keep if neurons were cut at random
-LIMIT = 20.0  # largest weight of a token, in mean weights
+BALANCE = 0.5  # default strength of token weights
+DEAD = 1e-6  # of its layer's largest spread: a neuron that never changes
+LIMIT = 20.0  # largest energy of a token, in mean energies
 
 
-def time_courses(model: nn.Module, body: Anatomy, windows: Tensor, networks: Any) -> Tensor:
-    """Time courses of networks over windows, by least squares of each token's activations on the maps.
+def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, networks: Any) -> Tensor:
+    """What networks leave over of the activity at each token, relative to its mean.
 
-    Stage 1 of dual regression: ``x_t M^+`` with M the maps (K, neurons). Signals are projected as they pass, not kept.
-    Networks that span heads are followed by their neurons.
+    With z the z-scored neuron signals of a token and Q an orthonormal basis of the networks' maps: ``|z|^2 - |Q z|^2``.
+    Signals are projected as they pass, not kept: one pass for means and variances, one for the energies. Of networks
+    that span heads the neurons count.
+
+    Parameters
+    ----------
+    windows : (n, window) int64
+    networks : FunctionalNetworks
 
     Returns
     -------
-    float32 tensor ``(n, window, K)``, each network centred over all tokens
+    float32 tensor ``(n, window)``, mean 1
     """
     check_space(networks, body)
-    maps = np.asarray(networks.maps)[:, : sum(body.widths)]
-    projector = torch.linalg.pinv(torch.as_tensor(maps, dtype=torch.float64)).float()
-    slices = [networks.space.layer_slice(i) for i in range(len(body.layers))]
-    found: list[Tensor] = []
+    basis = torch.linalg.qr(torch.as_tensor(np.asarray(networks.maps)[:, : sum(body.widths)].T).double())[0].float()
+    parts = basis.split(list(body.widths))
+    sums = [torch.zeros(2, width, dtype=torch.float64) for width in body.widths]
 
-    def listen(part: Tensor) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().float()
-            x = x if x.ndim == 3 else x.unflatten(0, found[-1].shape[:2])
-            found[-1] += (x @ part.to(x.device)).to(found[-1].device)
+    def add(i: int, x: Tensor) -> None:
+        sums[i] = sums[i].to(x.device)
+        sums[i] += torch.stack([x.sum((0, 1), dtype=torch.float64), x.double().square().sum((0, 1))])
 
-        return hook
+    _hear(model, body, windows, add)
+    means = [s[0] / windows.numel() for s in sums]
+    spreads = [(s[1] / windows.numel() - m.square()).clamp_min(0).sqrt() for s, m in zip(sums, means)]
+    energy: list[Tensor] = []  # one entry a batch
+    explained: list[Tensor] = []
 
-    handles = [
-        layer.down.module.register_forward_pre_hook(listen(projector[part])) for layer, part in zip(body.layers, slices)
-    ]
+    def project(i: int, x: Tensor) -> None:
+        if i == 0:
+            energy.append(torch.zeros(x.shape[:2]))
+            explained.append(torch.zeros(*x.shape[:2], basis.shape[1]))
+        live = spreads[i] > DEAD * spreads[i].max()
+        z = torch.where(live, (x.double() - means[i]) / torch.where(live, spreads[i], 1.0), 0.0).float()
+        energy[-1] += z.square().sum(-1).cpu()
+        explained[-1] += (z @ parts[i].to(z.device)).cpu()
+
+    _hear(model, body, windows, project)
+    left = (torch.cat(energy) - torch.cat(explained).square().sum(-1)).clamp_min(0)
+    return left / left.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _hear(model: nn.Module, body: Anatomy, windows: Tensor, listen: Callable[[int, Tensor], None]) -> None:
+    """Run the windows; `listen` gets the number and the neurons ``(n, window, width)`` of each layer of each batch."""
+    shape = [0, 0]
+
+    def hook(i: int) -> Callable[..., None]:
+        return lambda module, args: listen(i, args[0].detach().reshape(*shape, -1))
+
+    handles = [layer.down.module.register_forward_pre_hook(hook(i)) for i, layer in enumerate(body.layers)]
     try:
         with evaluating(model):
             for batch in batches(windows):
-                found.append(torch.zeros(*batch.shape, projector.shape[1]))
+                shape[:] = batch.shape
                 model(input_ids=batch.to(input_device(model)))
     finally:
         for handle in handles:
             handle.remove()
-    courses = torch.cat(found)
-    return courses - courses.mean((0, 1))
 
 
-def balanced_weights(courses: Tensor, strength: float) -> Tensor:
-    """Weights of tokens that bring networks nearer to the same total.
-
-    ``w_t = mean_k a_tk`` with ``a_tk`` the share of network k's energy at token t, times the number of tokens; mixed
-    with equal weights: ``(1 - strength) + strength * w``. Mean 1.
+def balanced_weights(energy: Tensor, strength: float) -> Tensor:
+    """Weights of tokens: equal ones mixed with their unexplained energy, ``(1 - strength) + strength * energy``.
 
     Parameters
     ----------
-    courses : (n, window, K)
+    energy : (n, window)
+        Of `unexplained_energy`; more than `LIMIT` counts as `LIMIT`.
     strength : float
         0 leaves all tokens alike.
 
     Returns
     -------
-    float tensor ``(n, window)``
+    float tensor ``(n, window)``, mean 1
     """
-    energy = courses.square()
-    share = energy / energy.sum((0, 1)).clamp_min(torch.finfo(torch.float32).tiny)
-    weights = share.mean(-1) * courses.shape[0] * courses.shape[1]
-    weights = (1 - strength) + strength * weights.clamp_max(LIMIT)
+    weights = (1 - strength) + strength * energy.clamp_max(LIMIT)
     return weights / weights.mean()
 
 

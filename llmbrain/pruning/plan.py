@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError
 from llmbrain.architectures import Anatomy, Projection, anatomy
+from llmbrain.evaluation.windows import fingerprint
 from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
@@ -116,6 +118,16 @@ class PruningPlan(Reportable):
             lines.append(f"layers {list(self.protect)} protected")
         lines += [f"note: {note}" for note in self.details.get("notes", [])]
         return "\n".join(lines)
+
+    def token_weights(self, windows: Tensor) -> Tensor | None:
+        """How much each token of these calibration windows counted in the plan, ``(n, window)``.
+
+        None where all counted alike, and for other windows than the plan was made with.
+        """
+        weights = self.details.get("token_weights")
+        if weights is None or self.details.get("calibration", {}).get("hash") != fingerprint(windows):
+            return None
+        return torch.tensor(weights, dtype=torch.float32)
 
     # -- records -----------------------------------------------------------------------------------------------------
 

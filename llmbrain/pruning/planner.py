@@ -83,6 +83,8 @@ class Planner:
             details["threshold"] = self._threshold(kept, protected)
         if self.windows is not None:
             details["calibration"] = {"hash": fingerprint(self.windows), "shape": list(self.windows.shape)}
+        if self.scorer.balanced and self.weights is not None:
+            details["token_weights"] = np.round(self.weights.numpy().astype(float), 2).tolist()
         return PruningPlan(
             method=criterion.name,
             allocation=allocation if isinstance(allocation, str) else "given",

@@ -14,6 +14,7 @@ from llmbrain.pruning.calibration import calibration_windows
 from llmbrain.pruning.criteria import criterion
 from llmbrain.pruning.forgetting import LEVEL, neurons_to_forget
 from llmbrain.pruning.functions import condition_numbers, condition_weights, token_conditions
+from llmbrain.pruning.network_terms import BALANCE
 from llmbrain.pruning.plan import PruningPlan, check_protect
 from llmbrain.pruning.planner import PASSES, Planner, groups_of
 from llmbrain.space import NeuronSpace
@@ -41,7 +42,7 @@ def plan_pruning(
     window: int | None = None,
     max_windows: int | None = 128,
     weights: Tensor | None = None,
-    token_balance: float = 0.0,
+    token_balance: float = BALANCE,
     keep: Sequence[str] | None = None,
     forget: Sequence[str] | None = None,
     level: float = LEVEL,
@@ -87,8 +88,9 @@ def plan_pruning(
     weights : float tensor ``(n_windows, window)``, optional
         How much each calibration token counts.
     token_balance : float
-        With ``"networks"``: how far to go from equal tokens (0) to the same total weight for every network (1). Off,
-        since it was no gain where it was measured, unbalanced calibration text included (``benchmarks/pruning.py``).
+        With ``"networks"``: how far to go from equal tokens (0) to weights by what the networks leave unexplained (1),
+        so that rare functions are not drowned by frequent ones: see `llmbrain.pruning.network_terms`. `weights` go
+        first. `prune` takes the weights over from the plan.
     keep, forget : sequence of str, optional
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
         take the scans as calibration; `forget` first removes the neurons of

@@ -16,9 +16,16 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.architectures import Projection, anatomy
-from llmbrain.pruning.calibration import check_enough, signals_of_windows
+from llmbrain.pruning.calibration import check_enough, check_weights, signals_of_windows
 from llmbrain.pruning.criteria import Evidence, criterion
-from llmbrain.pruning.network_terms import COVER, balanced_weights, covered, layer_masks, time_courses
+from llmbrain.pruning.network_terms import (
+    BALANCE,
+    COVER,
+    balanced_weights,
+    covered,
+    layer_masks,
+    unexplained_energy,
+)
 from llmbrain.pruning.published import published_scores
 from llmbrain.pruning.statistics import gradient_pass
 from llmbrain.pruning.walk import Site, Step, walk
@@ -48,6 +55,8 @@ class Scorer:
         Neurons that go before any other.
     weights : float tensor ``(n_windows, window)``, optional
         How much each calibration token counts.
+    balanced : bool
+        Whether they are those of networks.
     details : dict
         What the plan should tell; ``"notes"`` are sentences.
     """
@@ -62,7 +71,7 @@ class Scorer:
         scans: Sequence[Any] | None = None,
         random_state: int = 0,
         weights: Tensor | None = None,
-        token_balance: float = 0.0,
+        token_balance: float = BALANCE,
         rule: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.body, self.criterion, self.windows = model, anatomy(model), criterion(method), windows
@@ -73,9 +82,10 @@ class Scorer:
             raise InputError(f"method={method!r} needs calibration texts (or scans with tokens)")
         if needs and windows is not None:
             check_enough(windows, max(self.body.widths))
+            check_weights(weights, windows)
         self.notes: list[str] = []
         self.details: dict[str, Any] = {"notes": self.notes}
-        self.weights, self.targets = weights, None
+        self.weights, self.targets, self.balanced = weights, None, False
         self._generator = torch.Generator().manual_seed(random_state)
         self._random_state, self._scans, self._rule = random_state, scans, dict(rule or {})
         self._networks = networks if "networks" in self.criterion.needs else None
@@ -110,8 +120,9 @@ class Scorer:
             return
         layer_masks(self._networks, self.body)  # fails before any work
         if token_balance and self.weights is None and self.windows is not None:
-            courses = time_courses(self.model, self.body, self.windows, self._networks)
-            self.weights = balanced_weights(courses, token_balance)
+            energy = unexplained_energy(self.model, self.body, self.windows, self._networks)
+            self.weights = balanced_weights(energy, token_balance)
+            self.balanced = True
         self.details["networks"] = {"n": len(self._networks.maps), "token_balance": token_balance, "cover": COVER}
 
     def _by_rule(self) -> list[NDArray[np.float64]]:
