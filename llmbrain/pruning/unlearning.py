@@ -24,6 +24,7 @@ from llmbrain.pruning.functions import condition_numbers, token_conditions
 from llmbrain.pruning.losses import gradients_of, log_odds, token_losses
 
 STEPS = 160  # of Adam, each on one batch of windows
+TOKENS = 1024  # in a batch, and as many with some swapped; twice as many took twice as long and did no better
 RATE = 0.02  # first step, relative to the root mean square of a layer's weights; falls linearly to 0
 FORGET = 0.1  # weight of a nat of log odds on a token to forget, against a nat of divergence on another
 MARGIN = 2.0  # log odds below minus this count no more
@@ -135,7 +136,7 @@ def _train(model: nn.Module, refits: Sequence[_Refit], windows: Tensor, lost: Te
         for _ in tqdm(range(STEPS), desc="unlearn", disable=None, leave=False):
             if not order:
                 shuffled = torch.randperm(len(windows), generator=generator)
-                order = list(shuffled.split(len(batches(windows)[0])))
+                order = list(shuffled.split(len(batches(windows, TOKENS)[0])))
             part = order.pop()
             ids = windows[part]
             swap = torch.rand(ids.shape, generator=generator) < SWAPPED
