@@ -158,6 +158,8 @@ def _make_plan(
     given: Any = allocation or None
     if one_width and forget:
         raise InputError("--format uniform: --forget says itself how wide each layer stays; use per-layer or masked")
+    if one_width and protect:
+        raise InputError("--format uniform: one width everywhere protects no layer; use per-layer or masked")
     if one_width and ratio is not None and not allocation and len(set(widths)) == 1:
         # the ratio as nearly as one width allows
         given = [max(1, round((1 - ratio) * widths[0] / multiple_of)) * multiple_of] * len(widths)
