@@ -47,6 +47,7 @@ class Planner:
         self.scorer = Scorer(model, method, windows, **options)
         self.model, self.body, self.windows, self.passes = model, self.scorer.body, windows, passes
         self._losses: dict[bool, NDArray[np.float64]] = {}
+        self._kinds = 1  # of units that share the passes: neurons, or neurons and heads
 
     @property
     def weights(self) -> Tensor | None:
@@ -72,6 +73,7 @@ class Planner:
         if head_ratio:
             head_budget = Budget.of(groups_of(self.body, head_ratio), head_ratio, protected, name="head_ratio")
             self.scorer.learn(heads=True)  # while the model is dense
+        self._kinds = 1 if head_budget is None else 2
         if allocation is None:
             allocation = {"published": "global", "networks": "search"}.get(criterion.name, "uniform")
         sequential = self.windows is not None and (criterion.sequential if sequential is None else sequential)
@@ -236,7 +238,7 @@ class Planner:
         assert self.windows is not None
         tokens = LOSS_TOKENS
         if not held_out:
-            trials = len(self.body.layers) * len(LEVELS)
+            trials = len(self.body.layers) * len(LEVELS) * self._kinds
             tokens = min(tokens, int(OF_SENSITIVITY * self.passes * self.windows.numel() / trials))
         parts = [split_windows(x)[0 if held_out else 1] for x in (self.windows, self.weights) if x is not None]
         count = max(1, tokens // parts[0].shape[1])
