@@ -105,7 +105,7 @@ def perplexities(name: str, data: Path, draws: int) -> dict[str, Any]:
         of = compare_methods(
             model, None, calibration, test, methods=MAIN, networks=given["networks"], draws=draws, **all_of
         ).iloc[1:]
-        of = of[(of["compensate"] == "least-squares") & (of["allocation"] != "sensitivity")]
+        of = of[of["draws"] > 1]
         for key, part in of.groupby(["method", "allocation"], sort=False):
             cells = {f"{r:.0%}": f"{m:.2f} [{lo:.2f}, {hi:.2f}]" for r, m, lo, hi in zip(
                 part["ratio"], part["perplexity"], part["low"], part["high"])}  # fmt: skip

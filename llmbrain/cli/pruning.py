@@ -314,7 +314,7 @@ def benchmark(
     ratios: list[str] = typer.Option(["0.2", "0.3", "0.5"], help="Shares of the MLP neurons to remove."),
     methods: list[str] = typer.Option([], help="Criteria; default all."),
     components: int = typer.Option(0, help="Networks to find for the method that uses them; 0: up to 64."),
-    draws: int = typer.Option(3, help="Calibration draws; more than one gives confidence intervals."),
+    draws: int = typer.Option(3, help="Calibration draws of the main rows, for intervals; 1 for none."),
     window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context, at most 256."),
     max_windows: int = typer.Option(128, help="Calibration windows."),
     test_windows: int = typer.Option(96, help="Test windows."),
