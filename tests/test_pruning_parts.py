@@ -13,6 +13,7 @@ import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace, plan_pruning, prune
 from llmbrain.architectures import anatomy
 from llmbrain.pruning.allocation import LEVELS, Budget, from_curves, from_losses, ranked, uniform
+from llmbrain.pruning.benchmark import compare_methods
 from llmbrain.pruning.calibration import mixed_windows, write_windows
 from llmbrain.pruning.losses import Objective, last_states
 from llmbrain.pruning.network_terms import balanced_weights, covered, unexplained_energy
@@ -364,3 +365,22 @@ def test_recovery_lowers_the_loss_and_keeps_shapes(name):
     assert {k: v.shape for k, v in better.state_dict().items()} == {k: v.shape for k, v in state.items()}
     assert all(torch.equal(v, small.state_dict()[k]) for k, v in state.items())
     assert lb.perplexity(better, None, ids[-1:]) < lb.perplexity(small, None, ids[-1:])
+
+
+def test_comparison_repeats_its_main_rows_over_draws():
+    model, ids = tiny("llama"), windows(30)
+    table = compare_methods(
+        model, None, ids[:20], ids[20:], ratios=[0.3], methods=["random", "magnitude", "networks"], draws=3
+    )
+    assert table["method"].tolist() == ["dense", "random", "random", "magnitude", "magnitude", "networks"]
+    assert table["perplexity"][0] == pytest.approx(lb.perplexity(model, None, ids[20:]))
+    repeated = table[table["draws"] == 3]
+    assert list(zip(repeated["method"], repeated["compensate"])) == [
+        ("random", "least-squares"), ("networks", "least-squares")]  # fmt: skip
+    assert (repeated["low"] < repeated["perplexity"]).all()
+    single = table[table["draws"] == 1]
+    assert single[["low", "high"]].isna().all(axis=None)
+    plan = plan_pruning(model, ratio=0.3, method="magnitude")
+    expected = prune(model, plan, calibration=ids[:20], compensate="least-squares")
+    row = single[(single["method"] == "magnitude") & (single["compensate"] == "least-squares")].iloc[0]
+    assert row["perplexity"] == pytest.approx(lb.perplexity(expected, None, ids[20:]), rel=1e-5)
