@@ -35,6 +35,11 @@ RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.2, 0.3, 0.5)
 K = 64
 SCANNED = 12288  # tokens from which networks are found
+# The first three served to find the weights of tokens, the last three only to test them.
+PAIRS = (
+    ("addition", "reversal"), ("recall", "sequence"), ("agreement", "shift"),
+    ("sorting", "brackets"), ("addition", "shift"), ("reversal", "sequence"),
+)  # fmt: skip
 MAIN = ("random", "flap", "obs", "networks")  # methods that are repeated over calibration draws
 
 
@@ -116,8 +121,7 @@ def perplexities(name: str, data: Path, draws: int) -> dict[str, Any]:
 def unbalanced(seeds: int) -> Iterator[dict[str, Any]]:
     """Loss added to abilities when 70% go and two abilities make up nearly all of the calibration text."""
     demo = load_demo()
-    pairs = [("addition", "reversal"), ("recall", "sequence"), ("agreement", "shift")][:seeds]
-    for seed, pair in enumerate(pairs):
+    for seed, pair in enumerate(PAIRS[:seeds]):
         often = {a: 100.0 if a in pair else 1.0 for a in demo.abilities}
         texts = demo.texts("calibration", n=128, weights=often, seed=seed)
         windows = as_windows(demo.model, demo.tokenizer, texts, 256, 128)
@@ -279,7 +283,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=names)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=3, help="frequent pairs of the unbalanced part")
+    parser.add_argument("--pairs", type=int, default=len(PAIRS), help="frequent pairs of the unbalanced part")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     target = options.out / "pruning.json"

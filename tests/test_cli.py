@@ -160,6 +160,18 @@ def test_a_model_is_pruned_on_text_of_its_own(monkeypatch, capsys, tmp_path, mod
     assert "needs calibration texts" in err
 
 
+@pytest.mark.parametrize("command", ["plan", "prune"])
+def test_pruning_commands_have_the_defaults_of_the_library(command):
+    import inspect
+
+    import llmbrain as lb
+    from llmbrain.cli import pruning
+
+    ours, library = (inspect.signature(f).parameters for f in (getattr(pruning, command), lb.plan_pruning))
+    for name in ("method", "multiple_of", "head_ratio", "passes", "token_balance"):
+        assert ours[name].default == library[name].default, name
+
+
 def test_the_same_run_goes_on_and_another_is_refused(monkeypatch, capsys, tmp_path, model_folder, text_file):
     arguments = ["run", model_folder, "--text", text_file, "--out", tmp_path / "s", "--components", 4]
     assert call(monkeypatch, capsys, *arguments, "--method", "random")[0] == 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmbrain._validation import InputError
+from llmbrain._validation import InputError, check_range
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.evaluation.windows import as_windows, window_length
 from llmbrain.pruning.api import prune
@@ -46,7 +46,6 @@ ROWS: tuple[tuple[str, str | None, str | None], ...] = (
     ("obs-gradient", "sensitivity", "least-squares"),
     ("networks", None, "least-squares"),
 )
-
 
 # Rows that are repeated over calibration draws: the control, the usual choice, and ours.
 REPEATED = (
@@ -100,6 +99,7 @@ def compare_methods(
     import pandas as pd
     from scipy.stats import t as student
 
+    check_range("draws", draws, 1)
     unknown = sorted(set(methods or ()) - set(CRITERIA))
     if unknown:
         raise InputError(f"methods={unknown} are not known: allowed are {sorted(CRITERIA)}")

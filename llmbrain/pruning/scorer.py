@@ -26,7 +26,7 @@ from llmbrain.pruning.network_terms import (
     layer_masks,
     unexplained_energy,
 )
-from llmbrain.pruning.published import published_scores
+from llmbrain.pruning.published import PublishedScores, published_scores
 from llmbrain.pruning.statistics import gradient_pass
 from llmbrain.pruning.walk import Site, Step, walk
 from llmbrain.space import NeuronSpace
@@ -85,7 +85,8 @@ class Scorer:
             check_weights(weights, windows)
         self.notes: list[str] = []
         self.details: dict[str, Any] = {"notes": self.notes}
-        self.weights, self.targets, self.balanced = weights, None, False
+        self.weights, self.balanced = weights, False
+        self.targets: NDArray[np.bool_] | None = None
         self._generator = torch.Generator().manual_seed(random_state)
         self._random_state, self._scans, self._rule = random_state, scans, dict(rule or {})
         self._networks = networks if "networks" in self.criterion.needs else None
@@ -93,8 +94,6 @@ class Scorer:
             self._use_networks(token_balance)
         self._known: dict[bool, _Known] = {}
         self.learn()
-
-    targets: NDArray[np.bool_] | None
 
     def learn(self, *, heads: bool = False) -> _Known:
         """Gather what needs the whole model, once; the model must be dense then."""
@@ -123,43 +122,42 @@ class Scorer:
             energy = unexplained_energy(self.model, self.body, self.windows, self._networks)
             self.weights = balanced_weights(energy, token_balance)
             self.balanced = True
-        self.details["networks"] = {"n": len(self._networks.maps), "token_balance": token_balance, "cover": COVER}
+        applied = token_balance if self.balanced else 0.0
+        self.details["networks"] = {"n": len(self._networks.maps), "token_balance": applied, "cover": COVER}
 
     def _by_rule(self) -> list[NDArray[np.float64]]:
-        """Scores of neurons by the published rule, from scans that have its sites or from the calibration windows."""
-        rule = dict(self._rule)
+        """Scores of neurons by the published rule."""
         gated = all(layer.gated for layer in self.body.layers)
-        sites = rule.pop("sites", None) or (("gate", "up") if gated else ("neuron",))
+        sites = self._rule.get("sites") or (("gate", "up") if gated else ("neuron",))
         if not gated and sites == ("neuron",):
             self.notes.append(
                 "this model has no gate: the published rule reads the neuron signal instead of gate and up"
             )
-        return self._rule_scores(self.body.widths, sites, rule)
+        result = self._rule_scores(self.body.widths, **{**self._rule, "sites": sites})
+        self.details["published"] = result.details
+        return result.scores
 
     def _by_rule_of_heads(self) -> list[NDArray[np.float64]]:
         """Scores of groups by the same rule at the site ``head``: the best head's.
 
         A layer has too few heads for an ICA of its own, so one ICA takes the heads of all layers.
         """
-        heads = self._rule_scores(
-            [layer.n_heads for layer in self.body.layers], ("head",), {**self._rule, "sites": None, "scope": "model"}
-        )
+        widths = [layer.n_heads for layer in self.body.layers]
+        result = self._rule_scores(widths, **{**self._rule, "sites": ("head",), "scope": "model"})
+        self.details["published_heads"] = result.details
         self.notes.append("heads by the published rule: one ICA of all heads, a group as high as its best head")
-        units = [self.output(i, heads=True).units for i in range(len(heads))]
-        return [scores.reshape(n, -1).max(1) for scores, n in zip(heads, units)]
+        units = [self.output(i, heads=True).units for i in range(len(widths))]
+        return [scores.reshape(n, -1).max(1) for scores, n in zip(result.scores, units)]
 
-    def _rule_scores(
-        self, widths: Sequence[int], sites: Sequence[str], rule: dict[str, Any]
-    ) -> list[NDArray[np.float64]]:
+    def _rule_scores(self, widths: Sequence[int], *, sites: Sequence[str], **rule: Any) -> PublishedScores:
+        """Scores of units at `sites`, from scans that have them or from the calibration windows."""
         scans = self._scans
         if not scans or any(s not in scan.sites for scan in scans for s in sites):
             if self.windows is None:
                 raise InputError(f"method='published' needs scans with the sites {list(sites)}, or calibration texts")
             scans = signals_of_windows(self.model, self.body, self.windows, sites)
         options = {"n_groups": -(-len(scans) // GROUP_SIZE), "random_state": self._random_state, **rule}
-        result = published_scores(scans, widths, **{**options, "sites": sites})
-        self.details["published" if "head" not in sites else "published_heads"] = result.details
-        return result.scores
+        return published_scores(scans, widths, sites=sites, **options)
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
