@@ -34,8 +34,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import fastica as sklearn_fastica
 
 from llmbrain.decomposition import GroupICA, fastica
-from llmbrain.decomposition._fastica import random_start
-from llmbrain.decomposition._pca import whiten
+from llmbrain.decomposition.prepare.pca import whiten
+from llmbrain.decomposition.solvers.fastica import random_start
 
 RESULTS = Path(__file__).parent / "results" / "decomposition.json"
 Row = dict[str, Any]

@@ -37,13 +37,13 @@ import pandas as pd
 import torch
 
 import llmbrain as lb
-from llmbrain.architectures import anatomy
+from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention import TokenEvaluation, lesion_table, score_conditions
 from llmbrain.intervention.controls import matched_masks, random_masks
 from llmbrain.intervention.curves import amplification_curve, keep_masks_curve
 from llmbrain.intervention.evaluations import activation_levels
 from llmbrain.networks import recurrence, single_run_networks
-from llmbrain.space import NeuronSpace
 
 DATA = Path(os.environ.get("LLMBRAIN_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results"

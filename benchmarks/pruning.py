@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 
 import llmbrain as lb
-from llmbrain.architectures import anatomy
+from llmbrain.anatomy.families import anatomy
 from llmbrain.datasets import load_demo
-from llmbrain.evaluation.windows import as_windows
+from llmbrain.hooks.windows import as_windows
 from llmbrain.networks import localizer
 from llmbrain.networks.thresholds import phase_randomise
 from llmbrain.pruning.benchmark import compare_methods

@@ -57,7 +57,7 @@ def test_a_message_that_nobody_writes_is_found_out(code):
 
 def test_every_public_room_is_in_the_reference():
     index = (ROOT / "docs/api/index.md").read_text(encoding="utf-8")
-    for room in llmbrain._ROOMS:
+    for room in llmbrain.ROOMS:
         assert f"generated/{room}\n" in index
 
 
@@ -92,7 +92,7 @@ def test_commands_and_names_that_pages_show_exist(page):
     for name in re.findall(r"(?:`|^    |bin/)llmbrain ([a-z]+)", text, re.MULTILINE):
         assert name in commands, f"llmbrain {name}"
     for name in re.findall(r"\blb\.([A-Za-z_]+)", text):
-        assert name in llmbrain._PUBLIC or name in llmbrain._ROOMS, f"lb.{name}"
+        assert name in llmbrain.__all__, f"lb.{name}"
     for room, name in re.findall(r"`llmbrain\.([a-z]+)\.([A-Za-z_]+)", text):
-        if room in llmbrain._ROOMS:
+        if room in llmbrain.ROOMS:
             assert hasattr(getattr(llmbrain, room), name), f"llmbrain.{room}.{name}"

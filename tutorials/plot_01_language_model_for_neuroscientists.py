@@ -34,7 +34,7 @@ brain.scores(n=50)
 # only route from one time to another. The *MLP* works at one token: it computes some hundred *neurons* from what it is
 # given, each a number, and adds their weighted sum to the stream that goes on to the next layer. Those neurons are our
 # voxels.
-from llmbrain.architectures import anatomy
+from llmbrain.anatomy.families import anatomy
 
 parts = anatomy(brain.model)
 print(parts.family, parts.widths)

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from llmbrain.comparison import align, compare, couple, load_fmri, load_words, noise_ceilings, prepare, word_regressor
+from llmbrain.brains import align, load_fmri, load_words, prepare, word_regressor
+from llmbrain.comparison import compare, couple, noise_ceilings
 from llmbrain.comparison.coupling import group_mean
-from llmbrain.comparison.phantom import make_paired_phantom
+from llmbrain.datasets.fmri_phantom import make_paired_phantom
 from llmbrain.plotting import plot_coupling, plot_lag_profile
 
 phantom = make_paired_phantom(n_networks=8, n_regions=6, n_pairs=3, snr=0.7, n_subjects=10, n_volumes=300,

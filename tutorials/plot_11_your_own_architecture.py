@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import llmbrain as lb
-from llmbrain import architectures
-from llmbrain.architectures import Family, anatomy
+from llmbrain.anatomy import families as architectures
+from llmbrain.anatomy.families import Family, anatomy
+from llmbrain.anatomy.surgery import keep_neurons
 from llmbrain.datasets import load_demo
 from llmbrain.plotting import plot_network, plot_widths
-from llmbrain.surgery import keep_neurons
 
 
 class Block(nn.Module):

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 import llmbrain as lb
-from llmbrain.architectures import anatomy
+from llmbrain.anatomy.families import anatomy
 from llmbrain.datasets import load_demo
 from llmbrain.evaluation import throughput
 from llmbrain.plotting import plot_layer_profile, plot_widths

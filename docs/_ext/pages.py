@@ -18,20 +18,22 @@ LONGEST_TABLE = 60
 
 # Room, title, and names beside the room's __all__ (which is documented whole).
 ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("space", "Geometry", ("NeuronSpace", "grid_of")),
-    ("architectures", "Architectures", ("anatomy", "context_length", "Anatomy", "LayerAnatomy", "Projection",
-                                        "Family")),
+    ("anatomy", "Anatomy", ()),
     ("checkpoints", "Checkpoints", ()),
     ("scanning", "Scanning", ()),
     ("imaging", "Imaging", ()),
     ("decomposition", "Decomposition", ()),
-    ("networks", "Networks", ("thresholds.fit_mixture", "measures.gini", "measures.hoyer", "measures.overlap_matrix")),
+    ("networks", "Networks", ("thresholds.fit_mixture",)),
     ("intervention", "Intervention", ("controls.random_masks", "controls.matched_masks")),
     ("pruning", "Pruning", ("criteria.register", "criteria.Evidence")),
     ("evaluation", "Evaluation", ()),
-    ("comparison", "Comparison", ("hrf.double_gamma", "nulls.surrogates")),
+    ("brains", "Brains", ("hrf.double_gamma",)),
+    ("comparison", "Comparison", ()),
     ("datasets", "Data sets", ("phantom.Phantom", "abilities.Example")),
     ("plotting", "Figures", ()),
+    ("stats", "Statistics", ("sparsity.gini", "sparsity.hoyer", "sparsity.overlap_matrix", "nulls.surrogates")),
+    ("hooks", "Hooks", ()),
+    ("page", "Report pages", ()),
     ("reporting", "Report and viewer", ("viewer.serve",)),
 )  # fmt: skip
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import llmbrain
 from llmbrain._validation import InputError, check_option
-from llmbrain.architectures import LayerAnatomy, Projection, anatomy
+from llmbrain._version import __version__
+from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.remote import write_remote_code
 from llmbrain.checkpoints.shapes import RECORD, build_empty, record_shapes, stock_config, text_config, width_key
@@ -94,7 +94,7 @@ def _provenance(model: nn.Module, format: str) -> dict[str, Any]:
         "format": format,
         "class": type(model).__name__,
         "widths": list(anatomy(model).widths),
-        "versions": {"llmbrain": llmbrain.__version__, **packages},
+        "versions": {"llmbrain": __version__, **packages},
         "cuts": getattr(model, RECORD, []),
     }
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import LayerAnatomy, anatomy
-from llmbrain.surgery import add_bias, keep_heads, keep_neurons
+from llmbrain.anatomy.families import LayerAnatomy, anatomy
+from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
 
 # Where the families keep the width of their MLP. BLOOM has none: it is always four times the hidden size.
 WIDTH_KEYS = ("ffn_hidden_size", "ffn_dim", "n_inner", "hidden_dim", "intermediate_size")  # the special ones first

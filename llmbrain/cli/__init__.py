@@ -11,7 +11,7 @@ import typer
 
 from llmbrain import __version__
 from llmbrain.cli import compare, demo, networks, pruning, run, steps, view
-from llmbrain.cli._common import fail
+from llmbrain.cli.common import fail
 
 app = typer.Typer(
     name="llmbrain",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli._common import COMPONENTS, DEVICE, OUT, OVERWRITE, SEED, print_table, say
-from llmbrain.cli._lists import ListCommand
+from llmbrain.cli.common import COMPONENTS, DEVICE, OUT, OVERWRITE, SEED, print_table, say
+from llmbrain.cli.lists import ListCommand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,10 +82,10 @@ def compare(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Compare networks of a model with fMRI of people who heard the same words; tables, figures and a report."""
-    from llmbrain.cli._common import claim, open_model, parse_components, provenance
+    from llmbrain.brains import load_fmri, load_words
+    from llmbrain.brains.series import check_tr
+    from llmbrain.cli.common import claim, open_model, parse_components, provenance
     from llmbrain.comparison import compare as compare_brains
-    from llmbrain.comparison import load_fmri, load_words
-    from llmbrain.comparison.series import check_tr
     from llmbrain.comparison.sources import expected_volumes
     from llmbrain.reporting import comparison_figures, comparison_report
 
@@ -176,7 +176,7 @@ def parse_regions(value: str) -> list[str] | None:
 
 def read_controls(given: list[str], n_volumes: int) -> dict[str, np.ndarray]:
     """Control series of files, by name: of the column, else of the file; sound power is recognised."""
-    from llmbrain.comparison.tables import read_table
+    from llmbrain.brains.tables import read_table
 
     found: dict[str, np.ndarray] = {}
     for entry in given:

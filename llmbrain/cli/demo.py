@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llmbrain.cli._common import COMPONENTS, DEVICE, SEED, print_table, say
+from llmbrain.cli.common import COMPONENTS, DEVICE, SEED, print_table, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ def demo(
 ) -> None:
     """Meet a model whose functions are known: scan it, find its networks, lesion them, prune it."""
     from llmbrain._validation import resolve_device
-    from llmbrain.cli._common import parse_components
+    from llmbrain.cli.common import parse_components
     from llmbrain.cli.main_job import main_job
     from llmbrain.cli.run import show_summary
     from llmbrain.datasets import load_demo

@@ -98,7 +98,7 @@ def _networks(path: Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from llmbrain.architectures import anatomy
+    from llmbrain.anatomy.families import anatomy
     from llmbrain.checkpoints import load_model
 
     model, _ = load_model(path)

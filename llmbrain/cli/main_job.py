@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.cli._common import claim, provenance, say, write_json
+from llmbrain.cli.common import claim, provenance, say, write_json
 
 HELD_OUT = 0.2  # share of the text, from its end, that networks and pruning never see
 
@@ -60,7 +60,7 @@ def limit_tokens(texts: Sequence[str], tokenizer: Any, n_tokens: int | None) -> 
 
 def measure(model: Any, tokenizer: Any, texts: Sequence[str], max_windows: int | None) -> dict[str, float]:
     """Perplexity, size and speed of a model, as the summary keeps them."""
-    from llmbrain.architectures import anatomy
+    from llmbrain.anatomy.families import anatomy
     from llmbrain.evaluation import perplexity, throughput
 
     return {
@@ -119,11 +119,11 @@ def main_job(
         What ``summary.json`` holds.
     """
     from llmbrain.decomposition import GroupICA
+    from llmbrain.hooks.sites import check_sites
     from llmbrain.networks import FunctionalNetworks
     from llmbrain.pruning.api import COMPENSATIONS
     from llmbrain.pruning.criteria import CRITERIA
     from llmbrain.scanning import scan
-    from llmbrain.scanning.sites import check_sites
 
     check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
     check_option("method", method, CRITERIA)
@@ -177,7 +177,7 @@ def main_job(
 
 
 def _gated(model: Any) -> bool:
-    from llmbrain.architectures import anatomy
+    from llmbrain.anatomy.families import anatomy
 
     return all(layer.gated for layer in anatomy(model).layers)
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli._common import DEVICE, FIELD, MODEL, SEED, print_table, say
-from llmbrain.cli._lists import ListCommand
+from llmbrain.cli.common import DEVICE, FIELD, MODEL, SEED, print_table, say
+from llmbrain.cli.lists import ListCommand
 
 TEXTS = Annotated[list[Path], typer.Option("--text", help="One evaluation a file (.txt, .json, .jsonl).")]
 
@@ -75,7 +75,7 @@ def lesion(
     seed: SEED = 0,
 ) -> None:
     """Lesion every network and measure every text, beside random and equally active neurons."""
-    from llmbrain.cli._common import open_model, read_texts
+    from llmbrain.cli.common import open_model, read_texts
     from llmbrain.intervention import lesion_table
     from llmbrain.networks import FunctionalNetworks
 

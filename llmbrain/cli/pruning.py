@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli._common import (
+from llmbrain.cli.common import (
     COMPENSATE,
     DEVICE,
     FIELD,
@@ -22,7 +22,7 @@ from llmbrain.cli._common import (
     print_table,
     say,
 )
-from llmbrain.cli._lists import ListCommand, parts
+from llmbrain.cli.lists import ListCommand, parts
 
 CALIBRATION = Annotated[
     Path | None, typer.Option("--text", help="Calibration text (.txt, .json, .jsonl); default: that of the study.")
@@ -90,7 +90,7 @@ def _evidence(
     self_text: int = 0,
 ) -> _Evidence:  # fmt: skip
     """Texts, scans and networks: those of the study, or found now where the method uses networks."""
-    from llmbrain.cli._common import read_texts
+    from llmbrain.cli.common import read_texts
     from llmbrain.cli.steps import scan_folder
     from llmbrain.networks import FunctionalNetworks
     from llmbrain.scanning import load_scans
@@ -104,7 +104,7 @@ def _evidence(
         texts = [scan.text for scan in scans or () if scan.text]
     windows = None
     if self_text:
-        from llmbrain.evaluation.windows import as_windows
+        from llmbrain.hooks.windows import as_windows
         from llmbrain.pruning.calibration import mixed_windows, write_windows
 
         say(f"the model writes {self_text} windows of calibration text")
@@ -123,7 +123,7 @@ def _find_networks(
     components: int = 0, seed: int, device: str = "auto",
 ) -> Any:  # fmt: skip
     """Networks of the scans, or of the first texts or windows scanned now."""
-    from llmbrain.architectures import anatomy
+    from llmbrain.anatomy.families import anatomy
     from llmbrain.cli.main_job import limit_tokens
     from llmbrain.decomposition import GroupICA
     from llmbrain.networks import FunctionalNetworks
@@ -149,7 +149,7 @@ def _make_plan(
     head_ratio: float, protect: list[str] | None, keep: list[str] | None, forget: list[str] | None,
     one_width: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
-    from llmbrain.architectures import anatomy
+    from llmbrain.anatomy.families import anatomy
     from llmbrain.pruning import plan_pruning
 
     if ratio is None and not forget:
@@ -207,7 +207,7 @@ def plan(
     field: FIELD = "text",
 ) -> None:
     """Say what a cut would remove, layer by layer; nothing is cut."""
-    from llmbrain.cli._common import open_model
+    from llmbrain.cli.common import open_model
     from llmbrain.plotting import plot_widths
 
     loaded, tokenizer = open_model(model, device)
@@ -250,7 +250,7 @@ def prune(
 ) -> None:
     """Cut neurons out of a model and save the smaller one."""
     from llmbrain.checkpoints import save_pruned
-    from llmbrain.cli._common import open_model
+    from llmbrain.cli.common import open_model
     from llmbrain.pruning import PruningPlan
     from llmbrain.pruning import prune as cut
     from llmbrain.reporting import write_report
@@ -296,7 +296,7 @@ def recover(
 ) -> None:
     """Train a pruned model for a while with low-rank updates, merge them, save it."""
     from llmbrain.checkpoints import save_pruned
-    from llmbrain.cli._common import open_model, read_texts
+    from llmbrain.cli.common import open_model, read_texts
     from llmbrain.pruning import recover as train
 
     _check_free(out, overwrite)
@@ -324,7 +324,7 @@ def benchmark(
     field: FIELD = "text",
 ) -> None:
     """Prune your own model by every method and compare: the first 60% of the text calibrates, the last 30% tests."""
-    from llmbrain.cli._common import open_model, read_texts
+    from llmbrain.cli.common import open_model, read_texts
     from llmbrain.cli.main_job import split_texts
     from llmbrain.pruning.benchmark import compare_methods
 

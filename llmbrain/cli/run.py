@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from llmbrain.cli._common import (
+from llmbrain.cli.common import (
     COMPENSATE,
     COMPONENTS,
     DEVICE,
@@ -43,7 +43,7 @@ def run(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Scan a model on a text, find its networks, prune it, and write a page that shows what happened."""
-    from llmbrain.cli._common import open_model, parse_components, read_texts
+    from llmbrain.cli.common import open_model, parse_components, read_texts
     from llmbrain.cli.main_job import main_job
 
     texts = read_texts(text, field)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli._common import (
+from llmbrain.cli.common import (
     COMPONENTS,
     DEVICE,
     FIELD,
@@ -21,7 +21,7 @@ from llmbrain.cli._common import (
     print_table,
     say,
 )
-from llmbrain.cli._lists import ListCommand, parts
+from llmbrain.cli.lists import ListCommand, parts
 
 STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that `llmbrain run` wrote.")]
 
@@ -56,7 +56,7 @@ def scan(
     field: FIELD = "text",
 ) -> None:
     """Record every neuron of a model at every token of a text."""
-    from llmbrain.cli._common import open_model, read_texts
+    from llmbrain.cli.common import open_model, read_texts
     from llmbrain.scanning import scan as scan_model
 
     texts = read_texts(text, field)
@@ -87,7 +87,7 @@ def decompose(
 ) -> None:
     """Group ICA of a scan: its functional networks. The same command goes on where it was stopped."""
     from llmbrain._validation import check_option
-    from llmbrain.cli._common import claim, file_hash, parse_components
+    from llmbrain.cli.common import claim, file_hash, parse_components
     from llmbrain.decomposition import GroupICA, ica_stability, read_ica
     from llmbrain.networks import FunctionalNetworks
     from llmbrain.scanning import load_scans
@@ -162,7 +162,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a model (or of a pruned one) on a text, or its score on tasks."""
     from llmbrain import evaluation
-    from llmbrain.cli._common import open_model, read_texts
+    from llmbrain.cli.common import open_model, read_texts
 
     if text is None and not tasks:
         raise InputError("give --text FILE for perplexity, --tasks NAMES for tasks, or both")

@@ -1,47 +1,23 @@
-"""Two kinds of brain: networks of a model against networks of people, and models against each other.
+"""Networks of a model against networks of people, and models against each other.
 
-Public: `compare` (all of it, as the command does); its steps `load_words`, `load_fmri`, `align`, `word_regressor`,
-`prepare`, `couple`, `noise_ceilings`, `encode`, `compare_similarity` (`debiased_cka`, `rsa`), `compare_structure`;
-between models `fingerprint`, `networks_of`, `corrmap`; `make_paired_phantom`.
+Public: `compare` (all of it, as the command does); its steps `couple`, `noise_ceilings`, `encode`,
+`compare_similarity` (`debiased_cka`, `rsa`), `compare_structure`; between models `fingerprint`,
+`networks_of`, `corrmap`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-_PUBLIC = {
-    "Aligned": "alignment",
-    "Comparison": "api",
-    "Coupling": "coupling",
-    "Encoding": "encoding",
-    "FMRI": "fmri",
-    "Fingerprint": "fingerprints",
-    "align": "alignment",
-    "compare": "api",
-    "compare_similarity": "similarity",
-    "compare_structure": "structure",
-    "corrmap": "fingerprints",
-    "couple": "coupling",
-    "debiased_cka": "similarity",
-    "encode": "encoding",
-    "fingerprint": "fingerprints",
-    "load_fmri": "fmri",
-    "load_words": "words",
-    "make_paired_phantom": "phantom",
-    "networks_of": "fingerprints",
-    "noise_ceilings": "ceilings",
-    "prepare": "series",
-    "rsa": "similarity",
-    "word_regressor": "alignment",
-}
-
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"llmbrain.comparison.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'llmbrain.comparison' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "ceilings": ["noise_ceilings"],
+        "coupling": ["Coupling", "couple"],
+        "encoding": ["Encoding", "encode"],
+        "fingerprints": ["Fingerprint", "corrmap", "fingerprint", "networks_of"],
+        "similarity": ["compare_similarity", "debiased_cka", "rsa"],
+        "story": ["Comparison", "compare"],
+        "structure": ["compare_structure"],
+    },
+)

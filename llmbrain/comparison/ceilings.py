@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.comparison.series import standardize
+from llmbrain.brains.series import standardize
 
 Array = NDArray[np.float64]
 

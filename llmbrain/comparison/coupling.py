@@ -14,9 +14,9 @@ from scipy.optimize import linear_sum_assignment
 
 from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.ceilings import noise_ceilings
-from llmbrain.comparison.nulls import CORRECTIONS, NULLS, benjamini_hochberg, missing_cosines, permutation_p, surrogates
-from llmbrain.comparison.series import check_series, orthonormal, slow_cosines, standardize
+from llmbrain.stats.nulls import CORRECTIONS, NULLS, benjamini_hochberg, missing_cosines, permutation_p, surrogates
 
 Array = NDArray[np.float64]
 

@@ -12,9 +12,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range, soft_import
-from llmbrain.comparison.hrf import add_delays
-from llmbrain.comparison.nulls import CORRECTIONS, NULLS, benjamini_hochberg, missing_cosines, permutation_p, surrogates
-from llmbrain.comparison.series import check_series, check_tr, slow_cosines
+from llmbrain.brains.hrf import add_delays
+from llmbrain.brains.series import check_series, check_tr, slow_cosines
+from llmbrain.stats.nulls import CORRECTIONS, NULLS, benjamini_hochberg, missing_cosines, permutation_p, surrogates
 
 Array = NDArray[np.float64]
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]

@@ -15,10 +15,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.comparison.alignment import token_spans
-from llmbrain.comparison.nulls import phase_randomize
-from llmbrain.comparison.series import standardize
+from llmbrain.brains.alignment import token_spans
+from llmbrain.brains.series import standardize
 from llmbrain.scanning import Scan
+from llmbrain.stats.nulls import phase_randomize
 
 Array = NDArray[np.float64]
 PUBLISHED_SEED = 666

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.comparison.nulls import NULLS, missing_cosines, surrogates
-from llmbrain.comparison.series import check_series, orthonormal, slow_cosines, standardize
+from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
+from llmbrain.stats.nulls import NULLS, missing_cosines, surrogates
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

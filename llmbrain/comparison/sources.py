@@ -13,8 +13,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.comparison.alignment import align, find_words, word_regressor
-from llmbrain.comparison.series import check_tr, standardize
+from llmbrain.brains.alignment import align, find_words, word_regressor
+from llmbrain.brains.series import check_tr, standardize
 from llmbrain.scanning import Scan
 
 Array = NDArray[np.float64]

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.comparison.series import check_series, standardize
+from llmbrain.brains.series import check_series, standardize
 from llmbrain.networks.graphs import graph_measures
 
 Array = NDArray[np.float64]

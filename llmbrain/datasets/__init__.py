@@ -6,15 +6,14 @@ sources), `fetch_alice` (fMRI of people listening to a story; needs a network).
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-_PUBLIC = {"Demo": "demo", "fetch_alice": "alice", "load_demo": "demo", "make_phantom": "phantom"}
-
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(f"llmbrain.datasets.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'llmbrain.datasets' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "alice": ["fetch_alice"],
+        "demo": ["Demo", "load_demo"],
+        "fmri_phantom": ["make_paired_phantom"],
+        "phantom": ["make_phantom"],
+    },
+)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbrain._validation import InputError
-from llmbrain.datasets._alice_sums import SHA256
+from llmbrain.datasets.alice_sums import SHA256
 
 REGIONS = ("LATL", "RATL", "LPTL", "LIPL", "LPreM", "LIFG")
 TR = 2.0

@@ -18,9 +18,9 @@ from scipy.signal import lfilter
 from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.decomposition._matching import correlate_rows, match_maps
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.scanning import Scan
-from llmbrain.space import NeuronSpace
+from llmbrain.stats.matching import correlate_rows, match_maps
 
 Array = NDArray[np.float64]
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option
-from llmbrain.decomposition._fastica import fastica
-from llmbrain.decomposition._runs import Runs
+from llmbrain.decomposition.solvers.fastica import fastica
+from llmbrain.scanning.inputs import Runs
 
 Array = NDArray[np.float64]
 KINDS = ("gica3", "gica", "regular")

@@ -13,11 +13,10 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from llmbrain._chunks import workers
 from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range, resolve_device
-from llmbrain.decomposition._chunks import workers
-from llmbrain.decomposition._fastica import FUNCTIONS, warn_not_converged
-from llmbrain.decomposition._group import (
+from llmbrain.decomposition.group import (
     Reduced,
     Source,
     Window,
@@ -27,14 +26,15 @@ from llmbrain.decomposition._group import (
     reduce_runs,
     regress,
 )
-from llmbrain.decomposition._maps import standardize_maps
-from llmbrain.decomposition._methods import METHODS, Algorithm
-from llmbrain.decomposition._order import estimate_order
-from llmbrain.decomposition._preprocess import Preprocessing
-from llmbrain.decomposition._runs import Runs
+from llmbrain.decomposition.maps import standardize_maps
+from llmbrain.decomposition.prepare.order import estimate_order
+from llmbrain.decomposition.prepare.preprocess import Preprocessing
+from llmbrain.decomposition.solvers.fastica import FUNCTIONS, warn_not_converged
+from llmbrain.decomposition.solvers.methods import METHODS, Algorithm
+from llmbrain.scanning.inputs import Runs
 
 if TYPE_CHECKING:
-    from llmbrain.space import NeuronSpace
+    from llmbrain.anatomy.space import NeuronSpace
 
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
@@ -244,7 +244,7 @@ class GroupICA(Reportable, TransformerMixin, BaseEstimator):
         -------
         Path of the safetensors file.
         """
-        from llmbrain.decomposition._store import save_ica
+        from llmbrain.decomposition.store import save_ica
 
         check_is_fitted(self, "components_")
         return save_ica(self, Path(path), overwrite=overwrite)

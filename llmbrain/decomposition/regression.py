@@ -14,16 +14,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtr
 
+from llmbrain._chunks import Workers, workers
 from llmbrain._validation import InputError, resolve_device
-from llmbrain.decomposition._chunks import Workers, workers
-from llmbrain.decomposition._dualreg_files import FolderStore, MemoryStore, fingerprint
-from llmbrain.decomposition._preprocess import Preprocessing, kept_tokens
-from llmbrain.decomposition._runs import Runs
+from llmbrain.decomposition.dualreg_files import FolderStore, MemoryStore, fingerprint
+from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
+from llmbrain.scanning.inputs import Runs
 
 if TYPE_CHECKING:
+    from llmbrain.anatomy.space import NeuronSpace
     from llmbrain.decomposition.permutation import PermutationTest
-    from llmbrain.space import NeuronSpace
 
 # Below this share of a neuron's variance a residual is rounding: the neuron counts as fitted to this precision.
 _EXACT = 1e-14

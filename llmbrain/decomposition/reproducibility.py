@@ -12,15 +12,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state
 
+from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_range
-from llmbrain.decomposition._chunks import workers
-from llmbrain.decomposition._group import Source, default_run_components
-from llmbrain.decomposition._maps import standardize_maps
-from llmbrain.decomposition._matching import correlate_rows, match_maps
-from llmbrain.decomposition._pca import project, whiten
-from llmbrain.decomposition._reduced import estimator, reduced_runs, unmix_once
-from llmbrain.decomposition._runs import Runs
+from llmbrain.decomposition.group import Source, default_run_components
 from llmbrain.decomposition.group_ica import GroupICA
+from llmbrain.decomposition.maps import standardize_maps
+from llmbrain.decomposition.prepare.pca import project, whiten
+from llmbrain.decomposition.reduced import estimator, reduced_runs, unmix_once
+from llmbrain.scanning.inputs import Runs
+from llmbrain.stats.matching import correlate_rows, match_maps
 
 Array = NDArray[np.float64]
 _COLUMNS = 8192  # neurons whose spectra are held at once

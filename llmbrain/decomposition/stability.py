@@ -18,12 +18,12 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from sklearn.utils import check_random_state
 
+from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.decomposition._chunks import workers
-from llmbrain.decomposition._reduced import Reduced
+from llmbrain.decomposition.reduced import Reduced
 
 if TYPE_CHECKING:
-    from llmbrain.space import NeuronSpace
+    from llmbrain.anatomy.space import NeuronSpace
 
 Array = NDArray[np.float64]
 RESAMPLE = ("both", "starts", "bootstrap")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.architectures import context_length
-from llmbrain.evaluation.windows import evaluating, input_device
+from llmbrain.anatomy.families import context_length
+from llmbrain.hooks.windows import evaluating, input_device
 
 if TYPE_CHECKING:
     import pandas as pd

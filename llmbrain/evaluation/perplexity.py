@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.evaluation.windows import as_windows, batches, evaluating, input_device
+from llmbrain.hooks.windows import as_windows, batches, evaluating, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

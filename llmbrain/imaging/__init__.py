@@ -7,29 +7,21 @@ Works on arrays and a `NeuronSpace`. Public: `maps_to_nifti`, `write_nifti`, `re
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-_PUBLIC = {
-    "ComponentMaps": "interchange",
-    "NeuronMasker": "masker",
-    "export_bids": "bids",
-    "maps_to_nifti": "nifti",
-    "read_dual_regression": "interchange",
-    "read_gift": "interchange",
-    "read_melodic": "interchange",
-    "read_nifti": "nifti",
-    "read_nilearn": "interchange",
-    "write_melodic": "interchange",
-    "write_nifti": "nifti",
-}
-
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"llmbrain.imaging.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'llmbrain.imaging' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "bids": ["export_bids"],
+        "interchange": [
+            "ComponentMaps",
+            "read_dual_regression",
+            "read_gift",
+            "read_melodic",
+            "read_nilearn",
+            "write_melodic",
+        ],
+        "masker": ["NeuronMasker"],
+        "nifti": ["maps_to_nifti", "read_nifti", "write_nifti"],
+    },
+)

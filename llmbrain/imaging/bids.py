@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import llmbrain
 from llmbrain._validation import InputError
+from llmbrain._version import __version__
 from llmbrain.imaging.nifti import write_nifti
 
 README = """A study of a language model, in the style of BIDS derivatives (not BIDS-compliant: see .bidsignore).
@@ -167,7 +167,7 @@ def _write_top(folder: Path, scans: Sequence[Any], registry: dict[str, Any]) -> 
             "Name": "Scan of a language model",
             "BIDSVersion": "1.9.0",
             "DatasetType": "derivative",
-            "GeneratedBy": [{"Name": "llmbrain", "Version": llmbrain.__version__}],
+            "GeneratedBy": [{"Name": "llmbrain", "Version": __version__}],
         },
     )
     subjects = {Path(stem).parts[0]: scan.model_id for stem, scan in zip(_stems(scans), scans)}

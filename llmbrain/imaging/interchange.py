@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.imaging.nifti import maps_to_nifti, read_nifti
-from llmbrain.space import NeuronSpace
 
 Geometry = Any
 """A `NeuronSpace`, or the NIfTI image of a brain mask."""

@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from llmbrain._validation import InputError
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.imaging.nifti import maps_to_nifti, read_nifti
-from llmbrain.space import NeuronSpace
 
 
 class NeuronMasker(TransformerMixin, BaseEstimator):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.space import NeuronSpace
+from llmbrain.anatomy.space import NeuronSpace
 
 FORMAT = "llmbrain-space"
 LONGEST_NIFTI1 = 32767

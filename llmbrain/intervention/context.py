@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.architectures import anatomy
-from llmbrain.decomposition._runs import Runs
-from llmbrain.evaluation.windows import as_windows, batches, evaluating, input_device
+from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.hooks.windows import as_windows, batches, evaluating, input_device
 from llmbrain.intervention.targets import Part, find_parts
-from llmbrain.space import NeuronSpace
+from llmbrain.scanning.inputs import Runs
 
 VALUES = ("zero", "mean", "resample")
 Edit = Callable[[Tensor], Tensor]
@@ -70,7 +70,7 @@ def lesion(
     Parameters
     ----------
     model : module
-        Any model that `llmbrain.architectures.anatomy` knows.
+        Any model that `llmbrain.anatomy.families.anatomy` knows.
     what : Network, FunctionalNetworks, list of Network, bool mask, flat indices, (layer, neuron) pairs, table or Heads
         See `llmbrain.intervention.targets.neuron_mask`; several networks mean their union.
     value : {"zero", "mean", "resample"}

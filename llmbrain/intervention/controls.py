@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llmbrain.space import NeuronSpace
+from llmbrain.anatomy.space import NeuronSpace
 
 NEAREST = 5  # a matched neuron is drawn among so many nearest ones, so that matched controls differ between draws
 

@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.architectures import anatomy
+from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention.controls import random_masks
 from llmbrain.intervention.evaluations import as_evaluations, score_conditions
 from llmbrain.intervention.table import bootstrap_mean
 from llmbrain.intervention.targets import neuron_mask
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option
-from llmbrain.architectures import Anatomy, anatomy
-from llmbrain.evaluation.windows import as_windows, evaluating, input_device
+from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.hooks.windows import as_windows, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
-from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -315,7 +315,7 @@ def activation_levels(
 
 def levels_of_runs(runs: Any, space: NeuronSpace) -> NDArray[np.float64]:
     """Mean, mean ``|a|`` and SD of every neuron over scans or arrays; ``(3, n_neurons)``."""
-    from llmbrain.decomposition._runs import Runs
+    from llmbrain.scanning.inputs import Runs
 
     total, count = np.zeros((3, space.n_neurons)), 0
     for data in Runs(runs, space=space):

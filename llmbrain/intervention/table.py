@@ -17,7 +17,8 @@ from torch import nn
 
 from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.architectures import Anatomy, anatomy
+from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention.controls import matched_masks, random_masks
 from llmbrain.intervention.evaluations import (
     TokenEvaluation,
@@ -28,7 +29,6 @@ from llmbrain.intervention.evaluations import (
 )
 from llmbrain.intervention.targets import Heads, spans_heads, unit_mask, unit_space
 from llmbrain.networks import FunctionalNetworks, Network
-from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
     import pandas as pd

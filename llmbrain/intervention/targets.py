@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy, anatomy
+from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks import FunctionalNetworks, Network
-from llmbrain.space import NeuronSpace
 
 
 class Heads:

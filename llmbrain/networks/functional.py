@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.networks.measures import gini, hoyer, overlap_matrix, zscore_maps
-from llmbrain.space import NeuronSpace
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.stats.sparsity import gini, hoyer, overlap_matrix, zscore_maps
 
 if TYPE_CHECKING:
     import pandas as pd

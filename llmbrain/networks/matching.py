@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
-from llmbrain.networks.measures import overlap_matrix
-from llmbrain.space import NeuronSpace
+from llmbrain.stats.sparsity import overlap_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,7 @@ def match_networks(
     """
     import pandas as pd
 
-    from llmbrain.decomposition._matching import correlate_rows  # its room imports torch
+    from llmbrain.stats.matching import correlate_rows  # its room imports torch
 
     _check_same(a, b)
     check_range("n_null", n_null, 0)
@@ -202,7 +202,7 @@ def split_half(
         As `match_networks` gives it.
     """
     from llmbrain.decomposition import GroupICA
-    from llmbrain.decomposition._runs import Runs
+    from llmbrain.scanning.inputs import Runs
 
     check_option("by", by, ("runs", "tokens"))
     runs = Runs(scans)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmbrain._validation import InputError
-from llmbrain.space import NeuronSpace
+from llmbrain.anatomy.space import NeuronSpace
 
 if TYPE_CHECKING:
     from llmbrain.networks.functional import FunctionalNetworks

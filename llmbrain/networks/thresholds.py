@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.networks.measures import overlap_matrix
+from llmbrain.stats.sparsity import overlap_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -273,8 +273,8 @@ def null_networks(
     from tqdm.auto import tqdm
 
     from llmbrain.decomposition import GroupICA
-    from llmbrain.decomposition._runs import Runs
-    from llmbrain.networks.measures import zscore_maps
+    from llmbrain.scanning.inputs import Runs
+    from llmbrain.stats.sparsity import zscore_maps
 
     check_range("n_draws", n_draws, 1)
     runs = Runs(scans)

@@ -3,17 +3,17 @@
 Neurons are shown on the model's own anatomy, layer by layer, and never on a brain.
 """
 
-from llmbrain.plotting._comparison import plot_brain_map, plot_ceilings, plot_coupling, plot_lag_profile
-from llmbrain.plotting._maps import plot_glass_model, plot_layer_profile, plot_network
-from llmbrain.plotting._pruning import kept_widths, plot_latency, plot_tradeoff, plot_widths
-from llmbrain.plotting._tables import (
+from llmbrain.plotting.comparison import plot_brain_map, plot_ceilings, plot_coupling, plot_lag_profile
+from llmbrain.plotting.maps import plot_glass_model, plot_layer_profile, plot_network
+from llmbrain.plotting.pruning import kept_widths, plot_latency, plot_tradeoff, plot_widths
+from llmbrain.plotting.tables import (
     long_lesions,
     plot_connectivity,
     plot_lesion_table,
     plot_model_order,
     plot_stability,
 )
-from llmbrain.plotting._time import plot_carpet, plot_time_courses
+from llmbrain.plotting.time import plot_carpet, plot_time_courses
 
 __all__ = [
     "kept_widths",

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import llmbrain
 from llmbrain._validation import InputError, check_option
+from llmbrain._version import __version__
+from llmbrain.anatomy.surgery import check_cuttable, keep_heads, keep_neurons
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
-from llmbrain.evaluation.windows import as_windows, fingerprint
+from llmbrain.hooks.windows import as_windows, fingerprint
 from llmbrain.pruning.calibration import calibration_windows, check_enough, check_weights
 from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
 from llmbrain.pruning.functions import condition_weights
@@ -21,7 +22,6 @@ from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.statistics import Moments
 from llmbrain.pruning.unlearning import unlearn
 from llmbrain.pruning.walk import Change, Site, walk
-from llmbrain.surgery import check_cuttable, keep_heads, keep_neurons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def prune(
         "compensate": compensate,
         "forgetting": forgetting,
         "calibration": None if windows is None else {"hash": fingerprint(windows), "shape": list(windows.shape)},
-        "versions": {"llmbrain": llmbrain.__version__, "torch": version("torch")},
+        "versions": {"llmbrain": __version__, "torch": version("torch")},
     }
     setattr(small, RECORD, [*getattr(small, RECORD, []), record])
     return small

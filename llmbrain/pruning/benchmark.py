@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.evaluation.perplexity import perplexity
-from llmbrain.evaluation.windows import as_windows, window_length
+from llmbrain.hooks.windows import as_windows, window_length
 from llmbrain.pruning.api import prune
 from llmbrain.pruning.calibration import check_enough
 from llmbrain.pruning.criteria import CRITERIA

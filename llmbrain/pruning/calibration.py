@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy
+from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.evaluation.perplexity import predicts_next_token
-from llmbrain.evaluation.windows import as_windows, batches, evaluating, input_device, window_length
+from llmbrain.hooks.sites import Recorder, find_taps
+from llmbrain.hooks.windows import as_windows, batches, evaluating, input_device, window_length
 from llmbrain.scanning.scans import ArraySignals, Scan
-from llmbrain.scanning.sites import Recorder, find_taps
-from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

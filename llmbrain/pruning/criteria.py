@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmbrain._validation import InputError, check_option
-from llmbrain.architectures import LayerAnatomy, Projection
+from llmbrain.anatomy.families import LayerAnatomy, Projection
 from llmbrain.pruning.obs import removal_costs
 from llmbrain.pruning.statistics import Moments
 

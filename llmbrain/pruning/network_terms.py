@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy
-from llmbrain.evaluation.windows import batches, evaluating, input_device
+from llmbrain.anatomy.families import Anatomy
+from llmbrain.hooks.windows import batches, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
 
 COVER = 0.5  # of the share of its key neurons that a network would keep if neurons were cut at random

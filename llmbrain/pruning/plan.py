@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy, Projection, anatomy
-from llmbrain.evaluation.windows import fingerprint
-from llmbrain.space import NeuronSpace
+from llmbrain.anatomy.families import Anatomy, Projection, anatomy
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.hooks.windows import fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd

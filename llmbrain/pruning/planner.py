@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option
-from llmbrain.evaluation.windows import fingerprint
+from llmbrain.hooks.windows import fingerprint
 from llmbrain.pruning.allocation import ALLOCATIONS, LEVELS, Budget, from_curves, from_losses, ranked, uniform
 from llmbrain.pruning.api import fit
 from llmbrain.pruning.compensation import least_squares

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.architectures import anatomy
+from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.pruning.allocation import Budget, uniform
 from llmbrain.pruning.calibration import calibration_windows
 from llmbrain.pruning.criteria import criterion
@@ -17,7 +18,6 @@ from llmbrain.pruning.functions import condition_numbers, condition_weights, tok
 from llmbrain.pruning.network_terms import BALANCE
 from llmbrain.pruning.plan import PruningPlan, check_protect
 from llmbrain.pruning.planner import PASSES, Planner, groups_of
-from llmbrain.space import NeuronSpace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

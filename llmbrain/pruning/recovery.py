@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmbrain._validation import InputError, check_range, soft_import
-from llmbrain.architectures import anatomy
+from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.evaluation.perplexity import mean_loss
-from llmbrain.evaluation.windows import as_windows, fingerprint, input_device
+from llmbrain.hooks.windows import as_windows, fingerprint, input_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +134,7 @@ def _targets(model: nn.Module) -> list[str]:
 
 
 def _context(model: nn.Module) -> int:
-    from llmbrain.architectures import context_length
+    from llmbrain.anatomy.families import context_length
 
     return context_length(model) or 512
 

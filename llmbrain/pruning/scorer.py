@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.architectures import Projection, anatomy
+from llmbrain.anatomy.families import Projection, anatomy
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.anatomy.surgery import check_cuttable
 from llmbrain.pruning.calibration import check_enough, check_weights, signals_of_windows
 from llmbrain.pruning.criteria import Evidence, criterion
 from llmbrain.pruning.network_terms import (
@@ -29,8 +31,6 @@ from llmbrain.pruning.network_terms import (
 from llmbrain.pruning.published import PublishedScores, published_scores
 from llmbrain.pruning.statistics import gradient_pass
 from llmbrain.pruning.walk import Site, Step, walk
-from llmbrain.space import NeuronSpace
-from llmbrain.surgery import check_cuttable
 
 GROUP_SIZE = 40  # texts in a group of the published rule
 

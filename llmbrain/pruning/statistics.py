@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy
+from llmbrain.anatomy.families import Anatomy
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
-from llmbrain.evaluation.windows import batches, evaluating
+from llmbrain.hooks.windows import batches, evaluating
 from llmbrain.pruning.losses import last_states
 
 

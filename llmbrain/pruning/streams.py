@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.architectures import Anatomy, Projection
-from llmbrain.evaluation.windows import BATCH_TOKENS, batches, evaluating, input_device
+from llmbrain.anatomy.families import Anatomy, Projection
+from llmbrain.hooks.windows import BATCH_TOKENS, batches, evaluating, input_device
 
 LEAST_BATCHES = 8
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmbrain.architectures import Projection
-from llmbrain.evaluation.windows import batches, input_device
+from llmbrain.anatomy.families import Projection
+from llmbrain.hooks.windows import batches, input_device
 from llmbrain.pruning.functions import condition_numbers, token_conditions
 from llmbrain.pruning.losses import gradients_of, log_odds, token_losses
 

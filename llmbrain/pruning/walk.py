@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmbrain.architectures import Anatomy, LayerAnatomy, Projection
-from llmbrain.evaluation.windows import evaluating
+from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
+from llmbrain.anatomy.surgery import add_bias
+from llmbrain.hooks.windows import evaluating
 from llmbrain.pruning.compensation import Repair
 from llmbrain.pruning.statistics import Moments
 from llmbrain.pruning.streams import Stream, calibration_batches
-from llmbrain.surgery import add_bias
 
 HELD_OUT = 8  # one batch in so many is held out to choose the ridge
 

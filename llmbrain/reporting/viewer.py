@@ -24,11 +24,11 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import numpy as np
 
 from llmbrain._validation import InputError
-from llmbrain.reporting import _sections as parts
-from llmbrain.reporting._report import Report, Section
-from llmbrain.reporting._study import Study
-from llmbrain.reporting._text import shown_tokens
-from llmbrain.reporting._write import condition_spans, cutoffs
+from llmbrain.page.report import Report, Section
+from llmbrain.page.text import shown_tokens
+from llmbrain.reporting import sections as parts
+from llmbrain.reporting.study import Study
+from llmbrain.reporting.write import condition_spans, cutoffs
 
 HOST = "127.0.0.1"
 WINDOW = 2048  # tokens of one run that the page shows at once

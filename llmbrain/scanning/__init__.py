@@ -5,23 +5,14 @@ Public: `scan`, `load_scans`, `Scan` (one run), `Stimulus` (a text with conditio
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-_PUBLIC = {
-    "CorruptStoreError": "store",
-    "Scan": "scans",
-    "Stimulus": "stimuli",
-    "load_scans": "store",
-    "scan": "scanner",
-}
-
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"llmbrain.scanning.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'llmbrain.scanning' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "scanner": ["scan"],
+        "scans": ["Scan"],
+        "stimuli": ["Stimulus"],
+        "store": ["CorruptStoreError", "load_scans"],
+    },
+)

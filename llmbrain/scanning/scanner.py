@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.architectures import anatomy, context_length
-from llmbrain.scanning.reading import Kinds, Reader, embeddings, reading
-from llmbrain.scanning.runs import Block, Plan, Run, ScanWarning, blocks_of, read_texts
+from llmbrain.anatomy.families import anatomy, context_length
+from llmbrain.hooks.listen import Kinds, Reader, embeddings, reading
+from llmbrain.hooks.sites import Recorder, check_sites, find_taps
+from llmbrain.hooks.text import Block, Plan, Run, ScanWarning, blocks_of, read_texts
 from llmbrain.scanning.scans import Scan
-from llmbrain.scanning.sites import Recorder, check_sites, find_taps
+from llmbrain.scanning.schedule import check_same, manifest_of, model_id, say_disk
 from llmbrain.scanning.store import FileShards, MemoryShards, Shards, key_of, open_study, scans_of
-from llmbrain.scanning.study import check_same, manifest_of, model_id, say_disk
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -12,8 +12,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.scanning.stimuli import EVENT_COLUMNS, check_events
-from llmbrain.space import NeuronSpace
 
 Layers = int | Sequence[int] | NDArray[np.int64] | None
 Tokens = int | slice | Sequence[int] | NDArray[Any] | None

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.scanning.runs import encode
+from llmbrain.hooks.text import encode
 
 EVENT_COLUMNS = ("onset", "duration", "trial_type")
 

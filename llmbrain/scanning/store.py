@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmbrain._validation import InputError
-from llmbrain.scanning.runs import Run, ScanWarning
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.hooks.text import Run, ScanWarning
 from llmbrain.scanning.scans import Scan
-from llmbrain.space import NeuronSpace
 
 FORMAT = "llmbrain-scan"
 FORMAT_VERSION = 1

@@ -1,0 +1,24 @@
+"""Where a model's neurons, heads and their weights are, and how they are cut."""
+
+from llmbrain.anatomy.families import (
+    FAMILIES,
+    Anatomy,
+    Family,
+    LayerAnatomy,
+    Projection,
+    anatomy,
+    context_length,
+)
+from llmbrain.anatomy.space import NeuronSpace, grid_of
+
+__all__ = [
+    "FAMILIES",
+    "Anatomy",
+    "Family",
+    "LayerAnatomy",
+    "NeuronSpace",
+    "Projection",
+    "anatomy",
+    "context_length",
+    "grid_of",
+]

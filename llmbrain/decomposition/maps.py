@@ -1,0 +1,60 @@
+"""Units and sign of component maps, and the time courses that go with them."""
+
+from __future__ import annotations
+
+import torch
+
+from llmbrain._chunks import workers
+from llmbrain.decomposition.prepare.pca import gram
+from llmbrain.decomposition.prepare.preprocess import PreparedRun
+
+
+def standardize_maps(maps: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Maps (K, n_neurons) with zero mean and unit variance (ddof 0) over the live neurons and 0 on the others.
+
+    The sign is the one that makes the largest absolute value positive.
+    """
+    n_live = int(live.sum())
+    out = torch.empty_like(maps)
+    for row, done in zip(maps, out):  # one map at a time: no float64 copy of all
+        used = row.double() * live
+        used = (used - used.sum() / n_live) * live
+        used /= (used.square().sum() / n_live).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+        done.copy_(-used if used[used.abs().argmax()] < 0 else used)
+    return out
+
+
+class Regressor:
+    """Least squares of tokens on fixed maps, over neurons; tokens and maps are centred over the live neurons.
+
+    Parameters
+    ----------
+    maps : Tensor (K, n_columns)
+        With zero mean over the neurons used.
+    columns : slice, optional
+        Which neurons of a run they are for; all by default.
+    """
+
+    def __init__(self, maps: torch.Tensor, columns: slice | None = None) -> None:
+        self.maps, self.columns = maps, columns or slice(0, maps.shape[1])
+        self.gram = gram(maps)
+        self.inverse = torch.linalg.pinv(self.gram, hermitian=True)
+
+    def products(self, run: PreparedRun) -> torch.Tensor:
+        """Products (n_tokens, K) in float64 of every token, centred over the run's live neurons, with the maps."""
+        first = self.columns.start
+        live = run.live[self.columns]
+
+        def block(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            y = run.block(slice(first + part.start, first + part.stop))
+            return y @ self.maps[:, part].T, y.sum(dim=1)
+
+        with workers(run.device) as team:
+            found, sums = team.sum(block, self.maps.shape[1], rows=run.n_tokens)
+        # maps have zero mean over the group's neurons; only a run with fewer live ones needs this correction
+        weight = (self.maps.double() * live).sum(dim=1)
+        return found - torch.outer(sums / int(live.sum()), weight)
+
+    def time_courses(self, run: PreparedRun) -> torch.Tensor:
+        """Time courses (n_tokens, K) in float64: ``run ~ time_courses @ maps``."""
+        return self.products(run) @ self.inverse

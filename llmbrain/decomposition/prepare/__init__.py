@@ -1,0 +1,1 @@
+"""What is done to runs before an ICA: preprocessing, PCA, model order."""

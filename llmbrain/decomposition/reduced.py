@@ -1,0 +1,151 @@
+"""Runs reduced once, for everything that repeats an ICA many times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmbrain._chunks import workers
+from llmbrain._validation import InputError
+from llmbrain.decomposition.group import Source, default_run_components
+from llmbrain.decomposition.group_ica import GroupICA
+from llmbrain.decomposition.maps import Regressor, standardize_maps
+from llmbrain.decomposition.prepare.pca import GroupPCA, numerical_rank, pca_of_run, project, whiten
+from llmbrain.decomposition.prepare.preprocess import PreparedRun
+from llmbrain.decomposition.solvers.methods import unmix
+
+if TYPE_CHECKING:
+    from llmbrain.anatomy.space import NeuronSpace
+
+Array = NDArray[np.float64]
+
+
+def estimator(n_components: int, options: dict[str, Any]) -> GroupICA:
+    """A checked `GroupICA` of these settings; repeats need spatial ICA over all layers, by fastica or picard."""
+    known = GroupICA().get_params()
+    for name in options:
+        if name not in known or name in ("n_components", "random_state", "n_init"):
+            allowed = sorted(set(known) - {"n_components", "random_state", "n_init"})
+            raise InputError(f"{name}={options[name]!r} is not an option: allowed are {', '.join(allowed)}")
+    ica = GroupICA(n_components, **options)
+    ica._check_parameters()
+    for name, value in {"axis": "space", "scope": "model"}.items():
+        if getattr(ica, name) != value:
+            raise InputError(f"{name}={getattr(ica, name)!r} cannot be repeated here: only {value!r}")
+    if ica.method == "dictlearning":
+        raise InputError("method='dictlearning' has no random start to repeat: use 'fastica' or 'picard'")
+    return ica
+
+
+def reduced_runs(ica: GroupICA, source: Source, n_components: int) -> Iterator[tuple[torch.Tensor, PreparedRun]]:
+    """Each run's leading principal components ``(k, n_neurons)``, as `GroupICA` makes them, and the run itself."""
+    for run in source.prepared("reduce"):
+        pca = pca_of_run(run, slice(0, run.n_neurons), ica.run_components or n_components)
+        rows = pca.rows
+        if ica.cca:
+            rows = rows / pca.eigenvalues[: len(rows)].sqrt()[:, None].to(rows.dtype)
+        yield rows, run
+
+
+def unmix_once(
+    ica: GroupICA, white: torch.Tensor, n_live: int, random_state: np.random.RandomState
+) -> tuple[Array, bool]:
+    """One ICA of white data ``(k, n_neurons)`` from one random start: its unmixing matrix, and whether it converged."""
+    fit = unmix(
+        white,
+        method=ica.method,
+        fun=ica.fun,
+        n_init=1,
+        random_state=random_state,
+        max_iter=ica.max_iter,
+        tol=ica.tol,
+        n_samples=n_live,
+    )
+    return np.asarray(fit.unmixing, dtype=np.float64), fit.converged
+
+
+@dataclass
+class Reduced:
+    """Runs in their common principal subspace.
+
+    Attributes
+    ----------
+    ica : GroupICA
+        Holds the settings; not fitted.
+    basis : Tensor ``(size, n_neurons)``
+        White: ``basis @ basis.T / n_live`` is the identity. Any orthonormal rotation of it is white as well, and r of
+        two maps in it is the product of their coordinates.
+    live : bool Tensor ``(n_neurons,)``
+    n_live : int
+    tokens : list of array ``(n_tokens, size)``
+        Coordinates of every fitted token; empty if they were not asked for.
+    space : NeuronSpace or None
+    """
+
+    ica: GroupICA
+    basis: torch.Tensor
+    live: torch.Tensor
+    n_live: int
+    tokens: list[Array]
+    space: NeuronSpace | None
+
+    @classmethod
+    def of(cls, scans: Any, n_components: int, size: int, options: dict[str, Any], *, tokens: bool) -> Reduced:
+        """Read the runs once, or twice for `tokens`; `size` is cut to the rank of what the runs leave."""
+        ica = estimator(n_components, options)
+        source = ica._source(scans, None)
+        run_components = default_run_components(n_components, ica.cca)
+        pca = GroupPCA(4 * max(size, run_components))
+        live = None
+        with workers(source.device):
+            for rows, run in reduced_runs(ica, source, run_components):
+                live = run.live if live is None else live | run.live
+                pca.add(rows)
+            assert live is not None  # runs are never empty
+            n_live = int(live.sum())
+            stack = pca.stack()
+            rank = numerical_rank(whiten(stack, 1).eigenvalues, stack.dtype)
+            if n_components > rank:
+                raise InputError(f"n_components={n_components} is more than the rank of the reduced runs, {rank}")
+            basis = whiten(stack, min(size, rank), n_samples=n_live).data
+            coordinates = []
+            if tokens:
+                regressor = Regressor(basis)
+                for run in source.prepared("project"):
+                    coordinates.append(regressor.time_courses(run).cpu().numpy()[run.keep])
+        return cls(ica, basis, live, n_live, coordinates, source.runs.space)
+
+    def repeat(
+        self, n_components: int, *, start: np.random.RandomState, sample: np.random.RandomState | None
+    ) -> tuple[Array, bool]:
+        """One more ICA from a random `start`, of resampled tokens if there is a `sample` generator.
+
+        Returns the coordinates of its maps in the basis, ``(n_components, size)`` of unit length, and whether it
+        converged.
+        """
+        size = len(self.basis)
+        turn = np.eye(size)[:n_components] if sample is None else self._sampled_axes(n_components, sample)
+        white = project(torch.from_numpy(turn).to(self.basis.device), self.basis)
+        unmixing, converged = unmix_once(self.ica, white, self.n_live, start)
+        found = unmixing @ turn
+        return found / np.linalg.norm(found, axis=1, keepdims=True), converged
+
+    def _sampled_axes(self, n_components: int, random_state: np.random.RandomState) -> Array:
+        """Leading principal axes of runs, and tokens within runs, drawn with replacement."""
+        covariance = np.zeros((len(self.basis), len(self.basis)))
+        for run in random_state.randint(len(self.tokens), size=len(self.tokens)):
+            drawn = self.tokens[run][random_state.randint(len(self.tokens[run]), size=len(self.tokens[run]))]
+            drawn = drawn - drawn.mean(axis=0)
+            covariance += drawn.T @ drawn
+        return np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components].T.copy()
+
+    def maps(self, coordinates: Array) -> NDArray[Any]:
+        """Maps ``(k, n_neurons)`` from their coordinates, in the units and sign of ``GroupICA.components_``."""
+        with workers(self.basis.device):
+            raw = project(torch.from_numpy(coordinates).to(self.basis.device), self.basis)
+            return standardize_maps(raw, self.live).cpu().numpy()

@@ -1,0 +1,220 @@
+"""One way to read a run: a `Scan`, an array, a tensor, a NIfTI image or its path, one at a time and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmbrain._chunks import workers
+from llmbrain._validation import InputError
+
+if TYPE_CHECKING:
+    from llmbrain.anatomy.space import NeuronSpace
+
+_NIFTI = (".nii", ".nii.gz")
+
+
+def _is_image(run: Any) -> bool:
+    return hasattr(run, "dataobj") and hasattr(run, "affine")
+
+
+def _is_single(runs: Any) -> bool:
+    """Whether `runs` is one run, not a collection of runs."""
+    if isinstance(runs, (str, Path)) or _is_image(runs) or callable(getattr(runs, "data", None)):
+        return True
+    return getattr(runs, "ndim", None) == 2
+
+
+def find_non_finite(data: np.ndarray, name: str, space: NeuronSpace | None = None) -> None:
+    """Raise `InputError` naming run, token and neuron of the first NaN or infinity in a (tokens, neurons) array."""
+    # the sum is not finite if a value is not: one cheap pass, and the exact search only when it fails
+    values = torch.from_numpy(data)
+    with workers(values.device) as team:
+        (total,) = team.sum(lambda part: (values[:, part].sum(),), data.shape[1], rows=len(data))
+    if math.isfinite(float(total)):
+        return
+    for token, row in enumerate(data):
+        bad = np.flatnonzero(~np.isfinite(row))
+        if bad.size:
+            unit = int(bad[0])
+            where = f"neuron {unit}"
+            if space is not None and space.n_neurons == data.shape[1]:
+                layer, neuron = space.locate(unit)
+                where = f"neuron (layer {int(layer)}, neuron {int(neuron)})"
+            raise InputError(
+                f"{name} holds {row[unit]} at token {token}, {where}: all activations must be finite "
+                f"({bad.size} such neurons at this token)"
+            )
+
+
+class Runs(Sequence[np.ndarray]):
+    """Runs as a sequence of (n_tokens, n_neurons) float arrays that are read when asked for, and never kept.
+
+    Parameters
+    ----------
+    runs : Scan, array, tensor, NIfTI image or path, or a sequence of them
+        Anything with a ``.data()`` method is read through it. A path ends in ``.nii``, ``.nii.gz`` or ``.npy``.
+    mask_img : NIfTI image or path, optional
+        Voxels to read from NIfTI images of a brain; images written by llmbrain carry their own space and need none.
+    space : NeuronSpace, optional
+        Where the neurons lie, for arrays; taken from the runs where they know it.
+
+    Attributes
+    ----------
+    n_neurons : int or None
+        Width of every run, known after the first was read.
+    space : NeuronSpace or None
+
+    Raises
+    ------
+    InputError
+        When a run is not two-dimensional, differs in width from the first, holds a value that is not finite (named by
+        run, token and neuron), or is a NIfTI image that cannot be placed.
+    """
+
+    def __init__(self, runs: Any, *, mask_img: Any = None, space: NeuronSpace | None = None) -> None:
+        items = [runs] if _is_single(runs) else list(runs)
+        if not items:
+            raise InputError("runs is empty: pass at least one scan, array or NIfTI image")
+        self._items = items
+        self.space = space
+        self.n_neurons: int | None = space.n_neurons if space is not None else None
+        self.mask = None if mask_img is None else BrainMask(mask_img)
+        if self.mask is not None:
+            self.n_neurons = self.mask.n_voxels
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def name(self, index: int) -> str:
+        """How errors call this run: its number, and its own name or path where it has one."""
+        item = self._items[index]
+        own = item if isinstance(item, (str, Path)) else getattr(item, "name", None)
+        return f"run {index}" if not isinstance(own, (str, Path)) or not str(own) else f"run {index} ({own})"
+
+    def positions(self, index: int) -> np.ndarray | None:
+        """Position of each token in its context block, for scans; None for what does not know."""
+        positions = getattr(self._items[index], "positions", None)
+        return None if positions is None or callable(positions) else np.asarray(positions)
+
+    def lattice(self) -> np.ndarray | None:
+        """Where voxels of a brain mask lie, int (n_voxels, 3); None for neurons, whose numbers are one axis."""
+        return None if self.mask is None else np.argwhere(self.mask.volume)
+
+    def read(self, index: int, *, check: bool = True) -> np.ndarray:
+        """Read one run; `check` looks for values that are not finite."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        data, space = self._read(self._items[index], self.name(index))
+        data = _as_float(data, self.name(index))
+        self._check_space(index, data.shape[1], space)
+        if check:
+            find_non_finite(data, self.name(index), self.space)
+        return data
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            raise TypeError("read one run at a time")
+        return self.read(index)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    def _check_space(self, index: int, width: int, space: NeuronSpace | None) -> None:
+        if space is not None and space.n_neurons != width:
+            space = None  # the scan was asked for a site that its space does not describe
+        if self.n_neurons is None:
+            self.n_neurons = width
+        if width != self.n_neurons:
+            wanted = "runs before it" if index else "space or mask given"
+            raise InputError(
+                f"{self.name(index)} has {width} neurons, the {wanted} {self.n_neurons}: all must have the same neurons"
+            )
+        if self.space is None and index == 0:
+            self.space = space
+        elif space is not None and self.space is not None and space != self.space:
+            raise InputError(f"{self.name(index)} has another neuron space than the first: widths {space.widths}")
+
+    def _read(self, item: Any, name: str) -> tuple[Any, NeuronSpace | None]:
+        if isinstance(item, (str, Path)):
+            path = Path(item)
+            if not path.exists():
+                raise FileNotFoundError(f"{name}: no such file")
+            if path.name.endswith(".npy"):
+                return np.load(path, mmap_mode="c", allow_pickle=False), None
+            if not path.name.endswith(_NIFTI):
+                raise InputError(f"{name} is no run: a path must end in .nii, .nii.gz or .npy")
+            if self.mask is not None:
+                return self.mask.read(path, name), None
+            return _read_own_nifti(path)
+        if _is_image(item):
+            return (self.mask.read(item, name), None) if self.mask is not None else _read_own_nifti(item)
+        if callable(getattr(item, "data", None)):
+            space = getattr(item, "space", None)
+            return item.data(), space
+        return item, None
+
+
+def _read_own_nifti(image: Any) -> tuple[np.ndarray, NeuronSpace]:
+    from llmbrain.imaging import read_nifti
+
+    return read_nifti(image)
+
+
+def _as_float(data: Any, name: str) -> np.ndarray:
+    """A (n_tokens, n_neurons) array of float32, or float64 if it was that; no copy where none is needed."""
+    if isinstance(data, torch.Tensor):
+        data = data.detach().cpu()
+        data = (data if data.dtype == torch.float64 else data.float()).numpy()
+    data = np.asarray(data)
+    if data.ndim != 2 or 0 in data.shape or data.dtype.kind not in "fiub":
+        raise InputError(f"{name} has shape {data.shape} and dtype {data.dtype}: pass numbers, (n_tokens, n_neurons)")
+    if data.dtype not in (np.float32, np.float64):
+        data = data.astype(np.float32)
+    return data if data.flags.writeable else np.require(data, requirements="W")  # torch refuses read-only memory
+
+
+class BrainMask:
+    """A brain mask: reads the voxels inside it from images of the same grid."""
+
+    def __init__(self, mask_img: Any) -> None:
+        import nibabel
+
+        self.image = nibabel.load(mask_img) if isinstance(mask_img, (str, Path)) else mask_img
+        self.volume = np.asarray(self.image.dataobj) != 0
+        if self.volume.ndim != 3:
+            raise InputError(f"mask_img has shape {self.volume.shape}: a mask has three axes")
+        self.n_voxels = int(self.volume.sum())
+        if not self.n_voxels:
+            raise InputError("mask_img removes everything: it has no voxel other than 0")
+
+    @classmethod
+    def from_arrays(cls, volume: np.ndarray, affine: np.ndarray) -> BrainMask:
+        """A mask from a bool (x, y, z) volume and its affine."""
+        from nibabel import Nifti1Image
+
+        return cls(Nifti1Image(volume.astype(np.uint8), affine))
+
+    def image_of(self, maps: np.ndarray) -> Any:
+        """Maps (K, n_voxels) as a 4D NIfTI image in the grid of the mask."""
+        from nibabel import Nifti1Image
+
+        volume = np.zeros((*self.volume.shape, len(maps)), dtype=np.float32)
+        volume[self.volume] = maps.T
+        return Nifti1Image(volume, self.image.affine)
+
+    def read(self, image: Any, name: str) -> np.ndarray:
+        """The voxels inside the mask of a 4D image: float32 (n_volumes, n_voxels)."""
+        import nibabel
+
+        image = nibabel.load(image) if isinstance(image, (str, Path)) else image
+        if len(image.shape) != 4 or image.shape[:3] != self.volume.shape:
+            raise InputError(f"{name} has shape {image.shape}: mask_img needs {self.volume.shape} and a time axis")
+        if not np.allclose(image.affine, self.image.affine, atol=1e-4):
+            raise InputError(f"{name} and mask_img have different affines: resample one to the other first")
+        return np.ascontiguousarray(np.asarray(image.dataobj, dtype=np.float32)[self.volume].T)
