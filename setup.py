@@ -8,6 +8,7 @@ setup(
     package_dir={"llmbrain.datasets.demo_files": "data/demo"},
     package_data={
         "llmbrain.datasets.demo_files": ["*.json", "*.jsonl", "*.safetensors", "*.md"],
-        "llmbrain.reporting": ["static/*", "templates/*"],
+        "llmbrain.page": ["static/*", "templates/*"],
+        "llmbrain.reporting": ["templates/*"],
     },
 )

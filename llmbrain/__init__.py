@@ -53,7 +53,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "networks": ["FunctionalNetworks", "describe", "localizer", "match_networks", "top_tokens"],
         "pruning": ["PruningPlan", "plan_pruning", "prune", "recover"],
-        "reporting": ["write_report"],
+        "reporting": ["report", "write_report"],
         "scanning": ["Scan", "Stimulus", "load_scans", "scan"],
     },
 )

@@ -12,7 +12,6 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 
-from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.ceilings import noise_ceilings
@@ -22,7 +21,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass
-class Coupling(Reportable):
+class Coupling:
     """Correlations of K networks with R regions. All arrays are ``(K, R)`` unless said otherwise; NaN: a dead series.
 
     Attributes

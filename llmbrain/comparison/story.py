@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_range
 from llmbrain.brains.alignment import align, word_regressor
 from llmbrain.brains.fmri import FMRI, load_fmri
@@ -45,7 +44,7 @@ MOST_LAGS = 2000  # pairs whose lag profile is written
 
 
 @dataclass
-class Comparison(Reportable):
+class Comparison:
     """Result of `compare`.
 
     Attributes

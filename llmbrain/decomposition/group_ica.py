@@ -14,7 +14,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from llmbrain._chunks import workers
-from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range, resolve_device
 from llmbrain.decomposition.group import (
     Reduced,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
 
-class GroupICA(Reportable, TransformerMixin, BaseEstimator):
+class GroupICA(TransformerMixin, BaseEstimator):
     """Group ICA: functional networks that runs have in common.
 
     Each run is preprocessed, reduced by PCA and stacked; a PCA over the stack gives the group's subspace, and ICA turns

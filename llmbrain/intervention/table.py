@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
@@ -38,7 +37,7 @@ Items = dict[str, NDArray[np.float64]]  # evaluation -> (n_conditions, n_items)
 
 
 @dataclass(frozen=True)
-class LesionTable(Reportable):
+class LesionTable:
     """Network x evaluation.
 
     Attributes

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.stats.sparsity import gini, hoyer, overlap_matrix, zscore_maps
@@ -74,7 +73,7 @@ class Network:
         return f"Network({self.name}: {self.size} of {self.mask.size} neurons)"
 
 
-class FunctionalNetworks(Reportable):
+class FunctionalNetworks:
     """Functional networks of a model (or of a brain): maps, the neurons beyond a cut-off, time courses.
 
     Parameters

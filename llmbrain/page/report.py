@@ -23,14 +23,15 @@ from llmbrain._validation import InputError
 from llmbrain.page.text import number, token_label, visible
 
 SCRIPTS = ("source.js", "colour.js", "maps.js", "player.js", "app.js")
-_PACKAGE = "llmbrain.reporting"
+_PACKAGE = "llmbrain.page"
 
 
 @cache
-def environment() -> jinja2.Environment:
-    """Templates of the report; everything is escaped unless it is Markup."""
+def environment(*packages: str) -> jinja2.Environment:
+    """Templates of this room, and those in ``templates/`` of `packages`; everything is escaped unless it is Markup."""
+    loaders = [jinja2.PackageLoader(package) for package in (*packages, _PACKAGE)]
     env = jinja2.Environment(
-        loader=jinja2.PackageLoader(_PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.ChoiceLoader(loaders), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     env.filters.update(number=number, visible=visible, token_label=token_label)

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._reportable import Reportable
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, Projection, anatomy
 from llmbrain.anatomy.space import NeuronSpace
@@ -27,7 +26,7 @@ Kept = tuple[NDArray[np.int64], ...]
 
 
 @dataclass(frozen=True)
-class PruningPlan(Reportable):
+class PruningPlan:
     """Which neurons (and attention heads) of a model stay.
 
     Attributes

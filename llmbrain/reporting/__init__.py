@@ -1,7 +1,18 @@
-"""One self-contained HTML report of a study, and a local viewer for studies too large for one file."""
+"""One self-contained HTML report of a study or of one object, and a local viewer for studies too large for one file.
 
-from llmbrain.page.report import Report, Section
-from llmbrain.reporting.comparison import comparison_figures, comparison_report
-from llmbrain.reporting.write import build_report, report_of, write_report
+Public: `report` (of one object), `build_report`, `write_report` (of whatever there is), `comparison_report`,
+`comparison_figures`.
+"""
 
-__all__ = ["Report", "Section", "build_report", "comparison_figures", "comparison_report", "report_of", "write_report"]
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "comparison": ["comparison_figures", "comparison_report"],
+        "dispatch": ["report"],
+        "write": ["build_report", "write_report"],
+    },
+)

@@ -11,9 +11,9 @@ import pandas as pd
 from markupsafe import Markup
 
 from llmbrain.page.report import Report, Section, figure, render, table
+from llmbrain.reporting.contents import Contents
 from llmbrain.reporting.methods import REFERENCES as COMMON
 from llmbrain.reporting.sections import fill, provenance_section, warnings_section
-from llmbrain.reporting.study import Study
 
 SHOWN_PAIRS, SHOWN_REGIONS = 30, 80  # rows and columns that a page can be read with; the files hold all
 REFERENCES = {
@@ -186,8 +186,8 @@ def comparison_report(
     report.add(_section("Encoding, similarity, untrained copy", [], more))
     paragraphs, references = _methods(result)
     report.add(Section("Methods", fill("methods.html.j2", paragraphs=paragraphs, references=references), id="methods"))
-    study = Study(title, warnings=cautions, provenance=provenance)
-    return report.add(warnings_section(study)).add(provenance_section(study))
+    held = Contents(title, warnings=cautions, provenance=provenance)
+    return report.add(warnings_section(held)).add(provenance_section(held))
 
 
 def _section(title: str, figures: list[Any], tables: list[Any]) -> Section:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmbrain.page.text import number
-from llmbrain.reporting.study import Study, first
+from llmbrain.reporting.contents import Contents, first
 
 REFERENCES = {
     "pruning": (
@@ -78,7 +78,7 @@ _CRITERIA = {
 }  # fmt: skip
 
 
-def methods(study: Study) -> tuple[list[str], list[str]]:
+def methods(held: Contents) -> tuple[list[str], list[str]]:
     """Paragraphs of methods text and the references they call for, in order of use.
 
     Returns
@@ -93,19 +93,19 @@ def methods(study: Study) -> tuple[list[str], list[str]]:
         return short
 
     paragraphs = [
-        text for text in (_scan(study), _decomposition(study, cite), _tests(study, cite), _pruning(study, cite)) if text
+        text for text in (_scan(held), _decomposition(held, cite), _tests(held, cite), _pruning(held, cite)) if text
     ]
-    if study.comparison:
-        if any("fingerprint" in str(name).lower() for name in study.comparison):
+    if held.comparison:
+        if any("fingerprint" in str(name).lower() for name in held.comparison):
             cite("fingerprint", "")
         paragraphs.append("The tables of the comparison name their own null models and corrections.")
     return paragraphs, [REFERENCES[key] for key in used]
 
 
-def _scan(study: Study) -> str:
-    if not study.scans:
+def _scan(held: Contents) -> str:
+    if not held.scans:
         return ""
-    scans = list(study.scans)
+    scans = list(held.scans)
     scan, tokens = scans[0], sum(int(s.n_tokens) for s in scans)
     model = getattr(scan, "model_id", None)
     site = getattr(scan, "site", "neuron")
@@ -124,10 +124,10 @@ def _scan(study: Study) -> str:
     )
 
 
-def _decomposition(study: Study, cite: Any) -> str:
-    if study.networks is None:
+def _decomposition(held: Contents, cite: Any) -> str:
+    if held.networks is None:
         return ""
-    ica = study.ica
+    ica = held.ica
     parts = []
     params = ica.get_params() if hasattr(ica, "get_params") else {}
     method = str(params.get("method", params.get("algorithm", "fastica"))).lower()
@@ -148,13 +148,13 @@ def _decomposition(study: Study, cite: Any) -> str:
         parts.append(
             f"Functional networks were found by {kind} group ICA ({cite('group-ica', 'Calhoun et al. 2001')}; "
             f"{cite('melodic', 'Beckmann and Smith 2004')}): each run was reduced by principal component analysis over "
-            f"its tokens, the runs were joined, and {number(study.n_networks)} independent components were "
+            f"its tokens, the runs were joined, and {number(held.n_networks)} independent components were "
             f"estimated with {solver}{fun}{seed}{state}."
         )
     else:
-        parts.append(f"{number(study.n_networks)} component maps were used.")
-    cutoffs = getattr(study.networks, "cutoffs", None)
-    threshold = getattr(study.networks, "threshold", None)
+        parts.append(f"{number(held.n_networks)} component maps were used.")
+    cutoffs = getattr(held.networks, "cutoffs", None)
+    threshold = getattr(held.networks, "threshold", None)
     if cutoffs is not None:
         same = (cutoffs == cutoffs[0]).all() and cutoffs[0, 0] == -cutoffs[0, 1]
         threshold = float(cutoffs[0, 1]) if same else None
@@ -166,38 +166,38 @@ def _decomposition(study: Study, cite: Any) -> str:
     return " ".join(parts)
 
 
-def _tests(study: Study, cite: Any) -> str:
+def _tests(held: Contents, cite: Any) -> str:
     parts = []
-    if len(study.effects):
+    if len(held.effects):
         parts.append(
             "Condition effects are differences of mean activity in standard deviations of the time course; their null "
             "distribution comes from circular shifts of the labels, with the largest value over networks and "
             "conditions taken at each shift (family-wise error)."
         )
-    if study.stability is not None:
+    if held.stability is not None:
         parts.append(
             f"The stability of components over repeated estimation is the cluster quality Iq of ICASSO "
             f"({cite('icasso', 'Himberg et al. 2004')})."
         )
-    if study.lesion_rows is not None:
+    if held.lesion_rows is not None:
         parts.append(
             "Networks were lesioned by replacing their key neurons while the model ran; each effect stands beside that "
             "of random neurons of the same number in the same layers."
         )
-        if "q" in study.lesion_rows and study.lesion_rows["q"].notna().any():
+        if "q" in held.lesion_rows and held.lesion_rows["q"].notna().any():
             parts.append(
                 f"Cells are corrected by the false discovery rate ({cite('fdr', 'Benjamini and Hochberg 1995')})."
             )
     return " ".join(parts)
 
 
-def _pruning(study: Study, cite: Any) -> str:
-    plan = study.plan
+def _pruning(held: Contents, cite: Any) -> str:
+    plan = held.plan
     if plan is None:
         return ""
     method, ratio = str(getattr(plan, "method", "") or "a stated method"), getattr(plan, "ratio", None)
     allocation = getattr(plan, "allocation", None)
-    settings = study.provenance.get("settings") if isinstance(study.provenance, Mapping) else None
+    settings = held.provenance.get("settings") if isinstance(held.provenance, Mapping) else None
     repair = str(first(plan, "compensate") or first(settings or {}, "compensate") or "none")
     names = {"pruning": "Liu et al. 2025a", "networks": "Liu et al. 2025b", "flap": "An et al. 2024",
              "wanda": "Sun et al. 2024", "taylor": "Ma et al. 2023", "obs": "Kurtic et al. 2023",

@@ -1,4 +1,4 @@
-"""The parts of a report, each made from what there is of a `Study`."""
+"""The parts of a report, each made from what there is of its `Contents`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from llmbrain.page.report import Section, environment, figure, render, table
 from llmbrain.page.text import number, visible
+from llmbrain.reporting.contents import ALPHA, Contents, first
 from llmbrain.reporting.effects import top_tokens
 from llmbrain.reporting.methods import methods
-from llmbrain.reporting.study import ALPHA, Study, first
 
 METRICS = {
     "perplexity": ("Perplexity", "lower is better"),
@@ -25,7 +25,7 @@ METRICS = {
 
 def fill(name: str, **values: Any) -> Markup:
     """A template, rendered."""
-    return Markup(environment().get_template(name).render(**values))
+    return Markup(environment("llmbrain.reporting").get_template(name).render(**values))
 
 
 def change(before: Any, after: Any) -> str:
@@ -39,19 +39,19 @@ def change(before: Any, after: Any) -> str:
     return f"{100 * (after - before) / abs(before):+.1f}%".replace("-", "−")
 
 
-def network_rows(study: Study) -> list[dict[str, Any]]:
+def network_rows(held: Contents) -> list[dict[str, Any]]:
     """What is known of each network, for its page and for the table of all."""
-    if study.networks is None:
+    if held.networks is None:
         return []
-    maps, masks = np.asarray(study.networks.maps), np.asarray(study.networks.masks)
+    maps, masks = np.asarray(held.networks.maps), np.asarray(held.networks.masks)
     rows = []
-    for k, name in enumerate(study.names):
+    for k, name in enumerate(held.names):
         mask, values = masks[k], maps[k]
         strongest = np.flatnonzero(mask)
         strongest = strongest[np.argsort(-np.abs(values[strongest]), kind="stable")[:12]]
         where: list[tuple[int | None, int]] = [(None, int(i)) for i in strongest]
-        if study.space is not None and len(strongest):
-            layer, neuron = study.space.locate(strongest)
+        if held.space is not None and len(strongest):
+            layer, neuron = held.space.locate(strongest)
             where = list(zip(layer.tolist(), neuron.tolist()))
         row: dict[str, Any] = {
             "index": k,
@@ -62,31 +62,31 @@ def network_rows(study: Study) -> list[dict[str, Any]]:
             "positive": int((mask & (values > 0)).sum()),
             "negative": int((mask & (values < 0)).sum()),
             "key": [(place, float(values[i])) for place, i in zip(where, strongest)],
-            "profile": None if study.profiles is None else study.profiles[k].tolist(),
-            "iq": None if study.iq is None else float(study.iq[k]),
+            "profile": None if held.profiles is None else held.profiles[k].tolist(),
+            "iq": None if held.iq is None else float(held.iq[k]),
             "peak": None,
         }
-        if study.profiles is not None and row["size"]:
-            row["peak"] = int(study.profiles[k].argmax())
-        row.update(_activity(study, k), **_responses(study, name, k))
+        if held.profiles is not None and row["size"]:
+            row["peak"] = int(held.profiles[k].argmax())
+        row.update(_activity(held, k), **_responses(held, name, k))
         rows.append(row)
     return rows
 
 
-def _activity(study: Study, k: int) -> dict[str, Any]:
-    if study.courses is None or not study.runs:
+def _activity(held: Contents, k: int) -> dict[str, Any]:
+    if held.courses is None or not held.runs:
         return {"top": [], "low": [], "types": []}
     return {
-        "top": top_tokens(study.bound, k, study.runs, study.texts, 7),
-        "low": top_tokens(study.bound, k, study.runs, study.texts, 5, sign=-1),
-        "types": study.types[k],
+        "top": top_tokens(held.bound, k, held.runs, held.texts, 7),
+        "low": top_tokens(held.bound, k, held.runs, held.texts, 5, sign=-1),
+        "types": held.types[k],
     }
 
 
-def _responses(study: Study, name: str, k: int) -> dict[str, Any]:
-    effects = study.effects
+def _responses(held: Contents, name: str, k: int) -> dict[str, Any]:
+    effects = held.effects
     effects = effects[effects["network"] == k].sort_values("effect", ascending=False) if len(effects) else effects
-    lesions = study.lesion_rows
+    lesions = held.lesion_rows
     if lesions is not None:
         lesions = lesions[lesions["network"] == name]
         lesions = lesions.sort_values("effect", key=np.abs, ascending=False)
@@ -104,58 +104,58 @@ def _responses(study: Study, name: str, k: int) -> dict[str, Any]:
 # -- sections ----------------------------------------------------------------------------------------------------------
 
 
-def summary(study: Study, rows: list[dict[str, Any]]) -> Section:
+def summary(held: Contents, rows: list[dict[str, Any]]) -> Section:
     """Summary: the numbers, all networks in one picture, one line a network."""
     cards = []
     for key, (label, hint) in METRICS.items():
-        before, after = (None if side is None else side.get(key) for side in (study.dense, study.pruned))
+        before, after = (None if side is None else side.get(key) for side in (held.dense, held.pruned))
         if before is not None or after is not None:
             both = before is not None and after is not None
             value = number(after, 4) if both else number(before if after is None else after, 4)
             detail = f"before {number(before, 4)} ({change(before, after)})" if both else ""
             cards.append({"label": label, "value": value, "detail": detail, "hint": hint})
-    if study.networks is not None:
-        union = int(np.asarray(study.networks.masks).any(axis=0).sum())
-        total = int(np.shape(study.networks.maps)[1])
-        cards.insert(0, {"label": "Functional networks", "value": number(study.n_networks), "hint": "",
+    if held.networks is not None:
+        union = int(np.asarray(held.networks.masks).any(axis=0).sum())
+        total = int(np.shape(held.networks.maps)[1])
+        cards.insert(0, {"label": "Functional networks", "value": number(held.n_networks), "hint": "",
                          "detail": f"{number(union)} key neurons, {100 * union / total:.3g}% of all"})  # fmt: skip
-    if study.scans:
-        tokens = sum(int(scan.n_tokens) for scan in study.scans)
-        runs = f"{len(study.scans)} {'run' if len(study.scans) == 1 else 'runs'}"
+    if held.scans:
+        tokens = sum(int(scan.n_tokens) for scan in held.scans)
+        runs = f"{len(held.scans)} {'run' if len(held.scans) == 1 else 'runs'}"
         cards.append({"label": "Tokens read", "value": number(tokens), "detail": runs, "hint": ""})
     glass: Any = ""
-    if study.networks is not None and study.space is not None:
+    if held.networks is not None and held.space is not None:
         from llmbrain.plotting import plot_glass_model
 
         glass = figure(
-            plot_glass_model(study.networks),
+            plot_glass_model(held.networks),
             "Every network on the model's own anatomy: the text enters at the left, each pane is a layer, each dot a "
             "key neuron (orange above zero, blue below).",
             "Glass model: key neurons of each network in the layers of the model",
         )
-    body = fill("summary.html.j2", cards=cards, rows=rows, glass=glass, study=study, warnings=len(study.warnings))
+    body = fill("summary.html.j2", cards=cards, rows=rows, glass=glass, warnings=len(held.warnings))
     return Section("Summary", body, id="summary")
 
 
-def explorer(study: Study, *, recorded: bool = False) -> Section:
+def explorer(held: Contents, *, recorded: bool = False) -> Section:
     """The viewer: maps, text and time courses together; `recorded` where a server can show the scan itself."""
     missing = []
-    if study.networks is None and recorded:
+    if held.networks is None and recorded:
         missing.append("No networks here: this is the recording itself, token by token.")
-    elif study.networks is None:
+    elif held.networks is None:
         missing.append("No networks were given, so there is no map to look at.")
-    elif study.space is None:
+    elif held.space is None:
         missing.append("The networks do not know their layers (no NeuronSpace), so their maps cannot be laid out.")
-    if study.networks is not None and study.courses is None:
+    if held.networks is not None and held.courses is None:
         missing.append("No time courses were given: pass ica=, or networks with time_courses.")
-    elif study.networks is not None and not study.runs:
+    elif held.networks is not None and not held.runs:
         missing.append("No scans were given that fit the time courses, so the text cannot be shown.")
-    show = study.space is not None or (recorded and study.layout is not None)
-    body = fill("viewer.html.j2", missing=missing, show=show, text=bool(study.runs) or recorded)
+    show = held.space is not None or (recorded and held.layout is not None)
+    body = fill("viewer.html.j2", missing=missing, show=show, text=bool(held.runs) or recorded)
     return Section("Networks", body, id="networks")
 
 
-def network_page(row: dict[str, Any], study: Study) -> Section:
+def network_page(row: dict[str, Any], held: Contents) -> Section:
     """The page of one network."""
     reasons = {
         "tokens": "Which tokens drive it is not known: there are no time courses with their text.",
@@ -163,36 +163,36 @@ def network_page(row: dict[str, Any], study: Study) -> Section:
         "stability": "Stability was not measured: see llmbrain.ica_stability.",
         "lesions": "No lesion was tried: see llmbrain.networks.lesion_table.",
     }
-    runs = [visible(getattr(scan, "name", "") or f"run {i}") for i, scan in enumerate(study.runs)]
+    runs = [visible(getattr(scan, "name", "") or f"run {i}") for i, scan in enumerate(held.runs)]
     body = fill("network.html.j2", net=row, reasons=reasons, alpha=ALPHA, runs=runs)
     return Section(row["name"], body, id=row["id"], part="network")
 
 
-def relations(study: Study) -> Section | None:
+def relations(held: Contents) -> Section | None:
     """How networks hang together: lesions of all, layers of all, connectivity, stability."""
     from llmbrain import plotting
 
     parts: list[Any] = []
-    if study.lesion_rows is not None:
+    if held.lesion_rows is not None:
         caption = "What the lesion of each network (rows) does to each evaluation. Numbers: beyond random neurons (p < "
         caption += "0.05); with a star: after correction over the whole table too."
-        parts.append(figure(plotting.plot_lesion_table(study.lesion_rows), caption))
-    if study.profiles is not None:
-        parts.append(figure(plotting.plot_layer_profile(study.networks), "Where the key neurons of each network lie."))
-    matrix = study.connectivity
+        parts.append(figure(plotting.plot_lesion_table(held.lesion_rows), caption))
+    if held.profiles is not None:
+        parts.append(figure(plotting.plot_layer_profile(held.networks), "Where the key neurons of each network lie."))
+    matrix = held.connectivity
     matrix = first(matrix, "correlation", "matrix", "connectivity") if not _matrix(matrix) else matrix
     if matrix is not None and _matrix(matrix):
         parts.append(
-            figure(plotting.plot_connectivity(matrix, names=study.names or None), "Connectivity between networks.")
+            figure(plotting.plot_connectivity(matrix, names=held.names or None), "Connectivity between networks.")
         )
-    if study.iq is not None:
+    if held.iq is not None:
         parts.append(
-            figure(plotting.plot_stability(study.iq, names=study.names), "Stability of the networks, best first.")
+            figure(plotting.plot_stability(held.iq, names=held.names), "Stability of the networks, best first.")
         )
     body = Markup('<div class="side">{}</div>').format(render(parts))
-    if study.lesion_rows is not None:
+    if held.lesion_rows is not None:
         body += fill("details.html.j2", title="Numbers of the lesion table",
-                     body=table(study.lesion_rows.dropna(axis=1, how="all")))  # fmt: skip
+                     body=table(held.lesion_rows.dropna(axis=1, how="all")))  # fmt: skip
     return Section("All networks together", body, id="relations") if parts else None
 
 
@@ -200,17 +200,17 @@ def _matrix(value: Any) -> bool:
     return isinstance(value, (np.ndarray, pd.DataFrame)) and np.ndim(value) == 2 and value.shape[0] == value.shape[1]
 
 
-def pruning(study: Study) -> Section:
+def pruning(held: Contents) -> Section:
     """What was cut, and what it cost."""
     from llmbrain import plotting
 
     parts: list[Any] = []
     missing = []
-    if study.dense is not None or study.pruned is not None:
-        keys = dict.fromkeys([*METRICS, *(study.dense or {}), *(study.pruned or {})])
+    if held.dense is not None or held.pruned is not None:
+        keys = dict.fromkeys([*METRICS, *(held.dense or {}), *(held.pruned or {})])
         rows = []
         for key in keys:
-            before, after = ((side or {}).get(key) for side in (study.dense, study.pruned))
+            before, after = ((side or {}).get(key) for side in (held.dense, held.pruned))
             if (before is None and after is None) or isinstance(before or after, (Mapping, list, tuple)):
                 continue
             label = METRICS.get(key, (str(key).replace("_", " "), ""))[0]
@@ -219,35 +219,35 @@ def pruning(study: Study) -> Section:
         parts.append(table(frame, "The model before and after the cut"))
     else:
         missing.append("The model was not measured before and after a cut.")
-    if study.plan is not None:
-        widths = _widths_before(study)
-        parts.append(figure(plotting.plot_widths(study.plan, widths), "MLP neurons kept in each layer."))
-        if hasattr(study.plan, "summary"):
-            parts.append(fill("lines.html.j2", lines=str(study.plan.summary()).splitlines()))
+    if held.plan is not None:
+        widths = _widths_before(held)
+        parts.append(figure(plotting.plot_widths(held.plan, widths), "MLP neurons kept in each layer."))
+        if hasattr(held.plan, "summary"):
+            parts.append(fill("lines.html.j2", lines=str(held.plan.summary()).splitlines()))
     else:
         missing.append("Nothing was pruned: no plan was given.")
-    if study.abilities is not None:
-        parts.append(table(study.abilities, "Abilities before and after"))
+    if held.abilities is not None:
+        parts.append(table(held.abilities, "Abilities before and after"))
     body = fill("missing.html.j2", lines=missing) + Markup('<div class="side">{}</div>').format(render(parts))
     return Section("Pruning", body, id="pruning")
 
 
-def _widths_before(study: Study) -> list[int] | None:
+def _widths_before(held: Contents) -> list[int] | None:
     from llmbrain.plotting import kept_widths
 
-    kept, before = kept_widths(study.plan)
+    kept, before = kept_widths(held.plan)
     if before is not None:
         return before
-    space = study.space or (getattr(study.scans[0], "space", None) if study.scans else None)
+    space = held.space or (getattr(held.scans[0], "space", None) if held.scans else None)
     return list(space.widths) if space is not None and space.n_layers == len(kept) else None
 
 
-def comparison(study: Study) -> Section | None:
+def comparison(held: Contents) -> Section | None:
     """Tables, figures and results of a comparison, under their names."""
-    if not study.comparison:
+    if not held.comparison:
         return None
     body = Markup("")
-    for name, value in study.comparison.items():
+    for name, value in held.comparison.items():
         shown = render(coupling(value) if hasattr(value, "lag_r") else value)
         body += Markup("<h3>{}</h3>").format(visible(str(name).replace("_", " ")))
         body += Markup('<div class="prose">{}</div>').format(shown)
@@ -280,19 +280,19 @@ def coupling(result: Any) -> list[Any]:
     return [Markup('<div class="side">{}{}</div>').format(pairs, lags), *ceilings, numbers]
 
 
-def methods_section(study: Study) -> Section:
+def methods_section(held: Contents) -> Section:
     """Methods text and references, ready to paste."""
-    paragraphs, references = methods(study)
+    paragraphs, references = methods(held)
     return Section("Methods", fill("methods.html.j2", paragraphs=paragraphs, references=references), id="methods")
 
 
-def warnings_section(study: Study) -> Section:
+def warnings_section(held: Contents) -> Section:
     """Warnings, and what this report had to leave out."""
-    lines = [visible(str(getattr(warning, "message", warning))) for warning in study.warnings]
-    return Section("Warnings", fill("warnings.html.j2", warnings=lines, notes=study.notes), id="warnings")
+    lines = [visible(str(getattr(warning, "message", warning))) for warning in held.warnings]
+    return Section("Warnings", fill("warnings.html.j2", warnings=lines, notes=held.notes), id="warnings")
 
 
-def provenance_section(study: Study) -> Section:
+def provenance_section(held: Contents) -> Section:
     """Where it all comes from: nested mappings as rows ``a.b``."""
     rows: list[tuple[str, str]] = []
 
@@ -304,6 +304,6 @@ def provenance_section(study: Study) -> Section:
             shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
             rows.append((visible(prefix), visible(shown)))
 
-    if study.provenance is not None:
-        walk("", dict(study.provenance) if isinstance(study.provenance, Mapping) else {"": study.provenance})
+    if held.provenance is not None:
+        walk("", dict(held.provenance) if isinstance(held.provenance, Mapping) else {"": held.provenance})
     return Section("Provenance", fill("provenance.html.j2", rows=rows), id="provenance")

@@ -27,7 +27,7 @@ from llmbrain._validation import InputError
 from llmbrain.page.report import Report, Section
 from llmbrain.page.text import shown_tokens
 from llmbrain.reporting import sections as parts
-from llmbrain.reporting.study import Study
+from llmbrain.reporting.contents import Contents
 from llmbrain.reporting.write import condition_spans, cutoffs
 
 HOST = "127.0.0.1"
@@ -87,9 +87,9 @@ class StudyFolder:
         return None
 
     @cached_property
-    def study(self) -> Study:
-        """The study as the report sees it."""
-        return Study(f"llmbrain: {self.root.name}", scans=self.scans or None, networks=self.networks)
+    def contents(self) -> Contents:
+        """What is in it, as the report sees it."""
+        return Contents(f"llmbrain: {self.root.name}", scans=self.scans or None, networks=self.networks)
 
     @cached_property
     def windows(self) -> list[tuple[int, int, int]]:
@@ -108,19 +108,19 @@ class StudyFolder:
     @cached_property
     def page(self) -> bytes:
         """The page itself, without numbers."""
-        study = self.study
-        rows = parts.network_rows(study)
-        report = Report(study.title, subtitle=str(self.root))
-        space = study.layout
+        held = self.contents
+        rows = parts.network_rows(held)
+        report = Report(held.title, subtitle=str(self.root))
+        space = held.layout
         report.viewer = {
-            "source": "server", "names": study.names, "runs": [self._window(w) for w in range(len(self.windows))],
+            "source": "server", "names": held.names, "runs": [self._window(w) for w in range(len(self.windows))],
             "space": None if space is None else {"widths": list(space.widths), "grid": list(space.grid)},
-            "cutoffs": cutoffs(study) if study.networks is not None else [],
-            "profiles": None if study.profiles is None else study.profiles.tolist(),
+            "cutoffs": cutoffs(held) if held.networks is not None else [],
+            "profiles": None if held.profiles is None else held.profiles.tolist(),
         }  # fmt: skip
-        report.add(parts.explorer(study, recorded=bool(self.scans)))
+        report.add(parts.explorer(held, recorded=bool(self.scans)))
         for row in rows:
-            report.add(parts.network_page(row, study))
+            report.add(parts.network_page(row, held))
         files = sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if self._is_inside(p))
         links = [("files/" + quote(name), name) for name in files[:500]]
         more = len(files) - len(links)
@@ -133,7 +133,7 @@ class StudyFolder:
         name = str(scan.name or f"run {i}")
         if scan.n_tokens > WINDOW:
             name += f", {start:,} to {stop - 1:,}"
-        return {"name": name, "n": stop - start, "of": stop - start, "courses": bool(self.study.runs)}
+        return {"name": name, "n": stop - start, "of": stop - start, "courses": bool(self.contents.runs)}
 
     def read_ahead(self) -> None:
         """Read a little of every stretch of every scan: a store checks each of its files once, when it is first read.
@@ -152,7 +152,7 @@ class StudyFolder:
 
     def map(self, network: int) -> np.ndarray:
         """One map, float32 ``(n_neurons,)``."""
-        count = self.study.n_networks
+        count = self.contents.n_networks
         if not 0 <= network < count:
             raise Refused(HTTPStatus.NOT_FOUND, f"network={network} does not exist: the study has {count}")
         return np.asarray(self.networks.maps[network], dtype="<f4")
@@ -169,9 +169,9 @@ class StudyFolder:
     def courses(self, window: int) -> np.ndarray:
         """Time courses of one window, float32 ``(n_networks, n_tokens)``."""
         i, start, stop = self._at(window)
-        if self.study.courses is None or not self.study.runs:
+        if self.contents.courses is None or not self.contents.runs:
             raise Refused(HTTPStatus.NOT_FOUND, "the study has no time courses that fit its scans")
-        return np.ascontiguousarray(self.study.courses[i][start:stop].T, dtype="<f4")
+        return np.ascontiguousarray(self.contents.courses[i][start:stop].T, dtype="<f4")
 
     def volume(self, window: int, token: int, layer: int | None = None) -> tuple[np.ndarray, float]:
         """What was recorded at one token, float32, in all layers or one; and the end of its colour scale."""
@@ -197,7 +197,7 @@ class StudyFolder:
     def _site(self, run: int) -> str:
         """The site of a scan that the maps are about."""
         scan = self.scans[run]
-        site = next((name for name in scan.sites if scan.spaces[name] == self.study.layout), None)
+        site = next((name for name in scan.sites if scan.spaces[name] == self.contents.layout), None)
         if site is None:
             raise Refused(HTTPStatus.NOT_FOUND, "the scan was recorded at another site than the networks")
         return str(site)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import llmbrain as lb
 from llmbrain import InputError
 from llmbrain.brains import prepare, word_regressor
 from llmbrain.comparison import compare
@@ -38,7 +39,7 @@ def test_phantom_from_files_to_tables(tmp_path):
     assert report["controls"] == ["word rate", "position"]
     assert report["controls_missing"] == ["log frequency", "sound power"]
     assert {p.stem for p in (tmp_path / "out").glob("*.tsv")} == set(result.tables)
-    page = result.generate_report(title="a <phantom>").html()
+    page = lb.report(result, title="a <phantom>").html()
     assert "a &lt;phantom&gt;" in page
     assert "2 of 20 pairs" in " ".join(result.findings())
     assert all(line[:40] in page for line in result.findings())

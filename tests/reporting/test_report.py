@@ -20,11 +20,16 @@ import pandas as pd
 import pytest
 from study_data import KINDS, NASTY, SPACE, make_everything, make_study
 
+import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.decomposition import GroupICA
+from llmbrain.intervention import LesionTable
 from llmbrain.networks import FunctionalNetworks
+from llmbrain.page import Report, Section
 from llmbrain.page.text import number, shown_tokens, token_label, visible
-from llmbrain.reporting import Report, Section, build_report, report_of, write_report
+from llmbrain.pruning import PruningPlan
+from llmbrain.reporting import build_report, write_report
 from llmbrain.reporting.effects import condition_effects, labels_of, token_types, top_tokens
 from llmbrain.reporting.pack import STEPS, blob, codebook, decode, encode, pack_maps
 from llmbrain.scanning import Scan
@@ -372,28 +377,48 @@ def test_token_types_are_means_of_what_is_seen_often() -> None:
     assert [token_label(text) for text in (" the", "\n", "  ", "", "a\tb")] == ["the", "↵", "␣", "∅", "a⇥b"]
 
 
-# -- generate_report -------------------------------------------------------------------------------------------------
+# -- lb.report ---------------------------------------------------------------------------------------------------------
 
 
-def test_objects_make_their_own_reports() -> None:
-    from llmbrain.decomposition import GroupICA
-    from llmbrain.intervention import LesionTable
-    from llmbrain.pruning import PruningPlan
-
+def test_each_kind_of_object_has_its_report() -> None:
     study = make_everything()
-    networks = study["networks"]
-    assert "IC02" in networks.generate_report(scans=study["scans"], title="Mine").html()
-    ica = GroupICA(2, run_components=3).fit(study["scans"])
-    page = ica.generate_report(scans=study["scans"])
-    assert len(data_of(page.html())["runs"]) == 2
+    assert "IC02" in lb.report(study["networks"], scans=study["scans"], title="Mine").html()
     kept = (np.arange(10), np.arange(20), np.arange(15))
     plan = PruningPlan("flap", "uniform", 0.4, kept, (30, 20, 30), "")
-    assert "An et al. 2024" in Page(plan.generate_report().html()).text
+    assert "An et al. 2024" in Page(lb.report(plan).html()).text
     draws = pd.DataFrame(columns=["network", "evaluation", "control", "draw", "effect"])
     table = LesionTable(study["lesions"].assign(harm=study["lesions"]["effect"]), draws, {})
-    assert "0.732" in Page(table.generate_report().html()).text
-    with pytest.raises(InputError, match="type of object"):
-        report_of(object())
+    assert "0.732" in Page(lb.report(table).html()).text
+
+
+def test_a_subclass_has_the_report_of_its_class() -> None:
+    class MyICA(GroupICA):
+        pass
+
+    class MyNetworks(FunctionalNetworks):
+        pass
+
+    study = make_everything()
+    page = lb.report(MyICA(2, run_components=3).fit(study["scans"]), scans=study["scans"])
+    assert len(data_of(page.html())["runs"]) == 2
+    assert page.title == "llmbrain: MyICA"
+    assert "IC01" in lb.report(MyNetworks(study["networks"].maps, SPACE)).html()
+
+
+def test_what_has_no_report_is_said_and_can_be_given_one() -> None:
+    class Mine:
+        pass
+
+    with pytest.raises(InputError, match=r"obj=Mine has no report: allowed are .*FunctionalNetworks, GroupICA"):
+        lb.report(Mine())
+    with pytest.raises(InputError, match="fit it first"):
+        lb.report(GroupICA(2))
+
+    def report_mine(obj: Mine, **contents: Any) -> Report:
+        return Report("mine")
+
+    lb.report.register(Mine, report_mine)
+    assert lb.report(Mine()).title == "mine"
 
 
 def test_coupling_with_a_brain_is_shown_with_its_null() -> None:

@@ -19,8 +19,8 @@ SAME = 0.5  # |r| of two maps that counts as the same component
 
 
 @dataclass
-class Study:
-    """Everything `write_report` was given; each part may be missing."""
+class Contents:
+    """Everything `build_report` was given; each part may be missing."""
 
     title: str
     scans: Sequence[Any] | None = None
