@@ -26,8 +26,8 @@ from llmbrain.hooks.windows import as_windows
 from llmbrain.networks import localizer
 from llmbrain.networks.thresholds import phase_randomise
 from llmbrain.pruning.benchmark import compare_methods
-from llmbrain.pruning.calibration import calibration_windows, mixed_windows, signals_of_windows, write_windows
-from llmbrain.pruning.functions import condition_weights
+from llmbrain.pruning.calibrate.windows import calibration_windows, mixed_windows, signals_of_windows, write_windows
+from llmbrain.pruning.forget.conditions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.planner import Planner
 

@@ -121,8 +121,8 @@ def main_job(
     from llmbrain.decomposition import GroupICA
     from llmbrain.hooks.sites import check_sites
     from llmbrain.networks import FunctionalNetworks
-    from llmbrain.pruning.api import COMPENSATIONS
     from llmbrain.pruning.criteria import CRITERIA
+    from llmbrain.pruning.prune import COMPENSATIONS
     from llmbrain.scanning import scan
 
     check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)

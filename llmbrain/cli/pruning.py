@@ -105,7 +105,7 @@ def _evidence(
     windows = None
     if self_text:
         from llmbrain.hooks.windows import as_windows
-        from llmbrain.pruning.calibration import mixed_windows, write_windows
+        from llmbrain.pruning.calibrate.windows import mixed_windows, write_windows
 
         say(f"the model writes {self_text} windows of calibration text")
         windows = mixed_windows(
@@ -127,7 +127,7 @@ def _find_networks(
     from llmbrain.cli.main_job import limit_tokens
     from llmbrain.decomposition import GroupICA
     from llmbrain.networks import FunctionalNetworks
-    from llmbrain.pruning.calibration import signals_of_windows
+    from llmbrain.pruning.calibrate.windows import signals_of_windows
     from llmbrain.scanning import scan
 
     if scans:

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from llmbrain._validation import InputError, check_range
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.hooks.windows import as_windows, window_length
-from llmbrain.pruning.api import prune
-from llmbrain.pruning.calibration import check_enough
+from llmbrain.pruning.calibrate.windows import check_enough
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.planner import Planner
+from llmbrain.pruning.prune import prune
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option
 from llmbrain.hooks.windows import fingerprint
-from llmbrain.pruning.allocation import ALLOCATIONS, LEVELS, Budget, from_curves, from_losses, ranked, uniform
-from llmbrain.pruning.api import fit
-from llmbrain.pruning.compensation import least_squares
-from llmbrain.pruning.losses import Objective
+from llmbrain.pruning.allocate.widths import ALLOCATIONS, LEVELS, Budget, from_curves, from_losses, ranked, uniform
+from llmbrain.pruning.calibrate.losses import Objective
+from llmbrain.pruning.calibrate.walk import Change, Site, Step, restored, split_windows, walk, write
+from llmbrain.pruning.criteria.scorer import Scorer, best_units
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
-from llmbrain.pruning.scorer import Scorer, best_units
-from llmbrain.pruning.walk import Change, Site, Step, restored, split_windows, walk, write
+from llmbrain.pruning.prune import fit
+from llmbrain.pruning.repair.least_squares import least_squares
 
 PASSES = 24  # forward passes over the calibration text that a search may cost
 OF_SENSITIVITY = 1 / 3  # share of them for the sensitivities it starts from

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.pruning.allocation import Budget, uniform
-from llmbrain.pruning.calibration import calibration_windows
+from llmbrain.pruning.allocate.widths import Budget, uniform
+from llmbrain.pruning.calibrate.windows import calibration_windows
 from llmbrain.pruning.criteria import criterion
-from llmbrain.pruning.forgetting import LEVEL, neurons_to_forget
-from llmbrain.pruning.functions import condition_numbers, condition_weights, token_conditions
-from llmbrain.pruning.network_terms import BALANCE
+from llmbrain.pruning.criteria.networks import BALANCE
+from llmbrain.pruning.forget.conditions import condition_numbers, condition_weights, token_conditions
+from llmbrain.pruning.forget.neurons import LEVEL, neurons_to_forget
 from llmbrain.pruning.plan import PruningPlan, check_protect
 from llmbrain.pruning.planner import PASSES, Planner, groups_of
 
@@ -89,12 +89,12 @@ def plan_pruning(
         How much each calibration token counts.
     token_balance : float
         With ``"networks"``: how far to go from equal tokens (0) to weights by what the networks leave unexplained (1),
-        so that rare functions are not drowned by frequent ones: see `llmbrain.pruning.network_terms`. `weights` go
+        so that rare functions are not drowned by frequent ones: see `llmbrain.pruning.criteria.networks`. `weights` go
         first. `prune` takes the weights over from the plan.
     keep, forget : sequence of str, optional
-        Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.functions`. Both
-        take the scans as calibration; `forget` first removes the neurons of
-        `llmbrain.pruning.forgetting.neurons_to_forget`; with ``ratio=None`` no more than those.
+        Conditions (of the scans' events) whose function is to stay, or to go: see
+        `llmbrain.pruning.forget.conditions`. Both take the scans as calibration; `forget` first removes the neurons of
+        `llmbrain.pruning.forget.neurons.neurons_to_forget`; with ``ratio=None`` no more than those.
     level : float
         Of `forget`: share of a condition's known tokens that may still be predicted.
     rule : dict, optional

@@ -10,8 +10,8 @@ from tiny_models import VOCAB, tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, Stimulus, plan_pruning, prune, scan
 from llmbrain.anatomy.families import anatomy
-from llmbrain.pruning.functions import condition_weights, token_conditions
-from llmbrain.pruning.losses import Objective, log_odds
+from llmbrain.pruning.calibrate.losses import Objective, log_odds
+from llmbrain.pruning.forget.conditions import condition_weights, token_conditions
 
 
 def windows(n=40, length=16, seed=0):

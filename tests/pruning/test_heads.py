@@ -13,11 +13,11 @@ from tiny_models import VOCAB, tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, plan_pruning, prune, scan
 from llmbrain.anatomy.families import anatomy
-from llmbrain.pruning.allocation import LEVELS
+from llmbrain.pruning.allocate.widths import LEVELS
+from llmbrain.pruning.calibrate.gradients import gradient_pass
 from llmbrain.pruning.criteria import CRITERIA
-from llmbrain.pruning.network_terms import layer_masks, unexplained_energy
+from llmbrain.pruning.criteria.networks import layer_masks, unexplained_energy
 from llmbrain.pruning.planner import Planner
-from llmbrain.pruning.statistics import gradient_pass
 
 
 def windows(n=40, length=16, seed=0):

@@ -12,17 +12,18 @@ from tiny_models import MODELS, VOCAB, tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace, plan_pruning, prune
 from llmbrain.anatomy.families import anatomy
-from llmbrain.pruning.allocation import LEVELS, Budget, from_curves, from_losses, ranked, uniform
+from llmbrain.pruning.allocate.widths import LEVELS, Budget, from_curves, from_losses, ranked, uniform
 from llmbrain.pruning.benchmark import compare_methods
-from llmbrain.pruning.calibration import mixed_windows, write_windows
-from llmbrain.pruning.losses import Objective, last_states
-from llmbrain.pruning.network_terms import balanced_weights, covered, unexplained_energy
-from llmbrain.pruning.obs import removal_costs
+from llmbrain.pruning.calibrate.gradients import gradient_pass
+from llmbrain.pruning.calibrate.losses import Objective, last_states
+from llmbrain.pruning.calibrate.moments import Moments
+from llmbrain.pruning.calibrate.stream import Stream
+from llmbrain.pruning.calibrate.walk import split_windows
+from llmbrain.pruning.calibrate.windows import mixed_windows, write_windows
+from llmbrain.pruning.criteria.networks import balanced_weights, covered, unexplained_energy
+from llmbrain.pruning.criteria.obs import removal_costs
 from llmbrain.pruning.planner import Planner
 from llmbrain.pruning.recovery import recover
-from llmbrain.pruning.statistics import Moments, gradient_pass
-from llmbrain.pruning.streams import Stream
-from llmbrain.pruning.walk import split_windows
 
 FAMILIES = sorted(set(MODELS) - {"mixtral"})
 

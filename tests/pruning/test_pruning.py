@@ -11,9 +11,9 @@ from tiny_models import MODELS, VOCAB, tiny, tiny_tokenizer
 
 from llmbrain import InputError, PruningPlan, load_pruned, plan_pruning, prune, save_pruned, scan
 from llmbrain.anatomy.families import anatomy
+from llmbrain.pruning.calibrate.gradients import gradient_pass
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.plan import weights_fingerprint
-from llmbrain.pruning.statistics import gradient_pass
 
 FAMILIES = sorted(set(MODELS) - {"mixtral"})
 CAUSAL = sorted(set(FAMILIES) - {"bert", "roberta", "distilbert", "modernbert"})

@@ -5,8 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmbrain.pruning.criteria.base import Evidence, register
+
+RIDGE = 1e-3  # relative damping of covariances that are inverted
 STEPS = 256  # at most so many removals with their own update; wider layers lose several units a step
 BLOCK = 64  # columns whose update of the inverse waits, so that it is one matrix product
+
+
+@register("obs", "moments", sequential=True)
+def obs(e: Evidence) -> Tensor:
+    """Greedy structured optimal brain surgeon: ``|W_j|^2 / [C^-1]_jj``, W and C^-1 updated after each removal.
+
+    ZipLM (arXiv 2302.04089, eq. 3-5), OSSCAR (2403.12983), SlimGPT (2412.18110). The score is what the output loses, in
+    squared error, when the unit goes and all others are refitted; C is centred, since an intercept takes the mean.
+    """
+    return removal_costs(e.measured.covariance, e.weight, size=e.size, ridge=RIDGE)
 
 
 def removal_costs(

@@ -20,9 +20,18 @@ from sklearn.exceptions import ConvergenceWarning
 
 from llmbrain._validation import InputError, check_option
 from llmbrain.decomposition import fastica
+from llmbrain.pruning.criteria.base import Evidence, register
 
 SCOPES = ("layer", "window", "model")
 WINDOW_LAYERS = 4
+
+
+@register("published", "published", standardise=False)
+def published(e: Evidence) -> torch.Tensor:
+    """Largest |z| of a unit in any map of any group (arXiv 2508.05239)."""
+    if e.published is None:
+        raise InputError("this criterion needs scans or calibration text")
+    return e.published
 
 
 @dataclass

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from llmbrain.anatomy.families import Projection
 from llmbrain.hooks.windows import batches, input_device
-from llmbrain.pruning.functions import condition_numbers, token_conditions
-from llmbrain.pruning.losses import gradients_of, log_odds, token_losses
+from llmbrain.pruning.calibrate.losses import gradients_of, log_odds, token_losses
+from llmbrain.pruning.forget.conditions import condition_numbers, token_conditions
 
 STEPS = 160  # of Adam, each on one batch of windows
 TOKENS = 1024  # in a batch, and as many with some swapped; twice as many took twice as long and did no better

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmbrain.pruning.statistics import Moments
+from llmbrain.pruning.calibrate.moments import Moments
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

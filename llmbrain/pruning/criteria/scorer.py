@@ -18,9 +18,11 @@ from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import Projection, anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import check_cuttable
-from llmbrain.pruning.calibration import check_enough, check_weights, signals_of_windows
+from llmbrain.pruning.calibrate.gradients import gradient_pass
+from llmbrain.pruning.calibrate.walk import Site, Step, walk
+from llmbrain.pruning.calibrate.windows import check_enough, check_weights, signals_of_windows
 from llmbrain.pruning.criteria import Evidence, criterion
-from llmbrain.pruning.network_terms import (
+from llmbrain.pruning.criteria.networks import (
     BALANCE,
     COVER,
     balanced_weights,
@@ -28,9 +30,7 @@ from llmbrain.pruning.network_terms import (
     layer_masks,
     unexplained_energy,
 )
-from llmbrain.pruning.published import PublishedScores, published_scores
-from llmbrain.pruning.statistics import gradient_pass
-from llmbrain.pruning.walk import Site, Step, walk
+from llmbrain.pruning.criteria.published import PublishedScores, published_scores
 
 GROUP_SIZE = 40  # texts in a group of the published rule
 

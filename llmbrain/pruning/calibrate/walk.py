@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
 from llmbrain.anatomy.surgery import add_bias
 from llmbrain.hooks.windows import evaluating
-from llmbrain.pruning.compensation import Repair
-from llmbrain.pruning.statistics import Moments
-from llmbrain.pruning.streams import Stream, calibration_batches
+from llmbrain.pruning.calibrate.moments import Moments
+from llmbrain.pruning.calibrate.stream import Stream, calibration_batches
+from llmbrain.pruning.repair.least_squares import Repair
 
 HELD_OUT = 8  # one batch in so many is held out to choose the ridge
 

@@ -15,13 +15,13 @@ from llmbrain._version import __version__
 from llmbrain.anatomy.surgery import check_cuttable, keep_heads, keep_neurons
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.hooks.windows import as_windows, fingerprint
-from llmbrain.pruning.calibration import calibration_windows, check_enough, check_weights
-from llmbrain.pruning.compensation import bias_only, choose_ridge, least_squares
-from llmbrain.pruning.functions import condition_weights
+from llmbrain.pruning.calibrate.moments import Moments
+from llmbrain.pruning.calibrate.walk import Change, Site, walk
+from llmbrain.pruning.calibrate.windows import calibration_windows, check_enough, check_weights
+from llmbrain.pruning.forget.conditions import condition_weights
+from llmbrain.pruning.forget.unlearning import unlearn
 from llmbrain.pruning.plan import PruningPlan
-from llmbrain.pruning.statistics import Moments
-from llmbrain.pruning.unlearning import unlearn
-from llmbrain.pruning.walk import Change, Site, walk
+from llmbrain.pruning.repair.least_squares import bias_only, choose_ridge, least_squares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

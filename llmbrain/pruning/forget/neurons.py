@@ -1,6 +1,6 @@
 """Which neurons go when a model is to forget what it does under a condition, and nothing else.
 
-For the repair afterwards see `llmbrain.pruning.unlearning`.
+For the repair afterwards see `llmbrain.pruning.forget.unlearning`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.windows import batches, input_device
-from llmbrain.pruning.losses import gradients_of, log_odds
+from llmbrain.pruning.calibrate.losses import gradients_of, log_odds
 
 LEVEL = 0.3  # a condition is forgotten when so small a share of its known tokens is still the first choice
 STEP = 0.01  # share of all neurons that goes in one round

@@ -1,7 +1,4 @@
-"""What calibration text says about a layer, streamed: moments of its signals, and the metric of its output gradients.
-
-Memory is of order width squared for the layer at hand; tokens are added batch by batch and forgotten.
-"""
+"""Second moments of the loss gradient at each layer's output, and first-order importances of its units."""
 
 from __future__ import annotations
 
@@ -15,99 +12,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
 from llmbrain.hooks.windows import batches, evaluating
-from llmbrain.pruning.losses import last_states
-
-
-class Moments:
-    """Means, covariance of signals x, and their covariance with targets t, of all tokens added so far.
-
-    Sums are float64 and of deviations from the mean of the first batch, so that a large mean costs no precision
-    (Chan, Golub & LeVeque 1983, shifted data). Two sets that share their shift can be added.
-
-    Attributes
-    ----------
-    n : float
-        Number of tokens (the sum of their weights).
-    """
-
-    def __init__(self, like: Moments | None = None) -> None:
-        self.n = 0.0
-        self._shift_x: Tensor | None = like._shift_x if like is not None else None
-        self._shift_t: Tensor | None = like._shift_t if like is not None else None
-        self._x = self._t = self._xx = self._tx = self._tt = torch.zeros(())
-
-    def add(self, x: Tensor, t: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Add tokens.
-
-        Parameters
-        ----------
-        x : (tokens, units)
-        t : (tokens, targets), optional
-        weights : (tokens,), optional
-            How much each token counts; default 1.
-        """
-        x = x.float()
-        t = x[:, :0] if t is None else t.float()
-        if self._shift_x is None or self._shift_t is None:
-            self._shift_x, self._shift_t = x.mean(0), t.mean(0)
-        if self.n == 0:
-            size, out = x.shape[1], t.shape[1]
-            self._x, self._t = x.new_zeros(size, dtype=torch.float64), x.new_zeros(out, dtype=torch.float64)
-            self._xx = x.new_zeros(size, size, dtype=torch.float64)
-            self._tx = x.new_zeros(out, size, dtype=torch.float64)
-            self._tt = x.new_zeros(out, dtype=torch.float64)
-        x, t = x - self._shift_x, t - self._shift_t
-        wx, wt = (x, t) if weights is None else (x * weights[:, None], t * weights[:, None])
-        self.n += float(len(x) if weights is None else weights.sum())
-        self._x += wx.sum(0, dtype=torch.float64)
-        self._t += wt.sum(0, dtype=torch.float64)
-        self._xx += wx.T @ x
-        self._tx += wt.T @ x
-        self._tt += (wt * t).sum(0, dtype=torch.float64)
-
-    def __add__(self, other: Moments) -> Moments:
-        total = Moments(self)
-        total.n = self.n + other.n
-        for name in ("_x", "_t", "_xx", "_tx", "_tt"):
-            setattr(total, name, getattr(self, name) + getattr(other, name) if other.n else getattr(self, name))
-        return total
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean signal; float64 ``(units,)``."""
-        assert self._shift_x is not None
-        return self._shift_x.double() + self._x / self.n
-
-    @property
-    def target_mean(self) -> Tensor:
-        """Mean target; float64 ``(targets,)``."""
-        assert self._shift_t is not None
-        return self._shift_t.double() + self._t / self.n
-
-    @property
-    def covariance(self) -> Tensor:
-        """Of the signals, per token; float64 ``(units, units)``."""
-        return self._xx / self.n - torch.outer(self._x, self._x) / self.n**2
-
-    @property
-    def variance(self) -> Tensor:
-        """Of each signal; float64 ``(units,)``."""
-        return self._xx.diagonal() / self.n - (self._x / self.n) ** 2
-
-    @property
-    def cross_covariance(self) -> Tensor:
-        """Of targets with signals; float64 ``(targets, units)``."""
-        return self._tx / self.n - torch.outer(self._t, self._x) / self.n**2
-
-    @property
-    def target_variance(self) -> Tensor:
-        """Of each target; float64 ``(targets,)``."""
-        return self._tt / self.n - (self._t / self.n) ** 2
-
-    @property
-    def mean_square(self) -> Tensor:
-        """Mean square of each signal, its mean included; float64 ``(units,)``."""
-        return self.variance + self.mean**2
+from llmbrain.pruning.calibrate.losses import last_states
 
 
 def gradient_pass(

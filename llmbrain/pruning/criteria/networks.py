@@ -20,11 +20,23 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.hooks.windows import batches, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
+from llmbrain.pruning.criteria.base import Evidence, register
+from llmbrain.pruning.criteria.obs_gradient import obs_gradient
 
 COVER = 0.5  # of the share of its key neurons that a network would keep if neurons were cut at random
 BALANCE = 0.5  # default strength of token weights
 DEAD = 1e-6  # of its layer's largest spread: a neuron that never changes
 LIMIT = 20.0  # largest energy of a token, in mean energies
+
+
+@register("networks", "moments", "metric", "networks", standardise=False, sequential=True)
+def networks(e: Evidence) -> Tensor:
+    """Ours: `obs_gradient`, with every network covered, and tokens that networks leave unexplained weighted more.
+
+    Coverage enters the choice; weights the moments, the metric, the measured losses and the repair. Without networks it
+    is `obs_gradient` with the allocation that measured best.
+    """
+    return obs_gradient(e)
 
 
 def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, networks: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Function-targeted pruning: keep what a model does under some conditions, or forget it.
 
 Scans bring the conditions (events). To keep functions, their tokens count and all others hardly do, so that what only
-the others need is cheap. To forget one: see `llmbrain.pruning.forgetting`.
+the others need is cheap. To forget one: see `llmbrain.pruning.forget.neurons`.
 """
 
 from __future__ import annotations

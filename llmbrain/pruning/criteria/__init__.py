@@ -1,0 +1,31 @@
+"""Which units of a layer matter: one file a criterion."""
+
+from llmbrain.pruning.criteria import (
+    flap,
+    magnitude,
+    networks,
+    obs,
+    obs_gradient,
+    published,
+    random,
+    taylor,
+    wanda,
+)
+from llmbrain.pruning.criteria.base import CRITERIA, Criterion, Evidence, criterion, register
+
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Evidence",
+    "criterion",
+    "flap",
+    "magnitude",
+    "networks",
+    "obs",
+    "obs_gradient",
+    "published",
+    "random",
+    "register",
+    "taylor",
+    "wanda",
+]
