@@ -22,7 +22,7 @@ import torch
 import llmbrain as lb
 from llmbrain.anatomy.families import anatomy
 from llmbrain.datasets import load_demo
-from llmbrain.hooks.windows import as_windows
+from llmbrain.hooks.text import as_windows
 from llmbrain.networks import localizer
 from llmbrain.networks.thresholds import phase_randomise
 from llmbrain.pruning.benchmark import compare_methods

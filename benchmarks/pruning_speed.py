@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmbrain as lb
 from llmbrain.evaluation import latency
-from llmbrain.hooks.windows import batches, evaluating
+from llmbrain.hooks.text import batches, evaluating
 from llmbrain.pruning.planner import PASSES as PLANNER_PASSES
 
 # Passes over the calibration text: statistics (of FLAP) or a sequential choice, and the repair; a gradient pass counts

@@ -104,7 +104,7 @@ def _evidence(
         texts = [scan.text for scan in scans or () if scan.text]
     windows = None
     if self_text:
-        from llmbrain.hooks.windows import as_windows
+        from llmbrain.hooks.text import as_windows
         from llmbrain.pruning.calibrate.windows import mixed_windows, write_windows
 
         say(f"the model writes {self_text} windows of calibration text")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from llmbrain._validation import InputError, check_range, soft_import
-from llmbrain.hooks.windows import evaluating
+from llmbrain.hooks.text import evaluating
 
 if TYPE_CHECKING:
     import pandas as pd

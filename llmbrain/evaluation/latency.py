@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import context_length
-from llmbrain.hooks.windows import evaluating, input_device
+from llmbrain.hooks.text import evaluating, input_device
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.hooks.windows import as_windows, batches, evaluating, input_device
+from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,8 +27,8 @@ def perplexity(
 ) -> float:
     """How surprised a causal language model is by texts.
 
-    Texts are tokenised without special tokens, each preceded by BOS where the tokenizer has one, joined and cut into
-    windows; each window predicts its own tokens but the first. ``exp`` of the mean cross-entropy of all of them.
+    Texts are tokenized as a scan reads them (with the tokenizer's default special tokens), joined and cut into windows;
+    each window predicts its own tokens but the first. ``exp`` of the mean cross-entropy of all of them.
 
     Parameters
     ----------

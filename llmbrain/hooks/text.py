@@ -1,21 +1,37 @@
-"""Texts made ready for reading: token ids, where each token lies in the text, the blocks a model reads, the shards."""
+"""Texts as a model reads them: one tokenizing, then runs and blocks (scans) or packed windows (calibration).
+
+A text becomes the tokens that its tokenizer gives by default, special tokens included: a begin-of-sequence token where
+the tokenizer puts one in front, ``[CLS]`` and ``[SEP]`` around, or none. A scan reads each text by itself, in blocks;
+windows are the same ids of all texts, joined and cut. So what networks were found in and what a model is calibrated on
+are the same tokens.
+"""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
+from llmbrain.anatomy.families import context_length
 
-SHARD_BYTES = 64 * 2**20  # a shard is closed when it has this much; also what is lost when a run is killed
-BATCH_BYTES = 2**30  # fewer texts are read at once where their signals would take more than this
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_WINDOW = 2048
+BATCH_TOKENS = 2048  # tokens in one forward pass: enough to be fast, few enough for logits over a large vocabulary
+# How any text becomes tokens, in scans and windows alike: whole, with the tokenizer's default special tokens.
+TOKENIZING = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
 
 
 class ScanWarning(UserWarning):
@@ -80,7 +96,7 @@ def blocks_of(runs: Sequence[Run], size: int | None) -> list[Block]:
 
 
 def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None = None) -> list[Run]:
-    """Tokenise texts with the tokenizer's default special tokens; at most `n_tokens` tokens of each are kept.
+    """Tokenize texts with the tokenizer's default special tokens; at most `n_tokens` tokens of each are kept.
 
     Raises
     ------
@@ -121,10 +137,9 @@ def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], NDArray[np.int64] | None, int]]:
     """``(token ids, character spans or None, number of characters dropped)`` of each text."""
     plain = [str(text) for text in texts]
-    options = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
     if not getattr(tokenizer, "is_fast", False):
-        return [(list(ids), None, 0) for ids in tokenizer(plain, **options)["input_ids"]]
-    coded = tokenizer(plain, return_offsets_mapping=True, **options)
+        return [(list(ids), None, 0) for ids in tokenizer(plain, **TOKENIZING)["input_ids"]]
+    coded = tokenizer(plain, return_offsets_mapping=True, **TOKENIZING)
     spans = [np.array(o, dtype=np.int64).reshape(-1, 2) for o in coded["offset_mapping"]]
     known: dict[str, bool] = {}
     return [
@@ -184,45 +199,110 @@ def _cut(events: pd.DataFrame | None, total: int, n_tokens: int | None, name: st
     return events
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which blocks go into which shard: ``shards[i]`` is (first block, last block + 1)."""
+# -- windows -----------------------------------------------------------------------------------------------------------
 
-    blocks: Sequence[Block]
-    shards: Sequence[tuple[int, int]]
-    per_token: int
 
-    @classmethod
-    def make(cls, blocks: Sequence[Block], per_token: int, batch_size: int) -> Plan:
-        """Whole batches a shard, until it is large enough."""
-        shards, first, held = [], 0, 0
-        plan = cls(blocks, [], per_token)
-        for low, high in plan.batches(0, len(blocks), batch_size):
-            held += per_token * sum(len(block) for block in blocks[low:high])
-            if held >= SHARD_BYTES or high == len(blocks):
-                shards.append((first, high))
-                first, held = high, 0
-        return cls(blocks, shards, per_token)
+def packed_windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int, max_windows: int | None = None
+) -> Tensor:
+    """Tokenize texts as a scan does, join all ids and cut them into windows; what is left over at the end is dropped.
 
-    @property
-    def rows(self) -> list[int]:
-        """First token of each shard, counted over all runs, and the total."""
-        lengths = [sum(len(block) for block in self.blocks[low:high]) for low, high in self.shards]
-        return list(accumulate(lengths, initial=0))
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    texts : sequence of str
+        A single string counts as one text.
+    window : int
+        Tokens in a window, at least 2.
+    max_windows : int, optional
+        Keep the first so many.
 
-    def batches(self, first: int, last: int, batch_size: int) -> Iterator[tuple[int, int]]:
-        """Blocks that are read at once."""
-        while first < last:
-            stop = min(first + batch_size, last)
-            longest = 0
-            for stop_here in range(first, stop):
-                longest = max(longest, len(self.blocks[stop_here]))
-                if stop_here > first and longest * (stop_here + 1 - first) * self.per_token > BATCH_BYTES:
-                    stop = stop_here
-                    break
-            yield first, stop
-            first = stop
+    Returns
+    -------
+    Tensor of int64, shape ``(n_windows, window)``
+
+    Raises
+    ------
+    InputError
+        If the texts do not fill one window; the message says how many tokens there are.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise InputError(f"texts must be a list of strings with at least one text, got {_short(texts)}")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+        raise InputError(f"window={window!r} must be a whole number of tokens, at least 2")
+    if max_windows is not None and max_windows < 1:
+        raise InputError(f"max_windows={max_windows!r} must be at least 1")
+    needed = None if max_windows is None else window * max_windows
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text, **TOKENIZING)["input_ids"]
+        if needed is not None and len(ids) >= needed:
+            break
+    n = len(ids) // window
+    if n == 0:
+        raise InputError(f"texts hold {len(ids)} tokens, fewer than one window={window}: give more text or less window")
+    return torch.tensor(ids[: n * window], dtype=torch.long).reshape(n, window)[:max_windows]
+
+
+def window_length(model: nn.Module, window: int | None = None) -> int:
+    """The window asked for, or the model's context length (at most 2048); more than the context is an `InputError`."""
+    limit = context_length(model)
+    if window is None:
+        return min(limit or MAX_WINDOW, MAX_WINDOW)
+    if limit is not None and window > limit:
+        raise InputError(f"window={window} is longer than the model's context of {limit} tokens")
+    return window
+
+
+def as_windows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | Tensor,
+    window: int | None = None,
+    max_windows: int | None = None,
+) -> Tensor:
+    """Windows ``(n, window)`` from texts, or those that were packed already."""
+    if isinstance(texts, Tensor):
+        if texts.ndim != 2 or texts.shape[1] < 2 or not len(texts) or texts.is_floating_point():
+            raise InputError(f"windows of shape {tuple(texts.shape)} must be token ids of shape (n >= 1, window >= 2)")
+        window_length(model, texts.shape[1])
+        return texts[:max_windows]
+    if tokenizer is None:
+        raise InputError("tokenizer=None: texts need a tokenizer (or pass windows of token ids)")
+    return packed_windows(tokenizer, texts, window_length(model, window), max_windows)
+
+
+def batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> tuple[Tensor, ...]:
+    """Windows in batches of about so many tokens."""
+    return windows.split(max(1, tokens // windows.shape[1]))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Device that token ids go to (the embedding's, also where accelerate spread the model)."""
+    get = getattr(model, "get_input_embeddings", None)
+    module = get() if get is not None else model
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode (no dropout) within the block, without gradients unless asked for; the mode comes back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def digest(windows: Tensor) -> str:
+    """Hash of token ids, for provenance: 16 hexadecimal digits."""
+    return sha256(json.dumps(windows.tolist()).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.hooks.windows import as_windows, batches, evaluating, input_device
+from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
 from llmbrain.intervention.targets import Part, find_parts
 from llmbrain.scanning.inputs import Runs
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.hooks.windows import as_windows, evaluating, input_device
+from llmbrain.hooks.text import as_windows, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
 
 if TYPE_CHECKING:

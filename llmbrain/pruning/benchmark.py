@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.evaluation.perplexity import perplexity
-from llmbrain.hooks.windows import as_windows, window_length
+from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.pruning.calibrate.windows import check_enough
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.planner import Planner

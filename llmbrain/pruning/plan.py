@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, Projection, anatomy
 from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.hooks.windows import fingerprint
+from llmbrain.hooks.text import digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +124,7 @@ class PruningPlan:
         None where all counted alike, and for other windows than the plan was made with.
         """
         weights = self.details.get("token_weights")
-        if weights is None or self.details.get("calibration", {}).get("hash") != fingerprint(windows):
+        if weights is None or self.details.get("calibration", {}).get("hash") != digest(windows):
             return None
         return torch.tensor(weights, dtype=torch.float32)
 

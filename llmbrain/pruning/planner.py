@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option
-from llmbrain.hooks.windows import fingerprint
+from llmbrain.hooks.text import digest
 from llmbrain.pruning.allocate.widths import ALLOCATIONS, LEVELS, Budget, from_curves, from_losses, ranked, uniform
 from llmbrain.pruning.calibrate.losses import Objective
 from llmbrain.pruning.calibrate.walk import Change, Site, Step, restored, split_windows, walk, write
@@ -84,7 +84,7 @@ class Planner:
         if criterion.name == "published":
             details["threshold"] = self._threshold(kept, protected)
         if self.windows is not None:
-            details["calibration"] = {"hash": fingerprint(self.windows), "shape": list(self.windows.shape)}
+            details["calibration"] = {"hash": digest(self.windows), "shape": list(self.windows.shape)}
         if self.scorer.balanced and self.weights is not None:
             details["token_weights"] = np.round(self.weights.numpy().astype(float), 2).tolist()
         return PruningPlan(

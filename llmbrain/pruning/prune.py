@@ -14,7 +14,7 @@ from llmbrain._validation import InputError, check_option
 from llmbrain._version import __version__
 from llmbrain.anatomy.surgery import check_cuttable, keep_heads, keep_neurons
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
-from llmbrain.hooks.windows import as_windows, fingerprint
+from llmbrain.hooks.text import as_windows, digest
 from llmbrain.pruning.calibrate.moments import Moments
 from llmbrain.pruning.calibrate.walk import Change, Site, walk
 from llmbrain.pruning.calibrate.windows import calibration_windows, check_enough, check_weights
@@ -132,7 +132,7 @@ def prune(
         "plan": {k: v for k, v in written.items() if k not in ("kept", "kept_heads")},
         "compensate": compensate,
         "forgetting": forgetting,
-        "calibration": None if windows is None else {"hash": fingerprint(windows), "shape": list(windows.shape)},
+        "calibration": None if windows is None else {"hash": digest(windows), "shape": list(windows.shape)},
         "versions": {"llmbrain": __version__, "torch": version("torch")},
     }
     setattr(small, RECORD, [*getattr(small, RECORD, []), record])

@@ -15,7 +15,7 @@ from llmbrain._validation import InputError, check_range, soft_import
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.evaluation.perplexity import mean_loss
-from llmbrain.hooks.windows import as_windows, fingerprint, input_device
+from llmbrain.hooks.text import as_windows, digest, input_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,7 @@ def recover(
         torch.manual_seed(random_state)
         small = _train(peft, small, train, int(steps), int(rank), learning_rate, batch_size, random_state)
     after = mean_loss(small, held), mean_loss(small, seen)
-    facts = {"steps": int(steps), "rank": int(rank), "learning_rate": learning_rate, "texts": fingerprint(windows)}
+    facts = {"steps": int(steps), "rank": int(rank), "learning_rate": learning_rate, "texts": digest(windows)}
     record = {"recovered": {**facts, "loss_before": before[0], "loss_after": after[0]}}
     setattr(small, RECORD, [*getattr(small, RECORD, []), record])
     return small, _table(before, after)

@@ -16,9 +16,10 @@ from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy, context_length
 from llmbrain.hooks.listen import Kinds, Reader, embeddings, reading
 from llmbrain.hooks.sites import Recorder, check_sites, find_taps
-from llmbrain.hooks.text import Block, Plan, Run, ScanWarning, blocks_of, read_texts
+from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, read_texts
+from llmbrain.scanning.manifest import check_same, manifest_of, model_id, say_disk
 from llmbrain.scanning.scans import Scan
-from llmbrain.scanning.schedule import check_same, manifest_of, model_id, say_disk
+from llmbrain.scanning.schedule import Schedule
 from llmbrain.scanning.store import FileShards, MemoryShards, Shards, key_of, open_study, scans_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -93,19 +94,19 @@ def scan(
     with reading(model, recorder, runs) as reader:
         kinds = reader.kinds(blocks[0], kept)
         per_token = sum(dtype.itemsize * units for dtype, units in kinds.values())
-        plan = Plan.make(blocks, per_token, int(batch_size))
+        schedule = Schedule.make(blocks, per_token, int(batch_size))
         shards: Shards
         if out is None:
-            shards, todo = MemoryShards(plan.rows), list(range(len(plan.shards)))
+            shards, todo = MemoryShards(schedule.rows), list(range(len(schedule.shards)))
         else:
-            manifest = manifest_of(model, tokenizer, runs, kinds, size, plan)
+            manifest = manifest_of(model, tokenizer, runs, kinds, size, schedule)
             shards, manifest = open_study(Path(out), manifest, runs)
-            plan = Plan(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
+            schedule = Schedule(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
             todo = shards.resume()
-            if done := sorted(set(range(len(plan.shards))) - set(todo)):
-                check_same(reader, plan, shards, done[0], kinds)
-            say_disk(Path(out), plan, todo)
-        _record(reader, plan, shards, todo, kinds, int(batch_size))
+            if done := sorted(set(range(len(schedule.shards))) - set(todo)):
+                check_same(reader, schedule, shards, done[0], kinds)
+            say_disk(Path(out), schedule, todo)
+        _record(reader, schedule, shards, todo, kinds, int(batch_size))
     widths = {name: [units for (site, _), (_, units) in kinds.items() if site == name] for name in sites}
     return scans_of(shards, runs, widths, size, model_id(model))
 
@@ -142,11 +143,13 @@ def _say_blocks(runs: Sequence[Run], size: int | None) -> None:
 # -- recording ---------------------------------------------------------------------------------------------------------
 
 
-def _record(reader: Reader, plan: Plan, shards: Shards, todo: Sequence[int], kinds: Kinds, batch_size: int) -> None:
+def _record(
+    reader: Reader, schedule: Schedule, shards: Shards, todo: Sequence[int], kinds: Kinds, batch_size: int
+) -> None:
     """Fill and write the shards that are to be made; one is written while the next is recorded."""
     from tqdm.auto import tqdm
 
-    rows = plan.rows
+    rows = schedule.rows
     total = sum(rows[i + 1] - rows[i] for i in todo)
     pool = _Buffers(kinds, reuse=isinstance(shards, FileShards))
     writing: Future[None] | None = None
@@ -157,13 +160,13 @@ def _record(reader: Reader, plan: Plan, shards: Shards, todo: Sequence[int], kin
         for index in todo:
             buffers = reader.recorder.buffers = pool.take(rows[index + 1] - rows[index])
             row = 0
-            for low, high in plan.batches(*plan.shards[index], batch_size):
-                n = reader.read(plan.blocks[low:high], row)
+            for low, high in schedule.batches(*schedule.shards[index], batch_size):
+                n = reader.read(schedule.blocks[low:high], row)
                 row += n
                 progress.update(n)
             if writing is not None:
                 writing.result()
-            writing = writer.submit(_finish, shards, index, buffers, plan, reader.runs)
+            writing = writer.submit(_finish, shards, index, buffers, schedule, reader.runs)
         if writing is not None:
             writing.result()
 
@@ -186,13 +189,13 @@ class _Buffers:
 
 
 def _finish(
-    shards: Shards, index: int, signals: Mapping[tuple[str, int], Tensor], plan: Plan, runs: Sequence[Run]
+    shards: Shards, index: int, signals: Mapping[tuple[str, int], Tensor], schedule: Schedule, runs: Sequence[Run]
 ) -> None:
     """Check a full shard, and write it."""
     for (site, layer), signal in signals.items():
         low, high = torch.aminmax(signal)
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            _refuse(site, layer, signal, plan.blocks[slice(*plan.shards[index])], runs)
+            _refuse(site, layer, signal, schedule.blocks[slice(*schedule.shards[index])], runs)
     shards.write(index, {key_of(*key): signal for key, signal in signals.items()})
 
 

@@ -1,144 +1,52 @@
-"""What makes a study the same study: the facts in its manifest, and a second look at a stored signal."""
+"""What the scanner will write: which blocks are read together, and which go into which shard."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-import torch
-from torch import nn
+from llmbrain.hooks.text import Block
 
-from llmbrain._validation import InputError
-from llmbrain._version import __version__
-from llmbrain.hooks.listen import Kinds, Reader
-from llmbrain.hooks.text import Plan, Run
-from llmbrain.scanning.store import FORMAT, FORMAT_VERSION, FileShards, key_of, runs_to_text
-
-# How far a second reading of the same block may lie from what is stored (relative): rounding, not another model.
-SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
+SHARD_BYTES = 64 * 2**20  # a shard is closed when it has this much; also what is lost when a run is killed
+BATCH_BYTES = 2**30  # fewer texts are read at once where their signals would take more than this
 
 
-def model_id(model: nn.Module) -> str:
-    """Hub id or path the model was loaded from, else its class."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+@dataclass(frozen=True)
+class Schedule:
+    """Which blocks go into which shard: ``shards[i]`` is (first block, last block + 1)."""
 
+    blocks: Sequence[Block]
+    shards: Sequence[tuple[int, int]]
+    per_token: int
 
-def manifest_of(
-    model: nn.Module, tokenizer: Any, runs: Sequence[Run], kinds: Kinds, block_size: int | None, plan: Plan
-) -> dict[str, Any]:
-    """All facts of a study, for JSON; those under ``study`` make it the same study or another."""
-    import numpy
-    import transformers
+    @classmethod
+    def make(cls, blocks: Sequence[Block], per_token: int, batch_size: int) -> Schedule:
+        """Whole batches a shard, until it is large enough."""
+        shards, first, held = [], 0, 0
+        whole = cls(blocks, [], per_token)
+        for low, high in whole.batches(0, len(blocks), batch_size):
+            held += per_token * sum(len(block) for block in blocks[low:high])
+            if held >= SHARD_BYTES or high == len(blocks):
+                shards.append((first, high))
+                first, held = high, 0
+        return cls(blocks, shards, per_token)
 
-    config: Any = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    for volatile in ("_name_or_path", "transformers_version", "_commit_hash"):
-        settings.pop(volatile, None)
-    sites: dict[str, Any] = {}
-    for (site, _), (dtype, units) in kinds.items():
-        facts = sites.setdefault(site, {"dtype": str(dtype).removeprefix("torch."), "widths": []})
-        facts["widths"].append(units)
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "study": {
-            "model_config_sha256": _sha256(json.dumps(settings, sort_keys=True, default=str)),
-            "weights_sum": weights_sum(model),
-            "runs_sha256": _sha256(runs_to_text(runs)),
-            "block_size": block_size,
-            "sites": sites,
-        },
-        "model": {
-            "id": model_id(model),
-            "class": type(model).__name__,
-            "revision": getattr(config, "_commit_hash", None),
-        },
-        "tokenizer": {
-            "id": str(getattr(tokenizer, "name_or_path", "")),
-            "class": type(tokenizer).__name__,
-            "vocabulary": len(tokenizer),
-        },
-        "runs": [{"name": run.name, "n_tokens": len(run.tokens), "text_sha256": _sha256(run.text)} for run in runs],
-        "blocks": [list(pair) for pair in plan.shards],
-        "rows": plan.rows,
-        "versions": {
-            "llmbrain": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": numpy.__version__,
-        },
-    }
+    @property
+    def rows(self) -> list[int]:
+        """First token of each shard, counted over all runs, and the total."""
+        lengths = [sum(len(block) for block in self.blocks[low:high]) for low, high in self.shards]
+        return list(accumulate(lengths, initial=0))
 
-
-def weights_sum(model: nn.Module) -> str:
-    """Checksum of all weights, from the sum of each parameter's bytes as 64-bit words: the same on any device.
-
-    Parameters that accelerate has put on disk are not looked at.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
-        flat = parameter.detach().reshape(-1)
-        if flat.storage_offset() * flat.element_size() % 8:
-            flat = flat.clone()  # a view as words must begin at one
-        content = flat.view(torch.uint8)
-        n = len(content) // 8 * 8
-        total = int(content[:n].view(torch.int64).sum()), int(content[n:].sum())  # wraps around, which is no matter
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
-    return digest.hexdigest()
-
-
-def check_same(reader: Reader, plan: Plan, shards: FileShards, done: int, kinds: Kinds) -> None:
-    """Read the first block of a finished shard again: a lesion or another intervention would show.
-
-    Raises
-    ------
-    InputError
-        If the signals differ by more than rounding.
-    """
-    block = plan.blocks[plan.shards[done][0]]
-    heard = reader.read_alone(block)
-    for key, stored in zip(kinds, shards.read(done, [key_of(*key) for key in kinds], 0, len(block))):
-        new, old = heard[key].to(stored.dtype).double(), stored.double()
-        if float((new - old).norm()) > SAME[stored.dtype] * float(old.norm()):
-            raise InputError(
-                f"out={str(shards.folder)!r} already holds another study: {key_of(*key)} of "
-                f"{reader.runs[block.run].name} was otherwise (is the model changed by an intervention now, or was it "
-                "then?). Give another folder"
-            )
-
-
-def say_disk(folder: Path, plan: Plan, todo: Sequence[int]) -> None:
-    """Print what the shards still to be made will take.
-
-    Raises
-    ------
-    InputError
-        If the disk has less.
-    """
-    rows = plan.rows
-    tokens = sum(rows[i + 1] - rows[i] for i in todo)
-    need = tokens * plan.per_token
-    done = f" ({rows[-1] - tokens:,} of {rows[-1]:,} are there already)" if tokens < rows[-1] else ""
-    print(f"scan: {tokens:,} tokens need {_bytes(need)} of disk in {folder}{done}", file=sys.stderr)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise InputError(f"out={str(folder)!r}: the scan needs {_bytes(need)}, but only {_bytes(free)} are free there")
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    def batches(self, first: int, last: int, batch_size: int) -> Iterator[tuple[int, int]]:
+        """Blocks that are read at once."""
+        while first < last:
+            stop = min(first + batch_size, last)
+            longest = 0
+            for stop_here in range(first, stop):
+                longest = max(longest, len(self.blocks[stop_here]))
+                if stop_here > first and longest * (stop_here + 1 - first) * self.per_token > BATCH_BYTES:
+                    stop = stop_here
+                    break
+            yield first, stop
+            first = stop

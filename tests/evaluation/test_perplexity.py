@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmbrain import InputError
 from llmbrain.evaluation import latency, perplexity, throughput
-from llmbrain.hooks.windows import evaluating, packed_windows
+from llmbrain.hooks.text import evaluating, packed_windows
 
 
 @pytest.fixture(scope="module")

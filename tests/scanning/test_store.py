@@ -19,10 +19,9 @@ from tiny_models import tiny, tiny_tokenizer
 
 import llmbrain as lb
 from llmbrain._validation import InputError
-from llmbrain.hooks import text as runs_module
 from llmbrain.hooks.text import ScanWarning
-from llmbrain.scanning import CorruptStoreError
-from llmbrain.scanning import schedule as study_module
+from llmbrain.scanning import CorruptStoreError, schedule
+from llmbrain.scanning import manifest as study_module
 from llmbrain.scanning.store import FileShards
 
 LETTERS = "abcdefghijklmnopqrst"
@@ -32,7 +31,7 @@ TEXTS = [letter * (5 + i) for i, letter in enumerate(LETTERS)]  # 20 texts of 6 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of a batch or two, so that a tiny study has several."""
-    monkeypatch.setattr(runs_module, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(schedule, "SHARD_BYTES", 4000)
 
 
 def run(out: Path | None, model: Any = None, **options: Any) -> list[lb.Scan]:
@@ -213,8 +212,8 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import safetensors.torch
 import test_store
-from llmbrain.hooks import text as runs
-runs.SHARD_BYTES = 4000
+from llmbrain.scanning import schedule
+schedule.SHARD_BYTES = 4000
 save = safetensors.torch.save_file
 def die(tensors, path):
     save(tensors, path)
@@ -375,8 +374,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from tiny_models import tiny, tiny_tokenizer
 import llmbrain as lb
-from llmbrain.hooks import text as runs
-runs.SHARD_BYTES = 2**23
+from llmbrain.scanning import schedule
+schedule.SHARD_BYTES = 2**23
 n = int(sys.argv[1])
 scans = lb.scan(tiny("llama", intermediate_size=4096), tiny_tokenizer(), ["hello there " * 5] * n, out=sys.argv[2])
 for scan in scans:

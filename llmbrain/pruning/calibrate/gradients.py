@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
-from llmbrain.hooks.windows import batches, evaluating
+from llmbrain.hooks.text import batches, evaluating
 from llmbrain.pruning.calibrate.losses import last_states
 
 

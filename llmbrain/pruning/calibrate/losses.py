@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
-from llmbrain.hooks.windows import batches, evaluating, input_device
+from llmbrain.hooks.text import batches, evaluating, input_device
 
 
 def token_losses(model: nn.Module, windows: Tensor) -> Tensor:

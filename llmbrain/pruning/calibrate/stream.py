@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, Projection
-from llmbrain.hooks.windows import BATCH_TOKENS, batches, evaluating, input_device
+from llmbrain.hooks.text import BATCH_TOKENS, batches, evaluating, input_device
 
 LEAST_BATCHES = 8
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
 from llmbrain.anatomy.surgery import add_bias
-from llmbrain.hooks.windows import evaluating
+from llmbrain.hooks.text import evaluating
 from llmbrain.pruning.calibrate.moments import Moments
 from llmbrain.pruning.calibrate.stream import Stream, calibration_batches
 from llmbrain.pruning.repair.least_squares import Repair

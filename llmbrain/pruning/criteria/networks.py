@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
-from llmbrain.hooks.windows import batches, evaluating, input_device
+from llmbrain.hooks.text import batches, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
 from llmbrain.pruning.criteria.base import Evidence, register
 from llmbrain.pruning.criteria.obs_gradient import obs_gradient

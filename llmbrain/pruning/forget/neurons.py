@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.evaluation.perplexity import predicts_next_token
-from llmbrain.hooks.windows import batches, input_device
+from llmbrain.hooks.text import batches, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds
 
 LEVEL = 0.3  # a condition is forgotten when so small a share of its known tokens is still the first choice

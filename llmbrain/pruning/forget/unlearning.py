@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmbrain.anatomy.families import Projection
-from llmbrain.hooks.windows import batches, input_device
+from llmbrain.hooks.text import batches, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds, token_losses
 from llmbrain.pruning.forget.conditions import condition_numbers, token_conditions
 

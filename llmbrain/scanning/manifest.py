@@ -1,0 +1,145 @@
+"""What makes a study the same study: the facts in its manifest, and a second look at a stored signal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmbrain._validation import InputError
+from llmbrain._version import __version__
+from llmbrain.hooks.listen import Kinds, Reader
+from llmbrain.hooks.text import Run
+from llmbrain.scanning.schedule import Schedule
+from llmbrain.scanning.store import FORMAT, FORMAT_VERSION, FileShards, key_of, runs_to_text
+
+# How far a second reading of the same block may lie from what is stored (relative): rounding, not another model.
+SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
+
+
+def model_id(model: nn.Module) -> str:
+    """Hub id or path the model was loaded from, else its class."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+
+
+def manifest_of(
+    model: nn.Module, tokenizer: Any, runs: Sequence[Run], kinds: Kinds, block_size: int | None, schedule: Schedule
+) -> dict[str, Any]:
+    """All facts of a study, for JSON; those under ``study`` make it the same study or another."""
+    import numpy
+    import transformers
+
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    for volatile in ("_name_or_path", "transformers_version", "_commit_hash"):
+        settings.pop(volatile, None)
+    sites: dict[str, Any] = {}
+    for (site, _), (dtype, units) in kinds.items():
+        facts = sites.setdefault(site, {"dtype": str(dtype).removeprefix("torch."), "widths": []})
+        facts["widths"].append(units)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "study": {
+            "model_config_sha256": _sha256(json.dumps(settings, sort_keys=True, default=str)),
+            "weights_sum": weights_sum(model),
+            "runs_sha256": _sha256(runs_to_text(runs)),
+            "block_size": block_size,
+            "sites": sites,
+        },
+        "model": {
+            "id": model_id(model),
+            "class": type(model).__name__,
+            "revision": getattr(config, "_commit_hash", None),
+        },
+        "tokenizer": {
+            "id": str(getattr(tokenizer, "name_or_path", "")),
+            "class": type(tokenizer).__name__,
+            "vocabulary": len(tokenizer),
+        },
+        "runs": [{"name": run.name, "n_tokens": len(run.tokens), "text_sha256": _sha256(run.text)} for run in runs],
+        "blocks": [list(pair) for pair in schedule.shards],
+        "rows": schedule.rows,
+        "versions": {
+            "llmbrain": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": numpy.__version__,
+        },
+    }
+
+
+def weights_sum(model: nn.Module) -> str:
+    """Checksum of all weights, from the sum of each parameter's bytes as 64-bit words: the same on any device.
+
+    Parameters that accelerate has put on disk are not looked at.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        flat = parameter.detach().reshape(-1)
+        if flat.storage_offset() * flat.element_size() % 8:
+            flat = flat.clone()  # a view as words must begin at one
+        content = flat.view(torch.uint8)
+        n = len(content) // 8 * 8
+        total = int(content[:n].view(torch.int64).sum()), int(content[n:].sum())  # wraps around, which is no matter
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
+    return digest.hexdigest()
+
+
+def check_same(reader: Reader, schedule: Schedule, shards: FileShards, done: int, kinds: Kinds) -> None:
+    """Read the first block of a finished shard again: a lesion or another intervention would show.
+
+    Raises
+    ------
+    InputError
+        If the signals differ by more than rounding.
+    """
+    block = schedule.blocks[schedule.shards[done][0]]
+    heard = reader.read_alone(block)
+    for key, stored in zip(kinds, shards.read(done, [key_of(*key) for key in kinds], 0, len(block))):
+        new, old = heard[key].to(stored.dtype).double(), stored.double()
+        if float((new - old).norm()) > SAME[stored.dtype] * float(old.norm()):
+            raise InputError(
+                f"out={str(shards.folder)!r} already holds another study: {key_of(*key)} of "
+                f"{reader.runs[block.run].name} was otherwise (is the model changed by an intervention now, or was it "
+                "then?). Give another folder"
+            )
+
+
+def say_disk(folder: Path, schedule: Schedule, todo: Sequence[int]) -> None:
+    """Print what the shards still to be made will take.
+
+    Raises
+    ------
+    InputError
+        If the disk has less.
+    """
+    rows = schedule.rows
+    tokens = sum(rows[i + 1] - rows[i] for i in todo)
+    need = tokens * schedule.per_token
+    done = f" ({rows[-1] - tokens:,} of {rows[-1]:,} are there already)" if tokens < rows[-1] else ""
+    print(f"scan: {tokens:,} tokens need {_bytes(need)} of disk in {folder}{done}", file=sys.stderr)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise InputError(f"out={str(folder)!r}: the scan needs {_bytes(need)}, but only {_bytes(free)} are free there")
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
