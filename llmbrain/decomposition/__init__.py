@@ -1,14 +1,13 @@
 """Group ICA and dual regression: torch inside, arrays at the door, scikit-learn's contract."""
 
 from llmbrain.decomposition.back_reconstruction import back_reconstruct
-from llmbrain.decomposition.group_ica import GroupICA
+from llmbrain.decomposition.dual_regression import DualRegression, dual_regression
+from llmbrain.decomposition.group_ica import GroupICA, read_ica
 from llmbrain.decomposition.permutation import permutation_test
 from llmbrain.decomposition.prepare.preprocess import Preprocessing
-from llmbrain.decomposition.regression import DualRegression, dual_regression
 from llmbrain.decomposition.reproducibility import SplitHalf, split_half_reproducibility
 from llmbrain.decomposition.solvers.fastica import fastica
 from llmbrain.decomposition.stability import Stability, UnstableComponentsWarning, ica_stability, model_order_sweep
-from llmbrain.decomposition.store import read_ica
 
 __all__ = [
     "DualRegression",

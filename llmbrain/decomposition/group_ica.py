@@ -5,40 +5,38 @@ from __future__ import annotations
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range, resolve_device
-from llmbrain.decomposition.group import (
-    Reduced,
-    Source,
-    Window,
-    components_for_share,
-    cut_windows,
-    decompose,
-    reduce_runs,
-    regress,
-)
-from llmbrain.decomposition.maps import standardize_maps
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition.prepare.order import estimate_order
+from llmbrain.decomposition.prepare.pca import project, whiten
 from llmbrain.decomposition.prepare.preprocess import Preprocessing
-from llmbrain.decomposition.solvers.fastica import FUNCTIONS, warn_not_converged
-from llmbrain.decomposition.solvers.methods import METHODS, Algorithm
+from llmbrain.decomposition.prepare.reduce import Reduced, Window, components_for_share, cut_windows, reduce_runs
+from llmbrain.decomposition.prepare.source import Source
+from llmbrain.decomposition.solvers import SOLVERS, Settings, Unmixed, unmix
+from llmbrain.decomposition.solvers.fastica import FUNCTIONS
+from llmbrain.decomposition.solvers.result import warn_not_converged
+from llmbrain.decomposition.store import read_fit, write_fit
+from llmbrain.decomposition.time_courses import Regressor, regress, standardize_maps
+from llmbrain.imaging.brain_mask import BrainMask
+from llmbrain.imaging.nifti import maps_to_nifti
 from llmbrain.scanning.inputs import Runs
 
-if TYPE_CHECKING:
-    from llmbrain.anatomy.space import NeuronSpace
-
+_SAVED_VALUES = ("n_components_", "n_iter_", "converged_", "joint_explained_variance_ratio_", "start_scores_",
+                 "order_estimates_", "preprocessing_report_")  # fmt: skip
+_SAVED_ARRAYS = ("components_", "explained_variance_ratio_", "constant_neurons_", "component_layers_")
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
 
-class GroupICA(TransformerMixin, BaseEstimator):
+class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Group ICA: functional networks that runs have in common.
 
     Each run is preprocessed, reduced by PCA and stacked; a PCA over the stack gives the group's subspace, and ICA turns
@@ -201,6 +199,7 @@ class GroupICA(TransformerMixin, BaseEstimator):
         with workers(source.device):
             windows = self._windows(source)
             reduced = reduce_runs(source, windows, self.run_components, self.cca)
+            self.n_features_in_ = reduced.live.numel()
             self.preprocessing_report_ = reduced.reports
             self._note_constant(reduced.live, source.mask)
             maps = self._decompose(source, windows, reduced)
@@ -243,10 +242,8 @@ class GroupICA(TransformerMixin, BaseEstimator):
         -------
         Path of the safetensors file.
         """
-        from llmbrain.decomposition.store import save_ica
-
         check_is_fitted(self, "components_")
-        return save_ica(self, Path(path), overwrite=overwrite)
+        return write_fit(path, *self._as_plain(), overwrite=overwrite)
 
     def components_img(self) -> Any:
         """The maps as a 4D NIfTI image: on the grid of the brain mask, or of the neuron space.
@@ -261,14 +258,21 @@ class GroupICA(TransformerMixin, BaseEstimator):
             return self.brain_mask_.image_of(self.components_)
         if self.space_ is None:
             raise InputError("the fit does not know where its neurons lie: fit scans or images, or pass space= to fit")
-        from llmbrain.imaging import maps_to_nifti
-
         return maps_to_nifti(self.components_, self.space_)
+
+    def solver_settings(self) -> Settings:
+        """The solver and its settings."""
+        return Settings(self.method, self.fun, self.n_init, self.max_iter, self.tol)
+
+    @property
+    def _n_features_out(self) -> int:
+        """For ``get_feature_names_out``."""
+        return self.n_components_
 
     # ------------------------------------------------------------------ steps
 
     def _check_parameters(self) -> None:
-        check_option("method", self.method, METHODS)
+        check_option("method", self.method, SOLVERS)
         check_option("fun", self.fun, FUNCTIONS)
         check_option("axis", self.axis, ("space", "time"))
         check_option("dtype", self.dtype, ("float32", "float64"))
@@ -285,8 +289,8 @@ class GroupICA(TransformerMixin, BaseEstimator):
         if self.run_components is not None:
             check_range("run_components", self.run_components, 1)
         check_range("n_init", self.n_init, 1)
-        if self.method == "dictlearning" and self.axis == "time":
-            raise InputError("method='dictlearning' finds maps: use axis='space'")
+        if SOLVERS[self.method].from_start is None and self.axis == "time":
+            raise InputError(f"method={self.method!r} finds maps: use axis='space'")
         if self.cca and isinstance(self.n_components, float):
             raise InputError(f"n_components={self.n_components!r} is a share of variance, which cca=True leaves out")
         self._preprocessing()
@@ -343,16 +347,14 @@ class GroupICA(TransformerMixin, BaseEstimator):
 
     def _decompose(self, source: Source, windows: list[Window], reduced: Reduced) -> list[torch.Tensor]:
         """ICA of every window: standardised maps, (k, n_columns) each."""
-        algorithm = Algorithm(
-            self.method, self.fun, self.n_init, self.max_iter, self.tol, check_random_state(self.random_state)
-        )
+        random_state = check_random_state(self.random_state)
         maps, fits = [], []
         for window, stack, variance in zip(windows, reduced.stacks, reduced.variance):
             live = reduced.live[window.columns]
             k = window.n_components
             if isinstance(k, float):
                 k = components_for_share(stack, variance, k)
-            found, fit = decompose(stack, k, live, algorithm, self.axis, source, window)
+            found, fit = self._unmix(stack, k, live, source, window, random_state)
             maps.append(standardize_maps(found, live))
             fits.append(fit)
         self.n_iter_ = max(fit.n_iter for fit in fits)
@@ -364,6 +366,30 @@ class GroupICA(TransformerMixin, BaseEstimator):
             where = f" in layers {', '.join(layers)}" if layers else ""
             warn_not_converged(self.method + where, self.max_iter, max(fit.change for _, fit in failed), self.tol)
         return maps
+
+    def _unmix(
+        self, stack: torch.Tensor, k: int, live: torch.Tensor, source: Source, window: Window,
+        random_state: np.random.RandomState,
+    ) -> tuple[torch.Tensor, Unmixed]:  # fmt: skip
+        """ICA of one window: maps (k, n_columns) in no particular units or order, and how it went."""
+        n_live = int(live.sum())
+        group = whiten(stack, k, n_samples=n_live)
+        whole_group = SOLVERS[self.method].whole_group
+        if whole_group is not None:
+            return whole_group(group, live, random_state)
+        if self.axis == "space":
+            fit = unmix(group.data, self.solver_settings(), random_state, n_live)
+            return project(torch.from_numpy(fit.unmixing).to(stack.device), group.data), fit
+        # temporal: what is unmixed are the tokens' coordinates in the group's subspace
+        basis = Regressor(group.data, window.columns)
+        courses = [
+            basis.time_courses(run)[torch.from_numpy(run.keep).to(stack.device)] for run in source.prepared("project")
+        ]
+        tokens = torch.cat(courses).T.contiguous()
+        white = whiten(tokens - tokens.mean(dim=1, keepdim=True))
+        fit = unmix(white.data, self.solver_settings(), random_state)
+        mixing = white.dewhitening @ torch.from_numpy(fit.unmixing.T.copy()).to(stack.device)
+        return project(mixing.T.contiguous(), group.data), fit
 
     def _describe(self, source: Source, windows: list[Window], reduced: Reduced, maps: list[torch.Tensor]) -> None:
         """Time courses and explained variance; then order the components and put the windows together."""
@@ -388,3 +414,65 @@ class GroupICA(TransformerMixin, BaseEstimator):
         self.component_layers_ = None
         if windows[0].layers is not None:
             self.component_layers_ = np.repeat([window.layers for window in windows], self._counts, axis=0)
+
+    # ------------------------------------------------------------------ files
+
+    def _as_plain(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The fit as arrays and a record of JSON values, for the store."""
+        arrays = {name: getattr(self, name) for name in _SAVED_ARRAYS if getattr(self, name) is not None}
+        arrays |= {f"mixing_{index:05d}": part for index, part in enumerate(self.mixing_)}
+        parameters = self.get_params()
+        if not isinstance(parameters["random_state"], (int, type(None))):
+            parameters["random_state"] = None  # a generator has no lasting name
+        mask = parameters.pop("mask")
+        if self.brain_mask_ is not None:
+            arrays["mask_volume"] = self.brain_mask_.volume
+            arrays["mask_affine"] = np.asarray(self.brain_mask_.image.affine, dtype=np.float64)
+        elif mask is not None:
+            arrays["mask"] = np.asarray(mask)
+        record = {
+            "parameters": parameters,
+            "space": None if self.space_ is None else self.space_.to_dict(),
+            "windows": [[columns.start, columns.stop, count] for columns, count in zip(self._columns, self._counts)],
+            **{name: getattr(self, name) for name in _SAVED_VALUES},
+        }
+        return arrays, record
+
+
+def read_ica(path: str | Path) -> GroupICA:
+    """Read a fit that `GroupICA.save` wrote.
+
+    Parameters
+    ----------
+    path : folder, or file ending in ``.safetensors``
+
+    Returns
+    -------
+    GroupICA
+        Fitted: `transform` and all attributes work. ``device`` is "auto" again.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no fit at this place.
+    InputError
+        When the files are damaged or another program's.
+    """
+    arrays, record = read_fit(path)
+    ica = GroupICA(**record["parameters"] | {"device": "auto"})
+    for name in _SAVED_VALUES:
+        setattr(ica, name, record[name])
+    for name in _SAVED_ARRAYS:
+        setattr(ica, name, arrays.get(name))
+    ica.n_features_in_ = ica.components_.shape[1]
+    ica.mixing_ = [arrays[name] for name in sorted(arrays) if name.startswith("mixing_")]
+    ica.space_ = None if record["space"] is None else NeuronSpace.from_dict(record["space"])
+    ica._columns = [slice(start, stop) for start, stop, _ in record["windows"]]
+    ica._counts = [count for _, _, count in record["windows"]]
+    ica.brain_mask_ = None
+    if "mask_volume" in arrays:
+        ica.brain_mask_ = BrainMask.from_arrays(arrays["mask_volume"], arrays["mask_affine"])
+        ica.mask = ica.brain_mask_.image
+    elif "mask" in arrays:
+        ica.mask = arrays["mask"]
+    return ica

@@ -14,11 +14,12 @@ from sklearn.utils import check_random_state
 
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_range
-from llmbrain.decomposition.group import Source, default_run_components
 from llmbrain.decomposition.group_ica import GroupICA
-from llmbrain.decomposition.maps import standardize_maps
+from llmbrain.decomposition.group_space import estimator, unmix_once
 from llmbrain.decomposition.prepare.pca import project, whiten
-from llmbrain.decomposition.reduced import estimator, reduced_runs, unmix_once
+from llmbrain.decomposition.prepare.reduce import default_run_components, reduced_run
+from llmbrain.decomposition.prepare.source import Source
+from llmbrain.decomposition.time_courses import standardize_maps
 from llmbrain.scanning.inputs import Runs
 from llmbrain.stats.matching import correlate_rows, match_maps
 
@@ -153,8 +154,9 @@ def _halves(
     """Maps of all runs, and ``|r|`` between the halves of each split, per component."""
     k = int(ica.n_components)
     rows, live = [], None
-    for reduced, run in reduced_runs(ica, source, default_run_components(k, ica.cca)):
-        rows.append(reduced)
+    size = ica.run_components or default_run_components(k, ica.cca)
+    for run in source.prepared("reduce"):
+        rows.append(reduced_run(run, slice(0, run.n_neurons), size, ica.cca)[0])
         live = run.live if live is None else live | run.live
     assert live is not None  # a reader is never empty
 

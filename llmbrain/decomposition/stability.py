@@ -20,7 +20,7 @@ from sklearn.utils import check_random_state
 
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.decomposition.reduced import Reduced
+from llmbrain.decomposition.group_space import GroupSpace
 
 if TYPE_CHECKING:
     from llmbrain.anatomy.space import NeuronSpace
@@ -135,7 +135,7 @@ def ica_stability(
     check_range("threshold", threshold, -1, 1)
     _check_cca(resample, options)
     size = n_subspace or 2 * n_components
-    reduced = Reduced.of(scans, n_components, size, options, tokens=resample != "starts")
+    reduced = GroupSpace.of(scans, n_components, size, options, tokens=resample != "starts")
     result = _icasso(reduced, n_components, n_starts, resample, random_state)
     low = np.flatnonzero(~(result.iq >= threshold))
     if len(low):
@@ -178,7 +178,7 @@ def model_order_sweep(
     check_range("n_starts", n_starts, 2)
     check_option("resample", resample, RESAMPLE)
     _check_cca(resample, options)
-    reduced = Reduced.of(scans, max(orders), 2 * max(orders), options, tokens=resample != "starts")
+    reduced = GroupSpace.of(scans, max(orders), 2 * max(orders), options, tokens=resample != "starts")
     rows = []
     for order in orders:
         found = _icasso(reduced, order, n_starts, resample, random_state)
@@ -250,7 +250,7 @@ def r_index(similarity: ArrayLike, labels: ArrayLike) -> float:
     return float(np.mean(ratios)) if ratios else float("nan")
 
 
-def _icasso(reduced: Reduced, n_components: int, n_starts: int, resample: str, random_state: Any) -> Stability:
+def _icasso(reduced: GroupSpace, n_components: int, n_starts: int, resample: str, random_state: Any) -> Stability:
     generator = check_random_state(random_state)
     seed = generator.randint(2**31 - 1)
     sample = None if resample == "starts" else generator

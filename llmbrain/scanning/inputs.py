@@ -12,6 +12,8 @@ import torch
 
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError
+from llmbrain.imaging.brain_mask import BrainMask
+from llmbrain.imaging.nifti import read_nifti
 
 if TYPE_CHECKING:
     from llmbrain.anatomy.space import NeuronSpace
@@ -151,19 +153,13 @@ class Runs(Sequence[np.ndarray]):
                 raise InputError(f"{name} is no run: a path must end in .nii, .nii.gz or .npy")
             if self.mask is not None:
                 return self.mask.read(path, name), None
-            return _read_own_nifti(path)
+            return read_nifti(path)
         if _is_image(item):
-            return (self.mask.read(item, name), None) if self.mask is not None else _read_own_nifti(item)
+            return (self.mask.read(item, name), None) if self.mask is not None else read_nifti(item)
         if callable(getattr(item, "data", None)):
             space = getattr(item, "space", None)
             return item.data(), space
         return item, None
-
-
-def _read_own_nifti(image: Any) -> tuple[np.ndarray, NeuronSpace]:
-    from llmbrain.imaging import read_nifti
-
-    return read_nifti(image)
 
 
 def _as_float(data: Any, name: str) -> np.ndarray:
@@ -177,44 +173,3 @@ def _as_float(data: Any, name: str) -> np.ndarray:
     if data.dtype not in (np.float32, np.float64):
         data = data.astype(np.float32)
     return data if data.flags.writeable else np.require(data, requirements="W")  # torch refuses read-only memory
-
-
-class BrainMask:
-    """A brain mask: reads the voxels inside it from images of the same grid."""
-
-    def __init__(self, mask_img: Any) -> None:
-        import nibabel
-
-        self.image = nibabel.load(mask_img) if isinstance(mask_img, (str, Path)) else mask_img
-        self.volume = np.asarray(self.image.dataobj) != 0
-        if self.volume.ndim != 3:
-            raise InputError(f"mask_img has shape {self.volume.shape}: a mask has three axes")
-        self.n_voxels = int(self.volume.sum())
-        if not self.n_voxels:
-            raise InputError("mask_img removes everything: it has no voxel other than 0")
-
-    @classmethod
-    def from_arrays(cls, volume: np.ndarray, affine: np.ndarray) -> BrainMask:
-        """A mask from a bool (x, y, z) volume and its affine."""
-        from nibabel import Nifti1Image
-
-        return cls(Nifti1Image(volume.astype(np.uint8), affine))
-
-    def image_of(self, maps: np.ndarray) -> Any:
-        """Maps (K, n_voxels) as a 4D NIfTI image in the grid of the mask."""
-        from nibabel import Nifti1Image
-
-        volume = np.zeros((*self.volume.shape, len(maps)), dtype=np.float32)
-        volume[self.volume] = maps.T
-        return Nifti1Image(volume, self.image.affine)
-
-    def read(self, image: Any, name: str) -> np.ndarray:
-        """The voxels inside the mask of a 4D image: float32 (n_volumes, n_voxels)."""
-        import nibabel
-
-        image = nibabel.load(image) if isinstance(image, (str, Path)) else image
-        if len(image.shape) != 4 or image.shape[:3] != self.volume.shape:
-            raise InputError(f"{name} has shape {image.shape}: mask_img needs {self.volume.shape} and a time axis")
-        if not np.allclose(image.affine, self.image.affine, atol=1e-4):
-            raise InputError(f"{name} and mask_img have different affines: resample one to the other first")
-        return np.ascontiguousarray(np.asarray(image.dataobj, dtype=np.float32)[self.volume].T)

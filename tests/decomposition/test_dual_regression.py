@@ -9,8 +9,8 @@ from scipy import stats
 
 from llmbrain import InputError
 from llmbrain.datasets.phantom import make_phantom
+from llmbrain.decomposition.dual_regression import dual_regression, t_to_z
 from llmbrain.decomposition.permutation import permutation_test
-from llmbrain.decomposition.regression import dual_regression, t_to_z
 
 
 @pytest.fixture(scope="module")

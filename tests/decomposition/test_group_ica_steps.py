@@ -11,10 +11,10 @@ from ica_data import K, Run, T, V, planted, prepared
 
 from llmbrain._validation import InputError
 from llmbrain.decomposition import GroupICA
-from llmbrain.decomposition.group import Source
 from llmbrain.decomposition.prepare.order import mdl_order, parallel_order
 from llmbrain.decomposition.prepare.pca import GroupPCA, pca_of_run, run_pca
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, prepare
+from llmbrain.decomposition.prepare.source import Source
 from llmbrain.scanning.inputs import Runs
 
 

@@ -13,9 +13,9 @@ import torch
 from llmbrain import InputError
 from llmbrain.datasets.phantom import make_phantom
 from llmbrain.decomposition.back_reconstruction import KINDS, back_reconstruct, reduce_rows, remove_token_means
+from llmbrain.decomposition.dual_regression import dual_regression
 from llmbrain.decomposition.prepare.pca import run_pca, whiten
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, prepare
-from llmbrain.decomposition.regression import dual_regression
 from llmbrain.scanning.inputs import Runs
 
 BACK = "test_icatb_backReconstruct"

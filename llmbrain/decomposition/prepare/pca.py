@@ -210,6 +210,8 @@ def _size(eigenvalues: torch.Tensor, n_components: int | float, dtype: torch.dty
 
 def numerical_rank(eigenvalues: torch.Tensor, dtype: torch.dtype) -> int:
     """How many eigenvalues of a Gram matrix of `dtype` data rise above its rounding error."""
+    if not eigenvalues.numel() or not bool(eigenvalues[0] > 0):
+        return 0
     return int((eigenvalues > 16 * torch.finfo(dtype).eps * eigenvalues[0]).sum())
 
 
@@ -291,7 +293,7 @@ def whiten(rows: torch.Tensor, n_components: int | None = None, *, n_samples: in
     k = n_rows if n_components is None else n_components
     n_samples = n_columns if n_samples is None else n_samples
     values, vectors = symmetric_eigen(gram(rows))
-    rank = numerical_rank(values, rows.dtype) if bool(values[0] > 0) else 0
+    rank = numerical_rank(values, rows.dtype)
     if k > rank:
         raise InputError(f"n_components={k} is more than the rank of the data, {rank}: ask for at most {rank}")
     scale = (values[:k] / n_samples).sqrt()

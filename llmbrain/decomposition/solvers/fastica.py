@@ -7,17 +7,15 @@ are summed and orthogonalised in float64, so that single precision costs nothing
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.decomposition.solvers.result import Unmixed, warn_not_converged
 
 Step = tuple[torch.Tensor, torch.Tensor]
 
@@ -46,26 +44,6 @@ FUNCTIONS = tuple(_FUNCTIONS)
 _NORMAL_MEAN = {"logcosh": 0.37456720, "exp": -1 / math.sqrt(2), "cube": 0.75}
 
 
-@dataclass
-class ICAResult:
-    """What an ICA algorithm found.
-
-    Attributes
-    ----------
-    unmixing : float64 array (k, k)
-        ``sources = unmixing @ white``; rows are orthonormal for FastICA.
-    n_iter : int
-    converged : bool
-    change : float
-        Largest ``1 - |cos|`` between a row and its successor in the last step.
-    """
-
-    unmixing: np.ndarray
-    n_iter: int
-    converged: bool
-    change: float
-
-
 def random_start(n_components: int, random_state: int | np.random.RandomState | None) -> np.ndarray:
     """A (k, k) standard normal start, as scikit-learn draws it."""
     return check_random_state(random_state).normal(size=(n_components, n_components))
@@ -87,7 +65,7 @@ def fastica(
     tol: float = 1e-4,
     n_samples: int | None = None,
     warn: bool = True,
-) -> ICAResult:
+) -> Unmixed:
     """Parallel FastICA with symmetric decorrelation.
 
     Parameters
@@ -106,7 +84,7 @@ def fastica(
 
     Returns
     -------
-    ICAResult
+    Unmixed
     """
     white = torch.as_tensor(white)
     k, n_columns = white.shape
@@ -142,17 +120,7 @@ def fastica(
     converged = change < tol
     if warn and not converged:
         warn_not_converged("FastICA", max_iter, change, tol)
-    return ICAResult(unmixing.numpy(), step, converged, change)
-
-
-def warn_not_converged(method: str, max_iter: int, change: float, tol: float) -> None:
-    """One wording for all algorithms: what happened, and which number to change."""
-    warnings.warn(
-        f"{method} did not converge in max_iter={max_iter} steps (last change {change:.2g}, tol={tol:g}): raise "
-        "max_iter, or lower n_components; maps of an unconverged fit are not reliable",
-        ConvergenceWarning,
-        stacklevel=3,
-    )
+    return Unmixed(unmixing.numpy(), step, converged, change)
 
 
 def negentropy(sources: torch.Tensor, fun: str = "logcosh", *, n_samples: int | None = None) -> float:

@@ -13,8 +13,8 @@ from llmbrain._chunks import workers
 from llmbrain._validation import InputError
 from llmbrain.decomposition import fastica
 from llmbrain.decomposition.prepare.pca import whiten
+from llmbrain.decomposition.solvers import Settings, unmix
 from llmbrain.decomposition.solvers.fastica import negentropy, random_start
-from llmbrain.decomposition.solvers.methods import unmix
 
 K, N = 6, 30_000
 
@@ -68,7 +68,7 @@ def test_picard_agrees(white):
     for fun in ("logcosh", "exp"):
         settings = {"fun": fun, "n_init": 1, "max_iter": 300, "tol": 1e-8}
         found = [
-            unmix(torch.from_numpy(white), method=method, random_state=np.random.RandomState(0), **settings)
+            unmix(torch.from_numpy(white), Settings(method, **settings), np.random.RandomState(0))
             for method in ("fastica", "picard")
         ]
         assert all(result.converged for result in found)
@@ -95,7 +95,7 @@ def test_negentropy_is_zero_for_normal_and_larger_for_sparse(fun, white, sources
 
 def test_best_of_several_starts_is_kept(white):
     settings = {"method": "fastica", "fun": "logcosh", "max_iter": 200, "tol": 1e-4}
-    result = unmix(torch.from_numpy(white), n_init=4, random_state=np.random.RandomState(0), **settings)
+    result = unmix(torch.from_numpy(white), Settings(**settings, n_init=4), np.random.RandomState(0))
     kept = negentropy(torch.from_numpy(result.unmixing @ white), "logcosh")
     assert len(result.scores) == 4
     np.testing.assert_allclose(kept, max(result.scores), rtol=1e-9)

@@ -1,9 +1,8 @@
-"""Runs reduced once, for everything that repeats an ICA many times."""
+"""Runs in their common principal subspace, reduced once, for everything that repeats an ICA many times."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +11,11 @@ from numpy.typing import NDArray
 
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError
-from llmbrain.decomposition.group import Source, default_run_components
 from llmbrain.decomposition.group_ica import GroupICA
-from llmbrain.decomposition.maps import Regressor, standardize_maps
-from llmbrain.decomposition.prepare.pca import GroupPCA, numerical_rank, pca_of_run, project, whiten
-from llmbrain.decomposition.prepare.preprocess import PreparedRun
-from llmbrain.decomposition.solvers.methods import unmix
+from llmbrain.decomposition.prepare.pca import numerical_rank, project, whiten
+from llmbrain.decomposition.prepare.reduce import Window, default_run_components, reduce_runs
+from llmbrain.decomposition.solvers import SOLVERS, unmix
+from llmbrain.decomposition.time_courses import Regressor, standardize_maps
 
 if TYPE_CHECKING:
     from llmbrain.anatomy.space import NeuronSpace
@@ -37,40 +35,22 @@ def estimator(n_components: int, options: dict[str, Any]) -> GroupICA:
     for name, value in {"axis": "space", "scope": "model"}.items():
         if getattr(ica, name) != value:
             raise InputError(f"{name}={getattr(ica, name)!r} cannot be repeated here: only {value!r}")
-    if ica.method == "dictlearning":
-        raise InputError("method='dictlearning' has no random start to repeat: use 'fastica' or 'picard'")
+    if SOLVERS[ica.method].from_start is None:
+        others = " or ".join(repr(name) for name, solver in SOLVERS.items() if solver.from_start)
+        raise InputError(f"method={ica.method!r} has no random start to repeat: use {others}")
     return ica
-
-
-def reduced_runs(ica: GroupICA, source: Source, n_components: int) -> Iterator[tuple[torch.Tensor, PreparedRun]]:
-    """Each run's leading principal components ``(k, n_neurons)``, as `GroupICA` makes them, and the run itself."""
-    for run in source.prepared("reduce"):
-        pca = pca_of_run(run, slice(0, run.n_neurons), ica.run_components or n_components)
-        rows = pca.rows
-        if ica.cca:
-            rows = rows / pca.eigenvalues[: len(rows)].sqrt()[:, None].to(rows.dtype)
-        yield rows, run
 
 
 def unmix_once(
     ica: GroupICA, white: torch.Tensor, n_live: int, random_state: np.random.RandomState
 ) -> tuple[Array, bool]:
     """One ICA of white data ``(k, n_neurons)`` from one random start: its unmixing matrix, and whether it converged."""
-    fit = unmix(
-        white,
-        method=ica.method,
-        fun=ica.fun,
-        n_init=1,
-        random_state=random_state,
-        max_iter=ica.max_iter,
-        tol=ica.tol,
-        n_samples=n_live,
-    )
+    fit = unmix(white, replace(ica.solver_settings(), n_init=1), random_state, n_live)
     return np.asarray(fit.unmixing, dtype=np.float64), fit.converged
 
 
 @dataclass
-class Reduced:
+class GroupSpace:
     """Runs in their common principal subspace.
 
     Attributes
@@ -95,20 +75,16 @@ class Reduced:
     space: NeuronSpace | None
 
     @classmethod
-    def of(cls, scans: Any, n_components: int, size: int, options: dict[str, Any], *, tokens: bool) -> Reduced:
+    def of(cls, scans: Any, n_components: int, size: int, options: dict[str, Any], *, tokens: bool) -> GroupSpace:
         """Read the runs once, or twice for `tokens`; `size` is cut to the rank of what the runs leave."""
         ica = estimator(n_components, options)
         source = ica._source(scans, None)
-        run_components = default_run_components(n_components, ica.cca)
-        pca = GroupPCA(4 * max(size, run_components))
-        live = None
+        rows = 4 * max(size, default_run_components(n_components, ica.cca))
         with workers(source.device):
-            for rows, run in reduced_runs(ica, source, run_components):
-                live = run.live if live is None else live | run.live
-                pca.add(rows)
-            assert live is not None  # runs are never empty
+            window = Window(slice(0, source.runs[0].shape[1]), None, n_components)
+            reduced = reduce_runs(source, [window], ica.run_components, ica.cca, max_rows=rows)
+            (stack,), live = reduced.stacks, reduced.live
             n_live = int(live.sum())
-            stack = pca.stack()
             rank = numerical_rank(whiten(stack, 1).eigenvalues, stack.dtype)
             if n_components > rank:
                 raise InputError(f"n_components={n_components} is more than the rank of the reduced runs, {rank}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
 from llmbrain._chunks import workers
 from llmbrain.decomposition.prepare.pca import gram
 from llmbrain.decomposition.prepare.preprocess import PreparedRun
+from llmbrain.decomposition.prepare.source import Source
 
 
 def standardize_maps(maps: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
@@ -58,3 +62,31 @@ class Regressor:
     def time_courses(self, run: PreparedRun) -> torch.Tensor:
         """Time courses (n_tokens, K) in float64: ``run ~ time_courses @ maps``."""
         return self.products(run) @ self.inverse
+
+
+def regress(
+    source: Source, maps: list[torch.Tensor], columns: list[slice], step: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Second pass: for every run the time courses on the maps, and the variance that these explain.
+
+    Yields
+    ------
+    time_courses : float64 array (n_tokens, n_components)
+    alone : float64 array (n_components,)
+        Variance over the kept tokens that each component explains by itself.
+    joint : float
+        Variance that all explain together.
+    """
+    regressors = [Regressor(part, where) for part, where in zip(maps, columns)]
+    for run in source.prepared(step):
+        kept = torch.from_numpy(run.keep).to(run.device)
+        courses, alone, joint = [], [], 0.0
+        for regressor in regressors:
+            products = regressor.products(run)
+            found = products @ regressor.inverse
+            courses.append(found)
+            shared = (found * products)[kept].sum(dim=0)
+            joint += float(shared.sum())
+            alone.append(2 * shared - found[kept].square().sum(dim=0) * regressor.gram.diagonal())
+        del run  # before the next is read
+        yield torch.cat(courses, dim=1).cpu().numpy(), torch.cat(alone).cpu().numpy(), joint

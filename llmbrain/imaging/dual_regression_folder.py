@@ -44,7 +44,7 @@ class MemoryStore:
 class FolderStore(MemoryStore):
     """Keeps results in a folder, memory-mapped, and beside that in FSL's files.
 
-    The record holds how many runs are whole and a fingerprint of the settings: the same call on the same folder goes on
+    The record holds how many runs are whole and a digest of the settings: the same call on the same folder goes on
     with the next run, another call is refused.
     """
 
@@ -84,6 +84,6 @@ class FolderStore(MemoryStore):
         write_components_over_runs(self.folder, self.maps, geometry)
 
 
-def fingerprint(array: NDArray[Any] | None) -> str | None:
+def array_digest(array: NDArray[Any] | None) -> str | None:
     """A short hash of an array's numbers."""
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]

@@ -16,8 +16,8 @@ from scipy.special import ndtri, stdtr
 
 from llmbrain._chunks import Workers, workers
 from llmbrain._validation import InputError, resolve_device
-from llmbrain.decomposition.dualreg_files import FolderStore, MemoryStore, fingerprint
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens
+from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
 from llmbrain.scanning.inputs import Runs
 
@@ -154,7 +154,7 @@ def dual_regression(
     names = [runs.name(i) for i in range(len(runs))]
     chosen: dict[str, Any] = {"normalize": normalize, "standardize": standardize}
     chosen |= {"drop_first": drop_first, "drop_positions": drop_positions, "runs": names}
-    chosen |= {"maps": fingerprint(group), "mask": fingerprint(keep_neurons)}
+    chosen |= {"maps": array_digest(group), "mask": array_digest(keep_neurons)}
     store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen)
     space = getattr(maps, "space", None) or getattr(maps, "space_", None)
     if space is None and store.done:

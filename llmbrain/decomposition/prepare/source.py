@@ -1,0 +1,68 @@
+"""Runs and how to prepare them: read again at every pass, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmbrain._validation import InputError
+from llmbrain.decomposition.prepare.preprocess import PreparedRun, Preprocessing, Statistics, prepare
+from llmbrain.scanning.inputs import Runs
+
+
+@dataclass
+class Source:
+    """Runs and how to prepare them; every iteration reads them again, one at a time."""
+
+    runs: Runs
+    settings: Preprocessing
+    device: torch.device
+    dtype: torch.dtype
+    mask: np.ndarray | None = None
+    progress: bool = False
+    _statistics: dict[int, Statistics] = field(default_factory=dict)
+
+    def prepared(self, step: str, limit: int | None = None) -> Iterator[PreparedRun]:
+        """Yield every run, preprocessed; `step` is what the progress bar says."""
+        indices: Any = range(len(self.runs))[:limit]
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            indices = tqdm(indices, desc=step, unit="run")
+        for index in indices:
+            yield self._read(index)  # no name here keeps the last run in memory while the next is read
+
+    def _read(self, index: int) -> PreparedRun:
+        known = self._statistics.get(index)
+        data = self.runs.read(index, check=known is None)
+        run = prepare(
+            data,
+            self.settings,
+            device=self.device,
+            dtype=self.dtype,
+            positions=self.runs.positions(index),
+            neurons=self._neurons(data.shape[1]),
+            name=self.runs.name(index),
+            statistics=known,
+        )
+        if not bool(run.live.any()):
+            raise InputError(f"{self.runs.name(index)} has no variance: all its neurons are constant over tokens")
+        # what was measured is kept for the next pass, up to the size of one run: memory does not grow with runs
+        if known is None and len(self._statistics) < run.n_tokens // (8 + self.settings.degree):
+            self._statistics[index] = run.statistics
+        return run
+
+    def _neurons(self, n_neurons: int) -> torch.Tensor | None:
+        if self.mask is None:
+            return None
+        if self.mask.dtype != bool or self.mask.shape != (n_neurons,):
+            raise InputError(
+                f"mask has shape {self.mask.shape} and dtype {self.mask.dtype}: {n_neurons} bools are needed"
+            )
+        if not self.mask.any():
+            raise InputError("mask removes everything: no neuron is True")
+        return torch.from_numpy(self.mask).to(self.device)
