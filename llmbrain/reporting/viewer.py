@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mimetypes
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -37,6 +38,13 @@ AHEAD = 256  # tokens between two looks of `read_ahead`: fewer than a file of th
 SANDBOX = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 )
+GUARDS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 class Refused(Exception):
@@ -221,6 +229,10 @@ class Handler(BaseHTTPRequestHandler):
     """Answers GET requests about one study."""
 
     protocol_version = "HTTP/1.1"
+    # head and body leave in one write: as two, the second waits for the client to acknowledge the first (40 ms)
+    wbufsize = 1 << 16
+    disable_nagle_algorithm = True
+    timeout = 30.0  # seconds that a client may be silent
     server: Server
 
     def do_GET(self) -> None:
@@ -229,6 +241,8 @@ class Handler(BaseHTTPRequestHandler):
             self._check_sender()
             url = urlsplit(self.path)
             self._answer(unquote(url.path, errors="replace"), parse_qs(url.query))
+        except (ConnectionError, TimeoutError):  # nobody is there to be told
+            self.close_connection = True
         except Refused as refusal:
             self._send(str(refusal).encode(), "text/plain; charset=utf-8", refusal.status)
         except (InputError, ValueError, OSError) as error:
@@ -277,10 +291,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, path: Path) -> None:
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        self._head(HTTPStatus.OK, kind, path.stat().st_size, {"Content-Security-Policy": SANDBOX})
         with path.open("rb") as stream:
-            while piece := stream.read(1 << 20):
+            left = os.fstat(stream.fileno()).st_size
+            self._head(HTTPStatus.OK, kind, left, {"Content-Security-Policy": SANDBOX})
+            while left and (piece := stream.read(min(left, 1 << 20))):
                 self.wfile.write(piece)
+                left -= len(piece)
+        self.close_connection = self.close_connection or left > 0  # it shrank meanwhile: what follows would be misread
 
     def _send(
         self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None
@@ -290,12 +307,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: HTTPStatus, kind: str, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Type": kind, "Content-Length": str(length), "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer", "Cache-Control": "no-store", "X-Frame-Options": "DENY", **headers,
-        }.items():  # fmt: skip
+        for name, value in {"Content-Type": kind, "Content-Length": str(length), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+
+    def end_headers(self) -> None:
+        """End the head of any answer, refusals of the base class too, with what keeps other sites out."""
+        for name, value in GUARDS.items():
+            self.send_header(name, value)
+        super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the terminal belongs to the user."""
@@ -310,6 +330,12 @@ class Server(ThreadingHTTPServer):
         self.folder = StudyFolder(Path(study))
         super().__init__((HOST, port), Handler)
         threading.Thread(target=self.folder.read_ahead, daemon=True).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no error; anything else is one line."""
+        error = sys.exception()
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            print(f"viewer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     @property
     def url(self) -> str:
