@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmbrain._validation import InputError, resolve_device
+from llmbrain.checkpoints.gguf import is_gguf, load_gguf
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, text_config
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ def load_model(
     Parameters
     ----------
     path_or_id : str or Path
-        A folder (also one that `save_pruned` wrote), or an id on the Hugging Face hub.
+        A folder (also one that `save_pruned` wrote), a GGUF file, or an id on the Hugging Face hub.
     dtype : torch.dtype or str, optional
-        Default: as saved.
+        Default: as saved; float32 for a GGUF file.
     device : str or device, optional
         Default: CPU. ``"auto"`` takes CUDA where there is one.
     trust_remote_code : bool
@@ -52,6 +53,9 @@ def load_model(
     """
     from transformers import AutoTokenizer
 
+    if is_gguf(path_or_id):
+        model, tokenizer = load_gguf(path_or_id, dtype=dtype)
+        return (model if device is None else model.to(resolve_device(device))), tokenizer
     source = _source(path_or_id)
     model = _load(source, dtype, device, trust_remote_code)
     try:
@@ -75,6 +79,9 @@ def load_pruned(
 
 def _source(path_or_id: str | Path) -> str:
     path = Path(path_or_id)
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    if files:
+        raise FileNotFoundError(f"{path} holds no config.json but GGUF files: name one of them, such as {files[0]}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no config.json: it is not a model folder")
     if not path.is_dir() and (isinstance(path_or_id, Path) or path.is_absolute() or str(path_or_id).startswith(".")):
