@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from llmbrain._validation import InputError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
 ROPE_FACTORS = "rope_freqs.weight"
@@ -63,7 +62,7 @@ def is_gguf(path: str | Path) -> bool:
         return file.read(4) == MAGIC
 
 
-def load_gguf(path: str | Path, *, dtype: torch.dtype | str | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_gguf(path: str | Path, *, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a GGUF file as an ordinary model of transformers and its tokenizer.
 
     Parameters
@@ -169,7 +168,7 @@ def _set_rope(path: Path, reader: Any, config: PretrainedConfig) -> None:
     raise InputError(f"{path}: its rotary factors ({ROPE_FACTORS}) follow no known rule: load its transformers folder")
 
 
-def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype | str | None) -> nn.Module:
+def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype | str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -195,7 +194,7 @@ def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype | str | None
     return model
 
 
-def _refuse_unused(path: Path, reader: Any, model: nn.Module, architecture: str) -> None:
+def _refuse_unused(path: Path, reader: Any, model: PreTrainedModel, architecture: str) -> None:
     """Every tensor of the file must have a place in the model; transformers drops the others without a word."""
     import gguf
 
