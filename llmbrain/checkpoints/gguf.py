@@ -62,7 +62,9 @@ def is_gguf(path: str | Path) -> bool:
         return file.read(4) == MAGIC
 
 
-def load_gguf(path: str | Path, *, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(
+    path: str | Path, *, dtype: torch.dtype | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a GGUF file as an ordinary model of transformers and its tokenizer.
 
     Parameters
