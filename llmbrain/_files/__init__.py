@@ -1,0 +1,89 @@
+"""The one way to write a file, a set of files, and to read them back.
+
+Writing
+-------
+``writing(path)``
+    One file, whole or absent: a context manager that gives a temporary path beside the place (same ending), then
+    flushes and renames. ``write_text``, ``write_bytes``, ``write_json``, ``write_table``, ``write_figure``,
+    ``write_tensors`` and ``write_image`` are one line each on top of it.
+``transaction(folder)``
+    A set of files that belong together: gives a hidden folder to write into; at the end every file is checksummed into
+    ``SHA256SUMS``, flushed, and the set is put in place by one rename. Readers see the old set or the new one. A
+    process that is killed leaves the old set, or a set whose last moves the next reader or writer makes.
+
+A folder that holds a ``SHA256SUMS`` stays described by it: ``writing`` into it lists the file there as well.
+
+Reading
+-------
+``reading(folder)``
+    The files of a set, each verified against ``SHA256SUMS`` when it is asked for; no writer changes them meanwhile.
+``read_json(path)``, ``read_tensors(path)``
+    One file; what is damaged is one line that names it. `write_json(..., seal=True)` puts a checksum into the file
+    itself, which ``read_json`` compares.
+``damages(folder)``
+    Every file of ``SHA256SUMS`` that is missing or altered.
+
+Failing
+-------
+A full or read-only disk, a folder that vanished: `FileError`. A file that is not what was written: `DamagedError`. Both
+are `InputError` with one line. Temporary files carry host and process in their name, and those of dead processes are
+removed by the next writer.
+"""
+
+from __future__ import annotations
+
+from llmbrain._files.errors import DamagedError, FileError, bytes_text, check_space, clear_errors
+from llmbrain._files.one import (
+    plain,
+    seal_of,
+    write_bytes,
+    write_figure,
+    write_image,
+    write_json,
+    write_table,
+    write_tensors,
+    write_text,
+    writing,
+)
+from llmbrain._files.parts import SUMS
+from llmbrain._files.reading import (
+    StoredFiles,
+    UnverifiedWarning,
+    damages,
+    file_sha256,
+    read_json,
+    read_tensors,
+    reading,
+    verify,
+)
+from llmbrain._files.sets import discard, settle, transaction
+
+__all__ = [
+    "SUMS",
+    "DamagedError",
+    "FileError",
+    "StoredFiles",
+    "UnverifiedWarning",
+    "bytes_text",
+    "check_space",
+    "clear_errors",
+    "damages",
+    "discard",
+    "file_sha256",
+    "plain",
+    "read_json",
+    "read_tensors",
+    "reading",
+    "seal_of",
+    "settle",
+    "transaction",
+    "verify",
+    "write_bytes",
+    "write_figure",
+    "write_image",
+    "write_json",
+    "write_table",
+    "write_tensors",
+    "write_text",
+    "writing",
+]

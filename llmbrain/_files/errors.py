@@ -1,0 +1,109 @@
+"""One way to fail: what a disk says, as one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmbrain._validation import InputError
+
+
+class FileError(InputError):
+    """A place cannot be written or read: full, read-only, gone; the message says what stands."""
+
+
+class DamagedError(InputError):
+    """A file is not what was written: truncated, altered, or of another format; the message names it."""
+
+
+_SAID = {
+    errno.ENOSPC: "no space is left on the disk",
+    getattr(errno, "EDQUOT", -1): "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this disk or limit allows",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.ENOENT: "the folder is gone",
+    errno.EIO: "the disk reports an error",
+    errno.EMFILE: "too many files are open",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+@contextmanager
+def clear_errors(path: str | os.PathLike[str], *, needed: int | None = None, stands: str = "") -> Iterator[None]:
+    """Turn what the system says while `path` is written into a `FileError` of one line.
+
+    Parameters
+    ----------
+    path : path
+        What is being made.
+    needed : int, optional
+        Bytes that it takes, where they are known.
+    stands : str
+        What is still there, for the end of the message.
+
+    Raises
+    ------
+    FileError
+        In place of OSError, also where safetensors hides one. FileExistsError and InputError pass.
+    """
+    try:
+        yield
+    except (InputError, FileExistsError):
+        raise
+    except Exception as error:
+        found = error if isinstance(error, OSError) else hidden_oserror(error)
+        if found is None:
+            raise
+        raise FileError(f"{path} cannot be written: {what_happened(found, Path(path), needed)}{stands}") from error
+
+
+def hidden_oserror(error: Exception) -> OSError | None:
+    """safetensors says "I/O error: ... (os error 28)" in an error of its own."""
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
+
+
+def what_happened(error: OSError, path: Path, needed: int | None = None) -> str:
+    """What the system said, with the space that is free where that is the trouble."""
+    said = _SAID.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", -1)):
+        there = next((p for p in (path, *path.parents) if p.exists()), Path())
+        free = f"{bytes_text(shutil.disk_usage(there).free)} are free"
+        said += f" ({f'{bytes_text(needed)} are needed, ' if needed else ''}{free})"
+    return said
+
+
+def bytes_text(n: float) -> str:
+    """A number of bytes as people say it: ``3.2 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def check_space(folder: str | os.PathLike[str], needed: int, what: str = "it") -> None:
+    """Say before anything is written that a disk has not what is needed.
+
+    Raises
+    ------
+    FileError
+        If fewer than `needed` bytes are free where `folder` is, or will be.
+    """
+    place = Path(folder).absolute()
+    there = next(p for p in (place, *place.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise FileError(f"{folder}: {what} needs {bytes_text(needed)}, but only {bytes_text(free)} are free there")
+
+
+def hint(anew: str) -> str:
+    """What to do about it, as the next sentence of a message."""
+    return f". {anew[0].upper()}{anew[1:]}" if anew else ""

@@ -1,0 +1,241 @@
+"""Reading back: every file against its checksum, what is wrong in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmbrain._files.errors import DamagedError, FileError, bytes_text, hint, what_happened
+from llmbrain._files.one import SEAL, seal_of
+from llmbrain._files.parts import SUMS, locked, read_sums
+from llmbrain._files.sets import settle
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LONGEST_JSON = 1 << 28  # bytes: no record of this project comes near
+_verified: dict[str, tuple[int, int, int, str]] = {}
+
+
+class UnverifiedWarning(UserWarning):
+    """A folder that should have a ``SHA256SUMS`` has none."""
+
+
+class StoredFiles:
+    """The files of a folder with a ``SHA256SUMS``; see `reading`."""
+
+    def __init__(self, folder: Path, sums: dict[str, str], anew: str) -> None:
+        self.folder, self.sums, self.anew = folder, sums, anew
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sums if self.sums else (self.folder / name).is_file()
+
+    def path(self, name: str) -> Path:
+        """Path of a file, verified.
+
+        Raises
+        ------
+        FileNotFoundError
+            If it is in neither the folder nor its ``SHA256SUMS``.
+        DamagedError
+            If it is missing, or does not match its checksum.
+        """
+        path = self.folder / name
+        if self.sums:
+            if name in self.sums:
+                reason = _compare(path, self.sums[name])
+            else:
+                reason = f"is not listed in {SUMS}" if path.is_file() else None
+            if reason:
+                raise DamagedError(f"{path} {reason}{hint(self.anew)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.folder} holds no {name}{hint(self.anew)}")
+        return path
+
+    def json(self, name: str, *, format: str | None = None, version: int | None = None) -> dict[str, Any]:
+        """A record, verified; see `read_json`."""
+        return read_json(self.path(name), anew=self.anew, format=format, version=version)
+
+    def tensors(self, name: str) -> dict[str, NDArray[Any]]:
+        """Arrays of a safetensors file, verified; see `read_tensors`."""
+        return read_tensors(self.path(name), anew=self.anew)
+
+
+@contextmanager
+def reading(folder: str | os.PathLike[str], *, anew: str = "", required: bool = False) -> Iterator[StoredFiles]:
+    """Read files that were written by `transaction`.
+
+    Parameters
+    ----------
+    folder : path
+        A save that was killed in it is finished first.
+    anew : str
+        What the user does to make the files anew; ends the messages.
+    required : bool
+        Warn where there is no ``SHA256SUMS`` (the files are then not verified).
+
+    Yields
+    ------
+    StoredFiles
+        No writer of this project changes the files until the context ends.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder does not exist.
+    DamagedError
+        If ``SHA256SUMS`` is damaged; while reading, if a file is.
+    """
+    folder = Path(folder)
+    settle(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
+    with locked(folder, exclusive=False):
+        sums = read_sums(folder, anew=anew)
+        if required and not sums:
+            warnings.warn(f"{folder} holds no {SUMS}: its files are not verified", UnverifiedWarning, stacklevel=3)
+        yield StoredFiles(folder, sums, anew)
+
+
+def damages(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Name and reason of every file listed in ``SHA256SUMS`` that is missing or altered; reads every byte.
+
+    A folder without ``SHA256SUMS`` has no damages that could be known; one that cannot be read is named itself.
+    """
+    folder = Path(folder)
+    settle(folder)
+    with locked(folder, exclusive=False):
+        try:
+            sums = read_sums(folder)
+        except DamagedError as error:
+            return {SUMS: str(error).removeprefix(f"{folder / SUMS} ")}
+        found = {name: _compare(folder / name, digest, fresh=True) for name, digest in sums.items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    anew: str = "",
+    format: str | None = None,
+    version: int | None = None,
+    longest: int = LONGEST_JSON,
+) -> dict[str, Any]:
+    """Read a JSON record; a seal in it is compared and taken out.
+
+    Parameters
+    ----------
+    anew : str
+        What the user does to make the file anew; ends the messages.
+    format, version : optional
+        What its entries ``format`` and ``format_version`` must be.
+    longest : int
+        Bytes beyond which the file is refused unread.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    DamagedError
+        If it is not UTF-8, not JSON, no object, altered after it was sealed, or of another or newer format.
+    FileError
+        If the system cannot read it.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > longest:
+            raise DamagedError(f"{path} is too large for a record ({bytes_text(size)}){hint(anew)}")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {what_happened(error, path)}") from None
+    try:
+        record = json.loads(content.decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path} is damaged: not UTF-8 at byte {error.start}{hint(anew)}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not JSON: it was truncated or edited ({error}){hint(anew)}") from None
+    if not isinstance(record, dict):
+        raise DamagedError(f"{path} holds a {type(record).__name__} where a record is expected{hint(anew)}")
+    if SEAL in record:
+        if record[SEAL] != seal_of(record):
+            raise DamagedError(
+                f"{path} does not match its checksum: it was edited or damaged after it was written{hint(anew)} "
+                f"(an edit that you mean: take its entry {SEAL!r} out)"
+            )
+        del record[SEAL]
+    if format is not None and record.get("format") != format:
+        raise DamagedError(f"{path} has format {record.get('format')!r}, not {format!r}{hint(anew)}")
+    if version is not None and record.get("format_version") != version:
+        there = record.get("format_version")
+        newer = isinstance(there, int) and there > version
+        raise DamagedError(
+            f"{path} has format version {there!r}; this version of llmbrain reads {version}"
+            + (": update llmbrain" if newer else hint(anew))
+        )
+    return record
+
+
+def read_tensors(path: str | os.PathLike[str], *, anew: str = "") -> dict[str, NDArray[Any]]:
+    """Arrays of a safetensors file; what is wrong with it is a `DamagedError`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    try:
+        arrays: dict[str, NDArray[np.generic]] = load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {what_happened(error, path)}") from None
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"{path} is damaged: {error}{hint(anew)}") from None
+    return arrays
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: str | os.PathLike[str], digest: str, *, anew: str = "") -> None:
+    """Compare a file with its SHA-256; once a process where it has not changed since.
+
+    Raises
+    ------
+    DamagedError
+        If it is missing or differs.
+    """
+    reason = _compare(Path(path), digest)
+    if reason:
+        raise DamagedError(f"{path} {reason}{hint(anew)}")
+
+
+def _compare(path: Path, digest: str, *, fresh: bool = False) -> str | None:
+    """What is wrong with a file, or None."""
+    try:
+        facts = path.stat()
+        known = (facts.st_size, facts.st_mtime_ns, facts.st_ino, digest)
+        if not fresh and _verified.get(os.fspath(path.absolute())) == known:
+            return None
+        same = file_sha256(path) == digest
+    except FileNotFoundError:
+        return f"is missing: {SUMS} lists it"
+    except OSError as error:
+        return f"cannot be read: {what_happened(error, path)}"
+    if not same:
+        return f"does not match its checksum in {SUMS}: it was truncated, edited or damaged after it was written"
+    if time.time_ns() - facts.st_mtime_ns > 2_000_000_000:  # a younger time stamp may hide a change
+        _verified[os.fspath(path.absolute())] = known
+    return None

@@ -1,0 +1,161 @@
+"""A set of files: all of it in its place, or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from llmbrain._files.errors import FileError, check_space, clear_errors
+from llmbrain._files.parts import (
+    SUMS,
+    flush,
+    flush_folder,
+    flush_folders,
+    locked,
+    read_sums,
+    sweep,
+    temporary_of,
+    write_sums,
+)
+from llmbrain._validation import InputError
+
+COMMIT = ".llmbrain-commit"  # a set that is decided on, and partly moved into its place
+_REMOVED = ".removed"  # within it: names of the old set that go
+
+
+@contextmanager
+def transaction(
+    folder: str | os.PathLike[str], *, replaces: Iterable[str] = (), needed: int | None = None
+) -> Iterator[Path]:
+    """Write files that belong together: all of them, or none.
+
+    Parameters
+    ----------
+    folder : path
+        Where they go. Other files in it stay, subfolders too.
+    replaces : names or patterns (as ``*.safetensors``) relative to the folder
+        Files of the old set that go when the new one does not hold them.
+    needed : int, optional
+        Bytes the set will take; checked before, and said if the disk is full.
+
+    Yields
+    ------
+    Path
+        A hidden folder on the same disk to write into. What is in it at the end, subfolders too, is the set; an error
+        inside leaves `folder` as it was.
+
+    Raises
+    ------
+    FileError
+        If the disk is full or read-only, or the folder vanished: what stood there is unchanged.
+
+    Examples
+    --------
+    >>> with transaction("study/networks", replaces=["networks.*"]) as new:  # doctest: +SKIP
+    ...     write_tensors(new / "networks.safetensors", arrays)
+    ...     write_json(new / "networks.json", record)
+    """
+    folder = Path(folder)
+    there = folder.is_dir()
+    stood = "; what stood there is unchanged" if there else ""
+    prepared = temporary_of(folder / "set") if there else temporary_of(folder)
+    with clear_errors(folder, needed=needed, stands=stood):
+        if needed is not None:
+            check_space(folder, needed)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(prepared.parent, None if there else folder.name)
+        prepared.mkdir()
+        try:
+            yield prepared
+            names = sorted(p.relative_to(prepared).as_posix() for p in prepared.rglob("*") if p.is_file())
+            if any(name.rpartition("/")[2] == SUMS for name in names):
+                raise InputError(f"{SUMS} is made by the transaction and cannot be written into it")
+            odd = [n for n in names if not n.isprintable() or "\\" in n]
+            if odd:
+                raise InputError(f"file name {odd[0]!r} cannot stand in {SUMS}")
+            sums = {name: flush(prepared / name, digest=True) for name in names}
+            _commit(folder, prepared, sums, list(replaces))
+        finally:
+            shutil.rmtree(prepared, ignore_errors=True)
+
+
+def _commit(folder: Path, prepared: Path, sums: dict[str, str], replaces: list[str]) -> None:
+    if prepared.parent != folder:  # a new folder
+        write_sums(prepared, sums)
+        flush_folders(prepared)
+        try:
+            prepared.rename(folder)
+            flush_folder(folder.parent)
+            return
+        except OSError:
+            if not folder.is_dir():
+                raise
+            inside = temporary_of(folder / "set")  # another process was faster: into its folder
+            prepared.rename(inside)
+            prepared = inside
+    if not folder.is_dir():
+        raise FileError(f"{folder} is gone: it was removed while the files for it were written")
+    with locked(folder, exclusive=True):
+        _roll_forward(folder)
+        known = read_sums(folder, strict=False)
+        names = set(known) | {p.name for p in folder.iterdir() if p.is_file()} - {SUMS}
+        gone = [n for n in names if n not in sums and any(fnmatch(n, pattern) for pattern in replaces)]
+        merged = {name: digest for name, digest in known.items() if name not in gone} | sums
+        if merged:
+            write_sums(prepared, merged)
+        else:
+            gone.append(SUMS)
+        (prepared / _REMOVED).write_text(json.dumps(gone), encoding="utf-8")
+        flush(prepared / _REMOVED)
+        flush_folders(prepared)
+        prepared.rename(folder / COMMIT)  # from here on the new set counts
+        flush_folder(folder)
+        _roll_forward(folder)
+
+
+def _roll_forward(folder: Path) -> None:
+    """Move the files of a decided set to their places; may be begun again at any point. Needs the exclusive lock."""
+    decided = folder / COMMIT
+    if not decided.is_dir():
+        return
+    removed = decided / _REMOVED
+    if removed.is_file():
+        for name in json.loads(removed.read_text(encoding="utf-8")):
+            (folder / name).unlink(missing_ok=True)
+        removed.unlink()
+    for source in sorted(p for p in decided.rglob("*") if p.is_file() and p.name != SUMS):
+        target = folder / source.relative_to(decided)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+    if (decided / SUMS).is_file():
+        (decided / SUMS).replace(folder / SUMS)
+    flush_folder(folder)
+    shutil.rmtree(decided)
+
+
+def settle(folder: str | os.PathLike[str]) -> None:
+    """Finish what a killed writer had decided on in `folder`; does nothing where there is nothing to finish.
+
+    Raises
+    ------
+    FileError
+        If the folder is read-only, so that it cannot be finished.
+    """
+    folder = Path(folder)
+    if (folder / COMMIT).is_dir():
+        stands = "; a save was interrupted there and must be finished first"
+        with clear_errors(folder, stands=stands), locked(folder, exclusive=True):
+            _roll_forward(folder)
+
+
+def discard(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Remove files (or patterns) of a folder and their lines in its ``SHA256SUMS``, at once."""
+    folder = Path(folder)
+    if folder.is_dir():
+        with transaction(folder, replaces=list(names)):
+            pass
