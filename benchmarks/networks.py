@@ -178,7 +178,7 @@ def examine(case: Case, found: Found, quick: bool) -> dict[str, pd.DataFrame]:
     columns = ["network", "evaluation", "size", "baseline", "effect", "effect_low", "effect_high", "random_effect",
                "p_random", "matched_effect", "p_matched", "q_matched"]  # fmt: skip
     return {
-        "recurrence": recurrence(templates, found.singles, n_null=50 if quick else 200),
+        "recurrence": recurrence(templates, found.singles, n_permutations=50 if quick else 200),
         "lesion": protocol_lesion(case, templates, n_random),
         "networks": networks.frame[columns],
         "keep": protocol_keep(case, found.group, n_random // 2),

@@ -24,12 +24,12 @@ from llmbrain.anatomy.families import anatomy
 from llmbrain.datasets import load_demo
 from llmbrain.hooks.text import as_windows
 from llmbrain.networks import localizer
-from llmbrain.networks.thresholds import phase_randomise
 from llmbrain.pruning.benchmark import compare_methods
 from llmbrain.pruning.calibrate.windows import calibration_windows, mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.forget.conditions import condition_weights
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.planner import Planner
+from llmbrain.stats.nulls import phase_randomize
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.2, 0.3, 0.5)
@@ -80,7 +80,7 @@ def find_networks(model: Any, windows: torch.Tensor, *, null: bool = False) -> l
     space = runs[0].space
     if null:
         rng = np.random.default_rng(0)
-        runs = [phase_randomise(run.data(), rng) for run in runs]
+        runs = [phase_randomize(run.data(), rng, shared=False) for run in runs]
     ica = lb.GroupICA(K, random_state=0).fit(runs)
     return lb.FunctionalNetworks(ica.components_, space)
 

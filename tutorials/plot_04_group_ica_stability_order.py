@@ -54,7 +54,7 @@ stability.to_frame().round(2).T
 # A component can come back from every start and still be noise of this sample. So: decompose two halves of the runs,
 # and compare with surrogates whose neurons keep their spectra but nothing in common. (Few surrogates, to be quick: the
 # smallest possible p is one over their number plus one.)
-halves = split_half_reproducibility(scans, 16, n_splits=2, n_null=3, random_state=0)
+halves = split_half_reproducibility(scans, 16, n_splits=2, n_permutations=3, random_state=0)
 print("|r| between halves, per component:", halves.reproducibility.round(2))
 print("largest |r| of any component in the surrogates:", halves.null.max().round(2))
 print("p:", halves.p.round(2))

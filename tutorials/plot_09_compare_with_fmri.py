@@ -50,7 +50,7 @@ print(aligned.report)
 # ``|r|`` of all pairs: family-wise error control for smooth series. The word rate goes out first, as nuisance.
 rate = word_regressor(phantom.words, tr, phantom.fmri.n_volumes, high_pass=high_pass)
 result = couple(aligned.data, brain, nuisance=rate)
-print(f"|r| needed: {result.threshold:.2f} ({result.n_null} draws)")
+print(f"|r| needed: {result.threshold:.2f} ({result.n_permutations} draws)")
 result.to_frame().head(6).round(3)
 
 # %%

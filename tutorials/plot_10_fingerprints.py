@@ -82,7 +82,7 @@ def look(model):
 
 subject, others = look(parent), [look(model) for model in references]
 for name, model in {"pruned copy": pruned, "trained on": tuned, "stranger": stranger}.items():
-    found = fingerprint(subject, look(model), reference=others, n_null=19)
+    found = fingerprint(subject, look(model), reference=others, n_permutations=19)
     print(f"{name}: score {found.score:.2f}; unrelated models {found.reference.min():.2f} to "
           f"{found.reference.max():.2f}; p = {found.p:.3f}: {found.verdict}")  # fmt: skip
     print(f"    follows the text at all: p = {found.p_shared:.2f}; published: best pair {found.published_score:.2f}, "

@@ -72,7 +72,9 @@ def compare(
     hrf: str = typer.Option("spm", help="Response: spm or glover."),
     high_pass: float = typer.Option(128.0, help="Cut-off period, seconds, of both sides; 0 is none."),
     null: str = typer.Option("circular", help="circular (shifts) or phase (randomisation)."),
-    n_null: int = typer.Option(0, help="Null draws; 0 is every shift, or 1000 phases."),
+    n_permutations: int = typer.Option(
+        0, "--n-permutations", "--n-null", help="Null draws; 0 is every shift, or 1000 phases."
+    ),
     correction: str = typer.Option("max", help="max (family-wise) or fdr."),
     encoding: Annotated[
         bool | None, typer.Option("--encoding/--no-encoding", help="Encoding models; default up to 100 regions.")
@@ -112,8 +114,9 @@ def compare(
         result = compare_brains(
             source if is_scan else open_model(source, device), brain, table, tr=tr, offset=offset, text=story,
             networks=networks, n_components=k, controls=more, rule=rule, aggregate=aggregate, hrf=hrf,
-            high_pass=high_pass or None, drop=drop, null=null, n_null=n_null or None, correction=correction,
-            encoding=encoding, untrained=untrained, random_state=seed, progress=say,
+            high_pass=high_pass or None, drop=drop, null=null,
+            n_permutations=n_permutations or None, correction=correction, encoding=encoding,
+            untrained=untrained, random_state=seed, progress=say,
         )  # fmt: skip
         result.report["model"] = source
         result.save(out)

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.cli.common import claim, provenance, say, write_json
+from llmbrain.stats import PUBLISHED_Z
 
 HELD_OUT = 0.2  # share of the text, from its end, that networks and pruning never see
 
@@ -83,7 +84,7 @@ def main_job(
     method: str = "networks",
     compensate: str | None = "least-squares",
     site: str = "neuron",
-    threshold: float = 3.6,
+    threshold: float = PUBLISHED_Z,
     device: str = "auto",
     seed: int = 0,
     n_tokens: int | None = 32768,

@@ -50,7 +50,7 @@ def networks(
     if group.space is not None:
         figures["layer_profile"] = plot_layer_profile(group)
     if group.time_courses and len(group) > 1:
-        links = connectivity(group, n_null=permutations, random_state=seed)
+        links = connectivity(group, n_permutations=permutations, random_state=seed)
         tables["connectivity"] = links.to_frame()
         figures["connectivity"] = plot_connectivity(links.matrix, names=links.names)
     for name, frame in tables.items():

@@ -22,6 +22,7 @@ from llmbrain.cli.common import (
     say,
 )
 from llmbrain.cli.lists import ListCommand, parts
+from llmbrain.stats import PUBLISHED_Z
 
 STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that `llmbrain run` wrote.")]
 
@@ -78,7 +79,7 @@ def decompose(
     method: str = typer.Option("fastica", help="fastica, picard or dictlearning."),
     runs: int = typer.Option(0, help="Use the first N runs; 0 is all."),
     stability: int = typer.Option(0, help="Repeat R times and report how stable each network is; 0 is once."),
-    threshold: float = typer.Option(3.6, help="|z| above which a neuron belongs to a network."),
+    threshold: float = typer.Option(PUBLISHED_Z, help="|z| above which a neuron belongs to a network."),
     out: Path | None = typer.Option(None, help="Folder to write; default STUDY/networks."),
     convention: str = typer.Option("bids", help="bids or fsl: names of the files."),
     device: DEVICE = "auto",

@@ -53,11 +53,11 @@ def noise_ceilings(
     for _ in range(n_splits):
         order = rng.permutation(n_subjects)
         splits.append(_r(filled[order[:half]].sum(axis=0), filled[order[half : 2 * half]].sum(axis=0)))
-    split = _nanmean(np.array(splits))
+    split = nanmean(np.array(splits))
     reliability = 2 * split / (1 + split)
     frame = pd.DataFrame({
         "region": list(regions) if regions is not None else [f"region{i}" for i in range(n_regions)],
-        "n_subjects": live.sum(axis=0), "isc": _nanmean(isc), "isc_upper": _nanmean(upper), "split_half": split,
+        "n_subjects": live.sum(axis=0), "isc": nanmean(isc), "isc_upper": nanmean(upper), "split_half": split,
         "reliability": reliability, "ceiling": np.sqrt(np.where(reliability > 0, reliability, np.nan)),
     })  # fmt: skip
     return frame
@@ -70,6 +70,7 @@ def _r(a: Array, b: Array) -> Array:
     return np.divide((a * b).sum(axis=0), norm, out=np.full(a.shape[1], np.nan), where=norm > 1e-12)
 
 
-def _nanmean(values: Array) -> Array:
+def nanmean(values: Array) -> Array:
+    """Mean over the first axis without NaN; NaN, and no warning, where there is nothing else."""
     count = np.isfinite(values).sum(axis=0)
     return np.divide(np.nansum(values, axis=0), count, out=np.full(values.shape[1], np.nan), where=count > 0)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.ceilings import noise_ceilings
-from llmbrain.stats.nulls import CORRECTIONS, NULLS, benjamini_hochberg, missing_cosines, permutation_p, surrogates
+from llmbrain.stats.matching import best_pairs
+from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, sign_flip_test, surrogates
+from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 
 Array = NDArray[np.float64]
 
@@ -34,7 +35,7 @@ class Coupling:
         ``(b + 1) / (n + 1)`` of the null, per pair and corrected over all pairs. Never parametric.
     threshold : float
         |r| that the largest of all pairs reaches in a share `alpha` of the null draws.
-    null_max : array ``(n_null,)``
+    null_max : array ``(n_permutations,)``
         Largest |r| of all pairs in each draw.
     lags : array ``(n_lags,)``; lag_r : array ``(n_lags, K, R)``
         Correlation when the brain is read `lags` volumes later than the model (descriptive: no p-value).
@@ -73,7 +74,7 @@ class Coupling:
     ceilings: pd.DataFrame | None = field(default=None, repr=False)
 
     @property
-    def n_null(self) -> int:
+    def n_permutations(self) -> int:
         """Number of null draws."""
         return len(self.null_max)
 
@@ -110,7 +111,7 @@ def couple(
     brain_series: ArrayLike,
     *,
     null: str = "circular",
-    n_null: int | None = None,
+    n_permutations: int | None = None,
     correction: str = "max",
     nuisance: ArrayLike | None = None,
     lags: Sequence[int] = range(-6, 7),
@@ -132,7 +133,7 @@ def couple(
     null : {"circular", "phase"}
         All networks are shifted together round the circle by at least `min_shift` volumes, or get the same random
         phases.
-    n_null : int, optional
+    n_permutations : int, optional
         Draws; default all shifts, or 1000 random phases.
     correction : {"max", "fdr"}
         Family-wise error by the largest |r| of all pairs in each draw, or Benjamini-Hochberg on the p-values of the
@@ -179,7 +180,7 @@ def couple(
     magnitude = np.where(live, np.abs(r), np.inf)
     n_slow = missing_cosines(np.nan_to_num(x), np.nan_to_num(y))
     again = _with_cosines(basis, n, n_slow)
-    settings: dict[str, Any] = {"n_null": n_null, "min_shift": min_shift, "n_slow": n_slow}
+    settings: dict[str, Any] = {"n_permutations": n_permutations, "min_shift": min_shift, "n_slow": n_slow}
     # What is left of a series after the nuisance is rougher than it was, so moving that alone makes the null too narrow
     # (.19 for .05 with 14 smooth regressors); moving the series as it was does so where the nuisance is rougher than
     # the rest (.69). Each p is the larger one of the two.
@@ -190,7 +191,7 @@ def couple(
             draw = np.abs(np.where(live, _clean(moved, again, dead=0.0).T @ yl, 0.0))
             exceeded += draw >= magnitude - 1e-12
             greatest.append(draw.max())
-            pairing.append(draw[linear_sum_assignment(-draw)].mean())
+            pairing.append(draw[best_pairs(draw)].mean())
         nulls.append((exceeded, np.array(greatest), np.array(pairing)))
     p = np.maximum.reduce([permutation_p(r, exceeded, len(largest)) for exceeded, largest, _ in nulls])
     p_max = np.maximum.reduce([
@@ -200,7 +201,7 @@ def couple(
     p_corrected = p_max if correction == "max" else benjamini_hochberg(p)
     maxima = max((largest for _, largest, _ in nulls), key=lambda drawn: float(np.quantile(drawn, 1 - alpha)))
 
-    rows, columns = linear_sum_assignment(-np.abs(np.nan_to_num(r)))
+    rows, columns = best_pairs(r)
     score = float(np.abs(np.nan_to_num(r))[rows, columns].mean())
     match_p = max(float((1 + np.sum(matched >= score - 1e-12)) / (1 + len(matched))) for *_, matched in nulls)
     matches = pd.DataFrame({
@@ -218,50 +219,6 @@ def couple(
         result.group_r, result.p_subjects = sign_flip_test(result.subject_r, correction, random_state=random_state)
         result.ceilings = noise_ceilings(subjects, regions=region_names, random_state=random_state)
     return result
-
-
-def sign_flip_test(
-    subject_r: ArrayLike, correction: str = "max", *, n_flips: int = 2000, random_state: int = 0
-) -> tuple[Array, Array]:
-    """Random-effects test over subjects: is the mean Fisher z of their correlations other than zero.
-
-    Parameters
-    ----------
-    subject_r : array ``(S, ...)``
-        Correlations; NaN where a subject lacks the region.
-
-    Returns
-    -------
-    r : array ``(...)``
-        Mean of Fisher z, brought back to r.
-    p : array ``(...)``
-        From `n_flips` random sign flips of whole subjects of the t statistic, corrected over all entries
-        (`correction`).
-    """
-    z = np.arctanh(np.clip(np.asarray(subject_r, dtype=np.float64), -1 + 1e-12, 1 - 1e-12))
-    count = np.isfinite(z).sum(axis=0)
-    usable = count >= 2
-    if not usable.any():
-        return np.tanh(z[0]) if len(z) else z, np.full(z.shape[1:], np.nan)
-    filled = np.nan_to_num(z)
-    squares = (filled**2).sum(axis=0)
-    count = np.maximum(count, 2)
-
-    def t_statistic(total: Array) -> Array:
-        mean = total / count
-        variance = np.maximum(squares - count * mean**2, np.finfo(float).tiny) / (count - 1)
-        return np.abs(np.where(usable, mean / np.sqrt(variance / count), 0.0))
-
-    observed = t_statistic(filled.sum(axis=0))
-    rng = np.random.default_rng(random_state)
-    exceeded = np.zeros(observed.shape)
-    for _ in range(n_flips):
-        signs = rng.choice([-1.0, 1.0], len(z))
-        draw = t_statistic(np.tensordot(signs, filled, axes=1))
-        exceeded += (draw.max() if correction == "max" else draw) >= observed * (1 - 1e-12)
-    p = permutation_p(np.where(usable, observed, np.nan), exceeded, n_flips)
-    mean_r = np.where(usable, np.tanh(filled.sum(axis=0) / count), np.nan)
-    return mean_r, p if correction == "max" else benjamini_hochberg(p)
 
 
 def _group(brain_series: ArrayLike, n_volumes: int) -> tuple[Array | None, Array]:

@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from llmbrain._validation import InputError, check_option, check_range, soft_import
 from llmbrain.brains.hrf import add_delays
 from llmbrain.brains.series import check_series, check_tr, slow_cosines
-from llmbrain.stats.nulls import CORRECTIONS, NULLS, benjamini_hochberg, missing_cosines, permutation_p, surrogates
+from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, surrogates
+from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 
 Array = NDArray[np.float64]
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -40,7 +41,7 @@ class Encoding:
         How much lower the score is without the band's share of the prediction. Empty for a single band.
     gain_p, gain_p_corrected : dict of array ``(R,)``
         For the `tested` bands.
-    null_max : array ``(n_null,)``
+    null_max : array ``(n_permutations,)``
         Largest `r` of all targets in each draw.
     prediction : array ``(T, R)``
         Held-out prediction in units of the targets, without their mean.
@@ -141,7 +142,7 @@ def encode(
     n_iter: int = 20,
     tested: Sequence[str] | None = None,
     null: str = "circular",
-    n_null: int | None = 99,
+    n_permutations: int | None = 99,
     min_shift: int = 10,
     correction: str = "max",
     ceiling: ArrayLike | None = None,
@@ -177,7 +178,7 @@ def encode(
         predictions within their test blocks is cheaper and wrong: blocks are short, and it breaks their slow trends;
         false positives .5 for .05 at AR .9, measured.) For the gain of a band, what the other bands do not predict is
         moved (Freedman & Lane 1983).
-    n_null : int or None
+    n_permutations : int or None
         Draws; None: all shifts, or 1000 random phases.
     ceiling : array ``(R,)``, optional
         From `noise_ceilings`, for `to_frame`.
@@ -216,7 +217,7 @@ def encode(
 
     def moved(series: Array) -> Iterator[Array]:
         clean = series - slow @ (slow.T @ series)
-        settings: dict[str, Any] = {"n_null": n_null, "min_shift": min_shift, "n_slow": n_slow}
+        settings: dict[str, Any] = {"n_permutations": n_permutations, "min_shift": min_shift, "n_slow": n_slow}
         for draw in surrogates(clean, null, random_state=random_state, **settings):
             yield draw - slow @ (slow.T @ draw)
 

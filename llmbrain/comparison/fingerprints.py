@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.brains.alignment import token_spans
 from llmbrain.brains.series import standardize
 from llmbrain.scanning import Scan
+from llmbrain.stats import PUBLISHED_Z
+from llmbrain.stats.matching import best_pairs
 from llmbrain.stats.nulls import phase_randomize
 
 Array = NDArray[np.float64]
@@ -94,9 +95,9 @@ def fingerprint(
     *,
     reference: Sequence[Any] = (),
     n_components: int = 20,
-    threshold: float = 3.6,
+    threshold: float = PUBLISHED_Z,
     site: str = "block_out",
-    n_null: int = 99,
+    n_permutations: int = 99,
     alpha: float = 0.05,
     random_state: int = PUBLISHED_SEED,
 ) -> Fingerprint:
@@ -114,7 +115,7 @@ def fingerprint(
     n_components, threshold, site, random_state
         Of the networks; the paper's are 20 or 64, 3.6, the output of every block, 666. Components are found by FastICA
         (cube) on the texts joined, each neuron z-scored.
-    n_null : int
+    n_permutations : int
         Phase randomisations for `p_shared`.
 
     Returns
@@ -147,7 +148,7 @@ def fingerprint(
     published = published_correlations(a, b)
     best = float(np.nanmax(published)) if np.isfinite(published).any() else float("nan")
     return Fingerprint(
-        score=score, matched_score=matched, reference=drawn, p=float(p), p_shared=_p_shared(a, b, score, n_null,
+        score=score, matched_score=matched, reference=drawn, p=float(p), p_shared=_p_shared(a, b, score, n_permutations,
         random_state),
         verdict=verdict, published_score=best, published_pairs=int(np.sum(published > PUBLISHED_CUT)),
         matches=matches.sort_values("rho", key=lambda c: -c.abs()).reset_index(drop=True),
@@ -160,7 +161,7 @@ def networks_of(
     texts: Sequence[str] | None = None,
     *,
     n_components: int = 20,
-    threshold: float = 3.6,
+    threshold: float = PUBLISHED_Z,
     site: str = "block_out",
     random_state: int = PUBLISHED_SEED,
 ) -> ModelNetworks:
@@ -281,7 +282,7 @@ def published_correlations(a: ModelNetworks, b: ModelNetworks) -> Array:
 
 def _matched(rho: Array) -> tuple[float, NDArray[np.int64], NDArray[np.int64]]:
     size = np.abs(np.nan_to_num(rho))
-    rows, columns = linear_sum_assignment(-size)
+    rows, columns = best_pairs(size)
     return float(size[rows, columns].mean()), rows, columns
 
 
@@ -300,11 +301,11 @@ def _canonical(left: list[Array], right: list[Array]) -> float:
     return float(overlap / min(basis.shape[1] for basis in bases))
 
 
-def _p_shared(a: ModelNetworks, b: ModelNetworks, score: float, n_null: int, random_state: int) -> float:
+def _p_shared(a: ModelNetworks, b: ModelNetworks, score: float, n_permutations: int, random_state: int) -> float:
     left, right = _on_common_units([a, b])
     rng = np.random.default_rng(random_state)
-    null = [_canonical(left, [phase_randomize(y, rng) for y in right]) for _ in range(n_null)]
-    return float((1 + np.sum(np.array(null) >= score)) / (1 + n_null))
+    null = [_canonical(left, [phase_randomize(y, rng) for y in right]) for _ in range(n_permutations)]
+    return float((1 + np.sum(np.array(null) >= score)) / (1 + n_permutations))
 
 
 def corrmap(

@@ -29,7 +29,7 @@ class Similarity:
     value : float
     p : float
         ``(b + 1) / (n + 1)``, one-sided: more similar than series that were moved in time.
-    null : array ``(n_null,)``
+    null : array ``(n_permutations,)``
     measure : str
     """
 
@@ -127,7 +127,7 @@ def compare_similarity(
     exclude: int = 5,
     distance: str = "correlation",
     null: str = "circular",
-    n_null: int | None = 200,
+    n_permutations: int | None = 200,
     min_shift: int = 10,
     nuisance: ArrayLike | None = None,
     random_state: int = 0,
@@ -141,7 +141,7 @@ def compare_similarity(
     measure : {"cka", "rsa"}
     exclude : int
         Pairs of volumes up to so many apart are left out: 10 s over TR.
-    null, n_null, min_shift
+    null, n_permutations, min_shift
         See `couple`.
     nuisance : array ``(T, C)``, optional
         Regressed out of both sides, and of every surrogate; see `couple`.
@@ -164,7 +164,7 @@ def compare_similarity(
     lost = slow_cosines(len(a), n_slow + 1)
     if basis is not None:
         lost = orthonormal(np.column_stack([lost[:, 1:], basis[:, 1:]]) if n_slow else basis[:, 1:], len(a))
-    settings: dict[str, Any] = {"n_null": n_null, "min_shift": min_shift, "n_slow": n_slow}
+    settings: dict[str, Any] = {"n_permutations": n_permutations, "min_shift": min_shift, "n_slow": n_slow}
     nulls = []  # both ways of moving, as in `couple`
     for moving in [a] if basis is None else [a, whole]:
         draws = []

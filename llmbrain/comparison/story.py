@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from llmbrain.brains.alignment import align, word_regressor
 from llmbrain.brains.fmri import FMRI, load_fmri
 from llmbrain.brains.series import check_tr, prepare
 from llmbrain.brains.words import check_words, load_words
+from llmbrain.comparison.ceilings import nanmean
 from llmbrain.comparison.coupling import Coupling, couple, group_mean
 from llmbrain.comparison.encoding import Encoding, encode
 from llmbrain.comparison.similarity import compare_similarity
@@ -33,6 +33,7 @@ from llmbrain.comparison.sources import (
     untrained_copy,
 )
 from llmbrain.scanning import Scan
+from llmbrain.stats.bootstrap import bootstrap_mean
 
 Array = NDArray[np.float64]
 NEAR_SECONDS = 10.0  # pairs of volumes nearer than this are left out of CKA
@@ -133,7 +134,7 @@ def compare(
     high_pass: float | None = 128.0,
     drop: int = 0,
     null: str = "circular",
-    n_null: int | None = None,
+    n_permutations: int | None = None,
     correction: str = "max",
     encoding: bool | None = None,
     untrained: bool = False,
@@ -168,7 +169,7 @@ def compare(
         Passed on to `load_words` and `load_fmri`.
     rule, aggregate, hrf, high_pass, drop
         See `align`; the brain gets the same filter.
-    null, n_null, correction
+    null, n_permutations, correction
         See `couple`. Encoding models use at most 99 draws, 39 for more than 20 regions.
     encoding : bool, optional
         Default: where himalaya is installed and the brain has at most 100 regions (each draw fits all of them again).
@@ -193,7 +194,12 @@ def compare(
     clock: dict[str, Any] = {"tr": seconds, "n_volumes": brain.n_volumes, "offset": offset}
     clock |= {"rule": rule, "drop": int(drop)}
     filters: dict[str, Any] = {"high_pass": high_pass}
-    tests: dict[str, Any] = {"null": null, "n_null": n_null, "correction": correction, "random_state": random_state}
+    tests: dict[str, Any] = {
+        "null": null,
+        "n_permutations": n_permutations,
+        "correction": correction,
+        "random_state": random_state,
+    }
     people = prepare(brain.data, seconds, drop=drop, **filters)
     rate = prepare(word_regressor(table, hrf=hrf, **clock), seconds, **filters)  # wrong times are said before the scan
     say(f"brain: {len(brain.subjects)} subjects, {brain.n_volumes} volumes, {len(brain.regions)} regions; model: scan")
@@ -209,7 +215,7 @@ def compare(
     backwards = prepare(word_regressor(mirror(table, rule), hrf=hrf, **clock), seconds, **filters)
     mirrored = couple(backwards, people, networks=["word rate, mirrored"], regions=brain.regions, **tests)
     job = _Job(people, nuisance, brain.regions, table, clock, filters, tests, aggregate, hrf,
-               _encoding_draws(encoding, len(brain.regions), n_null))  # fmt: skip
+               _encoding_draws(encoding, len(brain.regions), n_permutations))  # fmt: skip
     say(f"networks of {scan.n_tokens:,} tokens")
     found = network_series(scan, networks, series, n_components, random_state)
     side = job.side(scan, found)
@@ -242,11 +248,11 @@ def compare(
         "n_subjects": len(brain.subjects), "n_regions": len(brain.regions), "excluded": brain.excluded,
         "dead": brain.dead, "n_volumes": len(nuisance), "words": side.counts, "controls": list(known),
         "controls_missing": missing, "threshold": coupling.threshold, "threshold_controls":
-        controls_coupling.threshold, "n_null": coupling.n_null, "null": null, "correction": correction,
+        controls_coupling.threshold, "n_null": coupling.n_permutations, "null": null, "correction": correction,
         "settings": {**clock, **filters, "hrf": hrf, "aggregate": aggregate, "random_state": random_state},
     }  # fmt: skip
     group = group_mean(people) if len(people) > 1 else people[0]
-    report["cautions"] = cautions(report, couple(rate, group, n_null=min(n_null or 99, 99), lags=LAGS))
+    report["cautions"] = cautions(report, couple(rate, group, n_permutations=min(n_permutations or 99, 99), lags=LAGS))
     if job.draws == 0 and encoding is None:
         why = f"they take long with {len(brain.regions)} regions" if _himalaya() else "himalaya is not installed"
         report["cautions"].append(f"encoding models were left out: {why}")
@@ -260,12 +266,12 @@ def _himalaya() -> bool:
     return importlib.util.find_spec("himalaya") is not None
 
 
-def _encoding_draws(wanted: bool | None, n_regions: int, n_null: int | None) -> int:
+def _encoding_draws(wanted: bool | None, n_regions: int, n_permutations: int | None) -> int:
     """Null draws of encoding models: each costs a fit of every region; 0 is no encoding."""
     if wanted is False or (wanted is None and (n_regions > MANY_REGIONS or not _himalaya())):
         return 0
     most = 99 if n_regions <= FEW_REGIONS else 39
-    return most if n_null is None else min(n_null, most)
+    return most if n_permutations is None else min(n_permutations, most)
 
 
 def cautions(report: Mapping[str, Any], rate: Coupling) -> list[str]:
@@ -348,7 +354,12 @@ class _Job:
         coupling = couple(side.x, self.people, nuisance=nuisance, regions=self.regions, **self.tests)
         group = group_mean(self.people) if len(self.people) > 1 else self.people[0]
         near = min(int(np.ceil(NEAR_SECONDS / tr)), len(side.x) - 4)
-        settings: dict[str, Any] = {"exclude": near, "null": self.tests["null"], "n_null": 199, "random_state": seed}
+        settings: dict[str, Any] = {
+            "exclude": near,
+            "null": self.tests["null"],
+            "n_permutations": 199,
+            "random_state": seed,
+        }
         alive = group[:, np.isfinite(group).all(axis=0)]
         pair = (_living(side.x), alive)
         rows = []
@@ -365,8 +376,9 @@ class _Job:
             if beyond is not None:
                 bands["untrained"] = _living(beyond.raw)
             encoded = encode(
-                {**bands, "networks": _living(side.raw)}, group, tr=tr, null=self.tests["null"], n_null=self.draws,
-                correction=self.tests["correction"], ceiling=ceiling, names=self.regions, random_state=seed,
+                {**bands, "networks": _living(side.raw)}, group, tr=tr, null=self.tests["null"],
+                n_permutations=self.draws, correction=self.tests["correction"], ceiling=ceiling,
+                names=self.regions, random_state=seed,
             )  # fmt: skip
         return coupling, encoded, pd.DataFrame(rows)
 
@@ -380,12 +392,10 @@ def _with_subjects(encoded: Encoding, people: Array, n_boot: int = 2000) -> pd.D
     frame = encoded.to_frame()
     if len(people) > 2:
         gains = encoded.subject_gain(people, "networks")
-        draws = np.random.default_rng(0).integers(len(gains), size=(n_boot, len(gains)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a region that is dead in everybody
-            means = np.nanmean(gains[draws], axis=1)
-            frame["subject_gain"] = np.nanmean(gains, axis=0)
-            frame["subject_gain_low"], frame["subject_gain_high"] = np.nanquantile(means, [0.025, 0.975], axis=0)
+        frame["subject_gain"] = nanmean(gains)
+        frame["subject_gain_low"], frame["subject_gain_high"] = bootstrap_mean(
+            gains, n_boot, 0.95, np.random.default_rng(0)
+        )
     return frame
 
 

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from llmbrain._validation import InputError, check_range
 from llmbrain.brains.series import check_series, standardize
 from llmbrain.networks.graphs import graph_measures
+from llmbrain.stats import PUBLISHED_Z
+from llmbrain.stats.sparsity import hoyer
 
 Array = NDArray[np.float64]
 
@@ -20,7 +22,7 @@ def compare_structure(
     b: ArrayLike,
     *,
     densities: Sequence[float] = (0.1, 0.15, 0.2),
-    n_null: int = 100,
+    n_permutations: int = 100,
     n_samples: int = 10,
     n_seeds: int = 20,
     random_state: int = 0,
@@ -58,7 +60,11 @@ def compare_structure(
         picks = [np.arange(n)] if whole else [rng.choice(len(matrix), n, replace=False) for _ in range(n_samples)]
         measured = [
             graph_measures(
-                matrix[np.ix_(pick, pick)], densities, n_null=n_null, n_seeds=n_seeds, random_state=random_state + i
+                matrix[np.ix_(pick, pick)],
+                densities,
+                n_permutations=n_permutations,
+                n_seeds=n_seeds,
+                random_state=random_state + i,
             )
             for i, pick in enumerate(picks)
         ]
@@ -67,7 +73,7 @@ def compare_structure(
     return pd.concat(rows, ignore_index=True)[["side", "n_nodes", "density", "measure", "value", "normalised"]]
 
 
-def sparsity(maps: ArrayLike, *, threshold: float = 3.6) -> pd.DataFrame:
+def sparsity(maps: ArrayLike, *, threshold: float = PUBLISHED_Z) -> pd.DataFrame:
     """How concentrated each map is, as fractions of the units, so that a model and a brain can be put side by side.
 
     Parameters
@@ -81,12 +87,9 @@ def sparsity(maps: ArrayLike, *, threshold: float = 3.6) -> pd.DataFrame:
         2004).
     """
     values = np.atleast_2d(np.asarray(maps, dtype=np.float64))
-    n = values.shape[1]
-    if n < 2 or not np.isfinite(values).all():
+    if values.shape[1] < 2 or not np.isfinite(values).all():
         raise InputError(f"maps of shape {values.shape} must be finite, with at least 2 units")
-    l1, l2 = np.abs(values).sum(axis=1), np.linalg.norm(values, axis=1)
-    hoyer = np.divide(np.sqrt(n) - np.divide(l1, l2, out=np.full(len(l1), np.nan), where=l2 > 0), np.sqrt(n) - 1)
-    return pd.DataFrame({"share": (np.abs(standardize(values.T).T) > threshold).mean(axis=1), "hoyer": hoyer})
+    return pd.DataFrame({"share": (np.abs(standardize(values.T).T) > threshold).mean(axis=1), "hoyer": hoyer(values)})
 
 
 def spectral_slope(series: ArrayLike) -> Array:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri, stdtr
 
 from llmbrain._chunks import Workers, workers
 from llmbrain._validation import InputError, resolve_device
@@ -20,6 +19,7 @@ from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens
 from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
 from llmbrain.scanning.inputs import Runs
+from llmbrain.stats.tails import t_to_z
 
 if TYPE_CHECKING:
     from llmbrain.anatomy.space import NeuronSpace
@@ -261,20 +261,6 @@ def _mean_and_scale(
 
     means, scales = zip(*team.map(block, data.shape[1], rows=2 * len(data)))
     return np.concatenate(means), np.concatenate(scales)
-
-
-def t_to_z(t: ArrayLike, df: float) -> NDArray[np.float64]:
-    """The z with the same tail probability as `t` has with `df` degrees of freedom.
-
-    Where that probability underflows, the approximation of Wallace 1959 (Ann Math Stat 30:1121) keeps the order.
-    """
-    t = np.asarray(t, dtype=np.float64)
-    tail = stdtr(df, -np.abs(t))
-    far = tail < 1e-300
-    size = np.abs(ndtri(np.where(far, 0.5, tail)))
-    if far.any():
-        size[far] = (8 * df + 1) / (8 * df + 3) * np.sqrt(df * np.log1p(t[far] ** 2 / df))
-    return np.copysign(size, t)
 
 
 def _as_maps(maps: Any) -> NDArray[np.float64]:

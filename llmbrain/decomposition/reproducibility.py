@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.fft
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
 from llmbrain._chunks import workers
@@ -22,9 +20,9 @@ from llmbrain.decomposition.prepare.source import Source
 from llmbrain.decomposition.time_courses import standardize_maps
 from llmbrain.scanning.inputs import Runs
 from llmbrain.stats.matching import correlate_rows, match_maps
+from llmbrain.stats.nulls import phase_randomize
 
 Array = NDArray[np.float64]
-_COLUMNS = 8192  # neurons whose spectra are held at once
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,10 @@ class SplitHalf:
         From all runs; the components that `r` is about.
     r : array ``(n_splits, n_components)``
         ``|r|`` between the maps of the two halves that match each component.
-    null : array ``(n_null, n_components)``
+    null : array ``(n_permutations, n_components)``
         The same for surrogates, mean over splits.
     p : array ``(n_components,)``
-        ``(b + 1) / (n_null + 1)``, with b the number of surrogates whose **best** component is as reproducible.
+        ``(b + 1) / (n_permutations + 1)``, with b the number of surrogates whose **best** component is as reproducible.
     """
 
     maps: NDArray[Any]
@@ -59,7 +57,7 @@ def split_half_reproducibility(
     n_components: int = 20,
     *,
     n_splits: int = 5,
-    n_null: int = 19,
+    n_permutations: int = 19,
     random_state: int | np.random.RandomState | None = 0,
     **options: Any,
 ) -> SplitHalf:
@@ -72,7 +70,7 @@ def split_half_reproducibility(
     n_components : int
     n_splits : int
         Random halves.
-    n_null : int
+    n_permutations : int
         Surrogates: every run with the phases of each neuron's time course drawn anew, so that spectra and variances are
         kept and networks are gone. Each costs as much as the analysis itself; 0 leaves the null out (p is then NaN).
     random_state : int, RandomState or None
@@ -89,7 +87,7 @@ def split_half_reproducibility(
     `llmbrain.networks.split_half` asks which *networks* of two halves overlap more than chance would have it.
     """
     check_range("n_splits", n_splits, 1)
-    check_range("n_null", n_null, 0)
+    check_range("n_permutations", n_permutations, 0)
     ica = estimator(n_components, options)
     source = ica._source(scans, None)
     reader = source.runs
@@ -100,14 +98,14 @@ def split_half_reproducibility(
     with workers(source.device):
         maps, r = _halves(ica, source, orders, generator)
         null = []
-        for _ in range(n_null):
+        for _ in range(n_permutations):
             surrogate = ica._source([PhaseRandomized(reader, i, generator) for i in range(len(reader))], None)
             null.append(_halves(ica, surrogate, orders, generator)[1].mean(axis=0))
     best = np.array([draw.max() for draw in null])
     p = np.full(n_components, np.nan)
-    if n_null:
-        p = ((best[:, None] >= r.mean(axis=0)).sum(axis=0) + 1) / (n_null + 1)
-    return SplitHalf(maps, r, np.array(null).reshape(n_null, n_components), p)
+    if n_permutations:
+        p = ((best[:, None] >= r.mean(axis=0)).sum(axis=0) + 1) / (n_permutations + 1)
+    return SplitHalf(maps, r, np.array(null).reshape(n_permutations, n_components), p)
 
 
 class PhaseRandomized:
@@ -115,7 +113,7 @@ class PhaseRandomized:
 
     def __init__(self, reader: Runs, index: int, random_state: np.random.RandomState) -> None:
         self.reader, self.index = reader, index
-        self.name = f"phase-randomised {reader.name(index)}"
+        self.name = f"phase-randomized {reader.name(index)}"
         self.seed = random_state.randint(2**31 - 1)  # the same surrogate at every reading
         positions = reader.positions(index)
         if positions is not None:
@@ -123,29 +121,7 @@ class PhaseRandomized:
 
     def data(self) -> NDArray[Any]:
         """The surrogate, ``(n_tokens, n_neurons)``."""
-        return phase_randomize(self.reader[self.index], np.random.RandomState(self.seed))
-
-
-def phase_randomize(data: ArrayLike, random_state: int | np.random.RandomState | None = 0) -> NDArray[Any]:
-    """Columns of ``(n_tokens, n_neurons)`` with the same spectra and independent random phases.
-
-    The mean and, for an even number of tokens, the highest frequency keep their phase (they are real).
-    """
-    data = np.asarray(data)
-    generator = check_random_state(random_state)
-    out = np.empty_like(data)
-    n_tokens = len(data)
-    for part in _column_blocks(data.shape[1]):
-        spectrum = scipy.fft.rfft(data[:, part], axis=0)
-        free = slice(1, (n_tokens + 1) // 2)
-        angles = generator.uniform(0, 2 * np.pi, size=spectrum[free].shape)
-        spectrum[free] *= np.exp(1j * angles).astype(spectrum.dtype)
-        out[:, part] = scipy.fft.irfft(spectrum, n=n_tokens, axis=0)
-    return out
-
-
-def _column_blocks(n_columns: int) -> Iterator[slice]:
-    return (slice(start, start + _COLUMNS) for start in range(0, n_columns, _COLUMNS))
+        return phase_randomize(self.reader[self.index], np.random.default_rng(self.seed), shared=False)
 
 
 def _halves(

@@ -14,9 +14,9 @@ from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention.controls import random_masks
 from llmbrain.intervention.evaluations import as_evaluations, score_conditions
-from llmbrain.intervention.table import bootstrap_mean
 from llmbrain.intervention.targets import neuron_mask
 from llmbrain.networks import FunctionalNetworks
+from llmbrain.stats.bootstrap import bootstrap_mean
 
 if TYPE_CHECKING:
     import pandas as pd

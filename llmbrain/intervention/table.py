@@ -28,6 +28,8 @@ from llmbrain.intervention.evaluations import (
 )
 from llmbrain.intervention.targets import Heads, spans_heads, unit_mask, unit_space
 from llmbrain.networks import FunctionalNetworks, Network
+from llmbrain.stats.bootstrap import bootstrap_mean
+from llmbrain.stats.tails import benjamini_hochberg
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -290,7 +292,6 @@ def _frames(
     random_state: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     import pandas as pd
-    from scipy.stats import false_discovery_control
 
     rows, draws = [], []
     for (name, mask), (items, n_random, _) in zip(masks.items(), results):
@@ -314,10 +315,7 @@ def _frames(
             rows.append(row)
     frame = pd.DataFrame(rows)
     for control in ("random", "matched"):
-        p = frame[f"p_{control}"]
-        frame[f"q_{control}"] = np.nan
-        if p.notna().any():
-            frame.loc[p.notna(), f"q_{control}"] = false_discovery_control(p.dropna())
+        frame[f"q_{control}"] = benjamini_hochberg(frame[f"p_{control}"])
     return frame, pd.DataFrame(draws, columns=["network", "evaluation", "control", "draw", "effect"])
 
 
@@ -332,15 +330,6 @@ def _against(effect: float, null: NDArray[np.float64], control: str) -> dict[str
         f"z_{control}": float((effect - null.mean()) / sd) if sd > 0 else np.nan,
         f"p_{control}": float((reached + 1) / (len(null) + 1)),
     }
-
-
-def bootstrap_mean(values: NDArray[np.float64], n: int, level: float, rng: np.random.Generator) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`; nan for fewer than two."""
-    if len(values) < 2:
-        return np.nan, np.nan
-    means = values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def _bar(items: Any, what: str, show: bool) -> Any:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.networks.functional import FunctionalNetworks
+from llmbrain.stats.nulls import circular_shift, phase_randomize, shifts_apart
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +62,7 @@ def connectivity(
     series: FunctionalNetworks | Sequence[ArrayLike],
     kind: str = "correlation",
     *,
-    n_null: int = 0,
+    n_permutations: int = 0,
     min_shift: int = 10,
     random_state: int = 0,
 ) -> Connectivity:
@@ -72,7 +73,7 @@ def connectivity(
     series : FunctionalNetworks with time courses, or list of array ``(n_tokens, n_networks)``
     kind : {"correlation", "partial"}
         Partial correlation is from the Ledoit-Wolf covariance of z-scored series: shrunk, so few tokens will do.
-    n_null : int
+    n_permutations : int
         Draws of the null, in which every network's time course is shifted by its own random amount in every run.
     min_shift : int
         Tokens that any two networks move against each other at least; less where there are so many networks that they
@@ -84,21 +85,23 @@ def connectivity(
         If there are no time courses, one is constant (named), or a run is too short.
     """
     check_option("kind", kind, KINDS)
-    check_range("n_null", n_null, 0)
+    check_range("n_permutations", n_permutations, 0)
     runs, names = _series(series)
     estimate = _correlation if kind == "correlation" else _partial
     observed = np.stack([estimate(run) for run in runs])
     matrix = _fisher_mean(observed)
     p = np.full(matrix.shape, np.nan)
-    if n_null:
+    if n_permutations:
         rng = np.random.default_rng(random_state)
         upper = np.triu_indices(len(matrix), 1)
-        maxima = np.empty(n_null)
-        for i in range(n_null):
-            drawn = np.stack([estimate(_shifted(run, rng, min_shift)) for run in runs])
+        maxima = np.empty(n_permutations)
+        for i in range(n_permutations):
+            drawn = np.stack(
+                [estimate(circular_shift(run, shifts_apart(len(run), run.shape[1], min_shift, rng))) for run in runs]
+            )
             maxima[i] = np.abs(_fisher_mean(drawn))[upper].max()
-        reached = n_null - np.searchsorted(np.sort(maxima), np.abs(matrix) * (1 - 1e-12))
-        p = (reached + 1) / (n_null + 1)
+        reached = n_permutations - np.searchsorted(np.sort(maxima), np.abs(matrix) * (1 - 1e-12))
+        p = (reached + 1) / (n_permutations + 1)
         np.fill_diagonal(p, np.nan)
     return Connectivity(matrix, observed, p, kind, names)
 
@@ -126,7 +129,7 @@ def dynamics_test(
     window: int = 64,
     step: int = 16,
     *,
-    n_null: int = 200,
+    n_permutations: int = 200,
     random_state: int = 0,
 ) -> pd.DataFrame:
     """Does the connectivity of a pair vary over windows more than that of a stationary series with the same spectra?
@@ -142,7 +145,7 @@ def dynamics_test(
     """
     import pandas as pd
 
-    check_range("n_null", n_null, 1)
+    check_range("n_permutations", n_permutations, 1)
     runs, names = _series(series)
     a, b = np.triu_indices(len(names), 1)
 
@@ -154,15 +157,15 @@ def dynamics_test(
 
     rng = np.random.default_rng(random_state)
     observed = spread(runs)
-    null = np.stack([spread([_same_phases(run, rng) for run in runs]) for _ in range(n_null)])
+    null = np.stack([spread([phase_randomize(run, rng) for run in runs]) for _ in range(n_permutations)])
     frame = pd.DataFrame(
         {
             "network_a": [names[i] for i in a],
             "network_b": [names[j] for j in b],
             "sd": observed,
             "null_sd": null.mean(axis=0),
-            "p": ((null >= observed).sum(axis=0) + 1) / (n_null + 1),
-            "p_fwe": ((null.max(axis=1)[:, None] >= observed).sum(axis=0) + 1) / (n_null + 1),
+            "p": ((null >= observed).sum(axis=0) + 1) / (n_permutations + 1),
+            "p_fwe": ((null.max(axis=1)[:, None] >= observed).sum(axis=0) + 1) / (n_permutations + 1),
         }
     )
     return frame.sort_values("sd", ascending=False, kind="stable").reset_index(drop=True)
@@ -193,7 +196,7 @@ class LayerFlow:
 
 
 def layer_flow(
-    networks: FunctionalNetworks, matrix: ArrayLike, *, n_null: int = 1000, random_state: int = 0
+    networks: FunctionalNetworks, matrix: ArrayLike, *, n_permutations: int = 1000, random_state: int = 0
 ) -> LayerFlow:
     """How coupled networks are placed along the layers that a token passes.
 
@@ -205,7 +208,7 @@ def layer_flow(
     """
     import pandas as pd
 
-    check_range("n_null", n_null, 1)
+    check_range("n_permutations", n_permutations, 1)
     coupling = np.abs(np.array(matrix, dtype=np.float64))
     if coupling.shape != (len(networks),) * 2:
         raise InputError(f"matrix of shape {coupling.shape} must be ({len(networks)}, {len(networks)})")
@@ -239,8 +242,8 @@ def layer_flow(
 
     rng = np.random.default_rng(random_state)
     r = mantel(np.arange(len(centre)))
-    null = np.array([mantel(rng.permutation(len(centre))) for _ in range(n_null)])
-    p = ((np.abs(null) >= abs(r) * (1 - 1e-12)).sum() + 1) / (n_null + 1)
+    null = np.array([mantel(rng.permutation(len(centre))) for _ in range(n_permutations)])
+    p = ((np.abs(null) >= abs(r) * (1 - 1e-12)).sum() + 1) / (n_permutations + 1)
     return LayerFlow(depth, flow, r, float(p))
 
 
@@ -288,17 +291,6 @@ def _fisher_mean(matrices: Array) -> Array:
     return mean
 
 
-def _shifted(run: Array, rng: np.random.Generator, min_shift: int) -> Array:
-    n, k = run.shape
-    apart = min(min_shift, n // k)
-    if n < 2 * min_shift or apart < 1:
-        raise InputError(f"a run of {n} tokens is too short to shift {k} networks by min_shift={min_shift}")
-    # Places on the circle, at least `apart` from each other: a pair that stayed together would keep what is tested.
-    slack = rng.multinomial(n - k * apart, np.full(k, 1 / k))
-    moves = rng.permutation(np.cumsum(apart + slack))
-    return np.column_stack([np.roll(column, int(move)) for column, move in zip(run.T, moves)])
-
-
 def _windows(run: Array, window: int, step: int) -> Array:
     starts = range(0, len(run) - window + 1, step)
     matrices = [_safe_correlation(run[s : s + window]) for s in starts]
@@ -310,12 +302,3 @@ def _safe_correlation(part: Array) -> Array:
     norm = np.sqrt((centred**2).sum(axis=0))
     norm[norm == 0] = np.inf  # a network that is silent in a window is correlated with nothing
     return (centred / norm).T @ (centred / norm)
-
-
-def _same_phases(run: Array, rng: np.random.Generator) -> Array:
-    spectrum = np.fft.rfft(run, axis=0)
-    turn = np.exp(2j * np.pi * rng.random((len(spectrum), 1)))
-    turn[0] = 1
-    if len(run) % 2 == 0:
-        turn[-1] = 1
-    return np.fft.irfft(spectrum * turn, n=len(run), axis=0)

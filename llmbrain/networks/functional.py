@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.stats import PUBLISHED_Z
 from llmbrain.stats.sparsity import gini, hoyer, overlap_matrix, zscore_maps
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class FunctionalNetworks:
         maps: ArrayLike,
         space: NeuronSpace | None = None,
         *,
-        threshold: float | ArrayLike = 3.6,
+        threshold: float | ArrayLike = PUBLISHED_Z,
         time_courses: ArrayLike | Sequence[ArrayLike] | None = None,
         poles: str | Sequence[str] = "both",
         names: Sequence[str] | None = None,
@@ -156,7 +157,7 @@ class FunctionalNetworks:
 
     @classmethod
     def from_ica(
-        cls, ica: Any, threshold: float = 3.6, *, poles: str = "both", space: NeuronSpace | None = None
+        cls, ica: Any, threshold: float = PUBLISHED_Z, *, poles: str = "both", space: NeuronSpace | None = None
     ) -> FunctionalNetworks:
         """Networks of a fitted `GroupICA`: the neurons whose ``|z|`` in the map over neurons exceeds `threshold`.
 
@@ -319,7 +320,7 @@ class FunctionalNetworks:
         self,
         method: str = "fixed",
         *,
-        threshold: float = 3.6,
+        threshold: float = PUBLISHED_Z,
         ratio: float = 1.0,
         probability: float = 0.5,
         alpha: float = 0.05,

@@ -134,7 +134,7 @@ def graph_measures(
     matrix: Connectivity | ArrayLike,
     densities: Sequence[float] = (0.05, 0.1, 0.15, 0.2),
     *,
-    n_null: int = 100,
+    n_permutations: int = 100,
     n_seeds: int = 20,
     random_state: int = 0,
 ) -> pd.DataFrame:
@@ -145,7 +145,7 @@ def graph_measures(
     matrix : Connectivity, or array ``(n_networks, n_networks)``
     densities : sequence of float
         Shares of all pairs that become links; report the sweep, not one choice.
-    n_null : int
+    n_permutations : int
         Rewired graphs, 10 tried exchanges an edge each.
     n_seeds : int
         Louvain starts for the modularity of the graph, and a fifth of them (at least one) for each rewired one.
@@ -159,7 +159,7 @@ def graph_measures(
     """
     import pandas as pd
 
-    check_range("n_null", n_null, 2)
+    check_range("n_permutations", n_permutations, 2)
     links: Any = getattr(matrix, "matrix", matrix)
     rows = []
     for density in densities:
@@ -167,7 +167,7 @@ def graph_measures(
         rng = np.random.default_rng(random_state)
         value = _measures(adjacency, n_seeds, random_state)
         few = max(1, n_seeds // 5)
-        null = [_measures(rewire(adjacency, rng), few, random_state + i) for i in range(n_null)]
+        null = [_measures(rewire(adjacency, rng), few, random_state + i) for i in range(n_permutations)]
         means = {}
         for name, own in value.items():
             draws = np.array([measures[name] for measures in null])

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
+from llmbrain.stats.nulls import circular_shift
+from llmbrain.stats.tails import t_to_z
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,7 +174,7 @@ def localizer(
         list(weights),
         effect / n_runs[:, None],
         t,
-        _t_to_z(t, dof),
+        t_to_z(t, np.maximum(dof, 1)[:, None]),
         (reached + 1) / (n_permutations + 1),
         null,
         None if networks is not None else space,
@@ -261,7 +263,7 @@ class _Design:
             return self.boxcars_of(rng.permutation(self.kinds))
         if self.n_tokens <= 2 * min_shift:
             raise InputError(f"a run of {self.n_tokens} tokens is too short for min_shift={min_shift}")
-        return np.roll(self.boxcars, int(rng.integers(min_shift, self.n_tokens - min_shift + 1)), axis=0)
+        return circular_shift(self.boxcars, int(rng.integers(min_shift, self.n_tokens - min_shift + 1)))
 
     def matrix(self, boxcars: Array) -> Array:
         """The whole design matrix, conditions first."""
@@ -320,13 +322,3 @@ def _fixed_effects(runs: Sequence[Array], models: Sequence[_Model], noise_model:
             dof[model.use] += model.df
     t = np.divide(effect, np.sqrt(variance), out=np.zeros(shape), where=variance > 0)
     return effect, t, dof
-
-
-def _t_to_z(t: ArrayLike, dof: Array) -> Array:
-    from scipy.stats import norm
-    from scipy.stats import t as student
-
-    t = np.asarray(t, dtype=np.float64)
-    # By the tail, so that large values stay finite and exact.
-    z = norm.isf(student.sf(np.abs(t), np.maximum(dof, 1)[:, None]))
-    return np.sign(t) * np.minimum(z, np.abs(t))

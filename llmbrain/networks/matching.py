@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
+from llmbrain.stats import PUBLISHED_Z
+from llmbrain.stats.matching import best_pairs, correlate_rows
 from llmbrain.stats.sparsity import overlap_matrix
+from llmbrain.stats.tails import benjamini_hochberg
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def match_networks(
-    a: FunctionalNetworks, b: FunctionalNetworks, *, n_null: int = 0, random_state: int = 0
+    a: FunctionalNetworks, b: FunctionalNetworks, *, n_permutations: int = 0, random_state: int = 0
 ) -> pd.DataFrame:
     """Pair networks one to one, so that the sum of ``|r|`` between their maps is largest (Hungarian method).
 
@@ -28,7 +30,7 @@ def match_networks(
     a, b : FunctionalNetworks
         Of one space: two halves, two texts, two seeds, or two models with the same widths (neurons are compared by
         position, so two models must share their weights' origin for this to mean anything).
-    n_null : int
+    n_permutations : int
         Draws of the null: the neurons of `b` change places at random within their layer, the same way in all its maps.
 
     Returns
@@ -36,16 +38,14 @@ def match_networks(
     DataFrame
         One row a pair, best first: network_a, network_b (rows), name_a, name_b, r (signed), dice, iou, and p:
         ``(n + 1)``-th part of draws whose largest ``|r|`` of all pairs reaches this one (family-wise error; nan for
-        ``n_null=0``). Networks without partner are left out.
+        ``n_permutations=0``). Networks without partner are left out.
     """
     import pandas as pd
 
-    from llmbrain.stats.matching import correlate_rows  # its room imports torch
-
     _check_same(a, b)
-    check_range("n_null", n_null, 0)
+    check_range("n_permutations", n_permutations, 0)
     r = correlate_rows(a.maps, b.maps)
-    rows, columns = linear_sum_assignment(-np.abs(r))
+    rows, columns = best_pairs(r)
     frame = pd.DataFrame(
         {
             "network_a": rows,
@@ -58,13 +58,16 @@ def match_networks(
         }
     )
     frame["p"] = np.nan
-    if n_null:
+    if n_permutations:
         rng = np.random.default_rng(random_state)
         maxima = np.array(
-            [np.abs(correlate_rows(a.maps, b.maps[:, shuffle_within_layers(b, rng)])).max() for _ in range(n_null)]
+            [
+                np.abs(correlate_rows(a.maps, b.maps[:, shuffle_within_layers(b, rng)])).max()
+                for _ in range(n_permutations)
+            ]
         )
         reached = (maxima[:, None] >= np.abs(frame["r"].to_numpy())).sum(axis=0)
-        frame["p"] = (reached + 1) / (n_null + 1)
+        frame["p"] = (reached + 1) / (n_permutations + 1)
     return frame.sort_values("r", key=np.abs, ascending=False, kind="stable").reset_index(drop=True)
 
 
@@ -103,7 +106,7 @@ def recurrence(
     *,
     kind: str = "iou",
     threshold: float = 0.2,
-    n_null: int = 200,
+    n_permutations: int = 200,
     random_state: int = 0,
 ) -> pd.DataFrame:
     """How often each template network comes back in single runs, against chance.
@@ -119,7 +122,7 @@ def recurrence(
         One a run; see `single_run_networks`. A run that the template was made from is no independent evidence.
     kind, threshold
         As in `template_matches`.
-    n_null : int
+    n_permutations : int
 
     Returns
     -------
@@ -129,22 +132,21 @@ def recurrence(
         p_overlap over templates.
     """
     import pandas as pd
-    from scipy.stats import false_discovery_control
 
-    check_range("n_null", n_null, 1)
+    check_range("n_permutations", n_permutations, 1)
     if not runs:
         raise InputError("runs is empty: pass the networks of at least one run")
     tables = [template_matches(templates, run, kind=kind, threshold=threshold) for run in runs]
     overlap = np.array([t["overlap"] for t in tables])
     rng = np.random.default_rng(random_state)
-    null = np.empty((n_null, *overlap.shape))
+    null = np.empty((n_permutations, *overlap.shape))
     for draw in null:
         for row, run in zip(draw, runs):
             moved = run.masks[:, shuffle_within_layers(run, rng)]
             row[:] = np.nan_to_num(overlap_matrix(templates.masks, moved, kind)).max(axis=1)
     rate, chance = (overlap > threshold).mean(axis=0), (null > threshold).mean(axis=1)
     mean, chance_mean = overlap.mean(axis=0), null.mean(axis=1)
-    p_overlap = ((chance_mean >= mean).sum(axis=0) + 1) / (n_null + 1)
+    p_overlap = ((chance_mean >= mean).sum(axis=0) + 1) / (n_permutations + 1)
     return pd.DataFrame(
         {
             "template": np.arange(len(templates)),
@@ -156,15 +158,20 @@ def recurrence(
             "mean_overlap": mean,
             "chance_rate": chance.mean(axis=0),
             "chance_overlap": chance_mean.mean(axis=0),
-            "p": ((chance >= rate).sum(axis=0) + 1) / (n_null + 1),
+            "p": ((chance >= rate).sum(axis=0) + 1) / (n_permutations + 1),
             "p_overlap": p_overlap,
-            "q": false_discovery_control(p_overlap),
+            "q": benjamini_hochberg(p_overlap),
         }
     )
 
 
 def single_run_networks(
-    scans: Sequence[Any], n_components: int = 20, *, threshold: float = 3.6, random_state: int = 0, **options: Any
+    scans: Sequence[Any],
+    n_components: int = 20,
+    *,
+    threshold: float = PUBLISHED_Z,
+    random_state: int = 0,
+    **options: Any,
 ) -> list[FunctionalNetworks]:
     """Networks of each run alone: one `GroupICA` a run.
 
@@ -183,8 +190,8 @@ def split_half(
     n_components: int = 20,
     *,
     by: str = "runs",
-    threshold: float = 3.6,
-    n_null: int = 100,
+    threshold: float = PUBLISHED_Z,
+    n_permutations: int = 100,
     random_state: int = 0,
     **options: Any,
 ) -> pd.DataFrame:
@@ -219,7 +226,7 @@ def split_half(
         )
         for half in halves
     ]
-    return match_networks(*found, n_null=n_null, random_state=random_state)
+    return match_networks(*found, n_permutations=n_permutations, random_state=random_state)
 
 
 def shuffle_within_layers(networks: FunctionalNetworks, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
-from llmbrain.stats.sparsity import overlap_matrix
+from llmbrain.stats import PUBLISHED_Z
+from llmbrain.stats.nulls import phase_randomize
+from llmbrain.stats.sparsity import overlap_matrix, zscore_maps
+from llmbrain.stats.tails import benjamini_hochberg
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +28,7 @@ def cutoffs_for(
     maps: ArrayLike,
     method: str = "fixed",
     *,
-    threshold: float = 3.6,
+    threshold: float = PUBLISHED_Z,
     ratio: float = 1.0,
     probability: float = 0.5,
     alpha: float = 0.05,
@@ -184,7 +187,7 @@ class NullNetworks:
 
     Attributes
     ----------
-    maxima : array ``(n_draws,)``
+    maxima : array ``(n_permutations,)``
         Largest ``|z|`` of all maps of each draw.
     counts : array ``(n_bins,)``
         Number of ``|z|`` in bins of width `STEP` from 0, all maps and draws together.
@@ -213,9 +216,7 @@ class NullNetworks:
 
     def fdr_cutoff(self, z: Array, alpha: float) -> float:
         """``|z|`` just below the weakest neuron that Benjamini and Hochberg's rule keeps in one map; inf if none."""
-        from scipy.stats import false_discovery_control
-
-        kept = np.abs(z)[false_discovery_control(self.p_values(z)) <= alpha]
+        kept = np.abs(z)[benjamini_hochberg(self.p_values(z)) <= alpha]
         return float(np.nextafter(np.float32(kept.min()), np.float32(-1))) if len(kept) else np.inf
 
     def fwe_cutoff(self, alpha: float) -> float:
@@ -227,30 +228,11 @@ class NullNetworks:
         return float(np.sort(self.maxima)[-allowed])
 
 
-def phase_randomise(data: ArrayLike, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Give every neuron random phases of its own: each keeps its spectrum, none knows the others.
-
-    One set of phases for all neurons (the usual choice for time courses) would be no null here: it turns the tokens by
-    an orthogonal matrix, which spatial ICA can not see; the maps would be the same.
-
-    Parameters
-    ----------
-    data : array ``(n_tokens, n_neurons)``
-    """
-    x = np.asarray(data, dtype=np.float64)
-    spectrum = np.fft.rfft(x, axis=0)
-    turn = np.exp(2j * np.pi * rng.random(spectrum.shape))
-    turn[0] = 1  # the mean, and for an even length the highest frequency, must stay real
-    if len(x) % 2 == 0:
-        turn[-1] = np.sign(turn[-1].real)
-    return np.fft.irfft(spectrum * turn, n=len(x), axis=0).astype(np.float32)
-
-
 def null_networks(
     scans: Any,
     n_components: int = 20,
     *,
-    n_draws: int = 20,
+    n_permutations: int = 20,
     random_state: int = 0,
     progress: bool = True,
     **options: Any,
@@ -262,7 +244,7 @@ def null_networks(
     scans : what `GroupICA.fit` takes
     n_components : int
         As many as the networks that the null is for.
-    n_draws : int
+    n_permutations : int
         FWE at .05 needs 19.
     options
         Go to `GroupICA`; use those of the real decomposition.
@@ -274,16 +256,17 @@ def null_networks(
 
     from llmbrain.decomposition import GroupICA
     from llmbrain.scanning.inputs import Runs
-    from llmbrain.stats.sparsity import zscore_maps
 
-    check_range("n_draws", n_draws, 1)
+    check_range("n_permutations", n_permutations, 1)
     runs = Runs(scans)
     draws = []
-    for draw in tqdm(range(n_draws), desc="null networks", disable=None if progress else True):
+    for draw in tqdm(range(n_permutations), desc="null networks", disable=None if progress else True):
         rng = np.random.default_rng([random_state, draw])
         ica = GroupICA(n_components, random_state=random_state + draw, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # noise has no components to converge on
-            ica.fit([phase_randomise(run, rng) for run in runs])
+            # One set of phases for all neurons would turn the tokens by an orthogonal matrix, which spatial ICA cannot
+            # see; and each run keeps its own type.
+            ica.fit([phase_randomize(run, rng, shared=False) for run in runs])
         draws.append(zscore_maps(ica.components_, skip_zeros=True))
     return NullNetworks.from_maps(draws)

@@ -26,6 +26,7 @@ from llmbrain.plotting.style import (
     plain,
     style,
 )
+from llmbrain.stats import PUBLISHED_Z
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,7 @@ def _cut(networks: Any, maps: NDArray[Any], threshold: float | None) -> NDArray[
     own = getattr(networks, "mask", None) if hasattr(networks, "map") else getattr(networks, "masks", None)
     if threshold is None and own is not None:
         return np.atleast_2d(np.asarray(own, dtype=bool))
-    return np.abs(maps) > (3.6 if threshold is None else threshold)
+    return np.abs(maps) > (PUBLISHED_Z if threshold is None else threshold)
 
 
 def plot_network(

@@ -72,7 +72,9 @@ def comparison_figures(result: Any, masker: Any = None) -> dict[str, tuple[Any, 
     strongest = np.abs(np.nan_to_num(coupling.r))
     shown = np.sort(np.argsort(-strongest.max(axis=0), kind="stable")[:SHOWN_REGIONS])
     part = "" if len(shown) == len(coupling.regions) else f" The {len(shown)} regions that couple most."
-    test = f"{coupling.null} null, {coupling.n_null} draws, p at most {alpha:g} corrected ({coupling.correction})"
+    test = (
+        f"{coupling.null} null, {coupling.n_permutations} draws, p at most {alpha:g} corrected ({coupling.correction})"
+    )
     figures = {
         "coupling": (
             plotting.plot_coupling(
@@ -205,7 +207,7 @@ def _summary(result: Any, n_warnings: int) -> Section:
     n_pairs = int(coupling.significant.sum())
     cards = [
         {"label": "Pairs beyond the controls", "value": f"{n_pairs} of {coupling.r.size:,}",
-         "detail": f"|r| beyond {coupling.threshold:.3f}", "hint": f"{coupling.n_null} null draws, corrected"},
+         "detail": f"|r| beyond {coupling.threshold:.3f}", "hint": f"{coupling.n_permutations} null draws, corrected"},
         {"label": "Largest |r|", "value": f"{np.nanmax(np.abs(coupling.r)):.3f}",
          "detail": f"corrected p {np.nanmin(coupling.p_corrected):.3f}", "hint": ""},
         {"label": "Brain", "value": f"{facts['n_subjects']} listeners", "detail":
@@ -250,8 +252,8 @@ def _methods(result: Any) -> tuple[list[str], list[str]]:
         correction = f"the false discovery rate ({cite('fdr', 'Benjamini and Hochberg 1995')})"
     tests = (
         f"Correlations with the mean of {facts['n_subjects']} standardised listeners are partial correlations after "
-        f"{', '.join(facts['controls'])}. Null distributions came from {null} ({coupling.n_null} draws), p = (b + 1) / "
-        f"(n + 1) ({cite('plus-one', 'Phipson and Smyth 2010')}), corrected by {correction}. Both the "
+        f"{', '.join(facts['controls'])}. Null distributions came from {null} ({coupling.n_permutations} draws), "
+        f"p = (b + 1) / (n + 1) ({cite('plus-one', 'Phipson and Smyth 2010')}), corrected by {correction}. Both the "
         "series and what the controls leave of them were moved, cleaned of the controls again, and the larger p was "
         "taken. No parametric p-value was used, since the series are autocorrelated."
     )

@@ -22,6 +22,12 @@ def correlate_rows(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     return rows[0] @ rows[1].T
 
 
+def best_pairs(r: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns of the one-to-one pairing with the largest sum of ``|r|`` (Hungarian method); NaN counts 0."""
+    rows, columns = linear_sum_assignment(-np.abs(np.nan_to_num(np.asarray(r, dtype=np.float64))))
+    return rows, columns
+
+
 def match_maps(estimate: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Pair each reference map with one estimated map, so that the sum of ``|r|`` is largest (Hungarian method).
 
@@ -38,7 +44,7 @@ def match_maps(estimate: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.in
         Signed Pearson correlation of the pair; 0 where there is none.
     """
     r = correlate_rows(estimate, reference)
-    rows, columns = linear_sum_assignment(-np.abs(r))
+    rows, columns = best_pairs(r)
     index = np.full(r.shape[1], -1)
     index[columns] = rows
     matched = np.zeros(r.shape[1])

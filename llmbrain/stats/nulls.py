@@ -7,50 +7,97 @@ Both nulls keep what makes series smooth and break only their alignment in time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.fft import dct, idct
+from scipy.fft import dct, idct, irfft, rfft
 
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 
 Array = NDArray[np.float64]
 NULLS = ("circular", "phase")
 CORRECTIONS = ("max", "fdr")
 DEFAULT_PHASE_DRAWS = 1000
+_COLUMNS = 8192  # whose spectra are held at once
 
 
-def circular_shifts(n_volumes: int, min_shift: int, n_null: int | None, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Shifts of at least `min_shift` volumes in both directions round the circle: all, or `n_null` of them."""
+def circular_shifts(
+    n_volumes: int, min_shift: int, n_permutations: int | None, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Shifts of at least `min_shift` in both directions round the circle: all, or `n_permutations` of them."""
     check_range("min_shift", min_shift, 1)
     shifts = np.arange(int(min_shift), n_volumes - int(min_shift) + 1)
     if len(shifts) < 19:
         raise InputError(
             f"min_shift={min_shift} leaves {len(shifts)} shifts of {n_volumes} volumes: 19 are needed for p = .05"
         )
-    if n_null is not None and check_range("n_null", n_null, 1) < len(shifts):
-        shifts = np.sort(rng.choice(shifts, int(n_null), replace=False))
+    if n_permutations is not None and check_range("n_permutations", n_permutations, 1) < len(shifts):
+        shifts = np.sort(rng.choice(shifts, int(n_permutations), replace=False))
     return shifts
 
 
-def phase_randomize(series: ArrayLike, rng: np.random.Generator) -> Array:
-    """A surrogate with the same spectrum in every column, and the same cross-spectra between columns.
+def shifts_apart(n_times: int, n_columns: int, min_shift: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A shift for every column, any two of them at least `min_shift` apart on the circle (less where they do not fit).
 
-    One set of random phases is added to all columns; the mean (and the Nyquist frequency, for an even number of
-    volumes) stays real (Prichard & Theiler 1994).
+    A pair that stayed together would keep what is tested.
+    """
+    apart = min(min_shift, n_times // n_columns)
+    if n_times < 2 * min_shift or apart < 1:
+        raise InputError(
+            f"a run of {n_times} tokens is too short to shift {n_columns} networks by min_shift={min_shift}"
+        )
+    slack = rng.multinomial(n_times - n_columns * apart, np.full(n_columns, 1 / n_columns))
+    return rng.permutation(np.cumsum(apart + slack))
+
+
+def circular_shift(series: NDArray[Any], shift: int | ArrayLike) -> NDArray[Any]:
+    """Move columns in time round the circle: what leaves at the end comes in at the start.
 
     Parameters
     ----------
-    series : array ``(n_volumes, n_columns)``
+    series : array ``(n_times, n_columns)``
+    shift : int or int array ``(n_columns,)``
+        One for all columns, or one each.
     """
-    values = np.asarray(series, dtype=np.float64)
-    n_volumes = len(values)
-    spectrum = np.fft.rfft(values, axis=0)
-    turn = np.exp(2j * np.pi * rng.random(len(spectrum)))
-    turn[0] = 1.0
-    if n_volumes % 2 == 0:
-        turn[-1] = 1.0
-    return np.fft.irfft(spectrum * turn[:, None], n=n_volumes, axis=0)
+    series, shift = np.asarray(series), np.asarray(shift, dtype=np.int64)
+    if shift.ndim == 0:
+        return np.roll(series, int(shift), axis=0)
+    places = (np.arange(len(series))[:, None] - shift) % len(series)
+    return np.take_along_axis(series, places, axis=0)
+
+
+def phase_randomize(series: ArrayLike, rng: np.random.Generator, *, shared: bool = True) -> NDArray[Any]:
+    """A surrogate with the same amplitude spectrum in every column (Theiler 1992; Prichard and Theiler 1994).
+
+    The mean, and for an even number of times the Nyquist frequency, are real and stay as they are.
+
+    Parameters
+    ----------
+    series : array ``(n_times, n_columns)``
+    shared : bool
+        One set of random phases for all columns, which keeps their cross-spectra and so their correlations; else each
+        column gets phases of its own, and none knows the others.
+
+    Returns
+    -------
+    array like `series`, float32 if that is float32, else float64
+    """
+    values = np.asarray(series)
+    values = values if values.dtype == np.float32 else values.astype(np.float64)
+    n = len(values)
+    out = np.empty_like(values)
+    common = rng.random((n // 2 + 1, 1)) if shared else None
+    for start in range(0, values.shape[1], _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        spectrum = rfft(values[:, part], axis=0)
+        turn = np.exp(2j * np.pi * (common if common is not None else rng.random(spectrum.shape)))
+        turn[0] = 1.0
+        if n % 2 == 0:
+            turn[-1] = 1.0
+        out[:, part] = irfft(spectrum * turn.astype(spectrum.dtype), n=n, axis=0)
+    return out
 
 
 def missing_cosines(*series: Array) -> int:
@@ -68,10 +115,10 @@ def surrogates(
     series: Array,
     null: str,
     *,
-    n_null: int | None = None,
+    n_permutations: int | None = None,
     min_shift: int = 10,
     n_slow: int = 0,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> Iterator[Array]:
     """Copies of all columns of `series` moved in time together.
 
@@ -79,8 +126,8 @@ def surrogates(
     ----------
     series : array ``(n_volumes, n_columns)``
     null : {"circular", "phase"}
-        Circular shifts by at least `min_shift` volumes, or phase randomisation.
-    n_null : int, optional
+        Circular shifts by at least `min_shift` volumes, or phase randomization.
+    n_permutations : int, optional
         Default: every shift, or 1000 phase draws. There are never more shifts than ``n_volumes - 2 min_shift + 1``.
     n_slow : int
         Number of slow cosines that a high-pass has removed (`missing_cosines`). Moving a filtered series and
@@ -103,28 +150,53 @@ def surrogates(
         return series + cosines @ (mirrored * rng.choice([-1.0, 1.0], (n_slow, 1))) if n_slow else series
 
     if null == "circular":
-        for shift in circular_shifts(n, min_shift, n_null, rng):
-            yield np.roll(filled(), shift, axis=0)
+        for shift in circular_shifts(n, min_shift, n_permutations, rng):
+            yield circular_shift(filled(), shift)
         return
-    for _ in range(DEFAULT_PHASE_DRAWS if n_null is None else int(check_range("n_null", n_null, 1))):
+    draws = DEFAULT_PHASE_DRAWS if n_permutations is None else int(check_range("n_permutations", n_permutations, 1))
+    for _ in range(draws):
         yield phase_randomize(filled(), rng)
 
 
-def permutation_p(observed: ArrayLike, exceeded: ArrayLike, n_null: int) -> Array:
-    """``(b + 1) / (n + 1)``; NaN where there is no observation."""
-    return np.where(np.isnan(np.asarray(observed)), np.nan, (np.asarray(exceeded) + 1.0) / (n_null + 1.0))
+def sign_flip_test(
+    subject_r: ArrayLike, correction: str = "max", *, n_permutations: int = 2000, random_state: int | None = 0
+) -> tuple[Array, Array]:
+    """Random-effects test over subjects: is the mean Fisher z of their correlations other than zero.
 
+    Parameters
+    ----------
+    subject_r : array ``(S, ...)``
+        Correlations; NaN where a subject lacks the region.
 
-def benjamini_hochberg(p: ArrayLike) -> Array:
-    """False discovery rate of Benjamini and Hochberg (1995), over all finite p of an array of any shape."""
-    values = np.asarray(p, dtype=np.float64)
-    adjusted = np.full(values.shape, np.nan)
-    finite = np.isfinite(values)
-    flat = values[finite]
-    order = np.argsort(flat)[::-1]
-    ranks = np.arange(len(flat), 0, -1)
-    stepped = np.minimum.accumulate(np.minimum(flat[order] * len(flat) / ranks, 1.0))
-    result = np.empty_like(flat)
-    result[order] = stepped
-    adjusted[finite] = result
-    return adjusted
+    Returns
+    -------
+    r : array ``(...)``
+        Mean of Fisher z, brought back to r.
+    p : array ``(...)``
+        From `n_permutations` random sign flips of whole subjects of the t statistic, corrected over all entries
+        (`correction`).
+    """
+    z = np.arctanh(np.clip(np.asarray(subject_r, dtype=np.float64), -1 + 1e-12, 1 - 1e-12))
+    count = np.isfinite(z).sum(axis=0)
+    usable = count >= 2
+    if not usable.any():
+        return np.tanh(z[0]) if len(z) else z, np.full(z.shape[1:], np.nan)
+    filled = np.nan_to_num(z)
+    squares = (filled**2).sum(axis=0)
+    count = np.maximum(count, 2)
+
+    def t_statistic(total: Array) -> Array:
+        mean = total / count
+        variance = np.maximum(squares - count * mean**2, np.finfo(float).tiny) / (count - 1)
+        return np.abs(np.where(usable, mean / np.sqrt(variance / count), 0.0))
+
+    observed = t_statistic(filled.sum(axis=0))
+    rng = np.random.default_rng(random_state)
+    exceeded = np.zeros(observed.shape)
+    for _ in range(n_permutations):
+        signs = rng.choice([-1.0, 1.0], len(z))
+        draw = t_statistic(np.tensordot(signs, filled, axes=1))
+        exceeded += (draw.max() if correction == "max" else draw) >= observed * (1 - 1e-12)
+    p = permutation_p(np.where(usable, observed, np.nan), exceeded, n_permutations)
+    mean_r = np.where(usable, np.tanh(filled.sum(axis=0) / count), np.nan)
+    return mean_r, p if correction == "max" else benjamini_hochberg(p)

@@ -49,16 +49,16 @@ def test_time_alone_predicts_only_when_folds_are_shuffled(alice):
     )
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(shuffled.T, brain.T)]
     assert np.mean(r) == pytest.approx(0.84, abs=0.05)
-    contiguous = encode(bumps, brain, tr=2.0, delays=[0], n_null=19)
+    contiguous = encode(bumps, brain, tr=2.0, delays=[0], n_permutations=19)
     assert abs(contiguous.r.mean()) < 0.1
 
 
 def test_words_predict_and_mirrored_words_do_not(alice):
     brain, counts, mirrored = alice
-    real = encode(counts, brain, tr=2.0, delays=[1, 2, 3, 4], n_null=99)
+    real = encode(counts, brain, tr=2.0, delays=[1, 2, 3, 4], n_permutations=99)
     assert real.r.mean() > 0.25
     assert (real.p_corrected <= 0.05).all()
-    fake = encode(mirrored, brain, tr=2.0, delays=[1, 2, 3, 4], n_null=99)
+    fake = encode(mirrored, brain, tr=2.0, delays=[1, 2, 3, 4], n_permutations=99)
     assert fake.r.mean() < 0.1
     assert (fake.p_corrected > 0.05).all()
 
@@ -67,7 +67,7 @@ def test_prediction_is_sklearns_ridge():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 5))
     y = x @ rng.normal(size=(5, 3)) + rng.normal(size=(200, 3))
-    result = encode(x, y, tr=2.0, delays=[0], gap=4, alphas=[0.3], n_null=19)
+    result = encode(x, y, tr=2.0, delays=[0], gap=4, alphas=[0.3], n_permutations=19)
     for (train, test), fold_r in zip(contiguous_folds(200, 5, 4), result.fold_r):
         z = (x - x[train].mean(axis=0)) / x[train].std(axis=0) / np.sqrt(5)
         t = (y - y[train].mean(axis=0)) / y[train].std(axis=0)
@@ -82,7 +82,7 @@ def test_bands_take_apart_what_each_explains():
     noise = ar_noise(rng, (300, 3), 0.7)
     y = noise + np.column_stack([controls[:, 0], 2 * networks[:, 0], np.zeros(300)])
     bands = {"controls": controls, "networks": networks}
-    settings = {"delays": [0], "n_iter": 8, "n_null": 39, "ceiling": [0.8, 0.9, np.nan]}
+    settings = {"delays": [0], "n_iter": 8, "n_permutations": 39, "ceiling": [0.8, 0.9, np.nan]}
     result = encode(bands, y, tr=2.0, tested=["controls", "networks"], **settings)
     frame = result.to_frame().set_index("target")
     assert frame["gain_controls_p_corrected"].le(0.05).tolist() == [True, False, False]
@@ -98,7 +98,7 @@ def test_encoding_holds_its_level():
     for seed in range(8):
         rng = np.random.default_rng(seed)
         x, y = (prepare(ar_noise(rng, (250, k), 0.8), 2.0) for k in (6, 6))
-        result = encode(x, y, tr=2.0, delays=[1, 2], n_null=19, random_state=seed)
+        result = encode(x, y, tr=2.0, delays=[1, 2], n_permutations=19, random_state=seed)
         hits += bool((result.p_corrected <= 0.05).any())
     assert hits <= 2
 
@@ -107,7 +107,7 @@ def test_dead_targets_and_bad_input():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(120, 2)), rng.normal(size=(120, 3))
     y[:, 1] = np.nan
-    result = encode(x, y, tr=2.0, n_null=19)
+    result = encode(x, y, tr=2.0, n_permutations=19)
     assert np.isnan(result.r).tolist() == [False, True, False]
     assert np.isnan(result.p_corrected).tolist() == [False, True, False]
     for arguments, message in (

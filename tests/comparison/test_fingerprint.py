@@ -105,7 +105,7 @@ def families(tokenizer):
 
 
 def score(a, b):
-    return fingerprint(a, b, n_null=1).score
+    return fingerprint(a, b, n_permutations=1).score
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_verdicts_find_copies_and_keep_their_level_with_strangers(families):
 
     def verdict(i, j, name):
         others = [families[k]["original"] for k in range(N_SEEDS) if k not in (i, j)][:3]
-        found = fingerprint(families[i]["original"], families[j][name], reference=others, alpha=ALPHA, n_null=1)
+        found = fingerprint(families[i]["original"], families[j][name], reference=others, alpha=ALPHA, n_permutations=1)
         assert len(found.reference) == 9
         return found.verdict == "related"
 
@@ -147,10 +147,10 @@ def test_verdicts_find_copies_and_keep_their_level_with_strangers(families):
 @pytest.mark.filterwarnings("ignore:.*converge")
 def test_strangers_share_the_text_and_no_verdict_is_given_without_references(families):
     original, stranger = families[0]["original"], families[1]["original"]
-    found = fingerprint(original, stranger, n_null=19)
+    found = fingerprint(original, stranger, n_permutations=19)
     assert found.p_shared == pytest.approx(1 / 20)  # they do follow the same text: no sign of kinship
     assert found.verdict.startswith("undecided")
-    few = fingerprint(original, stranger, reference=[families[2]["original"]], alpha=ALPHA, n_null=1)
+    few = fingerprint(original, stranger, reference=[families[2]["original"]], alpha=ALPHA, n_permutations=1)
     assert few.verdict.startswith("undecided: 2 pairs")
 
 

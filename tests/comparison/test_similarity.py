@@ -66,12 +66,12 @@ def test_null_tells_related_from_smooth(measure):
     rng = np.random.default_rng(1)
     shared = prepare(ar_noise(rng, (150, 6), 0.8), 2.0)
     x, y = shared @ rng.normal(size=(6, 12)), shared @ rng.normal(size=(6, 9)) + rng.normal(size=(150, 9))
-    found = compare_similarity(x, y, measure=measure, n_null=60)
+    found = compare_similarity(x, y, measure=measure, n_permutations=60)
     assert found.p == pytest.approx(1 / 61)
     p = []
     for _ in range(20):
         a, b = (prepare(ar_noise(rng, (150, 8), 0.9), 2.0) for _ in range(2))
-        p.append(compare_similarity(a, b, measure=measure, n_null=39).p)
+        p.append(compare_similarity(a, b, measure=measure, n_permutations=39).p)
     assert np.mean(np.array(p) <= 0.05) <= 0.2
     assert 0.25 < np.mean(p) < 0.75
 

@@ -50,7 +50,7 @@ def test_matrices_equal_nilearn_and_numpy():
 
 
 def test_shift_null_finds_the_pair_and_no_other():
-    found = connectivity(ar_series(), n_null=199)
+    found = connectivity(ar_series(), n_permutations=199)
     frame = found.to_frame()
     assert frame.iloc[0][["network_a", "network_b"]].tolist() == ["IC00", "IC01"]
     assert frame.p_fwe.iloc[0] == 1 / 200
@@ -63,7 +63,7 @@ def test_shift_null_keeps_its_error_rate():
     wrong = 0
     for seed in range(100):
         runs = [r[:, 2:] for r in ar_series(1, 200, 6, ar=0.9, seed=seed)]
-        wrong += np.nanmin(connectivity(runs, n_null=39, random_state=seed).p_fwe) <= 0.05
+        wrong += np.nanmin(connectivity(runs, n_permutations=39, random_state=seed).p_fwe) <= 0.05
     assert stats.binomtest(wrong, 100, 0.05, alternative="greater").pvalue > 0.01
 
 
@@ -86,7 +86,7 @@ def test_changes_are_found_and_stationary_series_are_not():
         run[:, 1] = 0.8 * sign * run[:, 0] + 0.6 * run[:, 1]
         run[:, 3] = 0.8 * run[:, 2] + 0.6 * run[:, 3]
         runs.append(run)
-    frame = dynamics_test(runs, window=50, step=25, n_null=60).set_index(["network_a", "network_b"])
+    frame = dynamics_test(runs, window=50, step=25, n_permutations=60).set_index(["network_a", "network_b"])
     assert frame.loc[("IC00", "IC01"), "p_fwe"] == 1 / 61
     assert frame.drop(index=("IC00", "IC01")).p_fwe.min() > 0.03
 
@@ -132,7 +132,7 @@ def test_sigma_of_random_and_small_world_graphs():
     def sigma(graph):
         a = nx.to_numpy_array(graph)
         density = a.sum() / (len(a) * (len(a) - 1))
-        table = graph_measures(a, [density], n_null=20, n_seeds=5).set_index("measure")
+        table = graph_measures(a, [density], n_permutations=20, n_seeds=5).set_index("measure")
         assert (table.loc[["clustering", "modularity"], "p"] > 0).all()
         return table.value["sigma"]
 
@@ -177,7 +177,7 @@ def test_layer_flow():
     maps[0, 10:14] = 9
     networks = FunctionalNetworks(maps, space, threshold=5, standardize=False)
     distance = np.abs(np.subtract.outer(np.arange(6), np.arange(6)))
-    found = layer_flow(networks, np.exp(-distance / 2.0), n_null=300)
+    found = layer_flow(networks, np.exp(-distance / 2.0), n_permutations=300)
     assert found.depth.centre.tolist() == [0.5, 1, 2, 3, 4, 5]
     assert found.depth["last"].tolist() == [1, 1, 2, 3, 4, 5]
     assert found.r < -0.8
@@ -188,7 +188,7 @@ def test_layer_flow():
     wrong = 0
     for seed in range(40):
         random = np.random.default_rng(seed).random(size=(6, 6))
-        wrong += layer_flow(networks, random + random.T, n_null=99).p <= 0.05
+        wrong += layer_flow(networks, random + random.T, n_permutations=99).p <= 0.05
     assert stats.binomtest(wrong, 40, 0.05, alternative="greater").pvalue > 0.01
 
 
@@ -210,7 +210,7 @@ def test_shifted_networks_stay_apart():
         (lambda: connectivity([np.ones((50, 3))]), r"\['IC00', 'IC01', 'IC02'\] are constant"),
         (lambda: connectivity([np.full((50, 3), np.nan)]), "holds nan"),
         (lambda: connectivity(ar_series(), "tangent"), "kind='tangent'"),
-        (lambda: connectivity(ar_series(n=18), n_null=3), "too short to shift 5 networks"),
+        (lambda: connectivity(ar_series(n=18), n_permutations=3), "too short to shift 5 networks"),
         (lambda: dynamics_test(ar_series(1, 64)), "leaves 1 windows"),
         (lambda: connectivity(FunctionalNetworks(np.eye(3, 10))), "no time courses"),
         (lambda: layer_flow(FunctionalNetworks(np.eye(3, 10)), np.eye(3)), "needs to know the layers"),
@@ -224,6 +224,6 @@ def test_bad_input(call, message):
 def test_graph_measures_take_what_connectivity_gives():
     courses = np.random.default_rng(0).normal(size=(200, 12)) @ np.random.default_rng(1).normal(size=(12, 12))
     networks = FunctionalNetworks(np.eye(12, 30), time_courses=[courses])
-    links = connectivity(networks, n_null=0)
-    options = {"densities": [0.2], "n_null": 3, "n_seeds": 2}
+    links = connectivity(networks, n_permutations=0)
+    options = {"densities": [0.2], "n_permutations": 3, "n_seeds": 2}
     pd.testing.assert_frame_equal(graph_measures(links, **options), graph_measures(links.matrix, **options))

@@ -7,7 +7,6 @@ import pytest
 from scipy.stats import zscore
 
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace
-from llmbrain.stats.sparsity import gini, hoyer
 
 SPACE = NeuronSpace([30, 50, 20])
 
@@ -71,17 +70,6 @@ def test_summary_and_layers(networks):
     assert (frame.positive + frame.negative == frame["size"]).all()
     np.testing.assert_array_equal(profile[1], networks.masks[:, 30:80].sum(axis=1))
     np.testing.assert_array_equal(frame.peak_layer, profile.to_numpy().argmax(axis=1))
-
-
-def test_sparsity_known_answers():
-    single = np.eye(1, 50)[0]
-    assert gini(np.ones(50)) == pytest.approx(0)
-    assert gini(single) == pytest.approx(1 - 1 / 50)
-    assert hoyer(np.ones(50)) == pytest.approx(0, abs=1e-12)
-    assert hoyer(single) == pytest.approx(1)
-    # mean absolute difference form of the Gini index
-    x = np.random.default_rng(3).exponential(size=200)
-    assert gini(x) == pytest.approx(np.abs(x[:, None] - x).mean() / (2 * x.mean()))
 
 
 def test_subset_index_and_names(networks):

@@ -31,7 +31,7 @@ def test_signs_and_order_are_found():
     order, signs = [3, 0, 4, 1, 2], np.array([1, -1, 1, -1, -1])
     a = FunctionalNetworks(maps, SPACE)
     b = FunctionalNetworks(maps[order] * signs[:, None] + 0.2 * sparse(5, 1), SPACE)
-    frame = match_networks(a, b, n_null=50)
+    frame = match_networks(a, b, n_permutations=50)
     assert {i: order[j] for i, j in zip(frame.network_a, frame.network_b)} == {i: i for i in range(5)}
     np.testing.assert_array_equal(np.sign(frame.r), signs[frame.network_b])
     assert (frame.p == 1 / 51).all()
@@ -44,7 +44,7 @@ def test_assignment_is_the_best_of_all():
     a, b = (FunctionalNetworks(np.random.default_rng(s).normal(size=(4, 400)), SPACE) for s in (0, 1))
     r = np.abs(np.corrcoef(a.maps, b.maps)[:4, 4:])
     best = max(sum(r[i, p[i]] for i in range(4)) for p in itertools.permutations(range(4)))
-    frame = match_networks(a, b, n_null=99)
+    frame = match_networks(a, b, n_permutations=99)
     assert np.abs(frame.r).sum() == pytest.approx(best)
     assert frame.p.min() > 0.05
 
@@ -75,7 +75,7 @@ def test_recurrence_against_its_null():
         if run % 2:
             found[1] = sparse(1, 200 + run)[0]  # the second is there every other time
         runs.append(FunctionalNetworks(found[rng.permutation(3)], SPACE, threshold=2.5))
-    frame = recurrence(templates, runs, n_null=99)
+    frame = recurrence(templates, runs, n_permutations=99)
     assert frame.rate.tolist() == [1, 0.5, 0]
     assert frame.p_overlap[:2].tolist() == [0.01, 0.01]
     assert frame.p[2] == 1
@@ -95,12 +95,12 @@ def test_halves_and_single_runs_of_a_phantom():
 
     phantom = make_phantom(4, n_neurons=600, n_runs=4, n_tokens=200, cnr=2.0, presence=1.0, random_state=0)
     for by in ("runs", "tokens"):
-        frame = split_half(phantom.scans, 4, by=by, n_null=30)
+        frame = split_half(phantom.scans, 4, by=by, n_permutations=30)
         assert np.abs(frame.r).min() > 0.8
         assert (frame.p < 0.05).all()
     runs = single_run_networks(phantom.scans, 4, threshold=2.0)
     truth = FunctionalNetworks(phantom.standardized(), phantom.space, threshold=2.0)
-    assert (recurrence(truth, runs, n_null=30).rate == 1).all()
+    assert (recurrence(truth, runs, n_permutations=30).rate == 1).all()
 
 
 def test_bad_input():
