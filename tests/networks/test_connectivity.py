@@ -192,17 +192,6 @@ def test_layer_flow():
     assert stats.binomtest(wrong, 40, 0.05, alternative="greater").pvalue > 0.01
 
 
-def test_shifted_networks_stay_apart():
-    from llmbrain.networks.connectivity import _shifted
-
-    run = np.tile(np.arange(60.0)[:, None], (1, 5))
-    for seed in range(30):
-        first = _shifted(run, np.random.default_rng(seed), 10)[0]
-        apart = np.abs(first[:, None] - first)
-        apart = np.minimum(apart, 60 - apart)[np.triu_indices(5, 1)]
-        assert apart.min() >= 10
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
