@@ -8,13 +8,14 @@ are the same tokens.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from llmbrain.anatomy.families import context_length
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Model = TypeVar("Model", bound=nn.Module)
 MAX_WINDOW = 2048
 BATCH_TOKENS = 2048  # tokens in one forward pass: enough to be fast, few enough for logits over a large vocabulary
 # How any text becomes tokens, in scans and windows alike: whole, with the tokenizer's default special tokens.
@@ -283,26 +285,81 @@ def batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> tuple[Tensor, ...]:
     return windows.split(max(1, tokens // windows.shape[1]))
 
 
+def digest(windows: Tensor) -> str:
+    """Hash of token ids, for provenance: 16 hexadecimal digits."""
+    return sha256(json.dumps(windows.tolist()).encode()).hexdigest()[:16]
+
+
+# -- a model that reads ----------------------------------------------------------------------------------------------
+
+
+def embeddings(model: nn.Module) -> nn.Module | None:
+    """The table of token embeddings, where the model says which it is."""
+    get = getattr(model, "get_input_embeddings", None)
+    found = get() if callable(get) else None
+    return found if isinstance(found, nn.Module) else None
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Device that token ids go to (the embedding's, also where accelerate spread the model)."""
-    get = getattr(model, "get_input_embeddings", None)
-    module = get() if get is not None else model
+    module = embeddings(model) or model
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
+def pad_id(model: nn.Module) -> int:
+    """A token id to pad with: the model's own, else 0."""
+    found = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return found if isinstance(found, int) and found >= 0 else 0
+
+
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """The option that keeps a forward pass from storing keys and values for a next token that never comes."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 @contextmanager
-def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode (no dropout) within the block, without gradients unless asked for; the mode comes back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+def evaluating(model: nn.Module, *, gradients: bool = False, cache: bool = False) -> Iterator[None]:
+    """Evaluation mode within the block: no dropout, no cache, no gradients; what was before comes back.
+
+    Parameters
+    ----------
+    model : module
+    gradients : bool
+        Allow gradients.
+    cache : bool
+        Leave the models' configs as they are about a cache of keys and values: text is generated.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    caching = [] if cache else [config for config in _configs(model) if getattr(config, "use_cache", None)]
     try:
+        model.eval()
+        for config in caching:
+            config.use_cache = False
         with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for config in caching:
+            config.use_cache = True
 
 
-def digest(windows: Tensor) -> str:
-    """Hash of token ids, for provenance: 16 hexadecimal digits."""
-    return sha256(json.dumps(windows.tolist()).encode()).hexdigest()[:16]
+def evaluation_mode(model: Model) -> Model:
+    """The model in evaluation mode, for good."""
+    return model.eval()
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and of all its parts: those of a multimodal model say use_cache each for itself."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if config is None or id(config) in found or not hasattr(config, "to_dict"):
+            return
+        found[id(config)] = config
+        for part in list(vars(config).values()):
+            add(part)
+
+    for module in model.modules():
+        add(vars(module).get("config"))
+    return list(found.values())

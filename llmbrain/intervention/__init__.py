@@ -1,6 +1,7 @@
 """Lesion, keep or amplify networks of a living model, and measure what that does, beside its controls."""
 
-from llmbrain.intervention.context import Intervention, amplify, keep_only, lesion
+from llmbrain.hooks.change import Intervention
+from llmbrain.intervention.context import amplify, keep_only, lesion
 from llmbrain.intervention.curves import amplification_curve, keep_only_curve
 from llmbrain.intervention.evaluations import TokenEvaluation, score_conditions
 from llmbrain.intervention.table import LesionTable, lesion_table

@@ -6,8 +6,7 @@ Every row of a batch is repeated once a condition, and each replica's neurons ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.hooks.change import Edit, change_inputs, scale_replicas
+from llmbrain.hooks.listen import Hooks, hear_inputs
 from llmbrain.hooks.text import as_windows, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
 
@@ -157,8 +158,7 @@ def as_evaluations(
     return ready
 
 
-@contextmanager
-def scaled_replicas(body: Anatomy, scales: Tensor, shifts: Tensor | None = None) -> Iterator[None]:
+def scaled_replicas(model: nn.Module, body: Anatomy, scales: Tensor, shifts: Tensor | None = None) -> Hooks:
     """Within the block, replica ``r`` of a batch has its units multiplied by ``scales[r]`` (and `shifts` added).
 
     The batch must hold ``len(scales)`` replicas one after the other; both tensors are ``(replicas, n_neurons)``, or
@@ -168,32 +168,21 @@ def scaled_replicas(body: Anatomy, scales: Tensor, shifts: Tensor | None = None)
     if scales.shape[1] == sum(body.widths):
         space = NeuronSpace(body.widths)
 
-    def hook(scale: Tensor, shift: Tensor | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        wide = x.reshape(len(scale), -1, x.shape[-1]) * scale.to(x)[:, None]
-        if shift is not None:
-            wide = wide + shift.to(x)[:, None]
-        return (wide.reshape(x.shape), *args[1:])
-
-    handles = []
-    try:
-        for i in range(space.n_layers):
-            part = space.layer_slice(i)
-            scale = scales[:, part]
-            if not bool((scale != 1).any()):
-                continue
-            shift = None if shifts is None else shifts[:, part]
-            layer = body.layers[i % len(body.layers)]
-            module = layer.down.module
-            if i >= len(body.layers):  # heads: runs of inputs of the attention's output projection
-                assert layer.out is not None
-                scale, module = scale.repeat_interleave(layer.head_dim, dim=1), layer.out.module
-                shift = None if shift is None else shift.repeat_interleave(layer.head_dim, dim=1)
-            handles.append(module.register_forward_pre_hook(partial(hook, scale, shift)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    edits: list[tuple[nn.Module, Edit]] = []
+    for i in range(space.n_layers):
+        part = space.layer_slice(i)
+        scale = scales[:, part]
+        if not bool((scale != 1).any()):
+            continue
+        shift = None if shifts is None else shifts[:, part]
+        layer = body.layers[i % len(body.layers)]
+        module = layer.down.module
+        if i >= len(body.layers):  # heads: runs of inputs of the attention's output projection
+            assert layer.out is not None
+            scale, module = scale.repeat_interleave(layer.head_dim, dim=1), layer.out.module
+            shift = None if shift is None else shift.repeat_interleave(layer.head_dim, dim=1)
+        edits.append((module, scale_replicas(scale, shift)))
+    return change_inputs(model, edits)
 
 
 def score_conditions(
@@ -225,8 +214,8 @@ def score_conditions(
     if fill is not None:
         shifts = (factors == 0) * torch.as_tensor(np.asarray(fill, dtype=np.float32)).to(factors.device)
     scores: dict[str, NDArray[np.float64]] = {}
-    with evaluating(model):
-        for name, evaluation in evaluations.items():
+    for name, evaluation in evaluations.items():
+        with evaluating(model, cache=not isinstance(evaluation, TokenEvaluation)):  # a callable may generate
             if isinstance(evaluation, TokenEvaluation):
                 scores[name] = _score_tokens(model, body, factors, shifts, evaluation)
             else:
@@ -252,8 +241,8 @@ def _score_tokens(
         for first in range(0, len(factors), max(1, budget // len(rows))):
             part = slice(first, first + max(1, budget // len(rows)))
             replicas = len(factors[part])
-            with scaled_replicas(body, factors[part], None if shifts is None else shifts[part]):
-                output = model(input_ids=ids.repeat(replicas, 1), use_cache=False)
+            with scaled_replicas(model, body, factors[part], None if shifts is None else shifts[part]):
+                output = model(input_ids=ids.repeat(replicas, 1))
             logits = getattr(output, "logits", None)
             if logits is None or logits.shape[:2] != (replicas * len(rows), longest):
                 raise InputError(f"model {type(model).__name__} gives no next-token logits: use a causal model")
@@ -266,7 +255,7 @@ def _score_callable(
 ) -> NDArray[np.float64]:
     rows: list[NDArray[np.float64]] = []
     for i in range(len(factors)):
-        with scaled_replicas(body, factors[i : i + 1], None if shifts is None else shifts[i : i + 1]):
+        with scaled_replicas(model, body, factors[i : i + 1], None if shifts is None else shifts[i : i + 1]):
             values = np.atleast_1d(np.asarray(evaluation(model), dtype=np.float64))
         if values.ndim != 1 or not len(values) or (rows and len(values) != len(rows[0])):
             raise InputError(
@@ -291,25 +280,19 @@ def activation_levels(
     keep: Tensor = torch.empty(0, dtype=torch.bool)
     count = 0
 
-    def hook(total: Tensor, size: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])[keep.to(args[0].device)].double()
+    def add(total: Tensor, size: int, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])[keep.to(x.device)].double()
         x = x.reshape(len(x), -1, size)
         total += torch.stack([v.mean(dim=2).sum(dim=0) for v in (x, x.abs(), x * x)]).cpu()
 
-    handles = []
-    try:
-        for (module, _, size), total in zip(sites, totals):
-            handles.append(module.register_forward_pre_hook(partial(hook, total, size)))
-        with evaluating(model):
-            for evaluation in evaluations:
-                size = max(1, PASS_TOKENS // evaluation.ids.shape[1])
-                for ids, read in zip(evaluation.ids.split(size), evaluation.read().split(size)):
-                    keep = read.flatten()
-                    count += int(keep.sum())
-                    model(input_ids=ids.to(input_device(model)), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    places = [(module, partial(add, total, size)) for (module, _, size), total in zip(sites, totals)]
+    with evaluating(model), hear_inputs(model, places):
+        for evaluation in evaluations:
+            size = max(1, PASS_TOKENS // evaluation.ids.shape[1])
+            for ids, read in zip(evaluation.ids.split(size), evaluation.read().split(size)):
+                keep = read.flatten()
+                count += int(keep.sum())
+                model(input_ids=ids.to(input_device(model)))
     return _levels(torch.cat(totals, dim=1).numpy(), count)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy, context_length
-from llmbrain.hooks.listen import Kinds, Reader, embeddings, reading
-from llmbrain.hooks.sites import Recorder, check_sites, find_taps
-from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, read_texts
+from llmbrain.hooks.listen import Kinds, Reader, Recorder, reading
+from llmbrain.hooks.sites import check_sites, find_taps
+from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, embeddings, read_texts
 from llmbrain.scanning.manifest import check_same, manifest_of, model_id, say_disk
 from llmbrain.scanning.scans import Scan
 from llmbrain.scanning.schedule import Schedule

@@ -14,7 +14,8 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.evaluation.perplexity import predicts_next_token
-from llmbrain.hooks.sites import Recorder, find_taps
+from llmbrain.hooks.listen import Recorder
+from llmbrain.hooks.sites import find_taps
 from llmbrain.hooks.text import as_windows, batches, evaluating, input_device, window_length
 from llmbrain.scanning.scans import ArraySignals, Scan
 
