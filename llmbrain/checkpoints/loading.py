@@ -12,6 +12,7 @@ from torch import nn
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.checkpoints.gguf import is_gguf, load_gguf
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, text_config
+from llmbrain.hooks.text import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +128,7 @@ def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.M
         setattr(model, RECORD, record["cuts"])
     if device is not None:
         model = model.to(resolve_device(device))
-    return model.eval()
+    return evaluation_mode(model)
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:

@@ -91,10 +91,11 @@ def open_model(model: str, device: str) -> tuple[Any, Any]:
     """Load a model on a device, in evaluation mode, with its tokenizer."""
     from llmbrain._validation import resolve_device
     from llmbrain.checkpoints import load_model
+    from llmbrain.hooks.text import evaluation_mode
 
     where = resolve_device(device)
     loaded, tokenizer = load_model(model)
-    return loaded.to(where).eval(), tokenizer
+    return evaluation_mode(loaded.to(where)), tokenizer
 
 
 def parse_components(value: str) -> int | float | str:

@@ -80,9 +80,11 @@ def untrained_copy(model: Any, seed: int) -> Any:
     """The same architecture with random weights."""
     import torch
 
+    from llmbrain.hooks.text import evaluation_mode
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return type(model)(model.config).eval().to(next(model.parameters()).device)
+        return evaluation_mode(type(model)(model.config)).to(next(model.parameters()).device)
 
 
 def network_series(scan: Scan, networks: Any, series: ArrayLike | None, n_components: Any, random_state: int) -> Array:

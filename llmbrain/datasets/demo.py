@@ -50,9 +50,11 @@ def load_demo() -> Demo:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from llmbrain.hooks.text import evaluation_mode
+
     folder = demo_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
-    return Demo(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return Demo(evaluation_mode(model), AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from llmbrain._validation import InputError, check_range, soft_import
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.evaluation.perplexity import mean_loss
-from llmbrain.hooks.text import as_windows, digest, input_device
+from llmbrain.hooks.text import as_windows, digest, evaluation_mode, input_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +121,7 @@ def _train(
     merged = tuned.merge_and_unload()
     for p, flag in trainable:
         p.requires_grad_(flag)
-    return merged.eval()
+    return evaluation_mode(merged)
 
 
 def _targets(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
+from llmbrain.hooks.listen import hear_outputs
 from llmbrain.hooks.text import batches, evaluating
 from llmbrain.pruning.calibrate.losses import last_states
 
@@ -58,8 +59,8 @@ def gradient_pass(
     grams: list[Any] = [0.0] * len(body.layers)
     root: Tensor | None = None  # square root of the weights of the batch at hand
 
-    def watch(i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def watch(i: int) -> Callable[[Tensor, Tensor], None]:
+        def hook(entering: Tensor, output: Tensor) -> None:
             def take(g: Tensor) -> None:
                 g = g.detach().float().flatten(0, -2)
                 if root is not None:
@@ -76,14 +77,14 @@ def gradient_pass(
     ]
     wanted = {id(p) for of in projections for j in of if j for p in j.module.parameters(recurse=False)}
     before = [(p, p.requires_grad) for p in model.parameters()]
-    handles = [out.module.register_forward_hook(watch(i)) for i, out in enumerate(outputs) if out is not None]
+    places = [(out.module, watch(i)) for i, out in enumerate(outputs) if out is not None]
     try:
         for p, _ in before:
             p.requires_grad_(taylor and id(p) in wanted)
         if not taylor:  # one leaf is enough for gradients to reach every layer
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
             embeddings.weight.requires_grad_(True)
-        with evaluating(model, gradients=True):
+        with evaluating(model, gradients=True), hear_outputs(model, places):
             for i, batch in enumerate(batches(windows)):
                 if weights is not None:
                     root = batches(weights)[i].flatten().sqrt()[:, None]
@@ -102,8 +103,6 @@ def gradient_pass(
             found["taylor"] = [sum(_first_order(p) for p in of if p) for of in projections]  # type: ignore[misc]
         return found
     finally:
-        for handle in handles:
-            handle.remove()
         for p, flag in before:
             p.requires_grad_(flag)
             if id(p) in wanted:

@@ -8,14 +8,15 @@ of neurons (tokens x width) never are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, Projection
+from llmbrain.hooks.change import saying
+from llmbrain.hooks.listen import Call, hear_calls, hear_outputs
 from llmbrain.hooks.text import BATCH_TOKENS, batches, evaluating, input_device
 
 LEAST_BATCHES = 8
@@ -53,23 +54,20 @@ class Stream:
         """
         caught: list[tuple[Tensor, Tensor]] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        def keep(entering: Tensor, out: Tensor) -> None:
             # The output is copied: Falcon adds to it in place afterwards.
-            caught.append((args[0].detach().flatten(0, -2), out.detach().flatten(0, -2).clone()))
+            caught.append((entering.detach().flatten(0, -2), out.detach().flatten(0, -2).clone()))
 
-        def attended(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        def attended(entering: Any, out: Any) -> None:
             self._attended[batch] = out.clone() if isinstance(out, Tensor) else (out[0].clone(), *[None] * len(out[1:]))
 
         layer = self.layers[self.at]
         self._attended.pop(batch, None)
-        handles = [output.module.register_forward_hook(keep)]
+        places: list[tuple[nn.Module, Any]] = [(output.module, keep)]
         if output is layer.down and layer.attention is not None:
-            handles.append(layer.attention.register_forward_hook(attended))
-        try:
+            places.append((layer.attention, attended))
+        with hear_outputs(None, places):
             hidden = self._through(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         return caught[0], hidden
 
     def advance(self, hidden: list[Tensor] | None = None) -> None:
@@ -85,44 +83,25 @@ class Stream:
         hidden, layer = self.hidden[batch], self.layers[self.at]
         args, kwargs = self._calls[len(hidden)][self.at]
         known = self._attended.pop(batch, None)
-        with nullcontext() if known is None or layer.attention is None else _saying(layer.attention, known):
+        with nullcontext() if known is None or layer.attention is None else saying(layer.attention, known):
             return _tensor(layer.block(hidden, *args, **kwargs))
-
-
-@contextmanager
-def _saying(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within the block a module says this and computes nothing."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
 
 
 def _record_calls(model: nn.Module, body: Anatomy, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The arguments, beside the hidden states, that each block gets in a real forward pass of this batch size."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        if not args:
+    def keep(call: Call) -> None:
+        kwargs = dict(call.kwargs)
+        if not call.args:
             kwargs.pop("hidden_states", None)
         for name in kwargs:
             if "past_key_value" in name or name in ("layer_past", "cache_params"):
                 kwargs[name] = None
-        calls.append((args[1:], kwargs))
+        calls.append((call.args[1:], kwargs))
 
-    handles = [layer.block.register_forward_pre_hook(keep, with_kwargs=True) for layer in body.layers]
-    try:
-        with evaluating(model):
-            model(input_ids=batch.to(input_device(model)), **_no_cache(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), hear_calls(None, [(layer.block, keep) for layer in body.layers]):
+        model(input_ids=batch.to(input_device(model)))
     if len(calls) != len(body.layers):
         raise InputError(f"model {type(model).__name__} ran {len(calls)} of {len(body.layers)} blocks in one pass")
     return calls
@@ -131,23 +110,15 @@ def _record_calls(model: nn.Module, body: Anatomy, batch: Tensor) -> list[tuple[
 def _before_first_block(model: nn.Module, body: Anatomy, batch: Tensor) -> Tensor:
     caught: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
+    def keep(call: Call) -> None:
+        caught.append(call.entering)
         raise _FirstBlockReached
 
-    handle = body.layers[0].block.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with evaluating(model):
-            model(input_ids=batch.to(input_device(model)), **_no_cache(model))
-    except _FirstBlockReached:
+    with evaluating(model), suppress(_FirstBlockReached), hear_calls(None, [(body.layers[0].block, keep)]):
+        model(input_ids=batch.to(input_device(model)))
+    if caught:
         return caught[0]
-    finally:
-        handle.remove()
     raise InputError(f"model {type(model).__name__} did not run its first block")
-
-
-def _no_cache(model: nn.Module) -> dict[str, bool]:
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
 def _tensor(output: Any) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
+from llmbrain.hooks.listen import hear_inputs
 from llmbrain.hooks.text import batches, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
 from llmbrain.pruning.criteria.base import Evidence, register
@@ -88,18 +89,14 @@ def _hear(model: nn.Module, body: Anatomy, windows: Tensor, listen: Callable[[in
     """Run the windows; `listen` gets the number and the neurons ``(n, window, width)`` of each layer of each batch."""
     shape = [0, 0]
 
-    def hook(i: int) -> Callable[..., None]:
-        return lambda module, args: listen(i, args[0].detach().reshape(*shape, -1))
+    def hearing(i: int) -> Callable[[Tensor], None]:
+        return lambda x: listen(i, x.detach().reshape(*shape, -1))
 
-    handles = [layer.down.module.register_forward_pre_hook(hook(i)) for i, layer in enumerate(body.layers)]
-    try:
-        with evaluating(model):
-            for batch in batches(windows):
-                shape[:] = batch.shape
-                model(input_ids=batch.to(input_device(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    places = [(layer.down.module, hearing(i)) for i, layer in enumerate(body.layers)]
+    with evaluating(model), hear_inputs(model, places):
+        for batch in batches(windows):
+            shape[:] = batch.shape
+            model(input_ids=batch.to(input_device(model)))
 
 
 def balanced_weights(energy: Tensor, strength: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.evaluation.perplexity import predicts_next_token
+from llmbrain.hooks.change import change_inputs
 from llmbrain.hooks.text import batches, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds
 
@@ -118,15 +119,14 @@ def _round(
     right = []
     signals: list[Tensor] = []
 
-    def listen(keep: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-            signals.append(args[0] * keep.to(args[0]))
-            return (signals[-1], *args[1:])
+    def silence(keep: Tensor) -> Callable[[Tensor], Tensor]:
+        def edit(x: Tensor) -> Tensor:
+            signals.append(x * keep.to(x))
+            return signals[-1]
 
-        return hook
+        return edit
 
-    handles = [layer.down.module.register_forward_pre_hook(listen(s)) for layer, s in zip(body.layers, stays)]
-    try:
+    with change_inputs(model, [(layer.down.module, silence(s)) for layer, s in zip(body.layers, stays)]):
         at = 0
         for ids in batches(windows):
             part = slice(at, at + len(ids))
@@ -142,9 +142,6 @@ def _round(
             flat = [x.detach().float().reshape(-1, x.shape[-1]).cpu() for x in signals]
             gain += torch.cat([(x * g.reshape(x.shape).cpu()).sum(0) for x, g in zip(flat, ours)])
             harm += torch.cat([onehot @ (x * g.reshape(x.shape).cpu()).square() for x, g in zip(flat, theirs)], 1)
-    finally:
-        for handle in handles:
-            handle.remove()
     still = torch.cat(right)
     counts = F.one_hot(labels.flatten() + 1, n + 1).sum(0)[:, None].clamp_min(1)
     share = [float(still[known & (labels[:, 1:] == i)].float().mean()) for i in range(n)]
