@@ -75,11 +75,11 @@ def test_a_forward_that_runs_past_a_hook_is_an_error():
         return torch.nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), *mlp.down_proj.parameters())
 
     mlp.forward = fused
-    with lb.lesion(model, [(1, 3)]), pytest.raises(InputError, match="1 of 1 hooks .* were not called"):
+    with lb.lesion(model, [(1, 3)]), pytest.raises(InputError, match=r"1 of 1 hooks .* were not called"):
         logits(model)
     with lb.lesion(model, [(1, 3)], verify=False):
         torch.testing.assert_close(logits(model), intact)
-    with pytest.raises(InputError, match="layer 1 ran 0 times .* ran past this module"):
+    with pytest.raises(InputError, match=r"layer 1 ran 0 times .* ran past this module"):
         lb.scan(model, tiny_tokenizer(), ["abc"])
     logits(model)  # nothing stays behind
 
