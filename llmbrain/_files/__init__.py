@@ -23,6 +23,12 @@ Reading
 ``damages(folder)``
     Every file of ``SHA256SUMS`` that is missing or altered.
 
+Owning
+------
+``owner(folder)``
+    One process at a time writes into a folder step by step (a scan, a dual regression, a table of lesions); a second
+    one is told who does. ``append_sum`` adds a file that is whole to such a folder's ``SHA256SUMS``.
+
 Failing
 -------
 A full or read-only disk, a folder that vanished: `FileError`. A file that is not what was written: `DamagedError`. Both
@@ -45,7 +51,8 @@ from llmbrain._files.one import (
     write_text,
     writing,
 )
-from llmbrain._files.parts import SUMS
+from llmbrain._files.owner import BusyError, owner
+from llmbrain._files.parts import SUMS, append_sum, read_sums, replace_sums, sweep
 from llmbrain._files.reading import (
     StoredFiles,
     UnverifiedWarning,
@@ -60,22 +67,28 @@ from llmbrain._files.sets import discard, settle, transaction
 
 __all__ = [
     "SUMS",
+    "BusyError",
     "DamagedError",
     "FileError",
     "StoredFiles",
     "UnverifiedWarning",
+    "append_sum",
     "bytes_text",
     "check_space",
     "clear_errors",
     "damages",
     "discard",
     "file_sha256",
+    "owner",
     "plain",
     "read_json",
+    "read_sums",
     "read_tensors",
     "reading",
+    "replace_sums",
     "seal_of",
     "settle",
+    "sweep",
     "transaction",
     "verify",
     "write_bytes",

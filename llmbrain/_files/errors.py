@@ -36,8 +36,10 @@ _SAID = {
 
 
 @contextmanager
-def clear_errors(path: str | os.PathLike[str], *, needed: int | None = None, stands: str = "") -> Iterator[None]:
-    """Turn what the system says while `path` is written into a `FileError` of one line.
+def clear_errors(
+    path: str | os.PathLike[str], *, needed: int | None = None, stands: str = "", doing: str = "written"
+) -> Iterator[None]:
+    """Turn what the system says while `path` is written, or read, into a `FileError` of one line.
 
     Parameters
     ----------
@@ -47,21 +49,25 @@ def clear_errors(path: str | os.PathLike[str], *, needed: int | None = None, sta
         Bytes that it takes, where they are known.
     stands : str
         What is still there, for the end of the message.
+    doing : {"written", "read"}
 
     Raises
     ------
     FileError
-        In place of OSError, also where safetensors hides one. FileExistsError and InputError pass.
+        In place of OSError, also where safetensors hides one. FileExistsError and InputError pass, and when reading
+        FileNotFoundError.
     """
     try:
         yield
     except (InputError, FileExistsError):
         raise
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and doing == "read":
+            raise
         found = error if isinstance(error, OSError) else hidden_oserror(error)
         if found is None:
             raise
-        raise FileError(f"{path} cannot be written: {what_happened(found, Path(path), needed)}{stands}") from error
+        raise FileError(f"{path} cannot be {doing}: {what_happened(found, Path(path), needed)}{stands}") from error
 
 
 def hidden_oserror(error: Exception) -> OSError | None:

@@ -22,7 +22,7 @@ SEAL = "sha256"  # entry of a sealed JSON file
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], *, needed: int | None = None) -> Iterator[Path]:
+def writing(path: str | os.PathLike[str], *, needed: int | None = None, stands: str = "") -> Iterator[Path]:
     """Write one file whole or not at all.
 
     Parameters
@@ -31,6 +31,8 @@ def writing(path: str | os.PathLike[str], *, needed: int | None = None) -> Itera
         Its folder is made where it is missing. A file there stays until the new one is whole.
     needed : int, optional
         Bytes it will take; checked before, and said if the disk is full.
+    stands : str, optional
+        What is still there when it fails, for the end of the message.
 
     Yields
     ------
@@ -54,7 +56,7 @@ def writing(path: str | os.PathLike[str], *, needed: int | None = None) -> Itera
             if not (folder / path.name).is_file():
                 raise FileError(f"{path} was not written")
         return
-    stood = "; what stood there is unchanged" if path.is_file() else ""
+    stood = stands or ("; what stood there is unchanged" if path.is_file() else "")
     temporary = temporary_of(path)
     with clear_errors(path, needed=needed, stands=stood):
         if needed is not None:

@@ -47,8 +47,35 @@ def read_sums(folder: Path, *, strict: bool = True, anew: str = "") -> dict[str,
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """One line a file, as ``sha256sum -c`` reads it."""
     text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-    (folder / SUMS).write_bytes(text.encode("utf-8"))
-    flush(folder / SUMS)
+    with (folder / SUMS).open("wb") as file:
+        file.write(text.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write ``SHA256SUMS`` anew, whole or not at all."""
+    with locked(folder, exclusive=True):
+        temporary = temporary_of(folder / "sums")
+        temporary.mkdir()
+        try:
+            write_sums(temporary, sums)
+            (temporary / SUMS).replace(folder / SUMS)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        flush_folder(folder)
+
+
+def append_sum(folder: Path, name: str, digest: str) -> None:
+    """Add a line to ``SHA256SUMS``; one that a kill cut short before it does not swallow it."""
+    with locked(folder, exclusive=True), (folder / SUMS).open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(f"{digest}  {name}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def temporary_of(path: Path) -> Path:

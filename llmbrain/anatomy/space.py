@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # A divisor pair flatter than this is less readable than a nearly square grid with some padding (172 = 4 x 43).
 MAX_ASPECT = 4.0
+MOST_NEURONS = 1 << 33  # a damaged header must not make arrays that no memory holds
 
 
 def grid_of(width: int) -> tuple[int, int]:
@@ -66,10 +67,14 @@ class NeuronSpace:
         try:
             values = tuple(int(w) for w in widths)
             exact = all(v == w for v, w in zip(values, widths))
-        except (TypeError, ValueError):
-            raise InputError(f"widths={widths!r} must be a sequence of whole numbers, one per layer") from None
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"widths={str(widths)[:80]} must be a sequence of whole numbers, one per layer") from None
         if not exact or not values or min(values) < 0 or max(values) == 0:
             raise InputError(f"widths={list(widths)!r} must hold one whole number >= 0 per layer, at least one above 0")
+        if sum(values) > MOST_NEURONS:
+            raise InputError(
+                f"widths={str(list(widths))[:80]} are {sum(values):.3g} neurons: at most {MOST_NEURONS} are read"
+            )
         object.__setattr__(self, "widths", values)
 
     # -- sizes -----------------------------------------------------------------------------------------------------
@@ -224,9 +229,12 @@ class NeuronSpace:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> NeuronSpace:
         """Rebuild a space from `to_dict`; a grid that this version would lay out otherwise is an error."""
-        space = cls(record["widths"])
+        widths = record["widths"]
+        if not isinstance(widths, list) or any(type(width) is not int for width in widths):
+            raise InputError(f"widths={str(widths)[:80]} must be a list of whole numbers, one per layer")
+        space = cls(widths)
         grid = record.get("grid", list(space.grid))
-        if list(grid) != list(space.grid):
+        if grid != list(space.grid):
             raise InputError(
                 f"grid={grid} is not the grid of these widths ({list(space.grid)}): made by another version?"
             )

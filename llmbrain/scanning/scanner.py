@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmbrain._files import owner
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy, context_length
 from llmbrain.hooks.listen import Kinds, Reader, Recorder, reading
@@ -91,7 +93,8 @@ def scan(
     blocks = blocks_of(runs, size)
     _say_blocks(runs, size)
 
-    with reading(model, recorder, runs) as reader:
+    alone = owner(out) if out is not None else nullcontext()
+    with reading(model, recorder, runs) as reader, alone:
         kinds = reader.kinds(blocks[0], kept)
         per_token = sum(dtype.itemsize * units for dtype, units in kinds.values())
         schedule = Schedule.make(blocks, per_token, int(batch_size))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -28,6 +27,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmbrain._files import (
+    SUMS,
+    DamagedError,
+    FileError,
+    append_sum,
+    clear_errors,
+    file_sha256,
+    read_json,
+    read_sums,
+    replace_sums,
+    sweep,
+    write_json,
+    write_text,
+    writing,
+)
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.text import Run, ScanWarning
@@ -35,9 +49,10 @@ from llmbrain.scanning.scans import Scan
 
 FORMAT = "llmbrain-scan"
 FORMAT_VERSION = 1
+LARGEST = 1 << 40  # no count in a manifest comes near
 
 
-class CorruptStoreError(InputError):
+class CorruptStoreError(DamagedError):
     """A file of a scan store is missing, truncated or edited; the message names it."""
 
 
@@ -74,7 +89,7 @@ class FileShards:
 
     def __init__(self, folder: Path, rows: Sequence[int]) -> None:
         self.folder, self.rows = folder, np.asarray(rows)
-        self.sums = _read_sums(folder / "SHA256SUMS")
+        self.sums = read_sums(folder, strict=False)
         self._verified: set[int] = set()
 
     @property
@@ -95,21 +110,15 @@ class FileShards:
         from safetensors.torch import save_file
 
         path = self.folder / self.name(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        stands = "; the shards before it are kept: the same scan into this folder goes on from them"
+        if not self.folder.is_dir():
+            raise FileError(f"{self.folder} is gone: it was removed while the scan wrote into it")
+        with writing(path, needed=needed, stands=stands) as temporary:
             save_file(dict(tensors), temporary)
-            with temporary.open("rb+") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_folder(path.parent)
-        with (self.folder / "SHA256SUMS").open("a", encoding="utf-8", newline="\n") as file:
-            file.write(f"{digest}  {self.name(index)}\n")
-            file.flush()
-            os.fsync(file.fileno())
+            digest = file_sha256(temporary)
+        with clear_errors(self.folder, stands=stands):
+            append_sum(self.folder, self.name(index), digest)
         self.sums[self.name(index)] = digest
         self._verified.discard(index)
 
@@ -140,8 +149,8 @@ class FileShards:
             raise CorruptStoreError(
                 f"{path} is missing: the study is not complete. Run the same scan into {self.folder} again to finish it"
             )
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with clear_errors(path, doing="read"):
+            digest = file_sha256(path)
         if digest != self.sums[self.name(index)]:
             raise CorruptStoreError(
                 f"{path} does not match its checksum: it was truncated or edited after it was written. Delete it and "
@@ -151,10 +160,11 @@ class FileShards:
 
     def resume(self) -> list[int]:
         """Shards still to be made. Left-over temporary files go; a damaged shard is made anew, and that is said."""
-        for leftover in (self.folder / "shards").glob("*.tmp"):
-            leftover.unlink()
-        if self.sums:  # a last line that a kill cut short must not swallow the next one
-            _write_text(self.folder / "SHA256SUMS", "".join(f"{v}  {k}\n" for k, v in self.sums.items()))
+        if (self.folder / "shards").is_dir():
+            sweep(self.folder / "shards")
+        if self.sums:  # without a last line that a kill cut short, or lines twice
+            with clear_errors(self.folder):
+                replace_sums(self.folder, self.sums)
         missing = []
         for index in range(self.n_shards):
             if self.is_done(index):
@@ -252,12 +262,12 @@ def open_study(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> t
         manifest = known
         text = runs_to_text(runs)  # the same as what the manifest's checksum says: a damaged file is put right
         if not (folder / "runs.jsonl").is_file() or (folder / "runs.jsonl").read_bytes() != text.encode():
-            _write_text(folder / "runs.jsonl", text)
+            write_text(folder / "runs.jsonl", text)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "SHA256SUMS").unlink(missing_ok=True)
-        _write_text(folder / "runs.jsonl", runs_to_text(runs))
-        _write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        with clear_errors(folder):
+            (folder / SUMS).unlink(missing_ok=True)
+        write_text(folder / "runs.jsonl", runs_to_text(runs))
+        write_json(path, manifest, seal=True)
     return FileShards(folder, manifest["rows"]), manifest
 
 
@@ -284,8 +294,14 @@ def load_scans(folder: str | Path) -> list[Scan]:
     except OSError as error:
         raise CorruptStoreError(f"{path} can not be read: {error.strerror}") from None
     if hashlib.sha256(text).hexdigest() != manifest["study"]["runs_sha256"]:
-        raise CorruptStoreError(f"{path} does not match its checksum: it was truncated or edited after it was written")
-    runs = [Run.from_record(json.loads(line)) for line in text.decode().split("\n") if line]
+        raise CorruptStoreError(
+            f"{path} does not match its checksum: it was truncated or edited after it was written. Run the same scan "
+            f"into {folder} again to make it anew"
+        )
+    try:
+        runs = [Run.from_record(json.loads(line)) for line in text.decode().split("\n") if line]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} holds no runs: {error}") from None
     shards = FileShards(folder, manifest["rows"])
     missing = [i for i in range(shards.n_shards) if not shards.is_done(i)]
     if missing:
@@ -303,46 +319,33 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{str(folder)!r} holds no scan: there is no manifest.json")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise CorruptStoreError(f"{path} is not JSON: it was truncated or edited") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_json(path, anew=f"run the same scan into {folder} again, after removing it")
+    except DamagedError as error:
+        raise CorruptStoreError(str(error)) from None
+    if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a scan (format {FORMAT!r})")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path} has format version {manifest.get('format_version')}; this version reads 1")
-    needed = {"study", "rows", "model"}
-    if not needed <= manifest.keys() or not {"sites", "block_size", "runs_sha256"} <= manifest["study"].keys():
-        raise CorruptStoreError(f"{path} lacks entries of a scan's manifest: it was edited")
+    if not _is_manifest(manifest):
+        raise CorruptStoreError(
+            f"{path} lacks entries of a scan's manifest, or they are not of their kind: it was edited"
+        )
     return manifest
 
 
-def _read_sums(path: Path) -> dict[str, str]:
-    """Checksums by file; a last line that was cut short by a kill does not count."""
-    if not path.is_file():
-        return {}
-    lines = [line.split("  ") for line in path.read_text(encoding="utf-8").split("\n")]
-    return {line[1]: line[0] for line in lines if len(line) == 2 and len(line[0]) == 64 and line[1].endswith("tensors")}
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename last; only POSIX systems can open a folder."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether the entries that reading relies on are there, of their kind and within bounds."""
+    try:
+        study, rows = manifest["study"], manifest["rows"]
+        ascending = all(type(n) is int and 0 <= n < LARGEST for n in rows) and rows == sorted(rows) and rows[0] == 0
+        widths = [facts["widths"] for facts in study["sites"].values()]
+        counted = all(type(n) is int and 0 <= n < LARGEST for units in widths for n in units)
+        size = study["block_size"]
+        sized = size is None or (type(size) is int and 0 < size < LARGEST)
+        named = isinstance(study["runs_sha256"], str) and isinstance(manifest["model"]["id"], str)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return False
+    return bool(rows) and bool(widths) and ascending and counted and sized and named
 
 
 def _short(value: Any) -> str:
