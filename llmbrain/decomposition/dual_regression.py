@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._chunks import Workers, workers
 from llmbrain._validation import InputError, resolve_device
-from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens
+from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens, standardize_option
+from llmbrain.imaging.brain_mask import split_mask
 from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
 from llmbrain.scanning.inputs import Runs
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmbrain.anatomy.space import NeuronSpace
     from llmbrain.decomposition.permutation import PermutationTest
 
+VARYING = "varying"
 # Below this share of a neuron's variance a residual is rounding: the neuron counts as fitted to this precision.
 _EXACT = 1e-14
 
@@ -85,8 +87,8 @@ def dual_regression(
     scans: Any,
     *,
     normalize: bool = True,
-    standardize: bool = False,
-    mask: ArrayLike | str | None = None,
+    standardize: str | bool = False,
+    mask: Any = None,
     drop_first: int = 0,
     drop_positions: int = 1,
     mask_img: Any = None,
@@ -105,19 +107,20 @@ def dual_regression(
     normalize : bool
         Scale stage 1 time courses to unit SD (ddof 1) before stage 2, so that a run's amplitude goes into its maps
         (FSL's ``des_norm``).
-    standardize : bool
-        Z-score each neuron over the tokens of a run first, as `GroupICA` does by default; maps are then in SD of the
-        neuron. Without it (as in FSL) stage 1 listens most to the neurons with the largest variance, and in language
+    standardize : {"zscore", "center", "none"} or bool
+        "zscore" (True): z-score each neuron over the tokens of a run first, as `GroupICA` does by default; maps are then in SD of the
+        neuron. Without it ("none", False; both stages center anyway, so "center" is the same), as in FSL, stage 1 listens most to the neurons with the largest variance, and in language
         models a few have a thousand times that of the others.
-    mask : bool array ``(n_neurons,)``, ``"varying"`` or None
+    mask : bool array ``(n_neurons,)``, ``"varying"``, NIfTI image or path, or None
         Neurons that take part; the maps are zero elsewhere. ``"varying"`` leaves out every neuron that is constant in
-        at least one run, as FSL does; it reads the runs twice. Default: all.
+        at least one run, as FSL does; it reads the runs twice. Default: all. An image or its path is a brain mask, for
+        runs that are fMRI images, as for `GroupICA`.
     drop_first, drop_positions : int
         Tokens that stage 2 leaves out: the first of a run, and those at the first positions of a context block (scans
         know them). The first token of a block is the attention sink: one token with activations a thousand times the
         others' would decide every map. As in `GroupICA`.
     mask_img : NIfTI image or path, optional
-        Brain mask, for runs that are fMRI images.
+        Brain mask, where `mask` already says which of its voxels take part.
     out : path, optional
         Folder to write run by run, with the files that `DualRegression.save` names, and the maps memory-mapped
         (``dr_maps.npy``, ``dr_z_maps.npy``) for more runs than memory holds. The same call on the same folder goes on
@@ -145,6 +148,12 @@ def dual_regression(
     freedom are ``n_tokens - n_networks - 1``. Tokens are correlated, so that z is a scale to compare neurons on, not a
     test; for a test, see `permutation_test`.
     """
+    if not (isinstance(mask, str) and mask == VARYING):
+        mask, image = split_mask(mask)
+        if image is not None and mask_img is not None:
+            raise InputError("mask and mask_img are both images: pass one of them")
+        mask_img = mask_img if image is None else image
+    zscored = standardize_option(standardize) == "zscore"
     runs = Runs(scans, mask_img=mask_img)
     group = _as_maps(maps)
     settings = Preprocessing(drop_first=drop_first, drop_positions=drop_positions)
@@ -152,7 +161,7 @@ def dual_regression(
     weights = _spatial_weights(group, keep_neurons)
     shape = (len(runs), *group.shape)
     names = [runs.name(i) for i in range(len(runs))]
-    chosen: dict[str, Any] = {"normalize": normalize, "standardize": standardize}
+    chosen: dict[str, Any] = {"normalize": normalize, "standardize": zscored}
     chosen |= {"drop_first": drop_first, "drop_positions": drop_positions, "runs": names}
     chosen |= {"maps": array_digest(group), "mask": array_digest(keep_neurons)}
     store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen)
@@ -169,13 +178,13 @@ def dual_regression(
                     f"{names[i]} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} "
                     "networks"
                 )
-            if standardize:
+            if zscored:
                 mean, scale = _mean_and_scale(data, keep, team)
                 course = stage_one(weights * scale[:, None], data, team) - (mean * scale) @ weights
             else:
                 course = stage_one(weights, data, team)
             stage2, z_maps = stage_two(course, data, team, keep=keep, normalize=normalize, name=names[i])
-            if standardize:
+            if zscored:
                 stage2 *= scale
             if keep_neurons is not None:
                 stage2[:, ~keep_neurons] = 0
@@ -279,8 +288,6 @@ def _as_mask(mask: ArrayLike | str | None, runs: Runs, n_neurons: int) -> NDArra
     if mask is None:
         return None
     if isinstance(mask, str):
-        if mask != "varying":
-            raise InputError(f"mask={mask!r} is not known: pass a bool array, 'varying' or None")
         keep = np.ones(n_neurons, dtype=bool)
         for i, data in enumerate(runs):
             _check_width(data, n_neurons, runs.name(i))

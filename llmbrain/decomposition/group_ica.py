@@ -26,7 +26,7 @@ from llmbrain.decomposition.solvers.fastica import FUNCTIONS
 from llmbrain.decomposition.solvers.result import warn_not_converged
 from llmbrain.decomposition.store import read_fit, write_fit
 from llmbrain.decomposition.time_courses import Regressor, regress, standardize_maps
-from llmbrain.imaging.brain_mask import BrainMask
+from llmbrain.imaging.brain_mask import BrainMask, split_mask
 from llmbrain.imaging.nifti import maps_to_nifti
 from llmbrain.scanning.inputs import Runs
 
@@ -93,6 +93,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         Time courses: least squares of each run's preprocessed tokens on the maps, ``run ~ mixing @ components``.
         Tokens left out of the fit have theirs too.
     n_components_ : int
+    n_features_in_ : int
+        Neurons (or voxels) of a run; ``get_feature_names_out`` names the components.
     explained_variance_ratio_ : float64 array (n_components_,)
         Share of the preprocessed runs' variance that each component explains by itself.
     joint_explained_variance_ratio_ : float
@@ -138,7 +140,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         run_components: int | None = None,
         cca: bool = False,
         detrend: str | int = "none",
-        standardize: str = "zscore",
+        standardize: str | bool = "zscore",
         drop_first: int = 0,
         drop_positions: int = 1,
         outliers: str = "keep",
@@ -219,9 +221,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         """
         check_is_fitted(self, "components_")
         self._check_parameters()
-        source = self._source(runs, self.space_)
-        if source.runs.n_neurons is None:
-            source.runs.n_neurons = self.components_.shape[1]
+        source = self._source(runs, None)
+        source.n_features = self.components_.shape[1]
         maps = torch.from_numpy(self.components_).to(source.device, source.dtype)
         offsets = np.cumsum([0, *self._counts])
         parts = [maps[a:b, columns] for columns, (a, b) in zip(self._columns, pairwise(offsets))]
@@ -296,13 +297,13 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self._preprocessing()
 
     def _source(self, runs: Any, space: NeuronSpace | None) -> Source:
-        array_mask = isinstance(self.mask, (np.ndarray, list, tuple, torch.Tensor))
+        neurons, image = split_mask(self.mask)
         return Source(
-            runs=Runs(runs, mask_img=None if array_mask else self.mask, space=space),
+            runs=Runs(runs, mask_img=image, space=space),
             settings=self._preprocessing(),
             device=resolve_device(self.device),
             dtype=getattr(torch, self.dtype),
-            mask=np.asarray(self.mask) if array_mask else None,
+            mask=neurons,
             progress=self.progress,
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmbrain._validation import InputError
 
@@ -49,3 +50,25 @@ class BrainMask:
         if not np.allclose(image.affine, self.image.affine, atol=1e-4):
             raise InputError(f"{name} and mask_img have different affines: resample one to the other first")
         return np.ascontiguousarray(np.asarray(image.dataobj, dtype=np.float32)[self.volume].T)
+
+
+def split_mask(mask: Any) -> tuple[NDArray[Any] | None, Any]:
+    """The two things that `mask` can be: an array of neurons, or an image (or its path); None for what it is not.
+
+    Raises
+    ------
+    InputError
+        For an array that is not one-dimensional: voxels need an affine.
+    """
+    if isinstance(mask, (str, Path)) and not Path(mask).exists():
+        raise InputError(
+            f"mask={str(mask)!r} is no file: pass the path (or the image) of a brain mask, or a bool array of neurons"
+        )
+    if mask is None or hasattr(mask, "dataobj") or isinstance(mask, (str, Path)):
+        return None, mask
+    neurons = np.asarray(mask)
+    if neurons.ndim != 1:
+        raise InputError(
+            f"mask has shape {neurons.shape}: pass bools (n_neurons,), or the NIfTI image (or path) of a brain mask"
+        )
+    return neurons, None

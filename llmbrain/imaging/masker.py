@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
@@ -29,6 +30,8 @@ class NeuronMasker(TransformerMixin, BaseEstimator):
     space_ : NeuronSpace
     mask_img_ : image
         Which voxels are neurons.
+    n_features_in_ : int
+        Neurons; ``get_feature_names_out`` names them by layer and index.
     """
 
     def __init__(self, space: NeuronSpace | None = None) -> None:
@@ -41,6 +44,7 @@ class NeuronMasker(TransformerMixin, BaseEstimator):
         first = imgs[0] if isinstance(imgs, (list, tuple)) else imgs
         self.space_ = self.space if self.space is not None else read_nifti(first)[1]
         self.mask_img_ = self.space_.mask_img()
+        self.n_features_in_ = self.space_.n_neurons
         return self
 
     def transform(self, imgs: Any) -> NDArray[np.float32]:
@@ -55,6 +59,14 @@ class NeuronMasker(TransformerMixin, BaseEstimator):
         self._check_fitted()
         return maps_to_nifti(X, self.space_)
 
+    def get_feature_names_out(self, input_features: None = None) -> NDArray[np.object_]:
+        """Names of the columns of `transform`: ``layer3_neuron17``."""
+        self._check_fitted()
+        layer, neuron = self.space_.locate(np.arange(self.space_.n_neurons))
+        return np.array([f"layer{a}_neuron{b}" for a, b in zip(layer, neuron)], dtype=object)
+
     def _check_fitted(self) -> None:
-        if not hasattr(self, "space_"):
+        """A masker that was given its space has nothing to learn from an image."""
+        if not hasattr(self, "space_") and self.space is not None:
             self.fit()
+        check_is_fitted(self, "space_")

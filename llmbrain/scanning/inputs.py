@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError
@@ -49,7 +50,7 @@ def find_non_finite(data: np.ndarray, name: str, space: NeuronSpace | None = Non
                 layer, neuron = space.locate(unit)
                 where = f"neuron (layer {int(layer)}, neuron {int(neuron)})"
             raise InputError(
-                f"{name} holds {row[unit]} at token {token}, {where}: all activations must be finite "
+                f"{name} holds {row[unit]} at token {token}, {where}: all activations must be finite, not NaN or inf "
                 f"({bad.size} such neurons at this token)"
             )
 
@@ -80,6 +81,15 @@ class Runs(Sequence[np.ndarray]):
     """
 
     def __init__(self, runs: Any, *, mask_img: Any = None, space: NeuronSpace | None = None) -> None:
+        if runs is None or not (hasattr(runs, "__iter__") or hasattr(runs, "__array__") or _is_single(runs)):
+            raise InputError(f"runs={runs!r}: pass a scan, an array, a NIfTI image, or a sequence of them")
+        if hasattr(runs, "__array__") and not hasattr(runs, "ndim") and not _is_image(runs):
+            runs = np.asarray(runs)
+        if getattr(runs, "ndim", None) == 1 and np.asarray(runs).dtype.kind in "fiubc":
+            raise InputError(
+                f"runs has shape {tuple(runs.shape)}: a run is (n_tokens, n_neurons). Reshape your data: "
+                "array.reshape(-1, 1) is one neuron, array.reshape(1, -1) is one token"
+            )
         items = [runs] if _is_single(runs) else list(runs)
         if not items:
             raise InputError("runs is empty: pass at least one scan, array or NIfTI image")
@@ -167,9 +177,18 @@ def _as_float(data: Any, name: str) -> np.ndarray:
     if isinstance(data, torch.Tensor):
         data = data.detach().cpu()
         data = (data if data.dtype == torch.float64 else data.float()).numpy()
+    if issparse(data):
+        raise InputError(f"{name} is sparse: sparse input is not supported, pass its .toarray()")
     data = np.asarray(data)
+    if data.dtype == object and data.ndim == 2:
+        data = data.astype(np.float64)  # a TypeError of numpy where an item is no number
     if data.ndim != 2 or 0 in data.shape or data.dtype.kind not in "fiub":
-        raise InputError(f"{name} has shape {data.shape} and dtype {data.dtype}: pass numbers, (n_tokens, n_neurons)")
+        what = f"{name} has shape {data.shape} and dtype {data.dtype}: pass numbers, (n_tokens, n_neurons)"
+        if data.dtype.kind == "c":
+            what += ". Complex data not supported"
+        elif data.ndim == 2 and not data.shape[1]:
+            what += f". 0 feature(s) (shape={data.shape}) while a minimum of 1 is required."
+        raise InputError(what)
     if data.dtype not in (np.float32, np.float64):
         data = data.astype(np.float32)
     return data if data.flags.writeable else np.require(data, requirements="W")  # torch refuses read-only memory

@@ -38,7 +38,7 @@ def runs() -> list[np.ndarray]:
         ({"scope": 0}, "scope=0"),
         ({"detrend": "cubic"}, "detrend='cubic'"),
         ({"detrend": -1}, "detrend=-1"),
-        ({"standardize": True}, "standardize=True"),
+        ({"standardize": "zscores"}, "standardize='zscores'"),
         ({"detrend": "linear", "standardize": "none"}, "removes the mean too"),
         ({"outliers": "drop"}, "outliers='drop'"),
         ({"outlier_threshold": 0}, "outlier_threshold=0"),

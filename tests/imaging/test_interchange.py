@@ -175,6 +175,7 @@ def test_dual_regression_of_a_brain(brain, tmp_path):
     mask, images = brain
     ica = GroupICA(3, mask=mask, device="cpu").fit(images)
     result = dual_regression(ica, images, mask_img=mask, out=tmp_path, device="cpu")
+    np.testing.assert_array_equal(dual_regression(ica, images, mask=mask, device="cpu").maps, result.maps)
     _, maps = read_dual_regression(tmp_path)
     np.testing.assert_array_equal(maps, result.maps)
     np.testing.assert_array_equal(nib.load(tmp_path / "dr_stage2_ic0000.nii.gz").affine, mask.affine)

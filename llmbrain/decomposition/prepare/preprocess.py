@@ -12,6 +12,9 @@ from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
 
 
+STANDARDIZE = ("zscore", "center", "none")
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Settings of `prepare`, checked when they are made.
@@ -20,9 +23,9 @@ class Preprocessing:
     ----------
     detrend : {"none", "linear"} or int
         What is removed over tokens besides the mean: nothing, a line, or a polynomial of this degree.
-    standardize : {"zscore", "center", "none"}
+    standardize : {"zscore", "center", "none"} or bool
         Over tokens, per neuron: zero mean and unit variance (ddof 0); zero mean; nothing (then `detrend` must
-        be "none").
+        be "none"). True is "zscore" and False is "none", here and wherever runs are standardized.
     drop_first : int
         Tokens at the start of a run that are not fitted.
     drop_positions : int
@@ -36,14 +39,14 @@ class Preprocessing:
     """
 
     detrend: str | int = "none"
-    standardize: str = "zscore"
+    standardize: str | bool = "zscore"
     drop_first: int = 0
     drop_positions: int = 1
     outliers: str = "keep"
     outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        check_option("standardize", self.standardize, ("zscore", "center", "none"))
+        object.__setattr__(self, "standardize", standardize_option(self.standardize))
         check_option("outliers", self.outliers, ("keep", "clip", "mask"))
         if isinstance(self.detrend, str):
             check_option("detrend", self.detrend, ("none", "linear"))
@@ -67,6 +70,13 @@ class Preprocessing:
         if self.outlier_threshold is not None:
             return float(self.outlier_threshold)
         return 3.0 if self.outliers == "mask" else 10.0
+
+
+def standardize_option(value: str | bool) -> str:
+    """`standardize` as "zscore", "center" or "none"."""
+    if isinstance(value, (bool, np.bool_)):
+        return "zscore" if value else "none"
+    return str(check_option("standardize", value, STANDARDIZE))
 
 
 @dataclass
@@ -237,7 +247,7 @@ def kept_tokens(n_tokens: int, settings: Preprocessing, positions: np.ndarray | 
     if keep.sum() < 2 + settings.degree:
         raise InputError(
             f"{name} keeps {int(keep.sum())} of {n_tokens} tokens (drop_first={settings.drop_first}, drop_positions="
-            f"{settings.drop_positions}): at least {2 + settings.degree} are needed"
+            f"{settings.drop_positions}; n_samples={n_tokens}): at least {2 + settings.degree} are needed"
         )
     return keep
 

@@ -38,6 +38,8 @@ class Window:
 def cut_windows(source: Source, scope: str | int) -> list[tuple[slice, tuple[int, int] | None]]:
     """Columns and layers of every window; reads the first run to know the neurons."""
     width = source.runs[0].shape[1]
+    if width < 2:
+        raise InputError(f"{source.runs.name(0)} has a single neuron (n_features=1): a map needs at least 2")
     space = source.runs.space
     if scope == "model":
         return [(slice(0, width), None)]

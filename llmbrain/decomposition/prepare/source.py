@@ -16,7 +16,19 @@ from llmbrain.scanning.inputs import Runs
 
 @dataclass
 class Source:
-    """Runs and how to prepare them; every iteration reads them again, one at a time."""
+    """Runs and how to prepare them; every iteration reads them again, one at a time.
+
+    Attributes
+    ----------
+    runs : Runs
+    settings : Preprocessing
+    device, dtype : torch.device, torch.dtype
+    mask : bool array (n_neurons,), optional
+        Neurons to use.
+    progress : bool
+    n_features : int, optional
+        Neurons that the maps have, where there are maps already.
+    """
 
     runs: Runs
     settings: Preprocessing
@@ -24,6 +36,7 @@ class Source:
     dtype: torch.dtype
     mask: np.ndarray | None = None
     progress: bool = False
+    n_features: int | None = None
     _statistics: dict[int, Statistics] = field(default_factory=dict)
 
     def prepared(self, step: str, limit: int | None = None) -> Iterator[PreparedRun]:
@@ -39,6 +52,11 @@ class Source:
     def _read(self, index: int) -> PreparedRun:
         known = self._statistics.get(index)
         data = self.runs.read(index, check=known is None)
+        if self.n_features not in (None, data.shape[1]):
+            raise InputError(
+                f"{self.runs.name(index)} has {data.shape[1]} neurons, the fit {self.n_features}: X has {data.shape[1]} "
+                f"features, but GroupICA is expecting {self.n_features} features as input"
+            )
         run = prepare(
             data,
             self.settings,
