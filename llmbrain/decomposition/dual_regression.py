@@ -108,9 +108,9 @@ def dual_regression(
         Scale stage 1 time courses to unit SD (ddof 1) before stage 2, so that a run's amplitude goes into its maps
         (FSL's ``des_norm``).
     standardize : {"zscore", "center", "none"} or bool
-        "zscore" (True): z-score each neuron over the tokens of a run first, as `GroupICA` does by default; maps are then in SD of the
-        neuron. Without it ("none", False; both stages center anyway, so "center" is the same), as in FSL, stage 1 listens most to the neurons with the largest variance, and in language
-        models a few have a thousand times that of the others.
+        "zscore" (True): each neuron over the tokens of a run first, as `GroupICA` does by default; maps are then in SD
+        of the neuron. "none" (False; "center" is the same, since both stages center), as in FSL: stage 1 listens most
+        to the neurons with the largest variance, and in language models a few have a thousand times that of the others.
     mask : bool array ``(n_neurons,)``, ``"varying"``, NIfTI image or path, or None
         Neurons that take part; the maps are zero elsewhere. ``"varying"`` leaves out every neuron that is constant in
         at least one run, as FSL does; it reads the runs twice. Default: all. An image or its path is a brain mask, for

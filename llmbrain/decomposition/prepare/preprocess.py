@@ -11,7 +11,6 @@ import torch
 from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
 
-
 STANDARDIZE = ("zscore", "center", "none")
 
 

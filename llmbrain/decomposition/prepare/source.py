@@ -52,10 +52,11 @@ class Source:
     def _read(self, index: int) -> PreparedRun:
         known = self._statistics.get(index)
         data = self.runs.read(index, check=known is None)
-        if self.n_features not in (None, data.shape[1]):
+        width = data.shape[1]
+        if self.n_features not in (None, width):
             raise InputError(
-                f"{self.runs.name(index)} has {data.shape[1]} neurons, the fit {self.n_features}: X has {data.shape[1]} "
-                f"features, but GroupICA is expecting {self.n_features} features as input"
+                f"{self.runs.name(index)} has {width} neurons, the fit {self.n_features}: X has {width} features, but "
+                f"GroupICA is expecting {self.n_features} features as input"
             )
         run = prepare(
             data,
