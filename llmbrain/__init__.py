@@ -28,6 +28,7 @@ ROOMS = [
     "reporting",
     "scanning",
     "stats",
+    "study",
 ]
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -37,7 +38,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "anatomy": ["NeuronSpace"],
         "brains": ["align", "load_fmri", "load_words"],
         "checkpoints": ["load_model", "load_pruned", "save_pruned"],
-        "comparison": ["compare", "couple", "encode", "fingerprint"],
+        "comparison": ["couple", "encode", "fingerprint"],
         "decomposition": ["GroupICA", "dual_regression", "ica_stability", "read_ica"],
         "evaluation": ["evaluate", "perplexity"],
         "imaging": ["NeuronMasker", "export_bids", "maps_to_nifti", "read_nifti"],
@@ -54,6 +55,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "networks": ["FunctionalNetworks", "describe", "localizer", "match_networks", "top_tokens"],
         "pruning": ["PruningPlan", "plan_pruning", "prune", "recover"],
         "reporting": ["report", "write_report"],
+        "study": ["Study", "compare", "load_texts", "run"],
         "scanning": ["Scan", "Stimulus", "load_scans", "scan"],
     },
 )

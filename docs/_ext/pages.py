@@ -35,6 +35,7 @@ ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("hooks", "Hooks", ()),
     ("page", "Report pages", ()),
     ("reporting", "Report and viewer", ("viewer.serve",)),
+    ("study", "Studies", ()),
 )  # fmt: skip
 
 

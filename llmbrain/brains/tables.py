@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os import PathLike, fspath
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ ORIENTATIONS = ("auto", "volumes-first", "regions-first")
 CLOCKS = {"", "time", "times", "t", "tr", "volume", "volumes", "vol", "frame", "index", "timepoint", "scan", "seconds"}
 PEOPLE = {"subject", "subjects", "sub", "subj", "participant", "participantid", "subjectid", "listener"}
 NOTHING = ("", "n/a", "nan", "na")
+SOUND = re.compile(r"(?i)snd_?pwr|sound_?(power|level)|rms|loudness|envelope")
 CLEAR = np.log(1.25)  # two lengths that differ by less do not tell which of them is the story's
 
 
@@ -265,3 +267,33 @@ def _smoothness(values: Array) -> tuple[float, float]:
         z = np.nan_to_num(x - np.nanmean(x, axis=0))
         found.append(float((z[1:] * z[:-1]).sum() / max((z * z).sum(), np.finfo(float).tiny)))
     return found[0], found[1]
+
+
+def load_controls(files: Sequence[str | PathLike[str]], n_volumes: int) -> dict[str, Array]:
+    """Control series at the volumes, by name: of the column, else of the file; sound power is recognized.
+
+    Parameters
+    ----------
+    files : sequence of path
+        Tables or arrays (see `read_table`), or ``name=FILE``.
+    n_volumes : int
+        Length that each series must have.
+    """
+    found: dict[str, Array] = {}
+    for given in files:
+        entry = fspath(given)
+        name, equals, place = entry.partition("=")
+        path = Path(place if equals and not Path(entry).is_file() else entry)
+        if not path.is_file():
+            raise FileNotFoundError(f"controls: no file at {path}")
+        own = name if equals and not Path(entry).is_file() else path.stem
+        for key, table in read_table(path, own).items():
+            values = table.values.T if table.values.shape[1] == n_volumes != len(table.values) else table.values
+            if len(values) != n_volumes:
+                raise InputError(f"controls: {path.name} has {len(values)} values for {n_volumes} volumes")
+            names = table.regions if table.regions and len(table.regions) == values.shape[1] else None
+            if names is None:
+                names = [key] if values.shape[1] == 1 else [f"{key} {i}" for i in range(values.shape[1])]
+            for label, series in zip(names, values.T):
+                found["sound power" if SOUND.search(label) and "sound power" not in found else label] = series
+    return found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli.common import DEVICE, FIELD, MODEL, SEED, print_table, say
+from llmbrain.cli.common import DEVICE, FIELD, MODEL, SEED, open_model, print_table, say
 from llmbrain.cli.lists import ListCommand
 
 TEXTS = Annotated[list[Path], typer.Option("--text", help="One evaluation a file (.txt, .json, .jsonl).")]
@@ -27,38 +27,12 @@ def networks(
     seed: SEED = 0,
 ) -> None:
     """Describe networks: layers, tokens, conditions, thresholds side by side, connectivity; tables and figures."""
-    from llmbrain.cli.steps import scan_folder
-    from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
-    from llmbrain.plotting import plot_connectivity, plot_layer_profile
-    from llmbrain.scanning import load_scans
+    from llmbrain.study import Study
+    from llmbrain.study.networks import describe_networks
 
-    folder = study / "networks" if (study / "networks" / "networks.json").is_file() else study
-    group = FunctionalNetworks.load(folder)
-    target = out or folder
-    target.mkdir(parents=True, exist_ok=True)
-    scans: list[Any] | None = None
-    found = None
-    try:
-        scans = load_scans(scan_folder(study))
-    except InputError as error:
-        say(f"without tokens and conditions: {error}")
-    if scans is not None and any(len(scan.events) for scan in scans):
-        found = localizer(scans, networks=group, n_permutations=permutations, random_state=seed)
-    table = describe(group, scans, localizer=found)
-    tables = {"networks": table.reset_index(), "thresholds": compare_thresholds(group)}
-    figures = {}
-    if group.space is not None:
-        figures["layer_profile"] = plot_layer_profile(group)
-    if group.time_courses and len(group) > 1:
-        links = connectivity(group, n_permutations=permutations, random_state=seed)
-        tables["connectivity"] = links.to_frame()
-        figures["connectivity"] = plot_connectivity(links.matrix, names=links.names)
-    for name, frame in tables.items():
-        frame.to_csv(target / f"table-{name}.tsv", sep="\t", index=False)
-    for name, figure in figures.items():
-        figure.savefig(target / f"figure-{name}.png", dpi=150)
+    tables = describe_networks(study, out, n_permutations=permutations, random_state=seed)
     print_table(tables["networks"])
-    say(f"tables and figures: {target}")
+    say(f"tables and figures: {out or Study(study).find('networks', 'networks.json')}")
 
 
 def lesion(
@@ -75,16 +49,14 @@ def lesion(
     seed: SEED = 0,
 ) -> None:
     """Lesion every network and measure every text, beside random and equally active neurons."""
-    from llmbrain.cli.common import open_model, read_texts
     from llmbrain.intervention import lesion_table
-    from llmbrain.networks import FunctionalNetworks
+    from llmbrain.study import Study, load_texts
 
     names = [path.stem for path in text]
     if len(set(names)) < len(names):
         raise InputError(f"--text: two files have the same name ({', '.join(names)}), which names the evaluation")
-    texts = {name: read_texts(path, field) for name, path in zip(names, text)}
-    folder = networks / "networks" if (networks / "networks" / "networks.json").is_file() else networks
-    group = FunctionalNetworks.load(folder)
+    texts = {name: load_texts(path, field) for name, path in zip(names, text)}
+    group = Study(networks).networks
     loaded, tokenizer = open_model(model, device)
     table = lesion_table(
         loaded,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,6 +18,7 @@ from llmbrain.cli.common import (
     OVERWRITE,
     SEED,
     TEXT,
+    open_model,
     print_table,
     say,
 )
@@ -55,128 +55,12 @@ SHARE = Annotated[
     typer.Option("--ratio", help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes."),
 ]
 FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
-DEFAULT_RATIO = 0.3
-PLAN_COMPONENTS = 64  # networks that are found where none are given; fewer in small models and texts
-TEXT_WINDOWS = 128  # windows of the text that are mixed with the model's own
-NEURONS_EACH, TOKENS_EACH = 10, 50  # that there are for each
-PLAN_TOKENS = 32768  # and how much text is scanned for them
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     for command in (plan, prune, recover, benchmark):
         app.command(command.__name__, cls=ListCommand)(command)
-
-
-@dataclass
-class _Evidence:
-    """What a plan is made from."""
-
-    networks: Any
-    scans: Any
-    texts: list[str] | None
-    windows: Any = None  # instead of the texts, where the model wrote some
-
-    @property
-    def calibration(self) -> dict[str, Any]:
-        """What calibrates, as `plan_pruning` and `prune` take it."""
-        if self.windows is None:
-            return {"calibration": self.texts}
-        return {"calibration": self.windows, "max_windows": len(self.windows)}
-
-
-def _evidence(
-    model: Any, tokenizer: Any, study: Path | None, text: Path | None, field: str, method: str, seed: int,
-    self_text: int = 0,
-) -> _Evidence:  # fmt: skip
-    """Texts, scans and networks: those of the study, or found now where the method uses networks."""
-    from llmbrain.cli.common import read_texts
-    from llmbrain.cli.steps import scan_folder
-    from llmbrain.networks import FunctionalNetworks
-    from llmbrain.scanning import load_scans
-
-    scans = load_scans(scan_folder(study)) if study else None
-    folder = study / "networks" if study else None
-    networks = FunctionalNetworks.load(folder) if folder and (folder / "networks.json").is_file() else None
-    if text is not None:
-        texts = read_texts(text, field)
-    else:
-        texts = [scan.text for scan in scans or () if scan.text]
-    windows = None
-    if self_text:
-        from llmbrain.hooks.text import as_windows
-        from llmbrain.pruning.calibrate.windows import mixed_windows, write_windows
-
-        say(f"the model writes {self_text} windows of calibration text")
-        windows = mixed_windows(
-            as_windows(model, tokenizer, texts, None, TEXT_WINDOWS) if texts else None,
-            write_windows(model, tokenizer, self_text, random_state=seed),
-            random_state=seed,
-        )
-    if method == "networks" and networks is None and (scans or texts or windows is not None):
-        networks = _find_networks(model, tokenizer, texts, scans, windows, seed=seed)
-    return _Evidence(networks, scans, texts or None, windows)
-
-
-def _find_networks(
-    model: Any, tokenizer: Any, texts: list[str] | None, scans: Any = None, windows: Any = None, *,
-    components: int = 0, seed: int, device: str = "auto",
-) -> Any:  # fmt: skip
-    """Networks of the scans, or of the first texts or windows scanned now."""
-    from llmbrain.anatomy.families import anatomy
-    from llmbrain.cli.main_job import limit_tokens
-    from llmbrain.decomposition import GroupICA
-    from llmbrain.networks import FunctionalNetworks
-    from llmbrain.pruning.calibrate.windows import signals_of_windows
-    from llmbrain.scanning import scan
-
-    if scans:
-        runs = scans
-    elif texts:
-        runs = scan(model, tokenizer, limit_tokens(texts, tokenizer, PLAN_TOKENS))
-    else:
-        first = windows[: max(1, PLAN_TOKENS // windows.shape[1])]
-        runs = signals_of_windows(model, anatomy(model), first, ("neuron",))
-    most = min(runs[0].n_neurons // NEURONS_EACH, sum(run.n_tokens for run in runs) // TOKENS_EACH)
-    components = components or max(2, min(PLAN_COMPONENTS, most))
-    say(f"finding {components} networks in the calibration text")
-    ica = GroupICA(components, random_state=seed, device=device)
-    return FunctionalNetworks.from_ica(ica.fit(runs))
-
-
-def _make_plan(
-    model: Any, tokenizer: Any, evidence: _Evidence, *, ratio: float | None, allocation: str, multiple_of: int,
-    head_ratio: float, protect: list[str] | None, keep: list[str] | None, forget: list[str] | None,
-    one_width: bool = False, **options: Any,
-) -> Any:  # fmt: skip
-    from llmbrain.anatomy.families import anatomy
-    from llmbrain.pruning import plan_pruning
-
-    if ratio is None and not forget:
-        ratio = DEFAULT_RATIO
-    widths = anatomy(model).widths
-    given: Any = allocation or None
-    if one_width and forget:
-        raise InputError("--format uniform: --forget says itself how wide each layer stays; use per-layer or masked")
-    if one_width and protect:
-        raise InputError("--format uniform: one width everywhere protects no layer; use per-layer or masked")
-    if one_width and ratio is not None and not allocation and len(set(widths)) == 1:
-        # the ratio as nearly as one width allows
-        given = [max(1, round((1 - ratio) * widths[0] / multiple_of)) * multiple_of] * len(widths)
-    if one_width and head_ratio:
-        groups = min(layer.out.units if layer.out else 1 for layer in anatomy(model).layers)
-        head_ratio = min(round(head_ratio * groups), groups - 1) / groups
-
-    functions = bool(keep or forget)
-    if functions and evidence.scans is None:
-        raise InputError("--keep and --forget need --study: a scan whose texts have conditions")
-    if functions and evidence.windows is not None:
-        raise InputError("--self-text has no conditions: leave it away with --keep and --forget")
-    return plan_pruning(
-        model, evidence.networks, evidence.scans, ratio=ratio, tokenizer=tokenizer, allocation=given,
-        multiple_of=multiple_of, protect=_layers(protect), head_ratio=head_ratio, keep=parts(keep) or None,
-        forget=parts(forget) or None, **({} if functions else evidence.calibration), **options,
-    )  # fmt: skip
 
 
 def _layers(protect: list[str] | None) -> list[int] | None:
@@ -207,18 +91,15 @@ def plan(
     field: FIELD = "text",
 ) -> None:
     """Say what a cut would remove, layer by layer; nothing is cut."""
-    from llmbrain.cli.common import open_model
-    from llmbrain.plotting import plot_widths
+    from llmbrain.study import load_texts, smaller
 
     loaded, tokenizer = open_model(model, device)
-    evidence = _evidence(loaded, tokenizer, study, text, field, method, seed, self_text)
-    made = _make_plan(
-        loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
-        protect=protect, head_ratio=head_ratio, passes=passes, token_balance=token_balance, keep=keep, forget=forget,
-        random_state=seed,
+    made = smaller.plan(
+        loaded, tokenizer, load_texts(text, field) if text else None, study=study, out=out, self_text=self_text,
+        ratio=ratio, method=method, allocation=allocation or None, multiple_of=multiple_of, protect=_layers(protect),
+        head_ratio=head_ratio, passes=passes, token_balance=token_balance, keep=parts(keep) or None,
+        forget=parts(forget) or None, random_state=seed,
     )  # fmt: skip
-    made.save(out)
-    plot_widths(made).savefig(out.with_suffix(".png"), dpi=130)
     print_table(made.to_frame())
     say(made.summary())
     say(f"plan: {out}")
@@ -249,38 +130,22 @@ def prune(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Cut neurons out of a model and save the smaller one."""
-    from llmbrain.checkpoints import save_pruned
-    from llmbrain.cli.common import open_model
     from llmbrain.pruning import PruningPlan
-    from llmbrain.pruning import prune as cut
-    from llmbrain.reporting import write_report
+    from llmbrain.study import load_texts, smaller
 
-    _check_free(out, overwrite)
+    smaller.check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device)
-    evidence = _evidence(loaded, tokenizer, study, text, field, "" if from_plan else method, seed, self_text)
-    if from_plan is not None:
-        made = PruningPlan.load(from_plan)
-    else:
-        made = _make_plan(
-            loaded, tokenizer, evidence, ratio=ratio, method=method, allocation=allocation, multiple_of=multiple_of,
-            protect=protect, head_ratio=head_ratio, passes=passes, token_balance=token_balance, keep=keep,
-            forget=forget, random_state=seed, one_width=format == "uniform",
-        )  # fmt: skip
-    calibration = {"calibration": evidence.scans} if made.details.get("functions") else evidence.calibration
-    small = cut(
-        loaded, made, tokenizer=tokenizer, compensate=None if compensate == "none" else compensate,
-        intercept=format != "uniform", **calibration,
+    given = PruningPlan.load(from_plan) if from_plan else None
+    _, made = smaller.cut(
+        loaded, tokenizer, load_texts(text, field) if text else None, out=out, study=study, plan=given,
+        compensate=None if compensate == "none" else compensate,
+        format=format, self_text=self_text, ratio=ratio, method=method, allocation=allocation or None,
+        multiple_of=multiple_of, protect=_layers(protect), head_ratio=head_ratio, passes=passes,
+        token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
+        overwrite=overwrite,
     )  # fmt: skip
-    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
-    write_report(out / "report.html", title=f"{model}, pruned", plan=made, networks=evidence.networks)
     say(made.summary())
     say(f"saved: {out}")
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    """Before the work, not after it."""
-    if (out / "config.json").exists() and not overwrite:
-        raise InputError(f"--out={out} holds a model already: choose another folder, or --overwrite")
 
 
 def recover(
@@ -296,11 +161,11 @@ def recover(
 ) -> None:
     """Train a pruned model for a while with low-rank updates, merge them, save it."""
     from llmbrain.checkpoints import save_pruned
-    from llmbrain.cli.common import open_model, read_texts
     from llmbrain.pruning import recover as train
+    from llmbrain.study import load_texts, smaller
 
-    _check_free(out, overwrite)
-    texts = read_texts(text, field)
+    smaller.check_free(out, overwrite)
+    texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device)
     better, table = train(loaded, tokenizer, texts, steps=steps, rank=rank, random_state=seed, inplace=True)
     save_pruned(better, tokenizer, out, overwrite=overwrite)
@@ -324,26 +189,17 @@ def benchmark(
     field: FIELD = "text",
 ) -> None:
     """Prune your own model by every method and compare: the first 60% of the text calibrates, the last 30% tests."""
-    from llmbrain.cli.common import open_model, read_texts
-    from llmbrain.cli.main_job import split_texts
-    from llmbrain.pruning.benchmark import compare_methods
+    from llmbrain.study import load_texts, smaller
 
     try:
         shares = [float(ratio) for ratio in parts(ratios)]
     except ValueError:
         raise InputError(f"--ratios={' '.join(ratios)} must be numbers") from None
-    chosen = parts(methods) or None
-    before, test = split_texts(read_texts(text, field), 0.3)
-    calibration, _ = split_texts(before, 1 / 7)
-    loaded, tokenizer = open_model(model, device)
-    networks = None
-    if chosen is None or "networks" in chosen:
-        networks = _find_networks(loaded, tokenizer, calibration, components=components, seed=seed, device=device)
-    table = compare_methods(
-        loaded, tokenizer, calibration, test, ratios=shares, methods=chosen, networks=networks, draws=draws,
-        window=window or None, max_windows=max_windows, test_windows=test_windows, random_state=seed,
+    texts = load_texts(text, field)
+    table = smaller.benchmark(
+        *open_model(model, device), texts, methods=parts(methods) or None, n_components=components or None, out=out,
+        random_state=seed, device=device, ratios=shares, draws=draws, window=window or None, max_windows=max_windows,
+        test_windows=test_windows,
     )  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False)
     print_table(table)
     say(f"table: {out}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from llmbrain.cli.common import (
@@ -16,6 +18,8 @@ from llmbrain.cli.common import (
     RATIO,
     SEED,
     TEXT,
+    open_model,
+    parse_components,
     print_table,
     say,
 )
@@ -43,21 +47,19 @@ def run(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Scan a model on a text, find its networks, prune it, and write a page that shows what happened."""
-    from llmbrain.cli.common import open_model, parse_components, read_texts
-    from llmbrain.cli.main_job import main_job
+    from llmbrain.study import job, load_texts
 
-    texts = read_texts(text, field)
-    loaded, tokenizer = open_model(model, device)
-    summary = main_job(
-        loaded, tokenizer, texts, out, model_id=model, components=parse_components(components), ratio=ratio,
-        method=method, compensate=None if compensate == "none" else compensate, site=site, device=device, seed=seed,
+    texts = load_texts(text, field)
+    study = job.run(
+        *open_model(model, device), texts, out=out, name=model, n_components=parse_components(components), ratio=ratio,
+        method=method, compensate=None if compensate == "none" else compensate, site=site, random_state=seed,
         n_tokens=n_tokens or None, max_windows=max_windows or None, overwrite=overwrite,
     )  # fmt: skip
-    show_summary(summary)
+    show_summary(study.summary)
     say(f"report: {out / 'report.html'}")
 
 
-def show_summary(summary: dict) -> None:
+def show_summary(summary: dict[str, Any]) -> None:
     """Print the dense and the pruned model side by side."""
     import pandas as pd
 

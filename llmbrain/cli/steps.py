@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,6 +17,8 @@ from llmbrain.cli.common import (
     OVERWRITE,
     SEED,
     TEXT,
+    open_model,
+    parse_components,
     print_table,
     say,
 )
@@ -31,16 +32,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     for command in (scan, decompose, dualreg, evaluate, info):
         app.command(command.__name__, cls=ListCommand)(command)
-
-
-def scan_folder(study: Path) -> Path:
-    """The scan store of a study: the folder itself, or its ``scan/``."""
-    for folder in (study, study / "scan"):
-        if (folder / "manifest.json").is_file():
-            return folder
-    if not study.exists():
-        raise InputError(f"study {study} does not exist")
-    raise InputError(f"study {study} holds no scan (no manifest.json in it or in its scan/)")
 
 
 def scan(
@@ -57,10 +48,10 @@ def scan(
     field: FIELD = "text",
 ) -> None:
     """Record every neuron of a model at every token of a text."""
-    from llmbrain.cli.common import open_model, read_texts
     from llmbrain.scanning import scan as scan_model
+    from llmbrain.study import load_texts
 
-    texts = read_texts(text, field)
+    texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device)
     sites = site.split(",")
     scans = scan_model(
@@ -87,47 +78,16 @@ def decompose(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Group ICA of a scan: its functional networks. The same command goes on where it was stopped."""
-    from llmbrain._validation import check_option
-    from llmbrain.cli.common import claim, file_hash, parse_components
-    from llmbrain.decomposition import GroupICA, ica_stability, read_ica
-    from llmbrain.networks import FunctionalNetworks
-    from llmbrain.scanning import load_scans
+    from llmbrain.study import networks
 
-    check_option("--convention", convention, ("bids", "fsl"))
-    check_option("--method", method, ("fastica", "picard", "dictlearning"))
-    k = parse_components(components)
-    folder = scan_folder(study)
-    scans = load_scans(folder)[: runs or None]
-    target = out or study / "networks"
-    settings = {
-        "components": k, "method": method, "runs": len(scans), "seed": seed, "scan": file_hash(folder / "manifest.json")
-    }  # fmt: skip
-    claim(target, settings, overwrite=overwrite)
-    if (target / "ica" / "ica.json").is_file() and not overwrite:
-        say("group ICA: done before")
-        ica = read_ica(target / "ica")
-    else:
-        ica = GroupICA(k, method=method, random_state=seed, device=device, progress=sys.stderr.isatty()).fit(scans)
-        ica.save(target / "ica", overwrite=True)
-    networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
-    networks.save(target, overwrite=True)
-    if convention == "fsl":
-        from llmbrain.imaging import write_melodic
-
-        write_melodic(ica, target)
-    report: dict[str, Any] = {"scans": scans, "ica": ica, "networks": networks}
-    table = networks.summary().reset_index()
+    made = networks.decompose(
+        study, parse_components(components), method=method, n_runs=runs or None, stability=stability,
+        threshold=threshold, out=out, convention=convention, device=device, random_state=seed, overwrite=overwrite,
+    )  # fmt: skip
+    print_table(made["networks"].summary().reset_index())
     if stability:
-        report["stability"] = ica_stability(
-            scans, n_components=ica.n_components_, n_starts=stability, random_state=seed, device=device
-        )
-    from llmbrain.reporting import write_report
-
-    write_report(target / "report.html", title=f"Networks of {study}", **report)
-    print_table(table)
-    if stability:
-        print_table(report["stability"].to_frame().reset_index(names="network"), "stability")
-    say(f"networks and report: {target}")
+        print_table(made["stability"].to_frame().reset_index(names="network"), "stability")
+    say(f"networks and report: {made['folder']}")
 
 
 def dualreg(
@@ -138,11 +98,9 @@ def dualreg(
 ) -> None:
     """Dual regression: each run's own time courses and maps, in FSL's names."""
     from llmbrain.decomposition import dual_regression
-    from llmbrain.networks import FunctionalNetworks
-    from llmbrain.scanning import load_scans
+    from llmbrain.study import Study
 
-    scans = load_scans(scan_folder(study))
-    group = FunctionalNetworks.load(networks or study / "networks")
+    scans, group = Study(study).scans, Study(networks or study).networks
     target = out or study / "dualreg"
     dual_regression(group, scans, normalize=normalize, out=target)
     say(f"{len(scans)} runs x {len(group)} networks: {target}")
@@ -163,11 +121,11 @@ def evaluate(
 ) -> None:
     """Perplexity of a model (or of a pruned one) on a text, or its score on tasks."""
     from llmbrain import evaluation
-    from llmbrain.cli.common import open_model, read_texts
+    from llmbrain.study import load_texts
 
     if text is None and not tasks:
         raise InputError("give --text FILE for perplexity, --tasks NAMES for tasks, or both")
-    texts = None if text is None else read_texts(text, field)
+    texts = None if text is None else load_texts(text, field)
     loaded, tokenizer = open_model(model, device)
     if texts is not None:
         value = evaluation.perplexity(loaded, tokenizer, texts, window=window or None, max_windows=max_windows or None)
@@ -184,7 +142,7 @@ def evaluate(
 
 def info(path: Annotated[Path, typer.Argument(help="Scan, networks, study, model or NIfTI.")]) -> None:
     """Say what is in a folder or a NIfTI."""
-    from llmbrain.cli.inspect import describe_path
+    from llmbrain.study import describe_path
 
     for name, value in describe_path(path).items():
         typer.echo(f"{name}: {value}")

@@ -33,7 +33,7 @@ def story_of(source: Any, words: pd.DataFrame, text: str | None) -> tuple[tuple[
 
     Parameters
     ----------
-    source : Scan, list of Scan, (model, tokenizer), or path of a model, a scan or a study
+    source : Scan, list of Scan, (model, tokenizer), or path of a model or a scan
         Of several runs, the one that holds the words is taken.
     """
     if isinstance(source, Scan):
@@ -41,12 +41,10 @@ def story_of(source: Any, words: pd.DataFrame, text: str | None) -> tuple[tuple[
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, Scan) for s in source):
         return None, _story(source, words, "the list of scans")
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        store = next((p for p in (path, path / "scan") if (p / "manifest.json").is_file()), None)
-        if store is not None:
+        if (Path(source) / "manifest.json").is_file():
             from llmbrain.scanning import load_scans
 
-            return None, _story(load_scans(store), words, os.fspath(path))
+            return None, _story(load_scans(source), words, os.fspath(source))
         from llmbrain.checkpoints import load_model
 
         source = load_model(os.fspath(source))
@@ -96,9 +94,7 @@ def network_series(scan: Scan, networks: Any, series: ArrayLike | None, n_compon
         from llmbrain.networks import FunctionalNetworks
 
         if isinstance(networks, (str, os.PathLike)):
-            folder = Path(networks)
-            inside = folder / "networks"
-            networks = FunctionalNetworks.load(inside if (inside / "networks.json").is_file() else folder)
+            networks = FunctionalNetworks.load(networks)
         return np.asarray(dual_regression(networks, [scan], standardize=True).time_courses[0], dtype=np.float64)
     from llmbrain.decomposition import GroupICA
 

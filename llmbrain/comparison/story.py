@@ -145,9 +145,9 @@ def compare(
 
     Parameters
     ----------
-    scan_or_model : Scan, (model, tokenizer), or path of a model, a scan or a study
-        A model reads `text` (default: the words of the table, joined by spaces). Of a study with several runs, the one
-        that reads the words is taken.
+    scan_or_model : Scan, list of Scan, (model, tokenizer), or path of a model or a scan
+        A model reads `text` (default: the words of the table, joined by spaces). Of several runs, the one that reads
+        the words is taken.
     fmri : FMRI or path
         See `load_fmri`; a file or a folder of subjects.
     words : DataFrame or path

@@ -121,6 +121,16 @@ class LesionTable:
         (folder / "lesion_table_provenance.json").write_text(record, encoding="utf-8")
         return folder
 
+    @classmethod
+    def load(cls, folder: str | Path) -> LesionTable:
+        """Read what `save` wrote."""
+        import pandas as pd
+
+        folder = Path(folder)
+        frame, draws = (pd.read_csv(folder / f"lesion_{name}.tsv", sep="\t") for name in ("table", "draws"))
+        record = (folder / "lesion_table_provenance.json").read_text(encoding="utf-8")
+        return cls(frame, draws, json.loads(record))
+
 
 def lesion_table(
     model: nn.Module,

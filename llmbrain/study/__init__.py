@@ -1,0 +1,23 @@
+"""The folder of a study and the jobs that fill it: what each command does, as one call.
+
+Public: `run` (the main job), `Study` (what is in a folder, read when asked for), `compare`; `decompose`,
+`describe_networks`, `plan`, `cut`, `benchmark`, `demo` (what commands do); `load_texts`, `describe_path`.
+"""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "contents": ["describe_path"],
+        "demo": ["demo"],
+        "folder": ["Study"],
+        "job": ["run"],
+        "networks": ["decompose", "describe_networks", "find_networks"],
+        "smaller": ["Evidence", "benchmark", "cut", "evidence_of", "plan"],
+        "story": ["compare"],
+        "texts": ["load_texts"],
+    },
+)

@@ -1,0 +1,189 @@
+"""Functional networks of a study: found in its scan (`llmbrain decompose`), and described (`llmbrain networks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from llmbrain._progress import Say, speaker
+from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.decomposition import GroupICA, ica_stability, read_ica
+from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
+from llmbrain.plotting import plot_connectivity, plot_layer_profile
+from llmbrain.scanning import Scan, scan
+from llmbrain.stats import PUBLISHED_Z
+from llmbrain.study.folder import Study, claim, file_hash
+from llmbrain.study.texts import limit_tokens
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+FOUND = 64  # networks that are found where no number is given; fewer in small models and texts
+NEURONS_EACH, TOKENS_EACH = 10, 50  # that there are for each
+FOUND_TOKENS = 32768  # how much text is scanned for them
+
+
+def find_networks(
+    model: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | None,
+    *,
+    scans: Sequence[Scan] | None = None,
+    n_components: int | None = None,
+    random_state: int = 0,
+    device: str = "auto",
+    progress: bool | Say = True,
+) -> FunctionalNetworks:
+    """Networks of scans, or of the first of the texts, scanned now and kept in memory.
+
+    Parameters
+    ----------
+    n_components : int, optional
+        Default: up to 64, with at least 10 neurons and 50 tokens for each.
+    """
+    if n_components is not None:
+        check_range("n_components", n_components, 1)
+    runs = scans or scan(model, tokenizer, limit_tokens(texts or [], tokenizer, FOUND_TOKENS))  # type: ignore[arg-type]
+    most = min(runs[0].n_neurons // NEURONS_EACH, sum(run.n_tokens for run in runs) // TOKENS_EACH)
+    n_components = n_components or max(2, min(FOUND, most))
+    speaker(progress)(f"finding {n_components} networks in the calibration text")
+    return FunctionalNetworks.from_ica(GroupICA(n_components, random_state=random_state, device=device).fit(runs))
+
+
+def decompose(
+    study: Study | str | Path,
+    n_components: int | float | str = 20,
+    *,
+    method: str = "fastica",
+    n_runs: int | None = None,
+    stability: int = 0,
+    threshold: float = PUBLISHED_Z,
+    out: str | Path | None = None,
+    convention: str = "bids",
+    device: str = "auto",
+    random_state: int = 0,
+    overwrite: bool = False,
+    progress: bool | Say = True,
+) -> dict[str, Any]:
+    """Group ICA of a study's scan: networks, their files, and a report. The same call goes on where it was stopped.
+
+    Parameters
+    ----------
+    study : Study or path
+        A scan store works too.
+    n_components, method, device, random_state
+        As for `GroupICA`.
+    n_runs : int, optional
+        Use the first so many.
+    stability : int
+        How often the ICA is repeated to say how stable each network is; 0 is not at all.
+    threshold : float
+        |z| above which a neuron belongs to a network.
+    out : path, optional
+        Default: ``networks/`` in the study.
+    convention : {"bids", "fsl"}
+        ``"fsl"`` writes MELODIC's names beside ours.
+    overwrite : bool
+        Write over networks that were found with other settings.
+
+    Returns
+    -------
+    dict
+        ``ica``, ``networks``, ``stability`` (where asked for) and ``folder``.
+    """
+    from llmbrain.imaging import write_melodic
+    from llmbrain.reporting import write_report
+
+    tell = speaker(progress)
+    check_option("convention", convention, ("bids", "fsl"))
+    check_option("method", method, ("fastica", "picard", "dictlearning"))
+    check_range("stability", stability, 0)
+    if n_runs is not None:
+        check_range("n_runs", n_runs, 1)
+    study = study if isinstance(study, Study) else Study(study)
+    store = study.find("scan", "manifest.json")
+    scans = study.scans[:n_runs]
+    target = Path(out) if out is not None else study.folder / "networks"
+    digest = file_hash(store / "manifest.json")
+    settings = {
+        "components": n_components, "method": method, "runs": len(scans), "seed": random_state, "scan": digest
+    }  # fmt: skip
+    claim(target, settings, overwrite=overwrite)
+    if (target / "ica" / "ica.json").is_file() and not overwrite:
+        tell("group ICA: done before")
+        ica = read_ica(target / "ica")
+    else:
+        ica = GroupICA(
+            n_components, method=method, random_state=random_state, device=device, progress=bool(progress)
+        ).fit(scans)
+        ica.save(target / "ica", overwrite=True)
+    networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
+    networks.save(target, overwrite=True)
+    if convention == "fsl":
+        write_melodic(ica, target)
+    made: dict[str, Any] = {"ica": ica, "networks": networks}
+    if stability:
+        made["stability"] = ica_stability(
+            scans, n_components=ica.n_components_, n_starts=stability, random_state=random_state, device=device
+        )
+    write_report(target / "report.html", title=f"Networks of {study.folder}", scans=scans, **made)
+    return {**made, "folder": target}
+
+
+def describe_networks(
+    study: Study | str | Path,
+    out: str | Path | None = None,
+    *,
+    n_permutations: int = 200,
+    random_state: int = 0,
+    progress: bool | Say = True,
+) -> dict[str, pd.DataFrame]:
+    """Layers, tokens, conditions, thresholds side by side and connectivity of networks, as tables and figures.
+
+    Parameters
+    ----------
+    study : Study or path
+        A folder of networks works too, without tokens and conditions.
+    out : path, optional
+        Default: where the networks are.
+    n_permutations : int
+        Draws of every null (conditions, connectivity); 0 for none.
+
+    Returns
+    -------
+    dict of DataFrame
+        ``networks``, ``thresholds`` and, with time courses, ``connectivity``; written as ``table-*.tsv``, figures
+        beside them as ``figure-*.png``.
+    """
+    check_range("n_permutations", n_permutations, 0)
+    study = study if isinstance(study, Study) else Study(study)
+    group = study.networks
+    target = Path(out) if out is not None else study.find("networks", "networks.json")
+    scans: list[Scan] | None = None
+    found = None
+    try:
+        scans = study.scans
+    except InputError as error:
+        speaker(progress)(f"without tokens and conditions: {error}")
+    if scans is not None and any(len(run.events) for run in scans):
+        found = localizer(scans, networks=group, n_permutations=n_permutations, random_state=random_state)
+    tables = {
+        "networks": describe(group, scans, localizer=found).reset_index(), "thresholds": compare_thresholds(group)
+    }  # fmt: skip
+    figures = {}
+    if group.space is not None:
+        figures["layer_profile"] = plot_layer_profile(group)
+    if group.time_courses and len(group) > 1:
+        links = connectivity(group, n_permutations=n_permutations, random_state=random_state)
+        tables["connectivity"] = links.to_frame()
+        figures["connectivity"] = plot_connectivity(links.matrix, names=links.names)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, frame in tables.items():
+        frame.to_csv(target / f"table-{name}.tsv", sep="\t", index=False)
+    for name, figure in figures.items():
+        figure.savefig(target / f"figure-{name}.png", dpi=150)
+    return tables

@@ -1,0 +1,280 @@
+"""Making models smaller, from texts or a study to files: `plan`, `cut` (``llmbrain prune``) and `benchmark`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmbrain._progress import Say, speaker
+from llmbrain._validation import InputError, check_range
+from llmbrain.anatomy.families import anatomy
+from llmbrain.checkpoints import save_pruned
+from llmbrain.hooks.text import as_windows
+from llmbrain.networks import FunctionalNetworks
+from llmbrain.plotting import plot_widths
+from llmbrain.pruning import PruningPlan, plan_pruning, prune
+from llmbrain.pruning.benchmark import compare_methods
+from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
+from llmbrain.scanning import Scan
+from llmbrain.scanning.schedule import model_id
+from llmbrain.study.folder import Study
+from llmbrain.study.networks import FOUND_TOKENS, find_networks
+from llmbrain.study.texts import split_texts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+RATIO = 0.3  # of the neurons, where neither a ratio nor conditions to forget are given
+TEXT_WINDOWS = 128  # windows of the text that are mixed with the model's own
+
+
+@dataclass
+class Evidence:
+    """What a plan is made from."""
+
+    networks: FunctionalNetworks | None = None
+    scans: Sequence[Scan] | None = None
+    texts: Sequence[str] | None = None
+    windows: Tensor | None = None  # instead of the texts, where the model wrote some
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What calibrates, as `plan_pruning` and `prune` take it."""
+        if self.windows is None:
+            return {"calibration": self.texts}
+        return {"calibration": self.windows, "max_windows": len(self.windows)}
+
+
+def evidence_of(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | None = None,
+    *,
+    study: Study | str | Path | None = None,
+    method: str = "networks",
+    self_text: int = 0,
+    random_state: int = 0,
+    progress: bool | Say = True,
+) -> Evidence:
+    """Texts, scans and networks: those of the study, or found now where the method uses networks.
+
+    Parameters
+    ----------
+    texts : sequence of str, optional
+        Default: those of the study's scans.
+    study : Study or path, optional
+    method : str
+        Networks are looked for only for ``"networks"``.
+    self_text : int
+        Windows of calibration text that the model writes itself, beside the text.
+    """
+    check_range("self_text", self_text, 0)
+    study = study if study is None or isinstance(study, Study) else Study(study)
+    scans = None if study is None else study.scans
+    networks = study.networks if study is not None and study.has("networks", "networks.json") else None
+    texts = list(texts) if texts is not None else [run.text for run in scans or () if run.text]
+    windows = None
+    if self_text:
+        speaker(progress)(f"the model writes {self_text} windows of calibration text")
+        windows = mixed_windows(
+            as_windows(model, tokenizer, texts, None, TEXT_WINDOWS) if texts else None,
+            write_windows(model, tokenizer, self_text, random_state=random_state),
+            random_state=random_state,
+        )
+    if method == "networks" and networks is None and (scans or texts or windows is not None):
+        found = scans
+        if not scans and not texts and windows is not None:
+            first = windows[: max(1, FOUND_TOKENS // windows.shape[1])]
+            found = signals_of_windows(model, anatomy(model), first, ("neuron",))
+        networks = find_networks(model, tokenizer, texts, scans=found, random_state=random_state, progress=progress)
+    return Evidence(networks, scans, texts or None, windows)
+
+
+def plan(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | None = None,
+    *,
+    study: Study | str | Path | None = None,
+    evidence: Evidence | None = None,
+    out: str | Path | None = None,
+    self_text: int = 0,
+    format: str = "per-layer",
+    random_state: int = 0,
+    progress: bool | Say = True,
+    **options: Any,
+) -> PruningPlan:
+    """Say what a cut would remove, with networks found where the method needs them; nothing is cut.
+
+    Parameters
+    ----------
+    texts, study, self_text, random_state
+        As for `evidence_of`; `evidence` instead of them, where it is at hand.
+    out : path, optional
+        Where to write the plan; a figure of the widths goes beside it.
+    format : str
+        What it will be saved as: ``"uniform"`` needs one width everywhere.
+    **options
+        As for `plan_pruning`: ``ratio`` (default 0.3, with `forget` as many as it takes), ``method``, ``allocation``,
+        ``multiple_of``, ``protect``, ``head_ratio``, ``keep``, ``forget``, ...
+    """
+    method = options.setdefault("method", "networks")
+    if evidence is None:
+        evidence = evidence_of(
+            model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
+            progress=progress,
+        )  # fmt: skip
+    functions = bool(options.get("keep") or options.get("forget"))
+    if options.get("ratio") is None and not options.get("forget"):
+        options["ratio"] = RATIO
+    if format == "uniform":
+        _one_width(model, options)
+    if functions and evidence.scans is None:
+        raise InputError("keep and forget need a study (--study): a scan whose texts have conditions")
+    if functions and evidence.windows is not None:
+        raise InputError("self_text has no conditions: leave it away with keep and forget")
+    made = plan_pruning(
+        model, evidence.networks, evidence.scans, tokenizer=tokenizer, random_state=random_state,
+        **({} if functions else evidence.calibration), **options,
+    )  # fmt: skip
+    if out is not None:
+        made.save(out)
+        plot_widths(made).savefig(Path(out).with_suffix(".png"), dpi=130)
+    return made
+
+
+def _one_width(model: nn.Module, options: dict[str, Any]) -> None:
+    """Options that give every layer the same width, the ratio as nearly as that allows."""
+    if options.get("forget"):
+        raise InputError("format='uniform': forget says itself how wide each layer stays; use per-layer or masked")
+    if options.get("protect"):
+        raise InputError("format='uniform': one width everywhere protects no layer; use per-layer or masked")
+    body = anatomy(model)
+    widths, multiple = body.widths, options.get("multiple_of", 1)
+    if not options.get("allocation") and len(set(widths)) == 1:
+        kept = max(1, round((1 - options["ratio"]) * widths[0] / multiple)) * multiple
+        options["allocation"] = [kept] * len(widths)
+    if options.get("head_ratio"):
+        groups = min(layer.out.units if layer.out else 1 for layer in body.layers)
+        options["head_ratio"] = min(round(options["head_ratio"] * groups), groups - 1) / groups
+
+
+def cut(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | None = None,
+    *,
+    out: str | Path,
+    study: Study | str | Path | None = None,
+    plan: PruningPlan | None = None,
+    evidence: Evidence | None = None,
+    compensate: str | None = "least-squares",
+    format: str = "per-layer",
+    self_text: int = 0,
+    report: bool = True,
+    random_state: int = 0,
+    overwrite: bool = False,
+    progress: bool | Say = True,
+    **options: Any,
+) -> tuple[nn.Module, PruningPlan]:
+    """Plan a cut (or take `plan`), cut, repair, and save the smaller model with a report.
+
+    Parameters
+    ----------
+    out : path
+        Folder of the smaller model.
+    compensate : {"least-squares", "bias", None}
+    format : str
+        As for `save_pruned`.
+    report : bool
+        Write ``report.html`` beside the model.
+    **options
+        Others as for `plan`.
+
+    Returns
+    -------
+    (model, plan)
+
+    Raises
+    ------
+    InputError
+        If `out` holds a model already and `overwrite` is not set, before anything is done.
+    """
+    from llmbrain.reporting import write_report
+
+    check_free(out, overwrite)
+    if evidence is None:
+        method = "" if plan is not None else options.get("method", "networks")
+        evidence = evidence_of(
+            model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
+            progress=progress,
+        )  # fmt: skip
+    if plan is None:
+        plan = _plan(
+            model, tokenizer, evidence=evidence, format=format, random_state=random_state, progress=progress, **options
+        )
+    calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
+    small = prune(
+        model, plan, tokenizer=tokenizer, compensate=compensate, intercept=format != "uniform", **calibration
+    )  # fmt: skip
+    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
+    if report:
+        title = f"{model_id(model)}, pruned"
+        write_report(Path(out) / "report.html", title=title, plan=plan, networks=evidence.networks)
+    return small, plan
+
+
+_plan = plan  # the name that `cut` uses for its argument
+
+
+def check_free(out: str | Path, overwrite: bool) -> None:
+    """Before the work, not after it: `out` holds no model yet, or may be written over."""
+    if (Path(out) / "config.json").exists() and not overwrite:
+        raise InputError(f"out={str(out)!r} holds a model already: choose another folder, or --overwrite")
+
+
+def benchmark(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    methods: Sequence[str] | None = None,
+    n_components: int | None = None,
+    out: str | Path | None = None,
+    random_state: int = 0,
+    device: str = "auto",
+    progress: bool | Say = True,
+    **options: Any,
+) -> pd.DataFrame:
+    """Prune by every method and compare: the first 60% of the text calibrates, the last 30% tests.
+
+    Parameters
+    ----------
+    methods : sequence of str, optional
+        Default all.
+    n_components : int, optional
+        Networks to find for the method that uses them; default up to 64.
+    out : path, optional
+        Where to write the table (.csv).
+    **options
+        As for `llmbrain.pruning.benchmark.compare_methods`: ``ratios``, ``draws``, ``window``, ``max_windows``, ...
+    """
+    before, test = split_texts(texts, 0.3)
+    calibration, _ = split_texts(before, 1 / 7)
+    networks = None
+    if methods is None or "networks" in methods:
+        networks = find_networks(
+            model, tokenizer, calibration, n_components=n_components, random_state=random_state, device=device,
+            progress=progress,
+        )  # fmt: skip
+    table = compare_methods(
+        model, tokenizer, calibration, test, methods=methods, networks=networks, random_state=random_state, **options
+    )
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(out, index=False)
+    return table

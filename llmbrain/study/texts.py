@@ -1,0 +1,110 @@
+"""Texts of a study: read from a file, split in what is calibrated on and what is held out, cut to so many tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmbrain._validation import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT = 0.2  # share of the text, from its end, that networks and pruning never see
+
+
+def load_texts(path: str | Path, field: str = "text") -> list[str]:
+    """Read the texts of a file.
+
+    Parameters
+    ----------
+    path : path
+        ``.json`` holds a list of strings (or of objects with `field`), ``.jsonl`` one string or object a line; any
+        other file is one text.
+    field : str
+        Where the text is in an object.
+
+    Raises
+    ------
+    InputError
+        If the file holds no text, is not UTF-8 or not what its ending says.
+    """
+    path = Path(path)
+    number = 0
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            records = json.loads(content)
+        elif path.suffix == ".jsonl":
+            records = []
+            for line in content.split("\n"):  # not splitlines: a string may hold U+2028
+                records += [json.loads(line)] if line.strip() else []
+                number += 1
+        else:
+            records = [content]
+    except UnicodeDecodeError as error:
+        raise InputError(f"text file {path} is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        line_number = error.lineno + number
+        raise InputError(f"text file {path} is not valid {path.suffix[1:]}: line {line_number}, {error.msg}") from None
+    if not isinstance(records, list):
+        raise InputError(f"text file {path} must hold a list of strings, not {type(records).__name__}")
+    texts: list[str] = []
+    for i, record in enumerate(records):
+        text = record.get(field) if isinstance(record, dict) else record
+        if not isinstance(text, str):
+            known = f": fields are {sorted(record)} (choose one with --field)" if isinstance(record, dict) else ""
+            raise InputError(f"text file {path}: entry {i} has no string in field {field!r}{known}")
+        if text.strip():
+            texts.append(text)
+    if not texts:
+        raise InputError(f"text file {path} is empty")
+    return texts
+
+
+def split_texts(texts: Sequence[str], held_out: float = HELD_OUT) -> tuple[list[str], list[str]]:
+    """Cut the last part off, by characters, between texts or, within one, at a line end or a space.
+
+    Parameters
+    ----------
+    texts : sequence of str
+    held_out : float
+        Share of all characters to hold out.
+
+    Returns
+    -------
+    calibration, held_out : lists of str
+        Together they are the texts; either may be empty only where the text is too short to be cut.
+    """
+    cut = round(sum(map(len, texts)) * (1 - held_out))
+    calibration: list[str] = []
+    rest: list[str] = []
+    for text in texts:
+        if cut >= len(text):
+            calibration.append(text)
+        elif cut <= 0 or (len(texts) > 4 and calibration):  # where texts are many, none is cut
+            rest.append(text)
+        else:
+            at = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut)) + 1 or cut
+            calibration.append(text[:at])
+            rest.append(text[at:])
+        cut -= len(text)
+    return calibration, [text for text in rest if text.strip()]
+
+
+def limit_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int | None) -> list[str]:
+    """The first texts that hold about `n_tokens` tokens together; the last one is cut where it must be."""
+    if n_tokens is None:
+        return list(texts)
+    kept: list[str] = []
+    for text in texts:
+        length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if length > n_tokens:
+            text = text[: max(1, len(text) * n_tokens // length)]
+        kept.append(text)
+        n_tokens -= length
+        if n_tokens <= 0:
+            break
+    return kept
