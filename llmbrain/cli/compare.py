@@ -81,7 +81,7 @@ def compare_command(
     from llmbrain.cli.common import parse_components
     from llmbrain.study import Study, compare
 
-    if untrained and Path(source).is_dir() and Study(source).has("scan", "manifest.json"):
+    if untrained and Path(source).is_dir() and Study(source).has("scans"):
         raise InputError("--untrained needs a model, not a scan: pass the model's folder")
     reading = {
         "columns": parse_columns(columns), "tier": tier or None, "atlas": atlas, "pattern": pattern,

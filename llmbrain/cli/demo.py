@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Meet a model whose functions are known: scan it, find its networks, lesion them, prune it."""
     from llmbrain.cli.run import show_summary
-    from llmbrain.study.demo import demo as run_demo
+    from llmbrain.study import demo as run_demo
 
     study = run_demo(
         out, n_components=parse_components(components), n_random=n_random, device=device, random_state=seed,
@@ -43,7 +43,7 @@ def show_lesions(study: Study) -> None:
     """Print network x ability, and how many pairs dissociate doubly; then what pruning costs each ability."""
     import pandas as pd
 
-    from llmbrain.study.demo import SILENT, dissociated
+    from llmbrain.study.demonstration import SILENT, dissociated
 
     lesions = study.lesions
     effect = lesions.matrix("effect")

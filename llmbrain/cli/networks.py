@@ -32,7 +32,7 @@ def networks(
 
     tables = describe_networks(study, out, n_permutations=permutations, random_state=seed)
     print_table(tables["networks"])
-    say(f"tables and figures: {out or Study(study).find('networks', 'networks.json')}")
+    say(f"tables and figures: {out or Study(study).place('networks')}")
 
 
 def lesion(

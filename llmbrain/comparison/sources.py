@@ -94,7 +94,7 @@ def network_series(scan: Scan, networks: Any, series: ArrayLike | None, n_compon
         from llmbrain.networks import FunctionalNetworks
 
         if isinstance(networks, (str, os.PathLike)):
-            networks = FunctionalNetworks.load(networks)
+            networks = FunctionalNetworks.load(Path(networks))
         return np.asarray(dual_regression(networks, [scan], standardize=True).time_courses[0], dtype=np.float64)
     from llmbrain.decomposition import GroupICA
 

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "contents": ["describe_path"],
-        "demo": ["demo"],
+        "demonstration": ["demo"],
         "folder": ["Study"],
         "job": ["run"],
         "networks": ["decompose", "describe_networks", "find_networks"],

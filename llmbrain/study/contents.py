@@ -9,12 +9,12 @@ from typing import Any
 from llmbrain._validation import InputError
 
 
-def describe_path(path: Path) -> dict[str, Any]:
+def describe_path(path: str | Path) -> dict[str, Any]:
     """Name and contents of what lies at a path.
 
     Parameters
     ----------
-    path : Path
+    path : path
         A NIfTI, a scan store, networks, a pruning plan, a model folder, or a folder that ``llmbrain run`` wrote.
 
     Returns
@@ -27,6 +27,7 @@ def describe_path(path: Path) -> dict[str, Any]:
     InputError
         If nothing is there, or nothing that llmbrain knows.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"path {path} does not exist")
     if path.name.endswith((".nii", ".nii.gz")):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,17 +25,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmbrain._validation import InputError
+from llmbrain.checkpoints import load_model
+from llmbrain.decomposition import GroupICA, read_ica
+from llmbrain.intervention.table import LesionTable
+from llmbrain.networks import FunctionalNetworks
+from llmbrain.page.report import Report
+from llmbrain.pruning import PruningPlan
+from llmbrain.reporting import build_report, report
+from llmbrain.scanning import Scan, load_scans
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from llmbrain.decomposition import GroupICA
-    from llmbrain.intervention.table import LesionTable
-    from llmbrain.networks import FunctionalNetworks
-    from llmbrain.page.report import Report
-    from llmbrain.pruning import PruningPlan
-    from llmbrain.scanning import Scan
+MARKS = {
+    "scans": ("scan", "manifest.json"),
+    "ica": ("networks", "ica/ica.json"),
+    "networks": ("networks", "networks.json"),
+    "plan": ("plan", "plan.json"),
+    "pruned": ("pruned", "config.json"),
+    "lesions": ("lesions", "lesion_table.tsv"),
+    "summary": ("summary", "summary.json"),
+}
+"""Where each part of a study is: the folder of its name, or the study itself, where this file is."""
 
 
 class Study:
@@ -50,7 +63,7 @@ class Study:
         If there is no such folder; when a part is asked for that is not there.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"study {folder} does not exist")
@@ -58,55 +71,54 @@ class Study:
     def __repr__(self) -> str:
         return f"Study({str(self.folder)!r})"
 
-    def find(self, what: str, mark: str) -> Path:
-        """The folder in the study that holds `mark`: the study itself, or the part of the name `what` in it.
+    def place(self, part: str) -> Path:
+        """Folder that holds a part (a key of `MARKS`).
 
         Raises
         ------
         InputError
-            If neither does.
+            If the study has no such part.
         """
-        for place in (self.folder / what, self.folder):
-            if (place / mark).is_file():
-                return place
-        name = {"pruned": "pruned model", "lesions": "lesion table"}.get(what, what)
-        raise InputError(f"study {self.folder} holds no {name} (no {mark} in it or in its {what}/)")
+        name, mark = MARKS[part]
+        for folder in (self.folder / name, self.folder):
+            if (folder / mark).is_file():
+                return folder
+        said = {"scans": "scan", "pruned": "pruned model", "lesions": "lesion table"}.get(part, part)
+        raise InputError(f"study {self.folder} holds no {said} (no {mark} in it or in its {name}/)")
 
-    def has(self, what: str, mark: str) -> bool:
-        """Whether `find` finds it."""
-        return any((place / mark).is_file() for place in (self.folder / what, self.folder))
+    def has(self, part: str) -> bool:
+        """Whether the study has a part, read already or not."""
+        name, mark = MARKS[part]
+        return part in vars(self) or any((f / mark).is_file() for f in (self.folder / name, self.folder))
 
     @cached_property
     def scans(self) -> list[Scan]:
         """What was recorded, one a text."""
-        from llmbrain.scanning import load_scans
-
-        return load_scans(self.find("scan", "manifest.json"))
+        return load_scans(self.place("scans"))
 
     @cached_property
     def ica(self) -> GroupICA:
         """The decomposition that the networks come from."""
-        from llmbrain.decomposition import read_ica
-
-        return read_ica(self.find("networks", "ica/ica.json") / "ica")
+        return read_ica(self.place("ica") / "ica")
 
     @cached_property
     def networks(self) -> FunctionalNetworks:
         """The functional networks."""
-        from llmbrain.networks import FunctionalNetworks
-
-        return FunctionalNetworks.load(self.find("networks", "networks.json"))
+        return FunctionalNetworks.load(self.place("networks"))
 
     @cached_property
     def plan(self) -> PruningPlan:
         """What was cut."""
-        from llmbrain.pruning import PruningPlan
+        return PruningPlan.load(self.place("plan") / "plan.json")
 
-        return PruningPlan.load(self.find("plan", "plan.json") / "plan.json")
+    @cached_property
+    def pruned(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """The smaller model, in evaluation mode, and its tokenizer."""
+        return load_model(self.place("pruned"))
 
     @property
     def model(self) -> nn.Module:
-        """The smaller model, in evaluation mode."""
+        """The smaller model."""
         return self.pruned[0]
 
     @property
@@ -115,38 +127,30 @@ class Study:
         return self.pruned[1]
 
     @cached_property
-    def pruned(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """The smaller model and its tokenizer."""
-        from llmbrain.checkpoints import load_model
-
-        return load_model(self.find("pruned", "config.json"))
-
-    @cached_property
     def lesions(self) -> LesionTable:
         """What the lesion of each network does."""
-        from llmbrain.intervention.table import LesionTable
-
-        return LesionTable.load(self.find("lesions", "lesion_table.tsv"))
+        return LesionTable.load(self.place("lesions"))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds: the dense and the pruned model side by side, held-out text, provenance."""
-        path = self.find("summary", "summary.json") / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((self.place("summary") / "summary.json").read_text(encoding="utf-8"))
 
     @property
     def report(self) -> Report:
-        """The report of all that is there; shows in a notebook, ``.save(path)`` writes one HTML file."""
-        from llmbrain.reporting import build_report
+        """The report of all that is there: it shows in a notebook, and ``.save(path)`` writes one HTML file."""
+        return report(self)
 
-        marks = {"scans": ("scan", "manifest.json"), "ica": ("networks", "ica/ica.json"),
-                 "networks": ("networks", "networks.json"), "plan": ("plan", "plan.json"),
-                 "lesions": ("lesions", "lesion_table.tsv")}  # fmt: skip
-        there: dict[str, Any] = {name: getattr(self, name) for name, mark in marks.items() if self.has(*mark)}
-        summary = self.summary if self.has("summary", "summary.json") else {}
-        record = summary.get("provenance")
-        there |= {"dense": summary.get("dense"), "pruned": summary.get("pruned"), "provenance": record}
-        return build_report(title=f"llmbrain: {record['model'] if record else self.folder.name}", **there)
+
+@report.register
+def _(obj: Study, *, title: str | None = None, **contents: Any) -> Report:
+    own: dict[str, Any] = {
+        part: getattr(obj, part) for part in ("scans", "ica", "networks", "plan", "lesions") if obj.has(part)
+    }
+    if obj.has("summary"):
+        own |= {name: obj.summary[name] for name in ("dense", "pruned", "provenance")}
+        title = title or f"llmbrain: {own['provenance']['model']}"
+    return build_report(title=title or f"llmbrain: {obj.folder.name}", **{**own, **contents})
 
 
 def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:

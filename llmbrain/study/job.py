@@ -14,8 +14,9 @@ from llmbrain.evaluation import perplexity, throughput
 from llmbrain.hooks.sites import check_sites
 from llmbrain.hooks.text import input_device
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.pruning.prune import COMPENSATIONS
 from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.prune import COMPENSATIONS
+from llmbrain.reporting import report
 from llmbrain.scanning import scan
 from llmbrain.scanning.schedule import model_id
 from llmbrain.stats import PUBLISHED_Z
@@ -96,8 +97,6 @@ def run(
     InputError
         If the input cannot be used, or `out` holds another study.
     """
-    from llmbrain.reporting import write_report
-
     check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
     check_option("method", method, CRITERIA)
     check_option("compensate", compensate, COMPENSATIONS)
@@ -151,10 +150,7 @@ def run(
     study.summary = {**summary, **found}
 
     tell("5/5 report")
-    write_report(
-        out / "report.html", title=f"llmbrain: {name}", scans=study.scans, ica=study.ica, networks=study.networks,
-        plan=study.plan, dense=dense, pruned=summary["pruned"], provenance=record, **in_report,
-    )  # fmt: skip
+    report(study, **in_report).save(out / "report.html")
     write_json(out / "summary.json", study.summary)
     return study
 

@@ -11,8 +11,10 @@ import pandas as pd
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
+from llmbrain.imaging import write_melodic
 from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
 from llmbrain.plotting import plot_connectivity, plot_layer_profile
+from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan, scan
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.study.folder import Study, claim, file_hash
@@ -95,9 +97,6 @@ def decompose(
     dict
         ``ica``, ``networks``, ``stability`` (where asked for) and ``folder``.
     """
-    from llmbrain.imaging import write_melodic
-    from llmbrain.reporting import write_report
-
     tell = speaker(progress)
     check_option("convention", convention, ("bids", "fsl"))
     check_option("method", method, ("fastica", "picard", "dictlearning"))
@@ -105,7 +104,7 @@ def decompose(
     if n_runs is not None:
         check_range("n_runs", n_runs, 1)
     study = study if isinstance(study, Study) else Study(study)
-    store = study.find("scan", "manifest.json")
+    store = study.place("scans")
     scans = study.scans[:n_runs]
     target = Path(out) if out is not None else study.folder / "networks"
     digest = file_hash(store / "manifest.json")
@@ -162,7 +161,7 @@ def describe_networks(
     check_range("n_permutations", n_permutations, 0)
     study = study if isinstance(study, Study) else Study(study)
     group = study.networks
-    target = Path(out) if out is not None else study.find("networks", "networks.json")
+    target = Path(out) if out is not None else study.place("networks")
     scans: list[Scan] | None = None
     found = None
     try:

@@ -17,6 +17,7 @@ from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune
 from llmbrain.pruning.benchmark import compare_methods
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
+from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.schedule import model_id
 from llmbrain.study.folder import Study
@@ -75,7 +76,7 @@ def evidence_of(
     check_range("self_text", self_text, 0)
     study = study if study is None or isinstance(study, Study) else Study(study)
     scans = None if study is None else study.scans
-    networks = study.networks if study is not None and study.has("networks", "networks.json") else None
+    networks = study.networks if study is not None and study.has("networks") else None
     texts = list(texts) if texts is not None else [run.text for run in scans or () if run.text]
     windows = None
     if self_text:
@@ -204,8 +205,6 @@ def cut(
     InputError
         If `out` holds a model already and `overwrite` is not set, before anything is done.
     """
-    from llmbrain.reporting import write_report
-
     check_free(out, overwrite)
     if evidence is None:
         method = "" if plan is not None else options.get("method", "networks")

@@ -19,6 +19,7 @@ from llmbrain.checkpoints import load_model
 from llmbrain.comparison import Comparison
 from llmbrain.comparison import compare as compare_brains
 from llmbrain.comparison.sources import expected_volumes
+from llmbrain.reporting import comparison_figures, comparison_report
 from llmbrain.study.folder import Study, claim, provenance
 
 if TYPE_CHECKING:
@@ -77,8 +78,6 @@ def compare(
     InputError
         If the input cannot be used, or `out` holds another comparison.
     """
-    from llmbrain.reporting import comparison_figures, comparison_report
-
     tell, reading = speaker(progress), dict(reading or {})
     asked = {"tr": tr, "offset": offset, "networks": networks, "controls": controls, **reading, **options}
     settings = {"fmri": _plain(fmri), "words": _plain(words), **{k: _plain(v) for k, v in asked.items()}}
@@ -99,7 +98,7 @@ def compare(
         if out is not None:
             claim(out, {"model": name, **settings}, overwrite=overwrite)
         if isinstance(source, (str, os.PathLike)):
-            source = load_model(source, device=device)
+            source = load_model(os.fspath(source), device=device)
         result = compare_brains(
             source, brain, table, tr=tr, offset=offset, networks=networks, controls=controls, progress=tell, **options
         )
@@ -127,7 +126,7 @@ def compare(
 def _opened(source: Any) -> tuple[Any, str]:
     """Scans where it is a study, else what it is; and what it is called."""
     if isinstance(source, (str, os.PathLike)):
-        is_study = Path(source).is_dir() and Study(source).has("scan", "manifest.json")
+        is_study = Path(source).is_dir() and Study(source).has("scans")
         return (Study(source).scans if is_study else source), os.fspath(source)
     if isinstance(source, Study):
         return source.scans, str(source.folder)

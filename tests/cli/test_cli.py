@@ -10,14 +10,11 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from tiny_models import CHARACTERS, tiny, tiny_tokenizer
 
-from llmbrain import InputError
 from llmbrain.cli import main
-from llmbrain.cli.common import claim, parse_components, read_texts
+from llmbrain.cli.common import parse_components
 from llmbrain.cli.lists import spread
-from llmbrain.cli.main_job import limit_tokens, split_texts
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,7 @@ def test_run_writes_a_study_that_holds_together(monkeypatch, capsys, tmp_path, m
     assert list((out / "networks").glob("*.nii*"))
     small = lb.load_pruned(out / "pruned")
     _, tokenizer = lb.load_model(out / "pruned")
-    texts = read_texts(text_file)
+    texts = lb.load_texts(text_file)
     assert lb.perplexity(small, tokenizer, texts) == pytest.approx(summary["pruned"]["perplexity"], rel=1e-5)
 
 
@@ -221,59 +218,8 @@ def test_info_of_nothing(monkeypatch, capsys, tmp_path):
     assert "nothing that llmbrain knows" in err
 
 
-def test_read_texts(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo")
-    (tmp_path / "a.json").write_text('["one", "two"]')
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n"two"\n')
-    (tmp_path / "q.jsonl").write_text('{"question": "one"}\n')
-    assert read_texts(tmp_path / "a.txt") == ["one\n\ntwo"]
-    assert read_texts(tmp_path / "a.json") == read_texts(tmp_path / "a.jsonl") == ["one", "two"]
-    assert read_texts(tmp_path / "q.jsonl", "question") == ["one"]
-    with pytest.raises(InputError, match="question"):
-        read_texts(tmp_path / "q.jsonl")
-    (tmp_path / "b.json").write_text('["one",')
-    with pytest.raises(InputError, match="not valid json"):
-        read_texts(tmp_path / "b.json")
-    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(InputError, match="UTF-8"):
-        read_texts(tmp_path / "c.txt")
-
-
-@pytest.mark.parametrize(
-    "texts", [["abc def " * 50], ["ab cd " * 9] * 2, [f"text {i} " * 7 for i in range(40)], ["x" * 90]]
-)
-def test_split_keeps_every_character_and_overlaps_nowhere(texts):
-    calibration, rest = split_texts(texts)
-    assert "".join(calibration) + "".join(rest) == "".join(texts)
-    assert 0.1 < len("".join(rest)) / len("".join(texts)) < 0.35
-
-
-def test_limit_tokens():
-    tokenizer = tiny_tokenizer()
-    assert limit_tokens(["abcd", "efgh", "ijkl"], tokenizer, 6) == ["abcd", "ef"]
-    assert limit_tokens(["abcd"], tokenizer, None) == ["abcd"]
-
-
-def test_claim_and_components(tmp_path):
-    claim(tmp_path / "s", {"a": 1})
-    claim(tmp_path / "s", {"a": 1})
-    with pytest.raises(InputError, match="a: 1 there, 2 now"):
-        claim(tmp_path / "s", {"a": 2})
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine.txt").touch()
-    with pytest.raises(InputError, match="no study"):
-        claim(tmp_path / "other", {"a": 1})
+def test_components():
     assert [parse_components(v) for v in ("20", "0.9", "auto")] == [20, 0.9, "auto"]
-
-
-def test_model_comes_back_untouched(model_folder, text_file, tmp_path):
-    from llmbrain.checkpoints import load_model
-    from llmbrain.cli.main_job import main_job
-
-    model, tokenizer = load_model(model_folder)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    main_job(model, tokenizer, read_texts(text_file), tmp_path / "s", model_id="tiny", components=4, method="random")
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import pytest
 from tiny_models import tiny, tiny_tokenizer
 
 from llmbrain.brains import load_words, word_regressor
+from llmbrain.brains.tables import load_controls
 from llmbrain.checkpoints import load_model
 from llmbrain.cli import main
-from llmbrain.cli.compare import parse_columns, read_controls
+from llmbrain.cli.compare import parse_columns
 from llmbrain.datasets.fmri_phantom import ar_noise
 from llmbrain.decomposition import GroupICA
 from llmbrain.networks import FunctionalNetworks
@@ -284,7 +285,7 @@ def test_columns_and_controls_are_read(tmp_path):
     assert parse_columns("word=2, onset=start") == {"word": 2, "onset": "start"}
     np.savetxt(tmp_path / "s18-sndpwr.txt", np.arange(20.0) ** 2)
     np.save(tmp_path / "two.npy", np.random.default_rng(0).normal(size=(2, 20)))
-    found = read_controls([str(tmp_path / "s18-sndpwr.txt"), f"eyes={tmp_path / 'two.npy'}"], 20)
+    found = load_controls([str(tmp_path / "s18-sndpwr.txt"), f"eyes={tmp_path / 'two.npy'}"], 20)
     assert list(found) == ["sound power", "eyes 0", "eyes 1"]
 
 

@@ -1,0 +1,91 @@
+"""The main job in Python: `lb.run`, and what `lb.Study` finds in its folder afterwards."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import llmbrain as lb
+from llmbrain import InputError
+from llmbrain.study.folder import claim
+
+pytestmark = pytest.mark.filterwarnings("ignore::llmbrain.hooks.text.ScanWarning")
+
+
+@pytest.fixture(scope="module")
+def made(subject, texts, tmp_path_factory):
+    """The study as `run` gives it back."""
+    model, tokenizer = subject
+    said = []
+    folder = tmp_path_factory.mktemp("study") / "s"
+    study = lb.run(
+        model, tokenizer, texts, out=folder, n_components=4, method="flap", name="tiny", progress=said.append
+    )
+    assert [line[:3] for line in said] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    return study
+
+
+def test_a_study_is_read_from_its_folder(made, subject):
+    study = lb.Study(made.folder)
+    assert vars(study).keys() == {"folder"}  # nothing is read before it is asked for
+    np.testing.assert_array_equal(study.networks.maps, made.networks.maps)
+    assert [run.name for run in study.scans] == [run.name for run in made.scans]
+    assert study.plan.widths == made.plan.widths
+    assert study.summary == json.loads(json.dumps(made.summary))
+    ids = torch.tensor([[1, 5, 9, 7]])
+    torch.testing.assert_close(study.model(input_ids=ids).logits, made.model(input_ids=ids).logits)
+    assert study.tokenizer("abc").input_ids == subject[1]("abc").input_ids
+    assert study.summary["pruned"]["parameters"] == sum(p.numel() for p in study.model.parameters())
+    with pytest.raises(InputError, match="holds no lesion table"):
+        _ = study.lesions
+
+
+def test_the_report_of_a_study_holds_what_is_there(made, subject, tmp_path):
+    study = lb.Study(made.folder)
+    page = study.report.save(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "flap" in page
+    assert "llmbrain: tiny" in page
+    table = lb.lesion_table(subject[0], study.networks, {"letters": torch.ones(2, 8, dtype=torch.long)}, n_random=2,
+                            n_matched=0, progress=False)  # fmt: skip
+    table.save(made.folder / "lesions")
+    again = lb.Study(made.folder)
+    np.testing.assert_allclose(again.lesions.matrix("effect"), table.matrix("effect"))
+    assert again.lesions.provenance == table.provenance
+    assert "letters" in lb.report(again).html()
+
+
+def test_parts_alone_are_a_study(made):
+    assert len(lb.Study(made.folder / "networks").networks) == 4
+    assert len(lb.Study(made.folder / "scan").scans) == len(made.scans)
+    with pytest.raises(InputError, match="holds no networks"):
+        _ = lb.Study(made.folder / "scan").networks
+    with pytest.raises(InputError, match="does not exist"):
+        lb.Study(made.folder / "nowhere")
+
+
+def test_the_model_comes_back_untouched_and_the_same_call_goes_on(made, subject, texts):
+    model, tokenizer = subject
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    options = {"out": made.folder, "n_components": 4, "name": "tiny", "progress": False}
+    again = lb.run(model, tokenizer, texts, method="flap", **options)
+    assert again.plan.widths == made.plan.widths
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(InputError, match="already holds another study"):
+        lb.run(model, tokenizer, texts, method="random", **options)
+    with pytest.raises(InputError, match="texts are empty"):
+        lb.run(model, tokenizer, [" "], method="flap", **options)
+
+
+def test_a_folder_is_claimed(tmp_path):
+    claim(tmp_path / "s", {"a": 1})
+    claim(tmp_path / "s", {"a": 1})
+    with pytest.raises(InputError, match="a: 1 there, 2 now"):
+        claim(tmp_path / "s", {"a": 2})
+    claim(tmp_path / "s", {"a": 2}, overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(InputError, match="no study"):
+        claim(tmp_path / "other", {"a": 1})
