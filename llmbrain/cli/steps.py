@@ -121,6 +121,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a model (or of a pruned one) on a text, or its score on tasks."""
     from llmbrain import evaluation
+    from llmbrain._files import write_table
     from llmbrain.study import load_texts
 
     if text is None and not tasks:
@@ -137,7 +138,7 @@ def evaluate(
         )  # fmt: skip
         print_table(table, digits=4)
         if out is not None:
-            table.to_csv(out, index=False)
+            write_table(out, table)
 
 
 def info(path: Annotated[Path, typer.Argument(help="Scan, networks, study, model or NIfTI.")]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from llmbrain._files import write_figure
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import resolve_device
 from llmbrain.datasets import Demo, load_demo
@@ -130,7 +131,7 @@ def draw_lesions(lesions: LesionTable, networks: FunctionalNetworks, path: Path)
     frame = marked(lesions)
     frame = frame[frame["network"].isin(few.names)]
     plot_lesion_table(frame, vmax=1.5, label="loss added (nats a token)", figure=right)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
 
 
 def ability_costs(brain: Demo, study: Study, seed: int) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmbrain._files import plain, read_json, write_json
 from llmbrain._validation import InputError
 from llmbrain.checkpoints import load_model
 from llmbrain.decomposition import GroupICA, read_ica
@@ -134,7 +135,7 @@ class Study:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds: the dense and the pruned model side by side, held-out text, provenance."""
-        return json.loads((self.place("summary") / "summary.json").read_text(encoding="utf-8"))
+        return read_json(self.place("summary") / "summary.json", anew="run the job again")
 
     @property
     def report(self) -> Report:
@@ -163,9 +164,9 @@ def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = Fal
     """
     folder = Path(folder)
     mark = folder / "study.json"
-    settings = json.loads(json.dumps(settings, default=_plain))
+    settings = json.loads(json.dumps(settings, default=plain))
     if mark.is_file() and not overwrite:
-        before = json.loads(mark.read_text(encoding="utf-8"))
+        before = read_json(mark)
         other = [k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k)]
         if other:
             changed = ", ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(other))
@@ -177,20 +178,6 @@ def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = Fal
             f"out={str(folder)!r} already holds files that are no study of llmbrain: choose another folder"
         )
     write_json(mark, settings)
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2, default=_plain) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provenance(model_id: str, texts: Sequence[str], **settings: Any) -> dict[str, Any]:
@@ -207,11 +194,3 @@ def provenance(model_id: str, texts: Sequence[str], **settings: Any) -> dict[str
         "settings": settings,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} does not go into JSON")

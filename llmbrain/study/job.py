@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmbrain._files import plain, write_json
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.families import anatomy
@@ -18,9 +19,9 @@ from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.prune import COMPENSATIONS
 from llmbrain.reporting import report
 from llmbrain.scanning import scan
-from llmbrain.scanning.schedule import model_id
+from llmbrain.scanning.manifest import model_id
 from llmbrain.stats import PUBLISHED_Z
-from llmbrain.study.folder import Study, claim, provenance, write_json
+from llmbrain.study.folder import Study, claim, provenance
 from llmbrain.study.smaller import Evidence, cut
 from llmbrain.study.texts import limit_tokens, split_texts
 
@@ -151,7 +152,7 @@ def run(
 
     tell("5/5 report")
     report(study, **in_report).save(out / "report.html")
-    write_json(out / "summary.json", study.summary)
+    write_json(out / "summary.json", study.summary, default=plain)
     return study
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from llmbrain._files import file_sha256, write_figure, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
@@ -17,7 +18,7 @@ from llmbrain.plotting import plot_connectivity, plot_layer_profile
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan, scan
 from llmbrain.stats import PUBLISHED_Z
-from llmbrain.study.folder import Study, claim, file_hash
+from llmbrain.study.folder import Study, claim
 from llmbrain.study.texts import limit_tokens
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def decompose(
     store = study.place("scans")
     scans = study.scans[:n_runs]
     target = Path(out) if out is not None else study.folder / "networks"
-    digest = file_hash(store / "manifest.json")
+    digest = file_sha256(store / "manifest.json")
     settings = {
         "components": n_components, "method": method, "runs": len(scans), "seed": random_state, "scan": digest
     }  # fmt: skip
@@ -180,9 +181,8 @@ def describe_networks(
         links = connectivity(group, n_permutations=n_permutations, random_state=random_state)
         tables["connectivity"] = links.to_frame()
         figures["connectivity"] = plot_connectivity(links.matrix, names=links.names)
-    target.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():
-        frame.to_csv(target / f"table-{name}.tsv", sep="\t", index=False)
+        write_table(target / f"table-{name}.tsv", frame)
     for name, figure in figures.items():
-        figure.savefig(target / f"figure-{name}.png", dpi=150)
+        write_figure(target / f"figure-{name}.png", figure, dpi=150)
     return tables

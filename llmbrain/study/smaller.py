@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmbrain._files import write_figure, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy
@@ -19,7 +20,7 @@ from llmbrain.pruning.benchmark import compare_methods
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
-from llmbrain.scanning.schedule import model_id
+from llmbrain.scanning.manifest import model_id
 from llmbrain.study.folder import Study
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
 from llmbrain.study.texts import split_texts
@@ -144,7 +145,7 @@ def plan(
     )  # fmt: skip
     if out is not None:
         made.save(out)
-        plot_widths(made).savefig(Path(out).with_suffix(".png"), dpi=130)
+        write_figure(Path(out).with_suffix(".png"), plot_widths(made), dpi=130)
     return made
 
 
@@ -274,6 +275,5 @@ def benchmark(
         model, tokenizer, calibration, test, methods=methods, networks=networks, random_state=random_state, **options
     )
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(out, index=False)
+        write_table(Path(out), table)
     return table

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmbrain._files import write_figure, write_image
 from llmbrain._progress import Say, speaker
 from llmbrain.brains import FMRI, load_fmri, load_words
 from llmbrain.brains.series import check_tr
@@ -109,10 +110,10 @@ def compare(
         tell("figures and report")
         figures = comparison_figures(result, brain.masker)
         for key, (figure, _) in figures.items():
-            figure.savefig(folder / f"figure-{key}.png", dpi=150)
+            write_figure(folder / f"figure-{key}.png", figure, dpi=150)
         if brain.masker is not None:
             filled = np.nan_to_num(result.coupling.r).astype(np.float32)
-            brain.masker.inverse_transform(filled).to_filename(folder / "coupling.nii.gz")
+            write_image(folder / "coupling.nii.gz", brain.masker.inverse_transform(filled))
     text = options.get("text") or " ".join(table["word"])
     people = Path(fmri).name if isinstance(fmri, (str, os.PathLike)) else f"{len(brain.subjects)} people"
     page = comparison_report(
