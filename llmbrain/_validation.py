@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import secrets
 from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,31 @@ def check_range(
         right = "inf)" if high is None else f"{high}{')' if open_high else ']'}"
         raise InputError(f"{name}={value!r} must be a number in {left}, {right}")
     return value
+
+
+def seed_of(random_state: Any) -> int:
+    """A seed from what users give: a whole number is itself, a generator draws one, None draws a fresh one.
+
+    Parameters
+    ----------
+    random_state : int, None, numpy.random.Generator or numpy.random.RandomState
+
+    Raises
+    ------
+    InputError
+        If it is anything else, or below 0.
+    """
+    if random_state is None:
+        return secrets.randbits(31)
+    if hasattr(random_state, "integers"):
+        return int(random_state.integers(2**31))
+    if hasattr(random_state, "randint"):
+        return int(random_state.randint(2**31 - 1))
+    if not hasattr(random_state, "__index__") or isinstance(random_state, bool) or random_state < 0:
+        raise InputError(
+            f"random_state={random_state!r} must be a whole number of at least 0, a numpy generator, or None"
+        )
+    return int(random_state)
 
 
 def soft_import(module: str, extra: str, purpose: str) -> ModuleType:

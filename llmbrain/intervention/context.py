@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.change import Edit, Intervention, Resample, constant, scale, zero
@@ -118,7 +117,7 @@ def _replace(
     if reference is None:
         raise InputError(f"value={value!r} needs reference=: scans of this model, arrays, or token ids for it to read")
     edits: list[tuple[nn.Module, Edit]] = []
-    seed = int(np.random.default_rng().integers(2**31)) if random_state is None else random_state
+    seed = seed_of(random_state)
     for i, (part, values) in enumerate(zip(parts, reference_values(model, parts, reference))):
         if value == "mean":
             edits.append((part.module, constant(_near(part), values.double().mean(dim=0))))

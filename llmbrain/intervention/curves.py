@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention.controls import random_masks
@@ -36,7 +36,7 @@ def keep_only_curve(
     n_random: int = 10,
     window: int | None = None,
     max_windows: int | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """Score against the share of neurons kept, the highest ranked first; all others are zero.
 
@@ -79,9 +79,10 @@ def keep_masks_curve(
     n_random: int = 10,
     window: int | None = None,
     max_windows: int | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """`keep_only_curve` for sets of your own choice: one row a set (anything `keep_only` takes) and evaluation."""
+    random_state = seed_of(random_state)
     space = NeuronSpace(anatomy(model).widths)
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
     intact = score_conditions(model, np.ones((1, space.n_neurons)), ready)
@@ -105,7 +106,7 @@ def amplification_curve(
     n_random: int = 10,
     window: int | None = None,
     max_windows: int | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """Score against the gain of one set of neurons, beside the same gain on random sets (the same ones at every gain).
 
@@ -118,6 +119,7 @@ def amplification_curve(
     DataFrame
         gain, size, and the columns of `keep_only_curve` from evaluation on.
     """
+    random_state = seed_of(random_state)
     gains = [float(check_range("gains", gain)) for gain in gains]
     space = NeuronSpace(anatomy(model).widths)
     mask = neuron_mask(what, space)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention.controls import matched_masks, random_masks
@@ -146,7 +146,7 @@ def lesion_table(
     max_windows: int | None = None,
     n_bootstrap: int = 2000,
     level: float = 0.95,
-    random_state: int = 0,
+    random_state: int | None = 0,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> LesionTable:
@@ -175,6 +175,8 @@ def lesion_table(
         Not with heads: a scan of neurons does not hold them.
     n_bootstrap, level : int, float
         Confidence intervals: percentile bootstrap over items (windows, examples), lesion and baseline paired.
+    random_state : int or None
+        Seed of the controls and of the intervals; None draws one (``provenance`` says which).
     out : path, optional
         Folder that finished networks are kept in; the same call goes on where it was stopped.
     progress : bool
@@ -211,21 +213,24 @@ def lesion_table(
     levels = _levels_for(model, ready, reference, space, heads) if n_matched or value == "mean" else None
     fill = None if levels is None or value == "zero" else levels[0]
     baseline = score_conditions(model, np.ones((1, space.n_neurons)), ready)
-    settings = {"n_random": n_random, "n_matched": n_matched, "value": value, "random_state": random_state}
+    seed = seed_of(random_state)
+    given = None if random_state is None else seed  # None goes on with another seed: each network has its own draws
+    settings = {"n_random": n_random, "n_matched": n_matched, "value": value, "random_state": given}
     store = None if out is None else _Store(Path(out), masks, ready, settings, baseline)
     results: list[tuple[Items, int, int]] = []
     for k, mask in enumerate(_bar(masks.values(), "lesions", progress)):
         kept = store.read(k) if store is not None else None
         if kept is None:
-            controls = _controls(mask, space, levels, n_random, n_matched, np.random.default_rng([random_state, k]))
+            controls = _controls(mask, space, levels, n_random, n_matched, np.random.default_rng([seed, k]))
             sets = np.concatenate([mask[None], *controls])
             kept = score_conditions(model, ~sets, ready, fill=fill), len(controls[0]), len(controls[1])
             if store is not None:
                 store.write(k, *kept)
         results.append(kept)
-    frame, draws = _frames(masks, ready, baseline, results, n_bootstrap, level, random_state)
+    frame, draws = _frames(masks, ready, baseline, results, n_bootstrap, level, seed)
     provenance = {
         **settings,
+        "random_state": seed,
         "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
         "level": level,
         "n_bootstrap": n_bootstrap,

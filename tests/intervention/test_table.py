@@ -289,6 +289,29 @@ def test_empty_network_has_no_effect_and_says_so():
     assert np.isnan(row.p_random)
 
 
+@pytest.mark.parametrize("random_state", [None, np.random.default_rng(3), np.random.RandomState(3)])
+def test_any_random_state(random_state, tmp_path):
+    model = tiny("llama")
+    networks, evaluations = networks_of(model, 1), {"text": WINDOWS}
+    options = {"n_random": 2, "progress": False, "random_state": random_state}
+    table = lesion_table(model, networks, evaluations, out=tmp_path, **options)
+    again = lesion_table(model, networks, evaluations, n_random=2, random_state=table.provenance["random_state"])
+    np.testing.assert_array_equal(table.draws["effect"], again.draws["effect"])
+    if random_state is None:
+        resumed = lesion_table(model, networks, evaluations, out=tmp_path, **options)
+        np.testing.assert_array_equal(table.draws["effect"], resumed.draws["effect"])
+    assert len(keep_only_curve(model, networks, evaluations, shares=[0.5], n_random=1, random_state=random_state)) == 1
+    curve = amplification_curve(model, networks[0], evaluations, gains=[2], n_random=1, random_state=random_state)
+    assert len(curve) == 1
+    with lesion(model, networks[0], "resample", reference=WINDOWS, random_state=random_state):
+        assert np.isfinite(mean_loss(model, WINDOWS))
+
+
+def test_a_random_state_that_is_none_of_these_is_named():
+    with pytest.raises(InputError, match="random_state='seed' must be a whole number"):
+        lesion_table(tiny("llama"), {"one": [0]}, {"text": WINDOWS}, random_state="seed")
+
+
 def test_curves():
     model, networks = tiny("gpt2"), networks_of(tiny("gpt2"))
     keep = keep_only_curve(model, networks, {"text": WINDOWS}, shares=(0.25, 1.0), n_random=5)

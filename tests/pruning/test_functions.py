@@ -11,6 +11,7 @@ import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, Stimulus, plan_pruning, prune, scan
 from llmbrain.anatomy.families import anatomy
 from llmbrain.pruning.calibrate.losses import Objective, log_odds
+from llmbrain.pruning.calibrate.windows import calibration_windows
 from llmbrain.pruning.forget.conditions import condition_weights, token_conditions
 
 
@@ -41,6 +42,19 @@ def test_conditions_weigh_tokens():
     assert float(condition_weights(scans, (1, total), None, ["low"]).min()) == 0
     with pytest.raises(InputError, match="keep='loud' is not known"):
         condition_weights(scans, (1, total), ["loud"], None)
+
+
+def test_tokens_keep_their_conditions_beside_a_scan_without_tokens():
+    """Windows leave such a scan out; so must the conditions, or every later token gets another's."""
+    tokenizer, texts = stimuli(2)
+    model = tiny("llama")
+    first, second = scan(model, tokenizer, texts)
+    bare = lb.Scan.from_array(np.ones((7, 48)), first.space, events=first.events.head(0))
+    found = calibration_windows(model, tokenizer, None, [first, bare, second], 8, None)
+    labels, names = token_conditions([first, bare, second], tuple(found.shape))
+    low = {tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "abc"}
+    for token, label in zip(found.flatten().tolist(), labels.flatten().tolist()):
+        assert label == (-1 if token == 1 else names.index("low" if token in low else "high"))
 
 
 @pytest.fixture(scope="module")

@@ -38,13 +38,18 @@ def calibration_windows(
     """Windows ``(n, window)`` of the calibration texts; without any, of the tokens that the scans recorded."""
     if calibration is not None:
         return as_windows(model, tokenizer, calibration, window, max_windows)
-    ids = [np.asarray(s.token_ids) for s in scans or () if len(s.token_ids) and int(np.min(s.token_ids)) >= 0]
+    ids = [np.asarray(s.token_ids) for s in scans_with_tokens(scans)]
     if not ids:
         return None
     joined = np.concatenate(ids)
     length = min(window_length(model, window), len(joined))
     n = len(joined) // length
     return torch.from_numpy(joined[: n * length].astype(np.int64)).reshape(n, length)[:max_windows]
+
+
+def scans_with_tokens(scans: Sequence[Scan] | None) -> list[Scan]:
+    """The scans that know their tokens (those of arrays do not): windows and the conditions of tokens are of these."""
+    return [scan for scan in scans or () if scan.n_tokens and int(np.min(scan.token_ids)) >= 0]
 
 
 def write_windows(

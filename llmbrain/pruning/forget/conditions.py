@@ -7,7 +7,6 @@ the others need is cheap. To forget one: see `llmbrain.pruning.forget.neurons`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmbrain._validation import InputError, check_option
+from llmbrain.pruning.calibrate.windows import scans_with_tokens
+from llmbrain.scanning.scans import Scan
 
 OTHERS = 0.02  # weight of a token whose condition is not to be kept
 
 
-def token_conditions(scans: Sequence[Any], shape: tuple[int, int]) -> tuple[NDArray[np.int64], list[str]]:
+def token_conditions(scans: Sequence[Scan], shape: tuple[int, int]) -> tuple[NDArray[np.int64], list[str]]:
     """Condition of each calibration token, as `calibration_windows` cuts scans: numbers ``(n, window)`` and names.
 
     -1 where a token belongs to no condition.
     """
+    scans = scans_with_tokens(scans)
     names = sorted({str(name) for scan in scans for name in scan.events["trial_type"]})
     if not names:
         raise InputError("keep and forget need scans with events: their texts have no conditions")
@@ -39,7 +41,7 @@ def token_conditions(scans: Sequence[Any], shape: tuple[int, int]) -> tuple[NDAr
 
 
 def condition_weights(
-    scans: Sequence[Any], shape: tuple[int, int], keep: Sequence[str] | None, forget: Sequence[str] | None
+    scans: Sequence[Scan], shape: tuple[int, int], keep: Sequence[str] | None, forget: Sequence[str] | None
 ) -> Tensor:
     """How much each calibration token counts; float ``(n, window)``, mean 1."""
     labels, names = token_conditions(scans, shape)
