@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._chunks import Workers, workers
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens, standardize_option
+from llmbrain.decomposition.workers import Workers, workers
 from llmbrain.imaging.brain_mask import split_mask
 from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run

@@ -13,7 +13,6 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range, resolve_device
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition.prepare.order import estimate_order
@@ -26,6 +25,7 @@ from llmbrain.decomposition.solvers.fastica import FUNCTIONS
 from llmbrain.decomposition.solvers.result import warn_not_converged
 from llmbrain.decomposition.store import read_fit, write_fit
 from llmbrain.decomposition.time_courses import Regressor, regress, standardize_maps
+from llmbrain.decomposition.workers import workers
 from llmbrain.imaging.brain_mask import BrainMask, split_mask
 from llmbrain.imaging.nifti import maps_to_nifti
 from llmbrain.scanning.inputs import Runs

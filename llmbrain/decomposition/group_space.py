@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError
 from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.prepare.pca import numerical_rank, project, whiten
 from llmbrain.decomposition.prepare.reduce import Window, default_run_components, reduce_runs
 from llmbrain.decomposition.solvers import SOLVERS, unmix
 from llmbrain.decomposition.time_courses import Regressor, standardize_maps
+from llmbrain.decomposition.workers import workers
 
 if TYPE_CHECKING:
     from llmbrain.anatomy.space import NeuronSpace

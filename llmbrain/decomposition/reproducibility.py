@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_range
 from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.group_space import estimator, unmix_once
@@ -18,6 +17,7 @@ from llmbrain.decomposition.prepare.pca import project, whiten
 from llmbrain.decomposition.prepare.reduce import default_run_components, reduced_run
 from llmbrain.decomposition.prepare.source import Source
 from llmbrain.decomposition.time_courses import standardize_maps
+from llmbrain.decomposition.workers import workers
 from llmbrain.scanning.inputs import Runs
 from llmbrain.stats.matching import correlate_rows, match_maps
 from llmbrain.stats.nulls import phase_randomize

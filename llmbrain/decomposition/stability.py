@@ -18,9 +18,9 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from sklearn.utils import check_random_state
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.decomposition.group_space import GroupSpace
+from llmbrain.decomposition.workers import workers
 
 if TYPE_CHECKING:
     from llmbrain.anatomy.space import NeuronSpace

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from llmbrain._chunks import workers
 from llmbrain.decomposition.prepare.pca import gram
 from llmbrain.decomposition.prepare.preprocess import PreparedRun
 from llmbrain.decomposition.prepare.source import Source
+from llmbrain.decomposition.workers import workers
 
 
 def standardize_maps(maps: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

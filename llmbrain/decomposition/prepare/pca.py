@@ -12,8 +12,8 @@ import torch
 from scipy.linalg import eigh
 from threadpoolctl import ThreadpoolController
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError
+from llmbrain.decomposition.workers import workers
 
 if TYPE_CHECKING:
     from llmbrain.decomposition.prepare.preprocess import PreparedRun

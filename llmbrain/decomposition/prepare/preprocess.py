@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.decomposition.workers import workers
 
 STANDARDIZE = ("zscore", "center", "none")
 

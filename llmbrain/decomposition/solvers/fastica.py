@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from sklearn.utils import check_random_state
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.decomposition.solvers.result import Unmixed, warn_not_converged
+from llmbrain.decomposition.workers import workers
 
 Step = tuple[torch.Tensor, torch.Tensor]
 

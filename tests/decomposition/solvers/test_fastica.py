@@ -9,12 +9,12 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import fastica as sklearn_fastica
 from sklearn.exceptions import ConvergenceWarning
 
-from llmbrain._chunks import workers
 from llmbrain._validation import InputError
 from llmbrain.decomposition import fastica
 from llmbrain.decomposition.prepare.pca import whiten
 from llmbrain.decomposition.solvers import Settings, unmix
 from llmbrain.decomposition.solvers.fastica import negentropy, random_start
+from llmbrain.decomposition.workers import workers
 
 K, N = 6, 30_000
 
