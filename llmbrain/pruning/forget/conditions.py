@@ -32,9 +32,9 @@ def token_conditions(scans: Sequence[Scan], shape: tuple[int, int]) -> tuple[NDA
     parts = []
     for scan in scans:
         own = np.full(scan.n_tokens, -1)
-        for event in scan.events.itertuples():
-            start = int(event.onset)
-            own[start : start + int(event.duration)] = names.index(str(event.trial_type))
+        onsets, durations = (scan.events[c].to_numpy().astype(np.int64) for c in ("onset", "duration"))
+        for start, length, name in zip(onsets, durations, scan.events["trial_type"]):
+            own[start : start + length] = names.index(str(name))
         parts.append(own)
     joined = np.concatenate(parts)[: shape[0] * shape[1]]
     return joined.reshape(shape), names
