@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 
 def noise_ceilings(
-    subjects: ArrayLike, *, n_splits: int = 200, regions: Sequence[str] | None = None, random_state: int = 0
+    subjects: ArrayLike, *, n_splits: int = 200, regions: Sequence[str] | None = None, random_state: int | None = 0
 ) -> pd.DataFrame:
     """Inter-subject correlation and split-half reliability of each region.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.ceilings import noise_ceilings
 from llmbrain.stats.matching import best_pairs
@@ -119,7 +119,7 @@ def couple(
     alpha: float = 0.05,
     networks: Sequence[str] | None = None,
     regions: Sequence[str] | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> Coupling:
     """Correlate every network of a model with every region of a brain, against nulls that keep autocorrelation.
 
@@ -156,6 +156,7 @@ def couple(
         If the series have different lengths, or are too short for the null.
     """
     check_option("null", null, NULLS)
+    random_state = seed_of(random_state)
     check_option("correction", correction, CORRECTIONS)
     check_range("alpha", alpha, 0, 1, open_low=True, open_high=True)
     x = check_series("llm_series", llm_series)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range, soft_import
+from llmbrain._validation import InputError, check_option, check_range, seed_of, soft_import
 from llmbrain.brains.hrf import add_delays
 from llmbrain.brains.series import check_series, check_tr, slow_cosines
 from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, surrogates
@@ -147,7 +147,7 @@ def encode(
     correction: str = "max",
     ceiling: ArrayLike | None = None,
     names: Sequence[str] | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> Encoding:
     """Predict brain series from features by ridge regression, with folds, penalties and null that respect time.
 
@@ -192,7 +192,7 @@ def encode(
     InputError
         If lengths differ, or volumes are too few for the folds; if himalaya is not installed.
     """
-    tr = check_tr(tr)
+    tr, random_state = check_tr(tr), seed_of(random_state)
     check_option("null", null, NULLS)
     check_option("correction", correction, CORRECTIONS)
     y = check_series("targets", targets)

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.brains.alignment import token_spans
 from llmbrain.brains.series import standardize
 from llmbrain.scanning import Scan
@@ -99,7 +99,7 @@ def fingerprint(
     site: str = "block_out",
     n_permutations: int = 99,
     alpha: float = 0.05,
-    random_state: int = PUBLISHED_SEED,
+    random_state: int | None = PUBLISHED_SEED,
 ) -> Fingerprint:
     """Compare the functional networks of two models (arXiv 2601.22692), with a null.
 
@@ -125,6 +125,7 @@ def fingerprint(
         it is "undecided".
     """
     check_range("alpha", alpha, 0, 1, open_low=True, open_high=True)
+    random_state = seed_of(random_state)
     settings: dict[str, Any] = {
         "n_components": n_components,
         "threshold": threshold,
@@ -163,7 +164,7 @@ def networks_of(
     n_components: int = 20,
     threshold: float = PUBLISHED_Z,
     site: str = "block_out",
-    random_state: int = PUBLISHED_SEED,
+    random_state: int | None = PUBLISHED_SEED,
 ) -> ModelNetworks:
     """Networks of one model and their series; can be made once and passed to many calls of `fingerprint`."""
     if isinstance(model, ModelNetworks):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.stats.nulls import NULLS, missing_cosines, surrogates
 
@@ -130,7 +130,7 @@ def compare_similarity(
     n_permutations: int | None = 200,
     min_shift: int = 10,
     nuisance: ArrayLike | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> Similarity:
     """CKA or RSA of two sets of series, with the null of `couple`: `x` moved in time as a whole.
 
@@ -152,6 +152,7 @@ def compare_similarity(
     """
     check_option("measure", measure, MEASURES)
     check_option("null", null, NULLS)
+    random_state = seed_of(random_state)
     a, b = _pair(x, y)
     whole, n_slow = a, missing_cosines(a, b)
     basis = None if nuisance is None else orthonormal(nuisance, len(a))

@@ -6,16 +6,27 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.brains.alignment import align, find_words, word_regressor
+from llmbrain.brains.alignment import find_words
 from llmbrain.brains.series import check_tr, standardize
+from llmbrain.comparison.clock import Clock
 from llmbrain.scanning import Scan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmbrain.decomposition import GroupICA
+    from llmbrain.networks import FunctionalNetworks
+
+    Model: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    Source: TypeAlias = Scan | Sequence[Scan] | Model | str | os.PathLike[str]
+    Networks: TypeAlias = FunctionalNetworks | GroupICA | str | os.PathLike[str]
 
 Array = NDArray[np.float64]
 FREQUENCY_NAMES = ("logfreq", "logfrequency", "logwordfreq", "lgfreq", "zipf", "wordfrequency", "freq", "frequency")
@@ -28,7 +39,7 @@ def expected_volumes(words: pd.DataFrame, tr: float | None, offset: float = 0.0)
     return None if tr is None or not np.isfinite(last) else float(last - offset) / check_tr(tr)
 
 
-def story_of(source: Any, words: pd.DataFrame, text: str | None) -> tuple[tuple[Any, Any] | None, Scan]:
+def story_of(source: Source, words: pd.DataFrame, text: str | None) -> tuple[Model | None, Scan]:
     """The model, if there is one, and its scan of the story.
 
     Parameters
@@ -48,11 +59,10 @@ def story_of(source: Any, words: pd.DataFrame, text: str | None) -> tuple[tuple[
         from llmbrain.checkpoints import load_model
 
         source = load_model(os.fspath(source))
-    try:
-        model, tokenizer = source
-    except (TypeError, ValueError):
-        raise InputError(f"model of type {type(source).__name__}: pass a Scan, (model, tokenizer) or a path") from None
-    return (model, tokenizer), read_story((model, tokenizer), " ".join(words["word"]) if text is None else text)
+    if not isinstance(source, (list, tuple)) or len(source) != 2:
+        raise InputError(f"model of type {type(source).__name__}: pass a Scan, (model, tokenizer) or a path")
+    model = (source[0], source[1])
+    return model, read_story(model, " ".join(words["word"]) if text is None else text)
 
 
 def _story(scans: Sequence[Scan], words: pd.DataFrame, where: str) -> Scan:
@@ -67,14 +77,14 @@ def _story(scans: Sequence[Scan], words: pd.DataFrame, where: str) -> Scan:
     return scans[best]
 
 
-def read_story(model: tuple[Any, Any], text: str) -> Scan:
+def read_story(model: Model, text: str) -> Scan:
     """Scan of one text."""
     from llmbrain.scanning import scan
 
     return scan(model[0], model[1], [text])[0]
 
 
-def untrained_copy(model: Any, seed: int) -> Any:
+def untrained_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """The same architecture with random weights."""
     import torch
 
@@ -85,7 +95,13 @@ def untrained_copy(model: Any, seed: int) -> Any:
         return evaluation_mode(type(model)(model.config)).to(next(model.parameters()).device)
 
 
-def network_series(scan: Scan, networks: Any, series: ArrayLike | None, n_components: Any, random_state: int) -> Array:
+def network_series(
+    scan: Scan,
+    networks: Networks | None,
+    series: ArrayLike | None,
+    n_components: int | float | str,
+    random_state: int,
+) -> Array:
     """Time courses on the tokens of the story ``(n_tokens, K)``: given, of given networks, or found in this scan."""
     if series is not None:
         return np.asarray(series, dtype=np.float64)
@@ -103,26 +119,22 @@ def network_series(scan: Scan, networks: Any, series: ArrayLike | None, n_compon
 
 
 def control_series(
-    scan: Scan, words: pd.DataFrame, given: Mapping[str, ArrayLike] | None, clock: dict[str, Any], hrf: str
+    scan: Scan, words: pd.DataFrame, given: Mapping[str, ArrayLike] | None, clock: Clock
 ) -> tuple[dict[str, Array], list[str]]:
-    """Control series at the volumes (before the filter), and the usual ones that are missing."""
-    n, drop = clock["n_volumes"], clock["drop"]
-    found = {"word rate": word_regressor(words, hrf=hrf, **clock)}
+    """Control series at the volumes ``(n_volumes,)``, prepared, and the usual ones that are missing."""
+    found = {"word rate": clock.rate(words)}
     if len(np.unique(scan.positions)) > 1:
-        place = scan.positions[:, None].astype(np.float64)
-        found["position"] = align(scan, words, hrf=hrf, series=place, **clock).data
+        found["position"] = clock.of_tokens(scan, words, scan.positions[:, None].astype(np.float64))[0]
     frequency = _log_frequency(words)
-    if frequency is not None:  # centred: what is left beside the word rate
-        found["log frequency"] = word_regressor(words, values=frequency - np.nanmean(frequency), hrf=hrf, **clock)
+    if frequency is not None:  # centered: what is left beside the word rate
+        found["log frequency"] = clock.rate(words, frequency - np.nanmean(frequency))
     for name, values in (given or {}).items():
-        array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
-        if len(array) != n:
-            raise InputError(f"controls[{name!r}] has {len(array)} values for {n} volumes")
-        found[name] = array[drop:]
+        found[name] = clock.given(name, values)
     for name in [name for name, values in found.items() if np.isnan(standardize(values)).any()]:
         warnings.warn(f"control {name!r} is constant or NaN: left out", stacklevel=3)
         del found[name]
-    return found, [name for name in ("log frequency", "sound power") if name not in found]
+    ready = {name: clock.prepare(values)[:, 0] for name, values in found.items()}
+    return ready, [name for name in ("log frequency", "sound power") if name not in found]
 
 
 def _log_frequency(words: pd.DataFrame) -> Array | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.brains.series import check_series, standardize
 from llmbrain.networks.graphs import graph_measures
 from llmbrain.stats import PUBLISHED_Z
@@ -25,7 +25,7 @@ def compare_structure(
     n_permutations: int = 100,
     n_samples: int = 10,
     n_seeds: int = 20,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """Graph measures of the connectivity of two sets of series, which need not share time.
 
@@ -45,6 +45,7 @@ def compare_structure(
         ``normalised`` (by rewired graphs).
     """
     check_range("n_samples", n_samples, 1)
+    random_state = seed_of(random_state)
     matrices = []
     for name, series in (("a", a), ("b", b)):
         z = standardize(check_series(name, series))

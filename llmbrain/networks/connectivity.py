@@ -64,7 +64,7 @@ def connectivity(
     *,
     n_permutations: int = 0,
     min_shift: int = 10,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> Connectivity:
     """Correlation or partial correlation of the networks' time courses.
 
@@ -130,7 +130,7 @@ def dynamics_test(
     step: int = 16,
     *,
     n_permutations: int = 200,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """Does the connectivity of a pair vary over windows more than that of a stationary series with the same spectra?
 
@@ -196,7 +196,7 @@ class LayerFlow:
 
 
 def layer_flow(
-    networks: FunctionalNetworks, matrix: ArrayLike, *, n_permutations: int = 1000, random_state: int = 0
+    networks: FunctionalNetworks, matrix: ArrayLike, *, n_permutations: int = 1000, random_state: int | None = 0
 ) -> LayerFlow:
     """How coupled networks are placed along the layers that a token passes.
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.csgraph import shortest_path
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,11 +68,12 @@ def global_efficiency(adjacency: Array) -> float:
     return float((1 / steps).mean())
 
 
-def modules(adjacency: Array, *, n_seeds: int = 100, random_state: int = 0) -> tuple[NDArray[np.int64], float]:
+def modules(adjacency: Array, *, n_seeds: int = 100, random_state: int | None = 0) -> tuple[NDArray[np.int64], float]:
     """Best of `n_seeds` Louvain partitions: module of each node (largest first), and its modularity Q."""
     import networkx as nx
 
     check_range("n_seeds", n_seeds, 1)
+    random_state = seed_of(random_state)
     graph = nx.from_numpy_array(adjacency)
     if not graph.number_of_edges():
         return np.arange(len(adjacency)), 0.0
@@ -136,7 +137,7 @@ def graph_measures(
     *,
     n_permutations: int = 100,
     n_seeds: int = 20,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """Measures of the graph of strongest positive links, and of rewired graphs of the same degrees.
 
@@ -160,6 +161,7 @@ def graph_measures(
     import pandas as pd
 
     check_range("n_permutations", n_permutations, 2)
+    random_state = seed_of(random_state)
     links: Any = getattr(matrix, "matrix", matrix)
     rows = []
     for density in densities:
@@ -195,7 +197,7 @@ def hubs(
     *,
     names: Sequence[str] | None = None,
     n_seeds: int = 100,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """Role of each network in the graph.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.stats.nulls import circular_shift
@@ -104,7 +104,7 @@ def localizer(
     n_permutations: int = 200,
     permute: str = "shift",
     min_shift: int = 10,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> Localizer:
     """Which neurons or networks respond to which condition.
 
@@ -153,6 +153,7 @@ def localizer(
             raise InputError(
                 f"contrasts[{name!r}] can not be estimated in any run: its conditions are missing, or have no baseline"
             )
+    random_state = seed_of(random_state)
     models = [[_Model(d, d.boxcars, weights) for d in designs]]
     for draw in range(n_permutations):
         rng = np.random.default_rng([random_state, draw])

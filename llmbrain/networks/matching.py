@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def match_networks(
-    a: FunctionalNetworks, b: FunctionalNetworks, *, n_permutations: int = 0, random_state: int = 0
+    a: FunctionalNetworks, b: FunctionalNetworks, *, n_permutations: int = 0, random_state: int | None = 0
 ) -> pd.DataFrame:
     """Pair networks one to one, so that the sum of ``|r|`` between their maps is largest (Hungarian method).
 
@@ -107,7 +107,7 @@ def recurrence(
     kind: str = "iou",
     threshold: float = 0.2,
     n_permutations: int = 200,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """How often each template network comes back in single runs, against chance.
 
@@ -170,7 +170,7 @@ def single_run_networks(
     n_components: int = 20,
     *,
     threshold: float = PUBLISHED_Z,
-    random_state: int = 0,
+    random_state: int | None = 0,
     **options: Any,
 ) -> list[FunctionalNetworks]:
     """Networks of each run alone: one `GroupICA` a run.
@@ -192,7 +192,7 @@ def split_half(
     by: str = "runs",
     threshold: float = PUBLISHED_Z,
     n_permutations: int = 100,
-    random_state: int = 0,
+    random_state: int | None = 0,
     **options: Any,
 ) -> pd.DataFrame:
     """Decompose two halves of the data by themselves and match their networks.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.stats.nulls import phase_randomize
 from llmbrain.stats.sparsity import overlap_matrix, zscore_maps
@@ -233,7 +233,7 @@ def null_networks(
     n_components: int = 20,
     *,
     n_permutations: int = 20,
-    random_state: int = 0,
+    random_state: int | None = 0,
     progress: bool = True,
     **options: Any,
 ) -> NullNetworks:
@@ -258,6 +258,7 @@ def null_networks(
     from llmbrain.scanning.inputs import Runs
 
     check_range("n_permutations", n_permutations, 1)
+    random_state = seed_of(random_state)
     runs = Runs(scans)
     draws = []
     for draw in tqdm(range(n_permutations), desc="null networks", disable=None if progress else True):

@@ -50,7 +50,7 @@ def test_a_study_of_other_texts_is_refused_and_a_wrong_offset_is_said():
     rate = prepare(word_regressor(phantom.words, 2.0, 200), 2.0)
     noise = np.random.default_rng(0).normal(size=(200, 4))
     brain = replace(phantom.fmri, data=(rate + 0.5 * noise)[None])
-    settings = {"tr": 2.0, "series": phantom.time_courses, "encoding": False, "n_null": 99}
+    settings = {"tr": 2.0, "series": phantom.time_courses, "encoding": False, "n_permutations": 99}
     right = compare(phantom.scan, brain, phantom.words, **settings)
     wrong = compare(phantom.scan, brain, phantom.words, offset=4.0, **settings)
     assert not [line for line in right.report["cautions"] if "right?" in line]
@@ -113,7 +113,7 @@ def test_structure_at_equal_size_and_density():
     rng = np.random.default_rng(0)
     modules = np.repeat(rng.normal(size=(300, 4)), 5, axis=1) + 0.8 * rng.normal(size=(300, 20))
     noise = rng.normal(size=(150, 26))
-    table = compare_structure(modules, noise, densities=[0.2], n_null=10, n_samples=3, n_seeds=5)
+    table = compare_structure(modules, noise, densities=[0.2], n_permutations=10, n_samples=3, n_seeds=5)
     assert (table["n_nodes"] == 20).all()
     q = table[table["measure"] == "modularity"].set_index("side")["normalised"]
     assert q["a"] > 1.3 * q["b"]
