@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmbrain._validation import InputError, resolve_device
-from llmbrain.checkpoints.gguf import is_gguf, load_gguf
+from llmbrain.checkpoints.gguf_reading import is_gguf, load_gguf
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, text_config
 from llmbrain.hooks.text import evaluation_mode
 

@@ -6,6 +6,7 @@ pre-tokenizer, Llama 3's rotary factors) is put right here or refused.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,41 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmbrain._validation import InputError
+from llmbrain.anatomy.families import anatomy
+from llmbrain.checkpoints.gguf_layout import (
+    CLASS,
+    CONFIG,
+    PROVENANCE,
+    ROPE_FACTORS,
+    TARGETS,
+    WHOLE,
+    Target,
+    rotary_factors,
+    split_halves,
+)
+from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, set_pre_tokenizer
+from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, stock_config, text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
-ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_ROPE = tuple(
     {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 8192} for factor in (8.0, 32.0, 16.0)
 )  # fmt: skip
-
-# How byte-level BPE tokenizers split text before merging (`tokenizer.ggml.pre`); None: as transformers builds it.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # fmt: skip
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_DIGITS = "digits"
-PRE_TOKENIZERS: dict[str, str | None] = {
-    "gpt-2": None,
-    "gpt2": None,
-    "phi-2": None,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "smaug-bpe": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "command-r": _DIGITS,
-}
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -88,14 +80,32 @@ def load_gguf(
         If the file is truncated, split, of an unknown architecture, holds what the model would not use, or its
         tokenizer cannot be rebuilt.
     """
-    from transformers import AutoConfig
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
-    reader = _open(path)
+    reader = open_gguf(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if name.split(".")[-1] not in _LONG}
     architecture = str(fields.get("general.architecture", ""))
+    if CONFIG in fields:
+        model = _own_model(path, reader, fields, architecture, dtype)
+    else:
+        model = _foreign_model(path, reader, fields, architecture, dtype)
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor {name} holds values that are not finite: the file is damaged")
+    return model.eval(), load_tokenizer(path, reader, fields, int(config_vocabulary(model)))
+
+
+def config_vocabulary(model: Any) -> int:
+    """Rows of the embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _foreign_model(
+    path: Path, reader: Any, fields: dict[str, Any], architecture: str, dtype: torch.dtype | str | None
+) -> PreTrainedModel:
+    from transformers import AutoConfig
+
     _refuse(path, architecture, fields)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -106,16 +116,89 @@ def load_gguf(
     _set_rope(path, reader, config)
     model = _model(path, config, dtype)
     _refuse_unused(path, reader, model, architecture)
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name} holds values that are not finite: the file is damaged")
-    return model.eval(), load_tokenizer(path, reader, fields, int(config.get_text_config().vocab_size))
+    return model
+
+
+def _own_model(
+    path: Path, reader: Any, fields: dict[str, Any], architecture: str, dtype: torch.dtype | str | None
+) -> PreTrainedModel:
+    """A file that llmbrain wrote, also one whose layers differ."""
+    import gguf
+    import transformers
+
+    config_class, model_class = None, getattr(transformers, str(fields.get(CLASS)), None)
+    try:
+        written = json.loads(fields[CONFIG])
+        config_class = transformers.CONFIG_MAPPING[written["model_type"]]
+        config = config_class.from_dict(written)
+        target = next(t for t in TARGETS[written["model_type"]] if t is not None and t.arch == architecture)
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(f"{path}: what llmbrain wrote of its config cannot be read: {_first(error)}") from error
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise InputError(f"{path}: {fields.get(CLASS)!r} is no model class of transformers")
+    shapes = layer_shapes(config)
+    with transformers.initialization.no_init_weights():
+        model = model_class(stock_config(config))
+    if shapes:
+        apply_shapes(model, shapes)
+        text_config(model.config).per_layer_config = dict(enumerate(shapes))
+    arrays = {t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
+    state = _state(path, model, arrays, target)
+    missing = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    lacking = sorted(set(missing.missing_keys) - tied)
+    if lacking:
+        raise InputError(f"{path} does not fill its model: it lacks {lacking[0]} ({len(lacking)} in all)")
+    model.tie_weights()
+    if PROVENANCE in fields:
+        setattr(model, RECORD, json.loads(fields[PROVENANCE]).get("cuts", []))
+    return model.to(torch.float32 if dtype in (None, "auto") else _dtype(dtype))
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+
+
+def _state(path: Path, model: Any, arrays: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
+    """Entries of the state dict, put back to transformers' names and order of rows."""
+    state: dict[str, Tensor] = {}
+    for layer in anatomy(model).layers:
+        head, block = layer.head_dim, f"blk.{layer.index}."
+        for suffix in ("weight", "bias"):
+            whole = arrays.pop(f"{block}attn_qkv.{suffix}", None)
+            if whole is not None:
+                sizes = [layer.n_heads * head, layer.n_kv_heads * head, layer.n_kv_heads * head]
+                for part, name in zip(whole.split(sizes), ("attn_q", "attn_k", "attn_v")):
+                    arrays[f"{block}{name}.{suffix}"] = part
+            for module, name in target.names.items():
+                value = arrays.pop(f"{block}{name}.{suffix}", None)
+                if value is None:
+                    continue
+                if module.endswith(("q_proj", "k_proj")) and target.interleaved:
+                    value = split_halves(value, head)
+                state[f"{layer.path}.{module}.{suffix}"] = value
+    for module, name in WHOLE.items():
+        for suffix in ("weight", "bias"):
+            value = arrays.pop(f"{name}.{suffix}", None)
+            if value is not None:
+                state[f"{module}.{suffix}"] = value
+    arrays.pop(ROPE_FACTORS, None)  # the config has the rule that makes them
+    if arrays:
+        raise InputError(f"{path} holds {len(arrays)} tensors that the model does not use, such as {min(arrays)}")
+    if target.shifted_norms:
+        state = {n: v - 1 if n.split(".")[-2].endswith("norm") else v for n, v in state.items()}
+    expected = model.state_dict()
+    for name, value in state.items():
+        if name not in expected or expected[name].shape != value.shape:
+            shape = tuple(expected[name].shape) if name in expected else "no such tensor"
+            raise InputError(f"{path} does not fit its config: {name} is {tuple(value.shape)}, wanted {shape}")
+    return state
 
 
 _LONG = {"tokens", "merges", "scores", "token_type"}
 
 
-def _open(path: Path) -> Any:
+def open_gguf(path: Path) -> Any:
     import gguf
 
     with path.open("rb") as file:
@@ -158,13 +241,14 @@ def _set_rope(path: Path, reader: Any, config: PretrainedConfig) -> None:
     base = dict(text.rope_parameters)
     stored = torch.tensor(np.array(factors.data, dtype=np.float32))
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    plain = 1.0 / base["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
     if torch.equal(stored, torch.ones_like(stored)):
         return
+    if stored.shape != (head // 2,):
+        raise InputError(f"{path}: {ROPE_FACTORS} has {stored.numel()} values, its heads are {head} wide")
     for rule in LLAMA3_ROPE:
         text.rope_parameters = {**base, **rule}
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](text, torch.device("cpu"))
-        if stored.shape == plain.shape and torch.allclose(plain / scaled, stored, rtol=1e-4):
+        if torch.allclose(rotary_factors(scaled, base["rope_theta"], head), stored, rtol=1e-4):
             return
     text.rope_parameters = base
     raise InputError(f"{path}: its rotary factors ({ROPE_FACTORS}) follow no known rule: load its transformers folder")
@@ -220,8 +304,6 @@ def load_tokenizer(
     path: Path, reader: Any, fields: dict[str, Any], vocabulary: int | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file: of a ``tokenizer.json`` beside it, else rebuilt and checked against its tokens."""
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
     from transformers import AutoTokenizer
 
     beside = (path.parent / "tokenizer.json").is_file() and (path.parent / "tokenizer_config.json").is_file()
@@ -237,16 +319,7 @@ def load_tokenizer(
     except (ValueError, KeyError, IndexError, NotImplementedError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{path}: its tokenizer ({kind!r}) cannot be rebuilt: {_first(error)}") from error
     if not beside and kind == "gpt2":
-        rule, spaced = PRE_TOKENIZERS[pre], bool(fields.get("tokenizer.ggml.add_space_prefix", False))
-        if rule == _DIGITS:
-            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-                [Digits(individual_digits=True), ByteLevel(add_prefix_space=spaced, use_regex=True)]
-            )
-        elif rule is not None:
-            split = Split(Regex(rule), behavior="isolated", invert=False)
-            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-                [split, ByteLevel(add_prefix_space=spaced, use_regex=False)]
-            )
+        set_pre_tokenizer(tokenizer, pre, bool(fields.get("tokenizer.ggml.add_space_prefix", False)))
     written = reader.fields.get("tokenizer.ggml.tokens")
     if written is None:
         raise InputError(f"{path} holds no tokenizer: lay its tokenizer.json and tokenizer_config.json beside the file")

@@ -1,0 +1,283 @@
+"""GGUF files out: pruned models for llama.cpp, with layers that differ in neurons and heads where it can hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmbrain._files import writing
+from llmbrain._validation import InputError, check_option
+from llmbrain.anatomy.families import LayerAnatomy, anatomy
+from llmbrain.checkpoints.gguf_layout import (
+    CLASS,
+    CONFIG,
+    PROVENANCE,
+    ROPE_FACTORS,
+    TARGETS,
+    WHOLE,
+    Target,
+    interleave,
+    rotary_factors,
+)
+from llmbrain.checkpoints.gguf_tokenizers import copy_tokenizer, write_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+_BLOCK = 32  # numbers in one block of Q8_0
+_INSTEAD = "save as 'padded' (plain transformers), or plan with allocation='uniform' and intercept=False"
+
+
+def write_gguf(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    gguf_type: str = "f16",
+    like: str | Path | None = None,
+    record: dict[str, Any] | None = None,
+) -> Path:
+    """Write a model as a GGUF file, whole or not at all.
+
+    Parameters
+    ----------
+    model : transformers model
+        Llama, Mistral, Qwen2, Qwen3 or Gemma 1 to 3 (text), pruned or not.
+    tokenizer : tokenizer or None
+        Written where its kind is known for certain; not needed with `like`.
+    path : str or Path
+        The file.
+    gguf_type : {"f32", "f16", "bf16", "q8_0"}
+        Of the matrices; norms and biases stay float32. With ``"q8_0"`` a matrix whose rows are no multiple of 32 long
+        stays float16.
+    like : str or Path, optional
+        A GGUF of the dense model, whose tokenizer is taken.
+    record : dict, optional
+        What was cut; kept in the file under ``llmbrain.pruning``.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    InputError
+        If llama.cpp has no place for this model; the message says why and what would work. Nothing is written.
+    """
+    import gguf
+
+    check_option("gguf_type", gguf_type, GGUF_TYPES)
+    path = Path(path)
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"path={str(path)!r}: a GGUF is one file, whose name must end in .gguf")
+    target = target_of(model)
+    if tokenizer is None and like is None:
+        raise InputError("tokenizer=None: a GGUF needs a tokenizer, or like= a GGUF of the dense model")
+    with writing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, target.arch)
+        try:
+            _write_keys(writer, model, target, gguf_type)
+            vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+            if like is not None:
+                copy_tokenizer(writer, Path(like), vocabulary)
+            else:
+                assert tokenizer is not None
+                write_tokenizer(writer, tokenizer, vocabulary)
+            writer.add_string(CONFIG, json.dumps(model.config.to_diff_dict()))  # type: ignore[operator, union-attr]
+            writer.add_string(CLASS, type(model).__name__)
+            if record is not None:
+                writer.add_string(PROVENANCE, json.dumps(record))
+            for name, values, kind in tensors_of(model, target, gguf_type):
+                writer.add_tensor(name, values, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+    return path
+
+
+def target_of(model: nn.Module) -> Target:
+    """Where llmbrain puts a model in llama.cpp, or why there is no place for it.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    config: Any = model.config
+    kind = str(config.model_type)
+    if kind not in TARGETS or not type(model).__name__.endswith("ForCausalLM"):
+        raise InputError(
+            f"format='gguf' knows {', '.join(sorted(TARGETS))} language models, not {type(model).__name__}: {_INSTEAD}"
+        )
+    own, other = TARGETS[kind]
+    layers = anatomy(model).layers
+    _check_config(model, kind)
+    uneven = len({(layer.width, layer.n_heads, layer.n_kv_heads) for layer in layers}) > 1
+    biased = any(_bias(part) for layer in layers for part in (layer.down, layer.out))
+    missing = any(layer.out is None or layer.n_kv_heads < 1 for layer in layers)
+    if missing:
+        raise InputError(f"format='gguf': the heads of {type(model).__name__} could not be counted")
+    if not uneven and (not biased or own.output_bias):
+        return own
+    why = "layers that differ" if uneven else "a bias (the intercept of the repair)"
+    if other is None:
+        raise InputError(f"format='gguf': llama.cpp reads no {kind} model with {why}: {_INSTEAD}")
+    if other.fused and (biased or not config.tie_word_embeddings):
+        what = "a bias (the intercept of the repair)" if biased else "an output matrix of its own (untied embeddings)"
+        raise InputError(f"format='gguf': llama.cpp reads a {kind} model with {why} only without {what}: {_INSTEAD}")
+    return other
+
+
+def _bias(part: Any) -> bool:
+    return part is not None and getattr(part.module, "bias", None) is not None
+
+
+def _check_config(model: nn.Module, kind: str) -> None:
+    """What llama.cpp would compute in another way than transformers."""
+    config: Any = model.config
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    inner = rope.get("full_attention", rope) or {}
+    scaling = inner.get("rope_type", "default")
+    if scaling not in ("default", "llama3") or (scaling == "llama3" and kind not in ("llama", "mistral")):
+        raise InputError(f"format='gguf': rotary positions of type {scaling!r} are not written: {_INSTEAD}")
+    if inner.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"format='gguf': partial_rotary_factor={inner['partial_rotary_factor']} is not written")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    allowed = ("gelu_pytorch_tanh",) if kind.startswith("gemma") else ("silu", "swish")
+    if activation not in allowed:
+        raise InputError(f"format='gguf': llama.cpp computes {kind} with {allowed[0]}, this model with {activation!r}")
+    window = getattr(config, "sliding_window", None)
+    longest = config.max_position_embeddings
+    if kind == "mistral" and window is not None and window < longest:
+        raise InputError(f"format='gguf': sliding_window={window} below the context of {longest} is not written")
+    if kind in ("qwen2", "qwen3") and getattr(config, "use_sliding_window", False):
+        raise InputError(f"format='gguf': use_sliding_window=True of {kind} is not written")
+    if kind in ("gemma2", "gemma3_text"):
+        every = 2 if kind == "gemma2" else 6
+        wanted = [
+            "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
+        ]
+        if list(config.layer_types) != wanted:
+            raise InputError(f"format='gguf': llama.cpp computes every {every}th layer of {kind} with full attention")
+        head = anatomy(model).layers[0].head_dim
+        if config.query_pre_attn_scalar != head:
+            raise InputError(
+                f"format='gguf': query_pre_attn_scalar={config.query_pre_attn_scalar}, llama.cpp takes head_dim={head}"
+            )
+        if getattr(config, "use_bidirectional_attention", False):
+            raise InputError("format='gguf': use_bidirectional_attention=True is not written")
+
+
+def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -> None:
+    import gguf
+
+    config: Any = model.config
+    layers = anatomy(model).layers
+    first = layers[0]
+    rope = dict(config.rope_parameters)
+    full = rope.get("full_attention", rope)
+
+    def each(values: list[int]) -> list[int] | int:
+        return values if target.per_layer else values[0]
+
+    writer.add_name(Path(str(getattr(config, "_name_or_path", "") or config.model_type)).name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    writer.add_feed_forward_length(each([layer.width for layer in layers]))
+    writer.add_head_count(each([layer.n_heads for layer in layers]))
+    writer.add_head_count_kv(each([layer.n_kv_heads for layer in layers]))
+    writer.add_key_length(first.head_dim)
+    writer.add_value_length(first.head_dim)
+    writer.add_rope_dimension_count(first.head_dim)
+    writer.add_rope_freq_base(float(full["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]
+    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[gguf_type]
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    if target.arch in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+    if target.arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping or 0.0)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
+
+
+def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tuple[str, NDArray[Any], Any]]:
+    """``(name, values, quantization)`` of every tensor of a file, in order."""
+    config: Any = model.config
+    layers = anatomy(model).layers
+    state = model.state_dict()
+    written = set()
+    for name, tensor in state.items():
+        module, _, suffix = name.rpartition(".")
+        if module in WHOLE:
+            if module == "lm_head" and config.tie_word_embeddings:
+                continue
+            yield _encoded(f"{WHOLE[module]}.{suffix}", _shift(tensor, module, target), gguf_type)
+            written.add(name)
+    for i, layer in enumerate(layers):
+        fused: dict[str, list[Tensor]] = {}
+        for name, tensor in state.items():
+            inner = name.removeprefix(f"{layer.path}.")
+            if inner == name:
+                continue
+            module, _, suffix = inner.rpartition(".")
+            if module not in target.names:
+                raise InputError(f"format='gguf': {name} has no place in llama.cpp's {target.arch}: {_INSTEAD}")
+            written.add(name)
+            value = _shift(tensor, module, target)
+            if module.endswith(("q_proj", "k_proj")) and target.interleaved:
+                value = interleave(value, layer.head_dim)
+            if target.fused and module.endswith(("q_proj", "k_proj", "v_proj")):
+                fused.setdefault(suffix, []).append(value)
+            else:
+                yield _encoded(f"blk.{i}.{target.names[module]}.{suffix}", value, gguf_type)
+        for suffix, parts in fused.items():
+            yield _encoded(f"blk.{i}.attn_qkv.{suffix}", torch.cat(parts), gguf_type)
+    factors = _factors(model, layers)
+    if factors is not None:
+        yield _encoded(ROPE_FACTORS, factors, gguf_type)
+    left = sorted(set(state) - written - ({"lm_head.weight"} if config.tie_word_embeddings else set()))
+    if left:
+        raise InputError(f"format='gguf': {left[0]} has no place in llama.cpp's {target.arch}: {_INSTEAD}")
+
+
+def _shift(tensor: Tensor, module: str, target: Target) -> Tensor:
+    is_norm = module.endswith(("norm", "layernorm"))
+    return tensor.float() + 1 if is_norm and target.shifted_norms else tensor
+
+
+def _factors(model: Any, layers: list[LayerAnatomy]) -> Tensor | None:
+    rope = dict(model.config.rope_parameters)
+    if rope.get("rope_type", "default") != "llama3":
+        return None
+    return rotary_factors(model.model.rotary_emb.inv_freq, float(rope["rope_theta"]), layers[0].head_dim)
+
+
+def _encoded(name: str, tensor: Tensor, gguf_type: str) -> tuple[str, NDArray[Any], Any]:
+    import gguf
+
+    values = tensor.detach().float().cpu().contiguous().numpy()
+    if values.ndim < 2:
+        return name, values, gguf.GGMLQuantizationType.F32
+    kind = gguf_type
+    if kind == "q8_0" and values.shape[-1] % _BLOCK:
+        kind = "f16"
+    if kind == "f16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise InputError(f"gguf_type={gguf_type!r}: {name} holds values beyond float16: use 'bf16' or 'f32'")
+    quantization = gguf.GGMLQuantizationType[kind.upper()]
+    if kind == "f32":
+        return name, values, quantization
+    if kind == "f16":
+        return name, values.astype(np.float16), quantization
+    return name, gguf.quants.quantize(values, quantization), quantization
