@@ -40,7 +40,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install --quiet -c constraints.txt -e ".[dev,picard,encoding,recovery,harness]"
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,picard,encoding,recovery,harness,serve]"
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import secrets
 from collections.abc import Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,16 @@ def seed_of(random_state: Any) -> int:
             f"random_state={random_state!r} must be a whole number of at least 0, a numpy generator, or None"
         )
     return int(random_state)
+
+
+def check_whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """Return `value` as an int if it is a whole number (no bool, no 1.9) within the given bounds."""
+    whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
+    number = operator.index(value) if whole else 0  # type: ignore[arg-type]
+    if not whole or (low is not None and number < low) or (high is not None and number > high):
+        bounds = f"{'' if low is None else f', at least {low}'}{'' if high is None else f', at most {high}'}"
+        raise InputError(f"{name}={value!r} must be a whole number{bounds}")
+    return number
 
 
 def soft_import(module: str, extra: str, purpose: str) -> ModuleType:

@@ -30,7 +30,8 @@ from llmbrain.checkpoints.gguf_layout import (
     rotary_factors,
     split_halves,
 )
-from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, set_pre_tokenizer
+from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, read_whole, set_pre_tokenizer
+from llmbrain.checkpoints.gguf_tokenizers import WHOLE as WHOLE_TOKENIZER
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, stock_config, text_config
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _own_model(
     """A file that llmbrain wrote, also one whose layers differ."""
     import gguf
     import transformers
+    from transformers.initialization import no_init_weights
 
     config_class, model_class = None, getattr(transformers, str(fields.get(CLASS)), None)
     try:
@@ -137,7 +139,7 @@ def _own_model(
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise InputError(f"{path}: {fields.get(CLASS)!r} is no model class of transformers")
     shapes = layer_shapes(config)
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         model = model_class(stock_config(config))
     if shapes:
         apply_shapes(model, shapes)
@@ -308,18 +310,25 @@ def load_tokenizer(
 
     beside = (path.parent / "tokenizer.json").is_file() and (path.parent / "tokenizer_config.json").is_file()
     kind, pre = str(fields.get("tokenizer.ggml.model", "none")), str(fields.get("tokenizer.ggml.pre", "default"))
-    if not beside and kind == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise InputError(
-            f"{path}: its tokenizer splits text as {pre!r}, which is not known here: lay its tokenizer.json and "
-            "tokenizer_config.json beside the file"
-        )
     try:
-        with _quiet_bars():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **({} if beside else {"gguf_file": path.name}))
-    except (ValueError, KeyError, IndexError, NotImplementedError, TypeError, AttributeError, OSError) as error:
+        if WHOLE_TOKENIZER in fields:
+            tokenizer = read_whole(fields)
+        elif beside:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent)
+        else:
+            if kind == "gpt2" and pre not in PRE_TOKENIZERS:
+                raise InputError(
+                    f"{path}: its tokenizer splits text as {pre!r}, which is unknown here: lay its tokenizer.json and "
+                    "tokenizer_config.json beside the file"
+                )
+            with _quiet_bars():
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            if kind == "gpt2":
+                set_pre_tokenizer(tokenizer, pre, bool(fields.get("tokenizer.ggml.add_space_prefix", False)))
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{path}: its tokenizer ({kind!r}) cannot be rebuilt: {_first(error)}") from error
-    if not beside and kind == "gpt2":
-        set_pre_tokenizer(tokenizer, pre, bool(fields.get("tokenizer.ggml.add_space_prefix", False)))
     written = reader.fields.get("tokenizer.ggml.tokens")
     if written is None:
         raise InputError(f"{path} holds no tokenizer: lay its tokenizer.json and tokenizer_config.json beside the file")

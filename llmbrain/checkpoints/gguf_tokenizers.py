@@ -33,6 +33,7 @@ PRE_TOKENIZERS: dict[str, str | None] = {
     "refact": _DIGITS,
     "command-r": _DIGITS,
 }
+WHOLE = "tokenizer.huggingface.json"  # the GGUF standard's key for the whole tokenizer.json
 SPACE = "\u2581"  # how SentencePiece writes a space
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # llama.cpp's types of tokens
 
@@ -48,6 +49,29 @@ def set_pre_tokenizer(tokenizer: Any, pre: str, spaced: bool) -> None:
     first = Digits(individual_digits=True) if rule == _DIGITS else Split(Regex(rule), behavior="isolated", invert=False)
     level = ByteLevel(add_prefix_space=spaced, use_regex=rule == _DIGITS)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([first, level])
+
+
+def write_whole(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the whole tokenizer.json as well: programs that read it need not rebuild anything."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        writer.add_string(WHOLE, backend.to_str())
+
+
+def read_whole(fields: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a file keeps whole, with its special tokens and chat template."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(fields[WHOLE])
+    special = {}
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("sep", "seperator")):
+        number = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None:
+            special[f"{role}_token"] = backend.id_to_token(int(number))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    return tokenizer
 
 
 def copy_tokenizer(writer: gguf.GGUFWriter, like: Path, vocabulary: int) -> None:
@@ -71,7 +95,7 @@ def copy_tokenizer(writer: gguf.GGUFWriter, like: Path, vocabulary: int) -> None
             f"like={str(like)!r} has {len(tokens.data)} tokens, the model {vocabulary}: it is of another model"
         )
     for name, field in fields.items():
-        if not name.startswith("tokenizer."):
+        if not name.startswith("tokenizer.") or name == WHOLE:
             continue
         sub = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), field.types[0], sub)

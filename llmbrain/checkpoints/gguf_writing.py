@@ -26,7 +26,7 @@ from llmbrain.checkpoints.gguf_layout import (
     interleave,
     rotary_factors,
 )
-from llmbrain.checkpoints.gguf_tokenizers import copy_tokenizer, write_tokenizer
+from llmbrain.checkpoints.gguf_tokenizers import copy_tokenizer, write_tokenizer, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +91,8 @@ def write_gguf(
             else:
                 assert tokenizer is not None
                 write_tokenizer(writer, tokenizer, vocabulary)
+            if tokenizer is not None:
+                write_whole(writer, tokenizer)
             writer.add_string(CONFIG, json.dumps(model.config.to_diff_dict()))  # type: ignore[operator, union-attr]
             writer.add_string(CLASS, type(model).__name__)
             if record is not None:

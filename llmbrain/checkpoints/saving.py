@@ -1,4 +1,4 @@
-"""Save a pruned model in one of four formats."""
+"""Save a pruned model in one of six formats."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_option
+from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain._version import __version__
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
+from llmbrain.checkpoints.gguf_writing import write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.remote import write_remote_code
 from llmbrain.checkpoints.shapes import RECORD, build_empty, record_shapes, stock_config, text_config, width_key
@@ -20,7 +21,7 @@ from llmbrain.checkpoints.shapes import RECORD, build_empty, record_shapes, stoc
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = ("per-layer", "remote-code", "uniform", "masked")
+FORMATS = ("per-layer", "remote-code", "uniform", "padded", "masked", "gguf")
 
 
 def save_pruned(
@@ -31,8 +32,11 @@ def save_pruned(
     format: str = "per-layer",
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    multiple_of: int = 1,
+    gguf_type: str = "f16",
+    like: str | Path | None = None,
 ) -> Path:
-    """Write a model to a folder that loads again.
+    """Write a model to a folder, or to a GGUF file, that loads again.
 
     Parameters
     ----------
@@ -44,17 +48,24 @@ def save_pruned(
     format : str
         ``"per-layer"``: widths in ``per_layer_config``; `load_model` and `load_pruned` open it. ``"remote-code"``: the
         same and a class in the folder; plain transformers open it with ``trust_remote_code=True``. ``"uniform"``: an
-        ordinary checkpoint; needs one width in all layers. ``"masked"``: an ordinary checkpoint with the shapes of the
-        uncut model and zeros where neurons were.
+        ordinary checkpoint; needs one width in all layers. ``"padded"``: an ordinary checkpoint, with zeros up to the
+        widest layer. ``"masked"``: an ordinary checkpoint with the shapes of the uncut model and zeros where neurons
+        were. ``"gguf"``: one file for llama.cpp; see `write_gguf`.
     max_shard_size : int or str
         Bytes in one safetensors file, e.g. ``"5GB"``.
     overwrite : bool
         Replace a model that is there already.
+    multiple_of : int
+        With ``"padded"``, the width is rounded up to a multiple of it.
+    gguf_type : {"f32", "f16", "bf16", "q8_0"}
+        With ``"gguf"``, what matrices are stored as.
+    like : str or Path, optional
+        With ``"gguf"``, a GGUF of the dense model whose tokenizer is taken.
 
     Returns
     -------
     Path
-        The folder: config, weights, generation config, tokenizer and ``pruning.json`` (what was cut,
+        The file, or the folder: config, weights, generation config, tokenizer and ``pruning.json`` (what was cut,
         with which calibration and versions).
 
     Raises
@@ -66,16 +77,22 @@ def save_pruned(
     """
     check_option("format", format, FORMATS)
     path = Path(path)
+    check_whole("multiple_of", multiple_of, 1)
+    if format == "gguf":
+        return _save_gguf(model, tokenizer, path, gguf_type, like, overwrite)
+    if like is not None:
+        raise InputError(f"like={str(like)!r} is for format='gguf', this is format={format!r}")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     if (path / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
-    if not hasattr(model, "save_pretrained"):
-        raise InputError(f"model {type(model).__name__} is not a transformers model: it cannot be saved")
+    _check_saveable(model)
     record_shapes(model)
     exported: Any = model
     if format == "uniform":
         exported = _stock_copy(model, format, width=_one_width(model))
+    elif format == "padded":
+        exported = _stock_copy(model, format, width=-(-max(anatomy(model).widths) // multiple_of) * multiple_of)
     elif format == "masked":
         exported = _stock_copy(model, format, width=None)
     # Stock code renames old keys by the name of its class: what the folder's own class loads must have the new ones.
@@ -86,6 +103,29 @@ def save_pruned(
         write_remote_code(model, path)
     (path / PROVENANCE).write_text(json.dumps(_provenance(model, format), indent=1), encoding="utf-8")
     return path
+
+
+def _check_saveable(model: nn.Module) -> None:
+    if not hasattr(model, "save_pretrained"):
+        raise InputError(f"model {type(model).__name__} is not a transformers model: it cannot be saved")
+
+
+def _save_gguf(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: Path,
+    gguf_type: str,
+    like: str | Path | None,
+    overwrite: bool,
+) -> Path:
+    if path.exists() and (path.is_dir() or not overwrite):
+        raise FileExistsError(f"{path} exists already: give another name that ends in .gguf, or overwrite=True")
+    _check_saveable(model)
+    record_shapes(model)
+    record = _provenance(model, "gguf")
+    for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use
+        cut.get("plan", {}).pop("scores", None)
+    return write_gguf(model, tokenizer, path, gguf_type=gguf_type, like=like, record=record)
 
 
 def _provenance(model: nn.Module, format: str) -> dict[str, Any]:
@@ -105,11 +145,11 @@ def _one_width(model: nn.Module) -> int:
     if len(widths) > 1:
         raise InputError(
             f"format='uniform' needs one width in all layers, this model has {widths[0]} to {widths[-1]}: plan with "
-            "allocation='uniform' and nothing protected, or use 'per-layer', 'remote-code' or 'masked'"
+            "allocation='uniform' and nothing protected, or use 'per-layer', 'remote-code', 'padded' or 'masked'"
         )
     if len({layer.out.units for layer in layers if layer.out is not None}) > 1:
         raise InputError(
-            "format='uniform' needs the same heads in all layers: use 'per-layer', 'remote-code' or 'masked'"
+            "format='uniform' needs the same heads in all layers: use 'per-layer', 'remote-code', 'padded' or 'masked'"
         )
     return widths[0]
 
@@ -127,21 +167,24 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     _ask_for_biases(model, text)
     if width is not None:
         _ask_for_heads(model, text)
+    padded = format == "padded"
     empty = build_empty(type(model), config)
     layers, stock = anatomy(model).layers, anatomy(empty).layers
     if any(s.width not in target for s in stock):
         raise InputError(
             f"format={format!r}: {type(model).__name__} has no config entry for the width of its MLP (it is always "
-            f"{stock[0].width}): use 'per-layer', 'remote-code' or 'masked'"
+            f"{stock[0].width}): use 'per-layer', 'remote-code', 'padded' or 'masked'"
         )
-    if width is not None and any(
-        a.out is not None and b.out is not None and a.out.units != b.out.units for a, b in zip(layers, stock)
+    if (
+        width is not None
+        and not padded
+        and any(a.out is not None and b.out is not None and a.out.units != b.out.units for a, b in zip(layers, stock))
     ):
         raise InputError(
             f"format='uniform': the config of {type(model).__name__} cannot say that heads are fewer and no wider: use "
             "'per-layer', 'remote-code' or 'masked'"
         )
-    state = {**dict(model.state_dict()), **_padded(layers, stock, cuts if width is None else [])}
+    state = {**dict(model.state_dict()), **_padded(layers, stock, None if padded else cuts if width is None else [])}
     for name, tensor in empty.state_dict().items():
         if name not in state and name.endswith("bias"):
             state[name] = torch.zeros(tensor.shape, dtype=model.dtype)
@@ -164,7 +207,7 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
 
 def _ask_for_heads(model: nn.Module, text: Any) -> None:
     """Say in the config how many heads there are, where it can say so without changing their size."""
-    layer = anatomy(model).layers[0]
+    layer = max(anatomy(model).layers, key=lambda layer: layer.n_kv_heads)
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
     cut = layer.out is not None and layer.n_heads != getattr(text, "num_attention_heads", layer.n_heads)
     if cut and all(hasattr(text, name) for name in names):
@@ -185,14 +228,23 @@ def _ask_for_biases(model: nn.Module, text: Any) -> None:
             text.attention_bias = True
 
 
-def _padded(layers: list[LayerAnatomy], stock: list[LayerAnatomy], cuts: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """State-dict entries of the weights that were cut, with zeros where units are missing."""
+def _padded(
+    layers: list[LayerAnatomy], stock: list[LayerAnatomy], cuts: list[dict[str, Any]] | None
+) -> dict[str, Tensor]:
+    """State-dict entries of the weights that were cut, with zeros where units are missing.
+
+    Units stand where they stood before the `cuts`; None: one after the other, with the zeros behind them.
+    """
+
+    def places(name: str, i: int, units: int) -> Tensor | None:
+        return torch.arange(units) if cuts is None else _kept(cuts, name, i)
+
     state: dict[str, Tensor] = {}
     for i, (small, full) in enumerate(zip(layers, stock)):
-        jobs = [(small.neuron_projections, full.neuron_projections, _kept(cuts, "kept", i))]
+        jobs = [(small.neuron_projections, full.neuron_projections, places("kept", i, small.width))]
         if small.out is not None and full.out is not None:
             heads = ((*small.heads, small.out), (*full.heads, full.out))
-            jobs.append((*heads, _kept(cuts, "kept_heads", i)))
+            jobs.append((*heads, places("kept_heads", i, small.out.units)))
         for smalls, fulls, kept in jobs:
             if kept is None or len(kept) == fulls[0].units:
                 continue

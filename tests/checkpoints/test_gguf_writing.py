@@ -1,0 +1,206 @@
+"""GGUF files out: the same function here again, and in llama.cpp; what it has no place for is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from llama_engine import Engine
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import llmbrain as lb
+from llmbrain._validation import InputError
+from llmbrain.anatomy import anatomy
+from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
+from llmbrain.checkpoints.gguf_layout import interleave, split_halves
+
+SHARED = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+LLAMA3 = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "llama3": (LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma": (GemmaConfig, {"head_dim": 16}),
+    "gemma2": (Gemma2Config, {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32,
+                                  "num_hidden_layers": 6}),
+}  # fmt: skip
+PROMPT = "Once upon a time, there was a little girl"
+
+
+class TableGelu(torch.nn.Module):
+    """llama.cpp looks GELU up in a table of float16."""
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+def make(family: str):
+    """A random model whose norms and biases are not 1 and 0."""
+    config, own = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**SHARED | own)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3 if parameter.ndim == 1 else 0.05)
+    return model
+
+
+def cut(model, how: str):
+    layers = anatomy(model).layers
+    widths = {"none": None, "uniform": [32] * 9}.get(how, [64, 32, 7])
+    for layer, width in zip(layers, widths or []):
+        keep_neurons(layer, range(width))
+    if how in ("uneven", "biased"):
+        keep_heads(anatomy(model).layers[1], [1])
+    if how in ("biased", "biased-uniform"):
+        for layer in anatomy(model).layers:
+            add_bias(layer.down)
+            add_bias(layer.out)
+            with torch.no_grad():
+                layer.down.module.bias.normal_()
+                layer.out.module.bias.normal_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shared_data):
+    return AutoTokenizer.from_pretrained(shared_data / "models/stories260K")
+
+
+CASES = [(family, how) for family in FAMILIES for how in ("none", "uniform")]
+CASES += [
+    (family, how) for family in ("llama", "llama3", "llama-biased", "mistral", "qwen2") for how in ("uneven", "biased")
+]
+CASES += [("qwen3", "uneven")]
+
+
+@pytest.mark.parametrize(("family", "how"), CASES)
+def test_the_file_holds_the_model(family, how, tokenizer, tmp_path):
+    model = cut(make(family), how)
+    path = lb.save_pruned(model, tokenizer, tmp_path / "small.gguf", format="gguf", gguf_type="f32")
+    again, tokens = lb.load_model(path)
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    with torch.no_grad():
+        wanted = model(ids).logits
+        # norms stored as 1 + w lose the last bit
+        assert torch.allclose(again(ids).logits, wanted, atol=1e-4 if family.startswith("gemma") else 0, rtol=0)
+    assert tokens(PROMPT).input_ids == ids[0].tolist()
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("llama.cpp is not here: pip install 'llmbrain[serve]'")
+    engine = Engine(path)
+    assert engine.tokenize(PROMPT) == ids[0].tolist()
+    found = engine.logprobs(ids[0].tolist(), SHARED["vocab_size"])
+    reference = wanted[0, -1].double().log_softmax(-1)
+    assert len(found) == SHARED["vocab_size"]
+    if family.startswith("gemma"):
+        for layer in anatomy(model).layers:
+            layer.block.mlp.act_fn = TableGelu()
+        with torch.no_grad():
+            reference = model(ids).logits[0, -1].double().log_softmax(-1)
+    # float32 in another order of sums; the sandwich norms of Gemma 3 magnify what is left of the table
+    scale = max(1.0, float(wanted[0, -1].abs().max()))
+    assert max(abs(found[i] - float(reference[i])) for i in found) < (5e-4 if family == "gemma3" else 1e-4) * scale
+    written = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert engine.greedy(ids[0].tolist(), 16) == written[0, ids.shape[1] :].tolist()
+
+
+def test_types_are_as_near_as_they_say(tokenizer, tmp_path):
+    model = cut(make("llama"), "uneven")
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    with torch.no_grad():
+        wanted = model(ids).logits
+        for kind, near in (("f16", 0.02), ("bf16", 0.15), ("q8_0", 0.15)):
+            path = lb.save_pruned(model, tokenizer, tmp_path / f"{kind}.gguf", format="gguf", gguf_type=kind)
+            error = (lb.load_model(path)[0](ids).logits - wanted).abs().max() / wanted.abs().max()
+            assert 0 < error < near, kind
+    sizes = [(tmp_path / f"{kind}.gguf").stat().st_size for kind in ("q8_0", "f16")]
+    assert sizes[0] < sizes[1]
+
+
+def test_like_gives_the_tokenizer_of_the_dense_file(tokenizer, tmp_path):
+    dense = lb.save_pruned(make("llama"), tokenizer, tmp_path / "dense.gguf", format="gguf")
+    small = cut(make("llama"), "uneven")
+    path = lb.save_pruned(small, None, tmp_path / "small.gguf", format="gguf", like=dense)
+    import gguf
+
+    ours, theirs = (gguf.GGUFReader(p).fields for p in (path, dense))
+    for key in theirs:
+        if key.startswith("tokenizer.ggml"):
+            assert ours[key].contents() == theirs[key].contents(), key
+
+
+REFUSED = {
+    "llama.cpp reads no gemma2 model with layers that differ": ("gemma2", "uneven"),
+    "llama.cpp reads a qwen3 model with layers that differ only without a bias": ("qwen3", "biased"),
+    "llama.cpp reads no gemma model with a bias": ("gemma", "biased-uniform"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_llama_cpp_has_no_place_for_is_refused(message, tokenizer, tmp_path):
+    family, how = REFUSED[message]
+    model = make(family)
+    if how == "biased-uniform":
+        for layer in anatomy(model).layers:
+            add_bias(layer.down)
+    else:
+        cut(model, how)
+    with pytest.raises(InputError, match=message):
+        lb.save_pruned(model, tokenizer, tmp_path / "small.gguf", format="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_models_and_names_are_refused(tokenizer, tmp_path):
+    from transformers import GPT2Config
+
+    other = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=512))
+    with pytest.raises(InputError, match="not GPT2LMHeadModel"):
+        lb.save_pruned(other, tokenizer, tmp_path / "small.gguf", format="gguf")
+    with pytest.raises(InputError, match=r"must end in \.gguf"):
+        lb.save_pruned(make("llama"), tokenizer, tmp_path / "small", format="gguf")
+    with pytest.raises(InputError, match="gguf_type='q4'"):
+        lb.save_pruned(make("llama"), tokenizer, tmp_path / "small.gguf", format="gguf", gguf_type="q4")
+    windowed = AutoModelForCausalLM.from_config(MistralConfig(**SHARED | {"sliding_window": 16}))
+    with pytest.raises(InputError, match="sliding_window=16"):
+        lb.save_pruned(windowed, tokenizer, tmp_path / "small.gguf", format="gguf")
+    (tmp_path / "there.gguf").write_bytes(b"")
+    with pytest.raises(FileExistsError, match="exists already"):
+        lb.save_pruned(make("llama"), tokenizer, tmp_path / "there.gguf", format="gguf")
+
+
+def test_rows_are_interleaved_and_back():
+    rows = torch.arange(16.0).reshape(16, 1)
+    paired = interleave(rows, 8)
+    assert paired[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(split_halves(paired, 8), rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_padded_opens_in_plain_transformers(family, tokenizer, tmp_path):
+    model = cut(make(family), "uneven")
+    path = lb.save_pruned(model, tokenizer, tmp_path / "padded", format="padded", multiple_of=48)
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    assert plain.config.intermediate_size == 96  # 64, rounded up
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
+    narrow = AutoModelForCausalLM.from_pretrained(lb.save_pruned(model, None, tmp_path / "narrow", format="padded"))
+    assert narrow.config.intermediate_size == 64
