@@ -182,7 +182,7 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     ):
         raise InputError(
             f"format='uniform': the config of {type(model).__name__} cannot say that heads are fewer and no wider: use "
-            "'per-layer', 'remote-code' or 'masked'"
+            "'per-layer', 'remote-code', 'padded' or 'masked'"
         )
     state = {**dict(model.state_dict()), **_padded(layers, stock, None if padded else cuts if width is None else [])}
     for name, tensor in empty.state_dict().items():
