@@ -1,18 +1,22 @@
-"""Cut neurons and heads out of weights: the tensors get smaller, the modules stay what they are."""
+"""Cut units out of weights: the tensors get smaller, the modules stay what they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
+from llmbrain.anatomy.units import HEADS, NEURONS, Units
 
 
-def check_cuttable(anatomy: Anatomy) -> None:
-    """Refuse weights that can not be cut: quantised, offloaded, or shared between layers.
+def check_cuttable(anatomy: Anatomy, units: Units = NEURONS) -> None:
+    """Refuse weights that can not be cut: quantized, offloaded, or shared between layers.
 
     Raises
     ------
@@ -21,7 +25,7 @@ def check_cuttable(anatomy: Anatomy) -> None:
     """
     seen: dict[int, str] = {}
     for layer in anatomy.layers:
-        modules = {id(p.module): p for p in layer.neuron_projections}
+        modules = {id(p.module): p for p in units.projections(layer)}
         for projection in modules.values():
             weight = getattr(projection.module, "weight", None)
             if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.ndim != 2:
@@ -40,32 +44,39 @@ def check_cuttable(anatomy: Anatomy) -> None:
             seen[id(weight)] = projection.path
 
 
-def keep_neurons(layer: LayerAnatomy, kept: Sequence[int] | Tensor) -> None:
-    """Leave a layer only the neurons `kept`, in this order's ascending form.
+def cut(layer: LayerAnatomy, units: Units, kept: Sequence[int] | Tensor) -> None:
+    """Leave a layer only the units `kept`, in ascending order.
 
     `layer` describes the weights as they were: look the anatomy up again afterwards.
-    """
-    _keep(layer.neuron_projections, kept)
-
-
-def keep_heads(layer: LayerAnatomy, kept: Sequence[int] | Tensor) -> None:
-    """Leave a layer's attention only the key/value groups `kept`, each with all its query heads.
 
     Raises
     ------
     InputError
-        If the heads of this architecture can not be cut, or none would be left.
+        If the units of this architecture can not be cut, or none would be left.
     """
-    if not layer.heads or layer.out is None or layer.attention is None:
-        raise InputError(f"{layer.path}: the heads of this architecture cannot be cut")
-    groups = layer.out.units
-    _keep((*layer.heads, layer.out), kept)
-    ratio = len(torch.as_tensor(kept)) / groups
+    output = units.output(layer)
+    if not units.inputs(layer) or output is None:
+        raise InputError(f"{layer.path}: the {units.name} of this architecture cannot be cut")
+    before = output.units
+    _keep(units.projections(layer), kept)
+    if units is not HEADS or layer.attention is None:
+        return
+    ratio = len(torch.as_tensor(kept)) / before
     for module in (layer.attention, getattr(layer.attention, "self", None)):
         for name in HEAD_COUNTS if module is not None else ():
             value = getattr(module, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 setattr(module, name, round(value * ratio))
+
+
+def keep_neurons(layer: LayerAnatomy, kept: Sequence[int] | Tensor) -> None:
+    """Leave a layer only the neurons `kept`: see `cut`."""
+    cut(layer, NEURONS, kept)
+
+
+def keep_heads(layer: LayerAnatomy, kept: Sequence[int] | Tensor) -> None:
+    """Leave a layer's attention only the key/value groups `kept`, each with all its query heads: see `cut`."""
+    cut(layer, HEADS, kept)
 
 
 # What attention modules compute from the number of heads when they are built.
@@ -77,10 +88,10 @@ HEAD_COUNTS = (
 
 def _keep(projections: Iterable[Projection], kept: Sequence[int] | Tensor) -> None:
     with torch.device("cpu"):  # positions are real also where a model is built without memory
-        _cut(list(projections), kept)
+        _select(list(projections), kept)
 
 
-def _cut(projections: list[Projection], kept: Sequence[int] | Tensor) -> None:
+def _select(projections: list[Projection], kept: Sequence[int] | Tensor) -> None:
     units = torch.unique(torch.as_tensor(kept, dtype=torch.long))
     by_module: dict[int, list[Projection]] = {}
     for projection in projections:
@@ -128,3 +139,69 @@ def add_bias(projection: Projection) -> nn.Parameter:
     size = weight.shape[1 - projection.axis]
     module.bias = nn.Parameter(weight.new_zeros(size), requires_grad=weight.requires_grad)
     return module.bias
+
+
+@dataclass
+class Refit:
+    """New entries of an output projection for the units that stay.
+
+    Attributes
+    ----------
+    weight : (kept columns, outputs)
+    bias : (outputs,), optional
+        Instead of the old one.
+    ridge : float
+        What it was fitted with.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    ridge: float = 0.0
+
+
+@dataclass
+class Change:
+    """What becomes of an output projection: which units stay, and their new weights where it is refitted."""
+
+    kept: Tensor
+    refit: Refit | None = None
+
+
+def write(output: Projection, change: Change) -> None:
+    """Write a change into an output projection: new columns for units that stay, zeros for those that go."""
+    weight = output.weight()
+    device = weight.device
+    rows = output.rows(change.kept.cpu()) - output.start
+    with torch.no_grad():
+        if change.refit is None:
+            gone = torch.ones(len(weight), dtype=torch.bool)
+            gone[rows] = False
+            weight[gone.to(device)] = 0
+            return
+        new = torch.zeros_like(weight)
+        new[rows.to(device)] = change.refit.weight.to(device, weight.dtype)
+        weight.copy_(new)
+        if change.refit.bias is not None:  # the target is the whole output, old bias included
+            bias = add_bias(output)
+            bias.copy_(change.refit.bias.to(bias.device, bias.dtype))
+
+
+@contextmanager
+def restored(layers: Sequence[LayerAnatomy], kinds: Sequence[Units] = (NEURONS,)) -> Iterator[None]:
+    """Within the block output projections may be written to; afterwards they are as before, whatever happened."""
+    modules: list[Any] = [p.module for layer in layers for units in kinds if (p := units.output(layer)) is not None]
+    saved = [(module, *(_copy(getattr(module, name, None)) for name in ("weight", "bias"))) for module in modules]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, weight, bias in saved:
+                module.weight.copy_(weight)
+                if bias is None:
+                    module.bias = None
+                else:
+                    module.bias.copy_(bias)
+
+
+def _copy(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().clone()

@@ -1,9 +1,9 @@
-"""Pruning: criteria, allocation, compensation; plans before knives."""
+"""Pruning: calibrate, score, allocate, cut, repair; plans before knives."""
 
-from llmbrain.pruning.calibrate.windows import write_windows
+from llmbrain.pruning.calibrate.windows import Calibration, write_windows
 from llmbrain.pruning.plan import PruningPlan
-from llmbrain.pruning.planning import plan_pruning
+from llmbrain.pruning.planner import PlanOptions, plan_pruning
 from llmbrain.pruning.prune import prune
 from llmbrain.pruning.recovery import recover
 
-__all__ = ["PruningPlan", "plan_pruning", "prune", "recover", "write_windows"]
+__all__ = ["Calibration", "PlanOptions", "PruningPlan", "plan_pruning", "prune", "recover", "write_windows"]

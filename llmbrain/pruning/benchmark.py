@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.pruning.calibrate.windows import check_enough
@@ -69,7 +69,7 @@ def compare_methods(
     window: int | None = None,
     max_windows: int = 128,
     test_windows: int | None = 96,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> pd.DataFrame:
     """Prune by every row of `ROWS` and measure perplexity.
 
@@ -108,7 +108,8 @@ def compare_methods(
     pool = as_windows(model, tokenizer, calibration, window, None if draws > 1 else max_windows)
     check_enough(pool, 1)
     held = as_windows(model, tokenizer, test, window, test_windows)
-    generator = torch.Generator().manual_seed(random_state)
+    first = seed_of(random_state)
+    generator = torch.Generator().manual_seed(first)
     sets = [pool[:max_windows]]
     sets += [pool[torch.randint(len(pool), (len(sets[0]),), generator=generator)] for _ in range(draws - 1)]
     rows: list[dict[str, Any]] = [{"method": "dense", "ratio": 0.0, "perplexity": perplexity(model, None, held)}]
@@ -122,7 +123,7 @@ def compare_methods(
             if any(other != method for other, _ in planners):
                 planners.clear()
             start = time.perf_counter()
-            made = Planner(model, method, sets[i], networks=networks, random_state=random_state + i)
+            made = Planner(model, method, sets[i], networks=networks, random_state=first + i)
             planners[method, i] = made, time.perf_counter() - start
         return planners[method, i]
 

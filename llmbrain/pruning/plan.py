@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.anatomy.families import Anatomy, Projection, anatomy
+from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.text import digest
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class PruningPlan:
     parameters: int = 0
     parameters_removed: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept_units(self) -> dict[Units, Kept]:
+        """What stays, by kind of units; only kinds that are touched."""
+        return {NEURONS: self.kept} if self.kept_heads is None else {NEURONS: self.kept, HEADS: self.kept_heads}
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -176,13 +182,13 @@ class PruningPlan:
             raise InputError(
                 f"plan was made for layers of {_runs(self.widths_before)} neurons, this model has {_runs(body.widths)}"
             )
-        own = weights_fingerprint(body)
+        own = weights_digest(body)
         if own != self.fingerprint:
             raise InputError(f"plan was made for weights {self.fingerprint}, this model has {own}: make a new plan")
         return body
 
 
-def weights_fingerprint(body: Anatomy) -> str:
+def weights_digest(body: Anatomy) -> str:
     """Hash of a sample of every MLP weight, independent of device: 16 hexadecimal digits."""
     digest = sha256()
     for layer in body.layers:
@@ -193,20 +199,13 @@ def weights_fingerprint(body: Anatomy) -> str:
     return digest.hexdigest()[:16]
 
 
-def parameters_removed(body: Anatomy, kept: Kept, kept_heads: Kept | None) -> int:
+def parameters_removed(body: Anatomy, kept: Mapping[Units, Kept]) -> int:
     """Parameters that go with the units that are not kept."""
-    total = 0
-    for i, layer in enumerate(body.layers):
-        total += (layer.width - len(kept[i])) * sum(_unit_parameters(p) for p in layer.neuron_projections)
-        if kept_heads is not None and layer.out is not None:
-            heads = (*layer.heads, layer.out)
-            total += (layer.out.units - len(kept_heads[i])) * sum(_unit_parameters(p) for p in heads)
-    return total
-
-
-def _unit_parameters(projection: Projection) -> int:
-    bias = projection.bias()
-    return (projection.weight().numel() + (0 if bias is None else bias.numel())) // projection.units
+    return sum(
+        (units.count(layer) - len(k)) * units.parameters(layer)
+        for units, of in kept.items()
+        for layer, k in zip(body.layers, of)
+    )
 
 
 def check_protect(protect: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:

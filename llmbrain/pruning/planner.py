@@ -1,62 +1,281 @@
-"""From scores to a plan: how many units each layer keeps, and which; what ratios share is done once."""
+"""Make a `PruningPlan`: score units, spread the budget over layers, choose what stays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_option
+from llmbrain._validation import InputError, check_range, seed_of
+from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.anatomy.surgery import Change, restored
+from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.text import digest
-from llmbrain.pruning.allocate.widths import ALLOCATIONS, LEVELS, Budget, from_curves, from_losses, ranked, uniform
-from llmbrain.pruning.calibrate.losses import Objective
-from llmbrain.pruning.calibrate.walk import Change, Site, Step, restored, split_windows, walk, write
-from llmbrain.pruning.criteria.scorer import Scorer, best_units
-from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_fingerprint
-from llmbrain.pruning.prune import fit
-from llmbrain.pruning.repair.least_squares import least_squares
+from llmbrain.networks import FunctionalNetworks
+from llmbrain.pruning.allocate.budget import Budget, given_widths
+from llmbrain.pruning.allocate.search import PASSES, Allocator
+from llmbrain.pruning.allocate.shares import uniform
+from llmbrain.pruning.calibrate.stream import Measured
+from llmbrain.pruning.calibrate.windows import Calibration, scans_with_tokens
+from llmbrain.pruning.criteria import Material, criterion
+from llmbrain.pruning.criteria.networks import BALANCE
+from llmbrain.pruning.criteria.scorer import Scorer
+from llmbrain.pruning.forget.conditions import condition_numbers, condition_weights, token_conditions
+from llmbrain.pruning.forget.neurons import LEVEL, neurons_to_forget
+from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_digest
+from llmbrain.pruning.repair.fit import fit
+from llmbrain.scanning.scans import Scan
 
-PASSES = 24  # forward passes over the calibration text that a search may cost
-OF_SENSITIVITY = 1 / 3  # share of them for the sensitivities it starts from
-OF_CANDIDATE = 2.25  # passes that one allocation takes: two of the walk, one of the held-out windows
-LOSS_TOKENS = 8192  # tokens on which a loss is measured, at most
-SURE = 2.0  # standard errors of a gain on held-out windows
-SCAN_RIDGE = 1e-3  # of the fits that sensitivities are measured with
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-class Planner:
-    """Plans of one model, method and calibration, at any ratio.
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `plan_pruning` takes beside the things that every plan needs.
+
+    Attributes
+    ----------
+    multiple_of : int
+        Widths of cut layers are multiples of it (8 to 256: what hardware likes).
+    sequential : bool, optional
+        Score each layer on the already pruned and repaired prefix. Default: where the method is meant so.
+    passes : float
+        Forward passes over the calibration text that ``"sensitivity"`` and ``"search"`` may take: a third of them
+        measures layers alone, the rest whole allocations, 2.25 passes each.
+    token_balance : float
+        With ``"networks"``: how far to go from equal tokens (0) to weights by what the networks leave unexplained (1),
+        so that rare functions are not drowned by frequent ones: see `llmbrain.pruning.criteria.networks`. Weights of
+        the calibration go first. `prune` takes the weights over from the plan.
+    level : float
+        Of `forget`: share of a condition's known tokens that may still be predicted.
+    rule : dict, optional
+        Options of the criterion's own: for ``"published"`` those of `published_scores`.
+    """
+
+    multiple_of: int = 1
+    sequential: bool | None = None
+    passes: float = PASSES
+    token_balance: float = BALANCE
+    level: float = LEVEL
+    rule: dict[str, Any] | None = None
+
+
+CALIBRATION_OPTIONS = ("window", "max_windows", "weights")  # fields of `Calibration` that are taken as keywords too
+
+
+def plan_pruning(
+    model: nn.Module,
+    networks: FunctionalNetworks | None = None,
+    scans: Sequence[Scan] | None = None,
+    *,
+    ratio: float | None = None,
+    method: str = "networks",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Calibration | Sequence[str] | Sequence[Scan] | Tensor | None = None,
+    allocation: str | Sequence[int] | None = None,
+    protect: Sequence[int] | None = None,
+    head_ratio: float = 0.0,
+    keep: Sequence[str] | None = None,
+    forget: Sequence[str] | None = None,
+    random_state: int | None = 0,
+    **options: Any,
+) -> PruningPlan:
+    """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
 
     Parameters
     ----------
-    model, method, windows, **options
-        As `Scorer` takes them.
-    passes : float
-        Forward passes over the calibration text that ``"sensitivity"`` and ``"search"`` may cost together.
+    model : transformers model
+        Not changed.
+    networks : FunctionalNetworks, optional
+        For methods that use them.
+    scans : sequence of Scan, optional
+        For ``"published"``: with the sites ``gate`` and ``up`` (recorded from `calibration` if not given). Their tokens
+        serve as calibration where none is given.
+    ratio : float
+        Share of all MLP neurons to remove, in (0, 1); met exactly, or as nearly as `multiple_of` allows. Only `forget`
+        and an allocation of widths can do without.
+    method : str
+        A name in `CRITERIA`.
+    tokenizer, calibration
+        Texts, int64 windows ``(n, window)``, scans, or a `Calibration`.
+    allocation : str or sequence of int, optional
+        ``"uniform"``, ``"global"``, ``"clamped"``, ``"sensitivity"``, ``"search"``, or the widths themselves, which
+        must be what `ratio`, `protect` and `multiple_of` allow. Default: the method's own (``"global"`` for
+        ``"published"``, ``"search"`` for ``"networks"``, else ``"uniform"``).
+    protect : sequence of int, optional
+        Layers that are not cut. Default: none; for ``"published"`` the first 3 and last 2 where there are more than 5.
+    head_ratio : float
+        Share of attention heads to remove, in whole key/value groups, by the same method and allocation. Networks that
+        span neurons and heads (of ``scan.joined("neuron", "head")``) cover their key heads too.
+    keep, forget : sequence of str, optional
+        Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.forget`. Both
+        take the scans as calibration; `forget` first removes the neurons of
+        `llmbrain.pruning.forget.neurons.neurons_to_forget`; with ``ratio=None`` no more than those.
+    random_state : int, optional
+        Of random scores and of FastICA.
+    **options
+        ``multiple_of``, ``sequential``, ``passes``, ``token_balance``, ``level``, ``rule``: see `PlanOptions`; and
+        ``window``, ``max_windows``, ``weights`` of the calibration text: see `Calibration`.
+
+    Returns
+    -------
+    PruningPlan
+
+    Raises
+    ------
+    InputError
+        If the ratio is impossible, the method unknown, or what it needs is missing or too short.
+    """
+    criterion(method)
+    text = {name: options.pop(name) for name in CALIBRATION_OPTIONS if name in options}
+    given = Calibration.of(calibration, tokenizer, **text)
+    how = plan_options(options)
+    body = anatomy(model)
+    functions: _Functions | None = None
+    if keep or forget:
+        if not scans or given.source is not None or given.weights is not None:
+            raise InputError("keep and forget take scans with events as calibration (no calibration, no weights)")
+        if forget and (allocation is not None or protect):
+            raise InputError("forget says itself where to cut: leave allocation and protect away")
+        functions = _functions(
+            model, body, replace(given, source=list(scans)), ratio, how, _names(keep), _names(forget)
+        )
+        given = functions.calibration
+        ratio = functions.ratio if functions.ratio is not None else ratio
+        allocation = functions.widths if functions.widths is not None else allocation
+    elif given.source is None and scans_with_tokens(scans or ()):
+        given = replace(given, source=list(scans or ()))
+    if ratio is None and (allocation is None or isinstance(allocation, str)):
+        raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
+    protected = check_protect(protect, len(body.layers))
+    if ratio is not None and functions is None:
+        Budget.of(body.widths, ratio, protected, how.multiple_of)  # fails before any work
+    if head_ratio:
+        HEADS.check(body, head_ratio)
+        Budget.of(HEADS.counts(body), head_ratio, protected, name=HEADS.option)
+    planner = Planner(
+        model, method, given.windows(model), networks=networks, scans=scans, random_state=random_state,
+        weights=given.weights, token_balance=how.token_balance, rule=how.rule, passes=how.passes,
+    )  # fmt: skip
+    if functions is not None:
+        planner.scorer.targets = functions.targets
+        planner.material.details["functions"] = functions.record
+    return planner.plan(
+        ratio, allocation=allocation, protect=protect, multiple_of=how.multiple_of, sequential=how.sequential,
+        head_ratio=head_ratio,
+    )  # fmt: skip
+
+
+def plan_options(options: dict[str, Any]) -> PlanOptions:
+    """The options as one object; an unknown name is a `TypeError`, as of any function."""
+    unknown = sorted(set(options) - {f.name for f in fields(PlanOptions)})
+    if unknown:
+        raise TypeError(f"plan_pruning() got unexpected keyword arguments {unknown}")
+    return PlanOptions(**options)
+
+
+@dataclass(frozen=True)
+class _Functions:
+    """What keeping or forgetting functions asks of a plan."""
+
+    calibration: Calibration
+    record: dict[str, Any]
+    ratio: float | None = None
+    widths: tuple[int, ...] | None = None
+    targets: NDArray[np.bool_] | None = None
+
+
+def _functions(
+    model: nn.Module, body: Anatomy, calibration: Calibration, ratio: float | None, how: PlanOptions,
+    keep: Sequence[str], forget: Sequence[str],
+) -> _Functions:  # fmt: skip
+    windows = calibration.windows(model)
+    assert windows is not None
+    scans = calibration.scans or []
+    shape = (windows.shape[0], windows.shape[1])
+    weights = condition_weights(scans, shape, keep, forget)
+    record: dict[str, Any] = {"keep": list(keep), "forget": list(forget)}
+    text = Calibration(windows, max_windows=None, weights=weights)
+    if not forget:
+        return _Functions(text, record)
+    check_range("level", how.level, 0, 1)
+    if ratio is not None:
+        check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
+    labels, names = token_conditions(scans, shape)
+    wanted = condition_numbers("forget", forget, names)
+    if len(wanted) == len(names):
+        raise InputError(f"forget={list(forget)} names every condition: nothing would be left")
+    space, multiple = NeuronSpace(body.widths), how.multiple_of
+    most = None if ratio is None else round(ratio * space.n_neurons)
+    found = neurons_to_forget(model, body, windows, labels, names, wanted, most=most, level=how.level)
+    counts = [int(found.gone[space.layer_slice(i)].sum()) for i in range(len(body.layers))]
+    record |= {"targets": sum(counts), "left": found.left}
+    if not sum(counts):
+        raise InputError(f"forget={list(forget)}: no neuron is needed for it")
+    widths = tuple(w if not c else max(1, (w - c) // multiple * multiple) for w, c in zip(body.widths, counts))
+    if most is None:
+        ratio = 1 - sum(widths) / space.n_neurons
+    else:
+        widths = uniform(Budget(widths, space.n_neurons - most, (), multiple))
+    return _Functions(text, record, ratio, widths, found.gone)
+
+
+def _names(conditions: Sequence[str] | None) -> list[str]:
+    return [conditions] if isinstance(conditions, str) else list(conditions or ())
+
+
+class Planner:
+    """Plans of one model, method and calibration, at any ratio: what ratios share is done once.
+
+    Parameters
+    ----------
+    model : transformers model
+        Dense, now.
+    method : str
+        A name in `CRITERIA`.
+    windows : (n, window) int64, optional
+        Calibration text.
+    networks, scans, random_state, weights, token_balance, rule, passes
+        As in `plan_pruning`, `PlanOptions` and `Calibration`.
+
+    Attributes
+    ----------
+    scorer : Scorer
+    allocator : Allocator
     """
 
     def __init__(
-        self, model: nn.Module, method: str, windows: Tensor | None = None, *, passes: float = PASSES, **options: Any
+        self,
+        model: nn.Module,
+        method: str,
+        windows: Tensor | None = None,
+        *,
+        networks: FunctionalNetworks | None = None,
+        scans: Sequence[Scan] | None = None,
+        random_state: int | None = 0,
+        weights: Tensor | None = None,
+        token_balance: float = BALANCE,
+        rule: dict[str, Any] | None = None,
+        passes: float = PASSES,
     ) -> None:
-        if not passes > 0:
-            raise InputError(f"passes={passes!r} must be above 0: forward passes over the calibration text")
-        self.scorer = Scorer(model, method, windows, **options)
-        self.model, self.body, self.windows, self.passes = model, self.scorer.body, windows, passes
-        self._losses: dict[bool, NDArray[np.float64]] = {}
-        self._kinds = 1  # of units that share the passes: neurons, or neurons and heads
-
-    @property
-    def weights(self) -> Tensor | None:
-        """How much each calibration token counts."""
-        return self.scorer.weights
+        self.model, self.body, self.windows = model, anatomy(model), windows
+        self.material = Material(
+            model, self.body, windows, weights, networks, scans or (), seed_of(random_state), token_balance,
+            dict(rule or {}),
+        )  # fmt: skip
+        self.scorer = Scorer(method, self.material)
+        self.allocator = Allocator(self.scorer, passes)
 
     def plan(
         self,
-        ratio: float,
+        ratio: float | None,
         *,
         allocation: str | Sequence[int] | None = None,
         protect: Sequence[int] | None = None,
@@ -65,260 +284,84 @@ class Planner:
         head_ratio: float = 0.0,
     ) -> PruningPlan:
         """The plan of one ratio; parameters as in `plan_pruning`."""
-        criterion = self.scorer.criterion
+        criterion, material, body = self.scorer.criterion, self.material, self.body
         notes: list[str] = []
-        protected = self._protected(protect, notes)
-        budget = Budget.of(self.body.widths, ratio, protected, multiple_of)
-        head_budget = None
+        n = len(body.layers)
+        named = allocation if isinstance(allocation, str) or allocation is None else "given"
+        widths: tuple[int, ...] | None = None
+        if allocation is not None and not isinstance(allocation, str):  # they say themselves what is protected
+            protected = check_protect(protect, n)
+            widths = given_widths(allocation, body.widths, ratio, protected, multiple_of)
+            ratio = 1 - sum(widths) / sum(body.widths) if ratio is None else ratio
+        else:
+            protected = check_protect(criterion.protect(n, notes) if protect is None else protect, n)
+        if ratio is None:
+            raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
+        named = named or criterion.allocation
+        if named != "given":
+            self.allocator.check(named)
+        budgets: dict[Units, Budget] = {}
+        if widths is None:
+            budgets[NEURONS] = Budget.of(body.widths, ratio, protected, multiple_of)
         if head_ratio:
-            head_budget = Budget.of(groups_of(self.body, head_ratio), head_ratio, protected, name="head_ratio")
-            self.scorer.learn(heads=True)  # while the model is dense
-        self._kinds = 1 if head_budget is None else 2
-        if allocation is None:
-            allocation = {"published": "global", "networks": "search"}.get(criterion.name, "uniform")
+            HEADS.check(body, head_ratio)
+            budgets[HEADS] = Budget.of(HEADS.counts(body), head_ratio, protected, name=HEADS.option)
+            self.scorer.learn(HEADS)  # while the model is dense
+        self.allocator.kinds = 2 if head_ratio else 1
         sequential = self.windows is not None and (criterion.sequential if sequential is None else sequential)
-        details: dict[str, Any] = {}
-        groups = None if head_budget is None else self.allocate_heads(allocation, head_budget, details)
-        widths = self.allocate(allocation, budget, details, groups=groups, sequential=sequential)
-        kept, kept_heads = self.choose(widths, groups, sequential=sequential)
-        if criterion.name == "published":
-            details["threshold"] = self._threshold(kept, protected)
+        counts, details = self._counts(named, widths, budgets, sequential=sequential)
+        kept = self._choose(counts, sequential=sequential)
+        details |= criterion.facts(self.scorer.dense_scores, kept[NEURONS], protected)
         if self.windows is not None:
             details["calibration"] = {"hash": digest(self.windows), "shape": list(self.windows.shape)}
-        if self.scorer.balanced and self.weights is not None:
-            details["token_weights"] = np.round(self.weights.numpy().astype(float), 2).tolist()
+        if self.scorer.balanced and material.weights is not None:
+            details["token_weights"] = np.round(material.weights.numpy().astype(float), 2).tolist()
         return PruningPlan(
             method=criterion.name,
-            allocation=allocation if isinstance(allocation, str) else "given",
+            allocation=named,
             ratio=float(ratio),
-            kept=kept,
-            widths_before=self.body.widths,
-            fingerprint=weights_fingerprint(self.body),
-            kept_heads=kept_heads,
-            groups_before=tuple(layer.out.units if layer.out is not None else 0 for layer in self.body.layers),
+            kept=kept[NEURONS],
+            widths_before=body.widths,
+            fingerprint=weights_digest(body),
+            kept_heads=kept.get(HEADS),
+            groups_before=HEADS.counts(body),
             protect=protected,
             parameters=sum(p.numel() for p in self.model.parameters()),
-            parameters_removed=parameters_removed(self.body, kept, kept_heads),
-            details={**self.scorer.details, **details, "notes": [*self.scorer.notes, *notes]},
+            parameters_removed=parameters_removed(body, kept),
+            details={**material.details, **details, "notes": [*material.notes, *notes]},
         )
 
-    def _protected(self, protect: Sequence[int] | None, notes: list[str]) -> tuple[int, ...]:
-        n = len(self.body.layers)
-        if protect is None and self.scorer.criterion.name == "published":
-            protect = (0, 1, 2, n - 2, n - 1) if n > 5 else ()
-            if n <= 5:
-                notes.append(
-                    f"the published rule keeps the first 3 and last 2 layers; with {n} layers none is protected"
-                )
-        return check_protect(protect, n)
+    def _counts(
+        self, named: str, widths: tuple[int, ...] | None, budgets: dict[Units, Budget], *, sequential: bool
+    ) -> tuple[dict[Units, tuple[int, ...]], dict[str, Any]]:
+        """How many units of each kind each layer keeps (heads by the same share where only widths are given)."""
+        counts: dict[Units, tuple[int, ...]] = {}
+        facts: dict[str, Any] = {}
+        if HEADS in budgets:
+            counts[HEADS] = self.allocator.spread("uniform" if named == "given" else named, budgets[HEADS], HEADS)
+            facts |= self.allocator.facts(named, HEADS)
+        if widths is not None:
+            return {**counts, NEURONS: widths}, facts
+        best = self.allocator.spread(named, budgets[NEURONS])
+        facts |= self.allocator.facts(named, NEURONS)
+        if named == "search":
+            best, tried = self.allocator.search(best, budgets[NEURONS], counts, sequential=sequential)
+            facts |= tried
+        return {**counts, NEURONS: best}, facts
 
-    # -- how many ----------------------------------------------------------------------------------------------------
-
-    def allocate(
-        self,
-        allocation: str | Sequence[int],
-        budget: Budget,
-        details: dict[str, Any],
-        *,
-        groups: Sequence[int] | None = None,
-        sequential: bool = True,
-    ) -> tuple[int, ...]:
-        """Neurons that each layer keeps, where it keeps so many `groups` of heads."""
-        if not isinstance(allocation, str):
-            widths = tuple(int(w) for w in allocation)
-            if len(widths) != len(budget.widths) or any(not 1 <= w <= b for w, b in zip(widths, budget.widths)):
-                raise InputError(f"allocation={list(widths)} must give each layer 1 to {list(budget.widths)} neurons")
-            return widths
-        best = self._spread(allocation, budget)
-        if False in self._losses and allocation in ("sensitivity", "search"):
-            details["sensitivity"] = _sensitivity_record(self._losses[False])
-        return self._search(best, budget, details, groups, sequential) if allocation == "search" else best
-
-    def allocate_heads(
-        self, allocation: str | Sequence[int], budget: Budget, details: dict[str, Any]
-    ) -> tuple[int, ...]:
-        """Key/value groups that each layer keeps; the same share everywhere where only widths were given."""
-        groups = self._spread(allocation if isinstance(allocation, str) else "uniform", budget, heads=True)
-        if True in self._losses and allocation in ("sensitivity", "search"):
-            details["head_sensitivity"] = _sensitivity_record(self._losses[True])
-        return groups
-
-    def _spread(self, allocation: str, budget: Budget, *, heads: bool = False) -> tuple[int, ...]:
-        """Units by an allocation, with no whole model measured."""
-        check_option("allocation", allocation, ALLOCATIONS)
-        if allocation in ("sensitivity", "search") and self.windows is None:
-            raise InputError(f"allocation={allocation!r} needs calibration texts (or scans with tokens)")
-        if allocation == "uniform":
-            return uniform(budget)
-        if allocation in ("global", "clamped"):
-            scores = self.scorer.dense_scores(heads=heads)
-            standardise = self.scorer.criterion.standardise
-            return ranked(budget, scores, standardise=standardise, clamp=allocation == "clamped")
-        losses = self.sensitivity(heads=heads)
-        return from_losses(budget, losses) if allocation == "sensitivity" else from_curves(budget, losses)
-
-    def _search(
-        self,
-        best: tuple[int, ...],
-        budget: Budget,
-        details: dict[str, Any],
-        groups: Sequence[int] | None,
-        sequential: bool,
-    ) -> tuple[int, ...]:
-        """`best`, unless another allocation is surely better on held-out windows, within the budget of passes."""
-        others = [self._spread(name, budget) for name in ("global", "clamped", "uniform")]
-        middles = [budget.fit((np.array(best) + np.array(o)) / 2) for o in (others[0], others[2])]
-        candidates = list(dict.fromkeys([best, *middles, *others]))
-        affordable = int(self.passes * (1 - OF_SENSITIVITY) / OF_CANDIDATE)
-        candidates = candidates[: max(1, affordable)]
-        if len(candidates) == 1:
-            return best
-        losses = np.array([self.measure(c, groups, sequential=sequential) for c in candidates])
-        gain = losses[0] - losses  # by window
-        sure = gain.mean(1) > SURE * gain.std(1) / np.sqrt(gain.shape[1])
-        mean = np.where(sure, losses.mean(1), np.inf)
-        mean[0] = losses[0].mean()
-        chosen = int(np.argmin(mean))
-        details["search"] = [
-            {"widths": list(w), "loss": round(float(x), 6), "chosen": i == chosen}
-            for i, (w, x) in enumerate(zip(candidates, losses.mean(1)))
-        ]
-        return candidates[chosen]
-
-    def sensitivity(self, *, heads: bool = False) -> NDArray[np.float64]:
-        """Loss added when one layer alone loses each share of `LEVELS` and is refitted; ``(n_layers, levels)``.
-
-        Fitted and measured on the training part of the calibration windows: widths that minimise the noise of the very
-        windows that then choose between allocations would always win. Computed once.
-        """
-        if heads in self._losses:
-            return self._losses[heads]
-        objective = self._objective(held_out=False)
-        base = objective.mean()
-        losses = np.zeros((len(self.body.layers), len(LEVELS)))
-        scores: list[NDArray[np.float64]] = []
-
-        def look(site: Site) -> None:
-            i, units = site.layer.index, site.output.units
-            scores.append(self.scorer.score(site, i, heads=heads))
-            measured: dict[int, float] = {units: 0.0}  # few heads: several levels are the same cut
-            with restored([site.layer], heads=heads):
-                for k, level in enumerate(LEVELS):
-                    count = max(1, round((1 - level) * units))
-                    if count not in measured:
-                        kept = torch.from_numpy(best_units(scores[i], count))
-                        columns = (site.output.rows(kept) - site.output.start).to(site.weight.device)
-                        refit = least_squares(site.train, site.weight, columns, ridge=SCAN_RIDGE)
-                        write(site.output, Change(kept, refit))
-                        measured[count] = objective.mean() - base
-                    losses[i, k] = measured[count]
-
-        self.scorer.look("sensitivity", look, heads)
-        self.scorer.remember(scores, heads=heads)
-        self._losses[heads] = losses
-        return losses
-
-    def measure(
-        self, widths: Sequence[int], groups: Sequence[int] | None = None, *, sequential: bool = True
-    ) -> NDArray[np.float64]:
-        """Loss on each held-out window after a whole cut to these sizes, chosen and refitted on the others."""
-        objective = self._objective(held_out=True)
-
-        def step(site: Site, kept: NDArray[np.int64]) -> Change | None:
-            if len(kept) == site.output.units and not sequential:
-                return None
-            return fit(site, torch.from_numpy(kept), "least-squares", on=site.train)
-
-        with restored(self.body.layers, heads=groups is not None):
-            self._cut("search", step, widths, groups, sequential=sequential)
-            return objective.by_window()
-
-    def _objective(self, *, held_out: bool) -> Objective:
-        """The loss on held-out windows or on training ones, spread over the text."""
-        assert self.windows is not None
-        tokens = LOSS_TOKENS
-        if not held_out:
-            trials = len(self.body.layers) * len(LEVELS) * self._kinds
-            tokens = min(tokens, int(OF_SENSITIVITY * self.passes * self.windows.numel() / trials))
-        parts = [split_windows(x)[0 if held_out else 1] for x in (self.windows, self.weights) if x is not None]
-        count = max(1, tokens // parts[0].shape[1])
-        chosen = [p[:: max(1, len(p) // count)][:count] for p in parts]
-        return Objective(self.model, *chosen)
-
-    # -- which -------------------------------------------------------------------------------------------------------
-
-    def choose(
-        self, widths: Sequence[int], groups: Sequence[int] | None, *, sequential: bool
-    ) -> tuple[Kept, Kept | None]:
+    def _choose(self, counts: dict[Units, tuple[int, ...]], *, sequential: bool) -> dict[Units, Kept]:
         """The best units of each layer; sequentially, on the prefix as pruned and refitted so far."""
         if not sequential:
-            neurons = self._best(widths)
-            return neurons, None if groups is None else self._best(groups, heads=True)
-        kept: list[NDArray[np.int64]] = []
-        heads: list[NDArray[np.int64]] = []
+            return {units: self.scorer.best(counts[units], units) for units in (NEURONS, HEADS) if units in counts}
+        kept: dict[Units, list[NDArray[np.int64]]] = {units: [] for units in counts}
 
-        def step(site: Site, chosen: NDArray[np.int64]) -> Change | None:
-            of_heads = site.output is site.layer.out
-            (heads if of_heads else kept).append(chosen)
-            last = site.layer is self.body.layers[-1] and not of_heads
-            if last or len(chosen) == site.output.units:
+        def step(measured: Measured, chosen: NDArray[np.int64]) -> Change | None:
+            kept[measured.units].append(chosen)
+            last = measured.layer is self.body.layers[-1] and measured.units is NEURONS
+            if last or len(chosen) == measured.output.units:
                 return None
-            return fit(site, torch.from_numpy(chosen), "least-squares")
+            return fit(measured, torch.from_numpy(chosen), "least-squares")
 
-        with restored(self.body.layers, heads=groups is not None):
-            self._cut("choose", step, widths, groups, sequential=True)
-        return tuple(kept), None if groups is None else tuple(heads)
-
-    def _best(self, counts: Sequence[int], *, heads: bool = False) -> Kept:
-        """The best units of each layer in the dense model."""
-        scores = self.scorer.dense_scores(heads=heads)
-        return tuple(self.scorer.pick(s, n, i, heads=heads) for i, (s, n) in enumerate(zip(scores, counts)))
-
-    def _cut(
-        self,
-        what: str,
-        then: Callable[[Site, NDArray[np.int64]], Change | None],
-        widths: Sequence[int],
-        groups: Sequence[int] | None,
-        *,
-        sequential: bool,
-    ) -> None:
-        """Walk through the layers, choose the best units of each, and do `then` with ``(site, chosen)``."""
-        assert self.windows is not None
-        known: dict[bool, Kept] = {}
-        if not sequential:
-            known[False] = self._best(widths)
-            known[True] = () if groups is None else self._best(groups, heads=True)
-
-        def step(counts: Sequence[int], heads: bool) -> Step:
-            def at(site: Site) -> Change | None:
-                i = site.layer.index
-                if known:
-                    return then(site, known[heads][i])
-                return then(site, self.scorer.pick(self.scorer.score(site, i, heads=heads), counts[i], i, heads=heads))
-
-            return at
-
-        walk(
-            self.model, self.body, self.windows, step(widths, False),
-            heads=None if groups is None else step(groups, True), sequential=True, weights=self.weights, progress=what,
-        )  # fmt: skip
-
-    def _threshold(self, kept: Kept, protect: Sequence[int]) -> float:
-        """The cut-off tau between what the published rule keeps and what it removes."""
-        scores = self.scorer.dense_scores()
-        cut = [
-            np.delete(s, k).max() for i, (s, k) in enumerate(zip(scores, kept)) if i not in protect and len(k) < len(s)
-        ]
-        return float(max(cut)) if cut else 0.0
-
-
-def groups_of(body: Any, head_ratio: float) -> list[int]:
-    """Key/value groups of each layer; heads that can not be cut are an `InputError`."""
-    if any(not layer.heads or layer.out is None for layer in body.layers):
-        raise InputError(f"head_ratio={head_ratio}: the heads of {body.family} models cannot be cut")
-    return [layer.out.units for layer in body.layers]
-
-
-def _sensitivity_record(losses: NDArray[np.float64]) -> dict[str, Any]:
-    return {"levels": list(LEVELS), "loss_added": np.round(losses, 6).tolist()}
+        with restored(self.body.layers, list(counts)):
+            self.scorer.cut("choose", step, counts, sequential=True)
+        return {units: tuple(of) for units, of in kept.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmbrain._validation import InputError, check_range, soft_import
+from llmbrain._validation import InputError, check_range, seed_of, soft_import
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.evaluation.perplexity import mean_loss
@@ -34,7 +34,7 @@ def recover(
     learning_rate: float = 1e-3,
     batch_size: int = 8,
     window: int | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
     inplace: bool = False,
 ) -> tuple[Any, pd.DataFrame]:
     """Train low-rank updates of all MLP and attention projections on next-token loss, then merge them.
@@ -81,8 +81,9 @@ def recover(
     seen = train[: len(held)]
     before = mean_loss(small, held), mean_loss(small, seen)
     with torch.random.fork_rng():
-        torch.manual_seed(random_state)
-        small = _train(peft, small, train, int(steps), int(rank), learning_rate, batch_size, random_state)
+        seed = seed_of(random_state)
+        torch.manual_seed(seed)
+        small = _train(peft, small, train, int(steps), int(rank), learning_rate, batch_size, seed)
     after = mean_loss(small, held), mean_loss(small, seen)
     facts = {"steps": int(steps), "rank": int(rank), "learning_rate": learning_rate, "texts": digest(windows)}
     record = {"recovered": {**facts, "loss_before": before[0], "loss_after": after[0]}}

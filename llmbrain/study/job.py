@@ -121,8 +121,7 @@ def run(
     dense = measure(model, tokenizer, texts, max_windows)
 
     tell("2/5 scan: every neuron at every token")
-    gated = all(layer.gated for layer in anatomy(model).layers)
-    sites = [site, "gate", "up"] if method == "published" and gated else site
+    sites = [site, *CRITERIA[method]().sites(anatomy(model))]
     study.scans = scan(model, tokenizer, scanned, out=out / "scan", site=sites)
 
     tell("3/5 functional networks: group ICA")

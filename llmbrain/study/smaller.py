@@ -18,6 +18,7 @@ from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune
 from llmbrain.pruning.benchmark import compare_methods
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
+from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
@@ -87,7 +88,8 @@ def evidence_of(
             write_windows(model, tokenizer, self_text, random_state=random_state),
             random_state=random_state,
         )
-    if method == "networks" and networks is None and (scans or texts or windows is not None):
+    needed = method in CRITERIA and "networks" in CRITERIA[method].needs
+    if needed and networks is None and (scans or texts or windows is not None):
         found = scans
         if not scans and not texts and windows is not None:
             first = windows[: max(1, FOUND_TOKENS // windows.shape[1])]
@@ -159,7 +161,7 @@ def _one_width(model: nn.Module, options: dict[str, Any]) -> None:
     widths, multiple = body.widths, options.get("multiple_of", 1)
     if not options.get("allocation") and len(set(widths)) == 1:
         kept = max(1, round((1 - options["ratio"]) * widths[0] / multiple)) * multiple
-        options["allocation"] = [kept] * len(widths)
+        options |= {"allocation": [kept] * len(widths), "ratio": 1 - kept / widths[0]}
     if options.get("head_ratio"):
         groups = min(layer.out.units if layer.out else 1 for layer in body.layers)
         options["head_ratio"] = min(round(options["head_ratio"] * groups), groups - 1) / groups
@@ -266,7 +268,7 @@ def benchmark(
     before, test = split_texts(texts, 0.3)
     calibration, _ = split_texts(before, 1 / 7)
     networks = None
-    if methods is None or "networks" in methods:
+    if any("networks" in CRITERIA[method].needs for method in methods or CRITERIA if method in CRITERIA):
         networks = find_networks(
             model, tokenizer, calibration, n_components=n_components, random_state=random_state, device=device,
             progress=progress,

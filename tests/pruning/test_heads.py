@@ -13,7 +13,8 @@ from tiny_models import VOCAB, tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, plan_pruning, prune, scan
 from llmbrain.anatomy.families import anatomy
-from llmbrain.pruning.allocate.widths import LEVELS
+from llmbrain.anatomy.units import HEADS
+from llmbrain.pruning.allocate.losses import LEVELS
 from llmbrain.pruning.calibrate.gradients import gradient_pass
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import layer_masks, unexplained_energy
@@ -81,7 +82,7 @@ def test_impossible_shares_of_heads_are_refused():
 def test_gradients_of_heads_against_autograd_by_hand():
     model, ids = tiny("llama"), windows(3)
     body = anatomy(model)
-    found = gradient_pass(model, body, ids, metric=True, taylor=True, heads=True)
+    found = gradient_pass(model, body, ids, HEADS, metric=True, taylor=True)
     layer, outputs = body.layers[1], {}
 
     def hook(module, args, output):
@@ -108,7 +109,7 @@ def test_gradients_of_heads_against_autograd_by_hand():
 
 def test_few_heads_are_measured_once_for_each_number():
     planner = Planner(tiny("llama"), "obs", windows())
-    losses = planner.sensitivity(heads=True)
+    losses = planner.allocator.sensitivity(HEADS)
     assert losses.shape == (2, len(LEVELS))
     half, one = losses[:, [k for k, x in enumerate(LEVELS) if round((1 - x) * 2) == 2]], losses[:, 4:]
     assert (half == 0).all()  # two of two heads stay
@@ -125,7 +126,7 @@ def test_networks_span_neurons_and_heads():
     nets = FunctionalNetworks.from_ica(lb.GroupICA(3, random_state=0).fit(scans), threshold=1.5)
     assert nets.maps.shape[1] == 3 * 24 + 3 * 4
     body = anatomy(model)
-    heads = layer_masks(nets, body, heads=True)
+    heads = layer_masks(nets, body, HEADS)
     by_hand = np.asarray(nets.masks)[:, 72 + 4 : 72 + 8].reshape(3, 2, 2).any(2)  # two query heads a group
     assert np.array_equal(heads[1], by_hand)
     plan = plan_pruning(model, nets, ratio=0.3, calibration=ids, head_ratio=0.3, protect=[0])

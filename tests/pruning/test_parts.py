@@ -12,13 +12,15 @@ from tiny_models import MODELS, VOCAB, tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace, plan_pruning, prune
 from llmbrain.anatomy.families import anatomy
-from llmbrain.pruning.allocate.widths import LEVELS, Budget, from_curves, from_losses, ranked, uniform
+from llmbrain.anatomy.units import NEURONS
+from llmbrain.pruning.allocate.budget import Budget
+from llmbrain.pruning.allocate.losses import LEVELS, from_curves, from_losses
+from llmbrain.pruning.allocate.shares import ranked, uniform
 from llmbrain.pruning.benchmark import compare_methods
 from llmbrain.pruning.calibrate.gradients import gradient_pass
 from llmbrain.pruning.calibrate.losses import Objective, last_states
 from llmbrain.pruning.calibrate.moments import Moments
-from llmbrain.pruning.calibrate.stream import Stream
-from llmbrain.pruning.calibrate.walk import split_windows
+from llmbrain.pruning.calibrate.stream import Stream, split_windows
 from llmbrain.pruning.calibrate.windows import mixed_windows, write_windows
 from llmbrain.pruning.criteria.networks import balanced_weights, covered, unexplained_energy
 from llmbrain.pruning.criteria.obs import removal_costs
@@ -119,8 +121,8 @@ def test_every_allocation_keeps_the_budget(widths, ratio, multiple, seed):
     scores = [rng.random(w) * rng.integers(1, 9) for w in widths]
     results = [
         uniform(budget),
-        ranked(budget, scores, standardise=True, clamp=False),
-        ranked(budget, scores, standardise=False, clamp=True),
+        ranked(budget, scores, standardize=True, clamp=False),
+        ranked(budget, scores, standardize=False, clamp=True),
         from_losses(budget, np.sort(rng.random((len(widths), len(LEVELS))), 1)),
         from_curves(budget, np.sort(rng.random((len(widths), len(LEVELS))), 1)),
     ]
@@ -287,12 +289,12 @@ def test_the_network_method_reports_what_it_used():
 
 def test_the_search_keeps_to_the_smooth_widths_unless_others_are_surely_better(monkeypatch):
     planner = Planner(tiny("llama"), "networks", windows())
-    best = from_curves(Budget.of(planner.body.widths, 0.4), planner.sensitivity())
+    best = from_curves(Budget.of(planner.body.widths, 0.4), planner.allocator.sensitivity())
     noise = np.random.default_rng(0).normal(size=(9, 20))
     for gain, stays in ((0.02, True), (0.9, False)):  # against a standard error of about 0.3
         calls = iter(noise)
-        monkeypatch.setattr(planner, "measure", lambda w, groups, sequential, gain=gain, calls=calls: (
-                            next(calls) - gain) * (w != best))  # fmt: skip
+        monkeypatch.setattr(planner.allocator, "measure", lambda c, sequential, gain=gain, calls=calls: (
+                            next(calls) - gain) * (c[NEURONS] != best))  # fmt: skip
         chosen = planner.plan(0.4)
         assert (chosen.widths == best) == stays
         assert sum(chosen.widths) == sum(best)

@@ -13,7 +13,7 @@ from llmbrain import InputError, PruningPlan, load_pruned, plan_pruning, prune, 
 from llmbrain.anatomy.families import anatomy
 from llmbrain.pruning.calibrate.gradients import gradient_pass
 from llmbrain.pruning.criteria import CRITERIA
-from llmbrain.pruning.plan import weights_fingerprint
+from llmbrain.pruning.plan import weights_digest
 
 FAMILIES = sorted(set(MODELS) - {"mixtral"})
 CAUSAL = sorted(set(FAMILIES) - {"bert", "roberta", "distilbert", "modernbert"})
@@ -218,7 +218,7 @@ def test_weights_that_cannot_be_cut_are_refused_and_untouched():
     down.weight = torch.nn.Parameter(down.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(InputError, match="is quantised"):
         plan_pruning(quantised, ratio=0.3, method="magnitude")
-    before = weights_fingerprint(anatomy(model))
+    before = weights_digest(anatomy(model))
     wide = tiny("llama", intermediate_size=256)
     wide_plan = plan_pruning(wide, ratio=0.3, method="magnitude")
     with pytest.raises(InputError, match="6 tokens, too few for layers of 256 neurons: at least 64"):
@@ -229,7 +229,7 @@ def test_weights_that_cannot_be_cut_are_refused_and_untouched():
         prune(model, plan, calibration=windows(9), compensate="bias", weights=torch.ones(40, 16))
     with pytest.raises(InputError, match="weights must be at least 0"):
         plan_pruning(model, ratio=0.3, method="obs", calibration=windows(9), weights=-torch.ones(9, 16))
-    assert weights_fingerprint(anatomy(model)) == before
+    assert weights_digest(anatomy(model)) == before
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, float("nan"), "half"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
 from llmbrain.hooks.listen import hear_outputs
 from llmbrain.hooks.text import batches, evaluating
@@ -20,11 +21,11 @@ def gradient_pass(
     model: nn.Module,
     body: Anatomy,
     windows: Tensor,
+    units: Units = NEURONS,
     *,
     metric: bool = True,
     taylor: bool = False,
     weights: Tensor | None = None,
-    heads: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Second moments of the loss gradient, by one backward pass over the windows.
 
@@ -34,16 +35,17 @@ def gradient_pass(
     Parameters
     ----------
     windows : (n, window) int64
+    units : Units
+        Whose output projections and weights are looked at.
     metric : bool
-        Give ``G = E[g g^T]`` of each layer, g the gradient of the summed loss by the MLP's output at a token
+        Give ``G = E[g g^T]`` of each layer, g the gradient of the summed loss by the output of their projection at a
+        token
         (the output-side Kronecker factor of LLM Surgeon, arXiv 2312.17244, eq. 6).
     weights : (n, window) float, optional
         How much each token counts in the metric.
     taylor : bool
-        Give each neuron's first-order importance, ``sum |w * dL/dw|`` over its weights (LLM-Pruner, arXiv 2305.11627,
+        Give each unit's first-order importance, ``sum |w * dL/dw|`` over its weights (LLM-Pruner, arXiv 2305.11627,
         eq. 5, `param_first`).
-    heads : bool
-        Of the attention's output and of key/value groups instead.
 
     Returns
     -------
@@ -71,11 +73,9 @@ def gradient_pass(
 
         return hook
 
-    outputs = [layer.out if heads else layer.down for layer in body.layers]
-    projections = [
-        (*layer.heads, out) if heads else layer.neuron_projections for layer, out in zip(body.layers, outputs)
-    ]
-    wanted = {id(p) for of in projections for j in of if j for p in j.module.parameters(recurse=False)}
+    outputs = [units.output(layer) for layer in body.layers]
+    projections = [units.projections(layer) for layer in body.layers]
+    wanted = {id(p) for of in projections for j in of for p in j.module.parameters(recurse=False)}
     before = [(p, p.requires_grad) for p in model.parameters()]
     places = [(out.module, watch(i)) for i, out in enumerate(outputs) if out is not None]
     try:
@@ -100,7 +100,7 @@ def gradient_pass(
         if metric:
             found["metric"] = [g / n for g in grams]
         if taylor:
-            found["taylor"] = [sum(_first_order(p) for p in of if p) for of in projections]  # type: ignore[misc]
+            found["taylor"] = [sum(_first_order(p) for p in of) for of in projections]  # type: ignore[misc]
         return found
     finally:
         for p, flag in before:

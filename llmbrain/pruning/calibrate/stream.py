@@ -1,4 +1,4 @@
-"""Calibration text on its way through a model, one block at a time.
+"""Calibration text on its way through a model, one block at a time: measure, choose, repair, go on.
 
 A `Stream` holds the hidden states of the calibration windows between two blocks. Measuring a block and going on through
 the changed block costs two block passes, so a whole sequential calibration costs two forward passes, not one per layer;
@@ -8,18 +8,26 @@ of neurons (tokens x width) never are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from llmbrain._validation import InputError
-from llmbrain.anatomy.families import Anatomy, Projection
+from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
+from llmbrain.anatomy.surgery import Change, write
+from llmbrain.anatomy.units import KINDS, Units
 from llmbrain.hooks.change import saying
 from llmbrain.hooks.listen import Call, hear_calls, hear_outputs
 from llmbrain.hooks.text import BATCH_TOKENS, batches, evaluating, input_device
+from llmbrain.pruning.calibrate.moments import Moments
 
 LEAST_BATCHES = 8
+HELD_OUT = 8  # one batch in so many is held out to choose the ridge
 
 
 class _FirstBlockReached(Exception):
@@ -123,3 +131,114 @@ def _before_first_block(model: nn.Module, body: Anatomy, batch: Tensor) -> Tenso
 
 def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+@dataclass
+class Measured:
+    """An output projection to be worked on, with the moments of its inputs (signals) and wanted outputs (targets)."""
+
+    layer: LayerAnatomy
+    units: Units
+    output: Projection
+    train: Moments
+    held_out: Moments
+
+    @property
+    def all(self) -> Moments:
+        """Moments of all calibration tokens."""
+        return self.train + self.held_out if self.held_out.n else self.train
+
+    @property
+    def weight(self) -> Tensor:
+        """``(columns, outputs)`` float64, as it is now."""
+        return self.output.weight().detach().double()
+
+
+Step = Callable[[Measured], Change | None]
+
+
+def walk(
+    model: nn.Module,
+    body: Anatomy,
+    windows: Tensor,
+    steps: Mapping[Units, Step],
+    *,
+    sequential: bool = True,
+    weights: Tensor | None = None,
+    progress: str | None = None,
+) -> None:
+    """Visit every layer in order, with the moments of its signals and outputs over calibration tokens.
+
+    Sequentially, a layer is measured in the model as changed so far: its signals are those it will get, and its target
+    is what it makes of them uncut. (Targets from the dense model, whose inputs differ, were worse: at 50% on
+    `stories260K` 18.5 without a sequence and about as much with the dense output as target, 17.3 with this one.)
+
+    Parameters
+    ----------
+    windows : (n, window) int64
+    steps : mapping of Units to a function of a `Measured`
+        What to do with the projection that units of a kind enter; other kinds are not measured. A returned `Change` is
+        written into the weights (units that go become zero): see `llmbrain.anatomy.surgery.restored`.
+    sequential : bool
+        Whether later layers see the changes to earlier ones.
+    weights : (n, window) float, optional
+        How much each token counts.
+    """
+    with evaluating(model):
+        stream = Stream(model, body, windows)
+        sizes = [len(h) for h in stream.hidden]
+        token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
+        late: list[tuple[Projection, Change]] = []
+        for layer in tqdm(body.layers, desc=progress, disable=None if progress else True, leave=False):
+            unchanged = None
+            for units in (kind for kind in KINDS if kind in steps):
+                output = units.output(layer)
+                if output is None:
+                    continue
+                measured, after = _measure(stream, units, output, token_weights)
+                change = steps[units](measured)
+                unchanged = after if change is None else None
+                if change is not None and sequential:
+                    write(output, change)
+                elif change is not None:
+                    late.append((output, change))
+                    unchanged = after
+            stream.advance(unchanged)
+        for output, change in late:
+            write(output, change)
+
+
+def is_held_out(batch: int, n: int) -> bool:
+    """Whether a batch of n serves to choose the ridge and the allocation: every eighth, or the last of fewer."""
+    return batch % HELD_OUT == HELD_OUT - 1 or (n < HELD_OUT and batch == n - 1 > 0)
+
+
+def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """The windows of held-out and of training batches (all of them twice where there is only one batch)."""
+    parts = calibration_batches(windows)
+    if len(parts) < 2:
+        return windows, windows
+    held = [part for i, part in enumerate(parts) if is_held_out(i, len(parts))]
+    train = [part for i, part in enumerate(parts) if not is_held_out(i, len(parts))]
+    return torch.cat(held), torch.cat(train)
+
+
+def _measure(
+    stream: Stream, units: Units, output: Projection, weights: list[Tensor] | None
+) -> tuple[Measured, list[Tensor]]:
+    """Moments of one output projection in block `stream.at`, and the hidden states after the block."""
+    layer = stream.layers[stream.at]
+    train = Moments()
+    held_out: Moments | None = None
+    after = []
+    n = len(stream.hidden)
+    for i in range(n):
+        (x, t), hidden = stream.run(i, output)
+        after.append(hidden)
+        w = None if weights is None else weights[i].to(x.device)
+        if is_held_out(i, n):
+            held_out = held_out or Moments(train)
+            held_out.add(x, t, w)
+        else:
+            train.add(x, t, w)
+    return Measured(layer, units, output, train, held_out or Moments(train)), after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmbrain._validation import InputError
+from llmbrain._validation import InputError, seed_of
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.evaluation.perplexity import predicts_next_token
@@ -27,11 +28,81 @@ LEAST = 0.25
 WRITTEN_AT_ONCE = 64  # windows that a model writes together
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Text that pruning measures on, and how much each of its tokens counts.
+
+    Parameters
+    ----------
+    source : texts, int64 windows ``(n, window)``, or scans
+        Of scans the tokens that they recorded; None is no text.
+    tokenizer : transformers tokenizer, optional
+        Where the source is texts.
+    window : int, optional
+        Tokens in a window; default the model's context, at most 2,048.
+    max_windows : int, optional
+        At most so many are used; None is all.
+    weights : float tensor ``(n_windows, window)``, optional
+        How much each token counts; default all alike.
+    """
+
+    source: Sequence[str] | Sequence[Scan] | Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    window: int | None = None
+    max_windows: int | None = 128
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        calibration: Calibration | Sequence[str] | Sequence[Scan] | Tensor | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> Calibration:
+        """What a user passed as `calibration`, as one object; `options` are the other fields.
+
+        Raises
+        ------
+        InputError
+            If options are given beside a `Calibration`, which holds them.
+        """
+        if not isinstance(calibration, cls):
+            return cls(calibration, tokenizer, **options)  # type: ignore[arg-type]
+        if options:
+            raise InputError(f"calibration is a Calibration: give {sorted(options)} there")
+        return replace(calibration, tokenizer=calibration.tokenizer or tokenizer)
+
+    @property
+    def scans(self) -> list[Scan] | None:
+        """The source, where it is scans."""
+        if isinstance(self.source, Tensor) or not self.source or not all(isinstance(s, Scan) for s in self.source):
+            return None
+        return list(self.source)  # type: ignore[arg-type]
+
+    def windows(self, model: nn.Module) -> Tensor | None:
+        """Windows ``(n, window)`` of token ids; None where there is no text.
+
+        Raises
+        ------
+        InputError
+            If the scans carry no token ids.
+        """
+        scans = self.scans
+        if self.source is None:
+            return None
+        if scans is None:
+            return as_windows(model, self.tokenizer, self.source, self.window, self.max_windows)  # type: ignore[arg-type]
+        found = calibration_windows(model, None, None, scans, self.window, self.max_windows)
+        if found is None:
+            raise InputError("calibration: these scans carry no token ids")
+        return found
+
+
 def calibration_windows(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Sequence[str] | Tensor | None,
-    scans: Sequence[Any] | None,
+    scans: Sequence[Scan] | None,
     window: int | None,
     max_windows: int | None,
 ) -> Tensor | None:
@@ -58,7 +129,7 @@ def write_windows(
     n_windows: int = 128,
     window: int | None = None,
     *,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> Tensor:
     """Calibration windows that the model writes itself, sampled from its own distribution (arXiv 2410.17170).
 
@@ -93,7 +164,7 @@ def write_windows(
         (t for t in (getattr(tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")) if t is not None), None
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model):
-        torch.manual_seed(random_state)
+        torch.manual_seed(seed_of(random_state))
         vocabulary = writer.get_input_embeddings().weight.shape[0]
         starts = torch.randint(vocabulary, (n_windows, 1)) if first is None else torch.full((n_windows, 1), first)
         parts = [
@@ -106,10 +177,10 @@ def write_windows(
     return torch.cat(parts)
 
 
-def mixed_windows(windows: Tensor | None, written: Tensor, *, random_state: int = 0) -> Tensor:
+def mixed_windows(windows: Tensor | None, written: Tensor, *, random_state: int | None = 0) -> Tensor:
     """Windows of text and windows that the model wrote, in random order."""
     both = written if windows is None else torch.cat([windows, written])
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(random_state))]
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed_of(random_state)))]
 
 
 def check_enough(windows: Tensor, width: int) -> None:

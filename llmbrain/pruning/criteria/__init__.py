@@ -11,12 +11,14 @@ from llmbrain.pruning.criteria import (
     taylor,
     wanda,
 )
-from llmbrain.pruning.criteria.base import CRITERIA, Criterion, Evidence, criterion, register
+from llmbrain.pruning.criteria.base import CRITERIA, NEEDS, Criterion, Evidence, Material, criterion, register
 
 __all__ = [
     "CRITERIA",
+    "NEEDS",
     "Criterion",
     "Evidence",
+    "Material",
     "criterion",
     "flap",
     "magnitude",

@@ -7,7 +7,7 @@ from torch import Tensor
 from llmbrain.pruning.criteria.base import Evidence, register
 
 
-@register("flap", "moments")
+@register("flap", "activations")
 def flap(e: Evidence) -> Tensor:
     """``var(x_j) |W_j|_2^2``: the fluctuation that a constant can not replace (FLAP, arXiv 2312.11983, eq. 5, WIFV).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llmbrain.anatomy.units import NEURONS
 from llmbrain.pruning.criteria.base import Evidence, register
 
 
@@ -15,7 +16,7 @@ def magnitude(e: Evidence) -> Tensor:
     moves from one matrix to another. For heads the norm of all of W_j (as in FLAP's code).
     """
     score = e.by_unit(e.weight.square().sum(1)).sqrt()
-    if e.output is e.layer.down:
-        for projection in e.layer.inputs:
+    if e.units is NEURONS:
+        for projection in e.units.inputs(e.layer):
             score = score * projection.weight().detach().double().norm(dim=1).to(score.device)
     return score

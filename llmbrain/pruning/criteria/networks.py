@@ -8,8 +8,7 @@ whatever their scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,10 +17,13 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.hooks.listen import hear_inputs
 from llmbrain.hooks.text import batches, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
-from llmbrain.pruning.criteria.base import Evidence, register
+from llmbrain.networks import FunctionalNetworks
+from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, best_units, register
 from llmbrain.pruning.criteria.obs_gradient import obs_gradient
 
 COVER = 0.5  # of the share of its key neurons that a network would keep if neurons were cut at random
@@ -30,17 +32,48 @@ DEAD = 1e-6  # of its layer's largest spread: a neuron that never changes
 LIMIT = 20.0  # largest energy of a token, in mean energies
 
 
-@register("networks", "moments", "metric", "networks", standardise=False, sequential=True)
-def networks(e: Evidence) -> Tensor:
+@register("networks", "activations", "gradients", "networks", standardize=False, sequential=True, allocation="search")
+class Networks(Criterion):
     """Ours: `obs_gradient`, with every network covered, and tokens that networks leave unexplained weighted more.
 
     Coverage enters the choice; weights the moments, the metric, the measured losses and the repair. Without networks it
     is `obs_gradient` with the allocation that measured best.
     """
-    return obs_gradient(e)
+
+    def __init__(self) -> None:
+        self._masks: dict[Units, list[NDArray[np.bool_]] | None] = {}
+
+    def weigh(self, material: Material) -> Tensor | None:
+        """By the energy that networks leave unexplained, as far as `token_balance` says."""
+        strength, networks = material.token_balance, material.networks
+        if networks is None:
+            material.notes.append("no networks given: tokens count alike, nothing is covered")
+            return None
+        layer_masks(networks, material.body)  # fails before any work
+        weights = None
+        if strength and material.weights is None and material.windows is not None:
+            energy = unexplained_energy(material.model, material.body, material.windows, networks)
+            weights = balanced_weights(energy, strength)
+        applied = strength if weights is not None else 0.0
+        material.details["networks"] = {"n": len(networks.maps), "token_balance": applied, "cover": COVER}
+        return weights
+
+    def prepare(self, material: Material, units: Units) -> None:
+        """Key units by layer."""
+        networks = material.networks
+        self._masks[units] = None if networks is None else layer_masks(networks, material.body, units)
+
+    def score(self, evidence: Evidence) -> Tensor:
+        """As `obs_gradient`."""
+        return obs_gradient(evidence)
+
+    def choose(self, scores: NDArray[np.float64], count: int, layer: int, units: Units) -> NDArray[np.int64]:
+        """The best, such that each network keeps some of its key units."""
+        masks = self._masks[units]
+        return best_units(scores, count) if masks is None else covered(scores, count, masks[layer])
 
 
-def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, networks: Any) -> Tensor:
+def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, networks: FunctionalNetworks) -> Tensor:
     """What networks leave over of the activity at each token, relative to its mean.
 
     With z the z-scored neuron signals of a token and Q an orthonormal basis of the networks' maps: ``|z|^2 - |Q z|^2``.
@@ -144,27 +177,29 @@ def covered(
     return np.sort(np.concatenate([first, rest])).astype(np.int64)
 
 
-def layer_masks(networks: Any, body: Anatomy, *, heads: bool = False) -> list[NDArray[np.bool_]] | None:
+def layer_masks(networks: FunctionalNetworks, body: Anatomy, units: Units = NEURONS) -> list[NDArray[np.bool_]] | None:
     """Key units of each network, layer by layer: ``(K, width)``; of heads the key/value groups that hold a key head.
 
     None for the heads of networks that hold none.
     """
-    check_space(networks, body)
-    masks, n = np.asarray(networks.masks), len(body.layers)
-    if not heads:
-        return [masks[:, networks.space.layer_slice(i)] for i in range(n)]
-    if networks.space.n_layers == n:
+    space, n = check_space(networks, body), len(body.layers)
+    masks: NDArray[np.bool_] = np.asarray(networks.masks)
+    if units is NEURONS:
+        return [masks[:, space.layer_slice(i)] for i in range(n)]
+    if space.n_layers == n:
         return None
     found = []
     for layer in body.layers:
-        of_layer: NDArray[np.bool_] = masks[:, networks.space.layer_slice(n + layer.index)]
-        groups = layer.out.units if layer.out is not None else 0
+        of_layer: NDArray[np.bool_] = masks[:, space.layer_slice(n + layer.index)]
+        groups = units.count(layer)
         found.append(np.any(of_layer.reshape(len(masks), groups, -1), axis=2) if groups else of_layer)
     return found
 
 
-def check_space(networks: Any, body: Anatomy) -> None:
-    """Networks must lie in the neurons of this model, or in its neurons and heads (`Scan.joined`)."""
-    widths: Sequence[int] = tuple(networks.space.widths)
-    if widths != body.widths and networks.space != unit_space(body):
-        raise InputError(f"networks lie in layers of {list(widths)} neurons, the model has {list(body.widths)}")
+def check_space(networks: FunctionalNetworks, body: Anatomy) -> NeuronSpace:
+    """The networks' space, which must be the neurons of this model, or its neurons and heads (`Scan.joined`)."""
+    space = networks.space
+    if space is None or (space.widths != body.widths and space != unit_space(body)):
+        lie = "no neurons (parcels, say)" if space is None else f"layers of {list(space.widths)} neurons"
+        raise InputError(f"networks lie in {lie}, the model has {list(body.widths)}")
+    return space

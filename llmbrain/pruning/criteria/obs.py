@@ -12,7 +12,7 @@ STEPS = 256  # at most so many removals with their own update; wider layers lose
 BLOCK = 64  # columns whose update of the inverse waits, so that it is one matrix product
 
 
-@register("obs", "moments", sequential=True)
+@register("obs", "activations", sequential=True)
 def obs(e: Evidence) -> Tensor:
     """Greedy structured optimal brain surgeon: ``|W_j|^2 / [C^-1]_jj``, W and C^-1 updated after each removal.
 

@@ -8,7 +8,7 @@ from llmbrain.pruning.criteria.base import Evidence, register
 from llmbrain.pruning.criteria.obs import RIDGE, removal_costs
 
 
-@register("obs-gradient", "moments", "metric", standardise=False, sequential=True)
+@register("obs-gradient", "activations", "gradients", standardize=False, sequential=True)
 def obs_gradient(e: Evidence) -> Tensor:
     """Greedy OBS with the output error measured by ``G = E[g g^T]``, g the loss gradient at the output.
 

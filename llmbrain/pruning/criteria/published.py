@@ -19,19 +19,90 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from llmbrain._validation import InputError, check_option
+from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.decomposition import fastica
-from llmbrain.pruning.criteria.base import Evidence, register
+from llmbrain.pruning.calibrate.windows import signals_of_windows
+from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, register
 
 SCOPES = ("layer", "window", "model")
 WINDOW_LAYERS = 4
+GROUP_SIZE = 40  # texts in a group
 
 
-@register("published", "published", standardise=False)
-def published(e: Evidence) -> torch.Tensor:
+@register("published", "scans", standardize=False, allocation="global")
+class Published(Criterion):
     """Largest |z| of a unit in any map of any group (arXiv 2508.05239)."""
-    if e.published is None:
-        raise InputError("this criterion needs scans or calibration text")
-    return e.published
+
+    def __init__(self) -> None:
+        self._scores: dict[Units, list[NDArray[np.float64]]] = {}
+
+    def sites(self, body: Anatomy) -> tuple[str, ...]:
+        """The factors of a gated neuron."""
+        return ("gate", "up") if all(layer.gated for layer in body.layers) else ()
+
+    def prepare(self, material: Material, units: Units) -> None:
+        """One ICA or more over the scans."""
+        self._scores[units] = _of_neurons(material) if units is NEURONS else _of_heads(material, units)
+
+    def score(self, evidence: Evidence) -> torch.Tensor:
+        """As prepared."""
+        return torch.as_tensor(self._scores[evidence.units][evidence.layer.index])
+
+    def protect(self, n_layers: int, notes: list[str]) -> tuple[int, ...]:
+        """The first 3 and last 2 layers, where there are more than 5."""
+        if n_layers > 5:
+            return (0, 1, 2, n_layers - 2, n_layers - 1)
+        rule = "the published rule keeps the first 3 and last 2 layers"
+        notes.append(f"{rule}; with {n_layers} layers none is protected")
+        return ()
+
+    def facts(
+        self, dense: Callable[[], list[NDArray[np.float64]]], kept: Sequence[NDArray[np.int64]], protect: Sequence[int]
+    ) -> dict[str, Any]:
+        """The cut-off tau between what is kept and what is removed."""
+        cut = [
+            np.delete(scores, of).max()
+            for i, (scores, of) in enumerate(zip(dense(), kept))
+            if i not in protect and len(of) < len(scores)
+        ]
+        return {"threshold": float(max(cut)) if cut else 0.0}
+
+
+def _of_neurons(material: Material) -> list[NDArray[np.float64]]:
+    """Scores of neurons by the published rule."""
+    gated = all(layer.gated for layer in material.body.layers)
+    sites = material.rule.get("sites") or (("gate", "up") if gated else ("neuron",))
+    if not gated and sites == ("neuron",):
+        material.notes.append(
+            "this model has no gate: the published rule reads the neuron signal instead of gate and up"
+        )
+    result = _by_rule(material, material.body.widths, **{**material.rule, "sites": sites})
+    material.details["published"] = result.details
+    return result.scores
+
+
+def _of_heads(material: Material, units: Units) -> list[NDArray[np.float64]]:
+    """Scores of groups by the same rule at the site ``head``: the best head's.
+
+    A layer has too few heads for an ICA of its own, so one ICA takes the heads of all layers.
+    """
+    widths = material.body.n_heads
+    result = _by_rule(material, widths, **{**material.rule, "sites": ("head",), "scope": "model"})
+    material.details["published_heads"] = result.details
+    material.notes.append("heads by the published rule: one ICA of all heads, a group as high as its best head")
+    return [scores.reshape(n, -1).max(1) for scores, n in zip(result.scores, units.counts(material.body))]
+
+
+def _by_rule(material: Material, widths: Sequence[int], *, sites: Sequence[str], **rule: Any) -> PublishedScores:
+    """Scores of units at `sites`, from scans that have them or from the calibration windows."""
+    scans = material.scans
+    if not scans or any(s not in scan.sites for scan in scans for s in sites):
+        if material.windows is None:
+            raise InputError(f"method='published' needs scans with the sites {list(sites)}, or calibration texts")
+        scans = signals_of_windows(material.model, material.body, material.windows, sites)
+    options = {"n_groups": -(-len(scans) // GROUP_SIZE), "random_state": material.random_state, **rule}
+    return published_scores(scans, widths, sites=sites, **options)
 
 
 @dataclass

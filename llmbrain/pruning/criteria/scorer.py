@@ -1,227 +1,165 @@
-"""What is known about a model's units, gathered once while it is dense, and the scores a criterion makes of it.
-
-Units are the neurons of MLPs or, with ``heads=True``, the key/value groups of attention heads.
-"""
+"""Scores of a model's units by one criterion: what it needs is gathered once, while the model is dense."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.anatomy.families import Projection, anatomy
+from llmbrain.anatomy.families import Projection
 from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.anatomy.surgery import check_cuttable
+from llmbrain.anatomy.surgery import Change, check_cuttable
+from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.pruning.calibrate.gradients import gradient_pass
-from llmbrain.pruning.calibrate.walk import Site, Step, walk
-from llmbrain.pruning.calibrate.windows import check_enough, check_weights, signals_of_windows
-from llmbrain.pruning.criteria import Evidence, criterion
-from llmbrain.pruning.criteria.networks import (
-    BALANCE,
-    COVER,
-    balanced_weights,
-    covered,
-    layer_masks,
-    unexplained_energy,
-)
-from llmbrain.pruning.criteria.published import PublishedScores, published_scores
+from llmbrain.pruning.calibrate.stream import Measured, Step, walk
+from llmbrain.pruning.calibrate.windows import check_enough, check_weights
+from llmbrain.pruning.criteria.base import Evidence, Material, criterion
 
-GROUP_SIZE = 40  # texts in a group of the published rule
-
-
-@dataclass
-class _Known:
-    """One entry a layer of what was computed for the whole model; None where the criterion does not need it."""
-
-    metric: list[Tensor] | None = None
-    taylor: list[Tensor] | None = None
-    published: list[NDArray[np.float64]] | None = None
-    masks: list[NDArray[np.bool_]] | None = None
-    dense: list[NDArray[np.float64]] | None = None
+Scores = list[NDArray[np.float64]]
+Kept = tuple[NDArray[np.int64], ...]
 
 
 class Scorer:
-    """Scores of neurons and of key/value groups by one criterion; parameters as in `plan_pruning`.
+    """Scores of units by one criterion.
+
+    Parameters
+    ----------
+    method : str
+        A name in `CRITERIA`.
+    material : Material
+        Its model is dense, now.
 
     Attributes
     ----------
     targets : bool array ``(n_neurons,)``, optional
         Neurons that go before any other.
-    weights : float tensor ``(n_windows, window)``, optional
-        How much each calibration token counts.
     balanced : bool
-        Whether they are those of networks.
-    details : dict
-        What the plan should tell; ``"notes"`` are sentences.
+        Whether the criterion itself weighs the calibration tokens.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: str,
-        windows: Tensor | None = None,
-        *,
-        networks: Any = None,
-        scans: Sequence[Any] | None = None,
-        random_state: int = 0,
-        weights: Tensor | None = None,
-        token_balance: float = BALANCE,
-        rule: dict[str, Any] | None = None,
-    ) -> None:
-        self.model, self.body, self.criterion, self.windows = model, anatomy(model), criterion(method), windows
-        check_cuttable(self.body)
-        check_range("token_balance", token_balance, 0, 1)
-        needs = self.criterion.needs & {"moments", "metric", "taylor"}
-        if needs and windows is None:
-            raise InputError(f"method={method!r} needs calibration texts (or scans with tokens)")
-        if needs and windows is not None:
-            check_enough(windows, max(self.body.widths))
-            check_weights(weights, windows)
-        self.notes: list[str] = []
-        self.details: dict[str, Any] = {"notes": self.notes}
-        self.weights, self.balanced = weights, False
+    def __init__(self, method: str, material: Material) -> None:
+        self.criterion, self.material = criterion(method)(), material
+        check_cuttable(material.body)
+        check_range("token_balance", material.token_balance, 0, 1)
+        windows = material.windows
+        if self.criterion.needs & {"activations", "gradients", "text"}:
+            if windows is None:
+                raise InputError(f"method={method!r} needs calibration texts (or scans with tokens)")
+            check_enough(windows, max(material.body.widths))
+            check_weights(material.weights, windows)
         self.targets: NDArray[np.bool_] | None = None
-        self._generator = torch.Generator().manual_seed(random_state)
-        self._random_state, self._scans, self._rule = random_state, scans, dict(rule or {})
-        self._networks = networks if "networks" in self.criterion.needs else None
-        if "networks" in self.criterion.needs:
-            self._use_networks(token_balance)
-        self._known: dict[bool, _Known] = {}
-        self.learn()
+        self._generator = torch.Generator().manual_seed(material.random_state)
+        self._metric: dict[Units, list[Tensor]] = {}
+        self._dense: dict[Units, Scores] = {}
+        self._learned: set[Units] = set()
+        own = self.criterion.weigh(material)
+        self.balanced = own is not None
+        if own is not None:
+            material.weights = own
+        self.learn(NEURONS)
 
-    def learn(self, *, heads: bool = False) -> _Known:
+    def learn(self, units: Units) -> None:
         """Gather what needs the whole model, once; the model must be dense then."""
-        if heads not in self._known:
-            known, needs = _Known(), self.criterion.needs
-            if needs & {"metric", "taylor"}:
-                assert self.windows is not None
-                found = gradient_pass(
-                    self.model, self.body, self.windows, metric="metric" in needs, taylor="taylor" in needs,
-                    weights=self.weights, heads=heads,
-                )  # fmt: skip
-                known.metric, known.taylor = found.get("metric"), found.get("taylor")
-            if "published" in needs:
-                known.published = self._by_rule_of_heads() if heads else self._by_rule()
-            if self._networks is not None:
-                known.masks = layer_masks(self._networks, self.body, heads=heads)
-            self._known[heads] = known
-        return self._known[heads]
-
-    def _use_networks(self, token_balance: float) -> None:
-        if self._networks is None:
-            self.notes.append("no networks given: tokens count alike, nothing is covered")
+        if units in self._learned:
             return
-        layer_masks(self._networks, self.body)  # fails before any work
-        if token_balance and self.weights is None and self.windows is not None:
-            energy = unexplained_energy(self.model, self.body, self.windows, self._networks)
-            self.weights = balanced_weights(energy, token_balance)
-            self.balanced = True
-        applied = token_balance if self.balanced else 0.0
-        self.details["networks"] = {"n": len(self._networks.maps), "token_balance": applied, "cover": COVER}
+        given = self.material
+        if "gradients" in self.criterion.needs:
+            assert given.windows is not None
+            self._metric[units] = gradient_pass(given.model, given.body, given.windows, units, weights=given.weights)[
+                "metric"
+            ]
+        self.criterion.prepare(given, units)
+        self._learned.add(units)
 
-    def _by_rule(self) -> list[NDArray[np.float64]]:
-        """Scores of neurons by the published rule."""
-        gated = all(layer.gated for layer in self.body.layers)
-        sites = self._rule.get("sites") or (("gate", "up") if gated else ("neuron",))
-        if not gated and sites == ("neuron",):
-            self.notes.append(
-                "this model has no gate: the published rule reads the neuron signal instead of gate and up"
-            )
-        result = self._rule_scores(self.body.widths, **{**self._rule, "sites": sites})
-        self.details["published"] = result.details
-        return result.scores
-
-    def _by_rule_of_heads(self) -> list[NDArray[np.float64]]:
-        """Scores of groups by the same rule at the site ``head``: the best head's.
-
-        A layer has too few heads for an ICA of its own, so one ICA takes the heads of all layers.
-        """
-        widths = [layer.n_heads for layer in self.body.layers]
-        result = self._rule_scores(widths, **{**self._rule, "sites": ("head",), "scope": "model"})
-        self.details["published_heads"] = result.details
-        self.notes.append("heads by the published rule: one ICA of all heads, a group as high as its best head")
-        units = [self.output(i, heads=True).units for i in range(len(widths))]
-        return [scores.reshape(n, -1).max(1) for scores, n in zip(result.scores, units)]
-
-    def _rule_scores(self, widths: Sequence[int], *, sites: Sequence[str], **rule: Any) -> PublishedScores:
-        """Scores of units at `sites`, from scans that have them or from the calibration windows."""
-        scans = self._scans
-        if not scans or any(s not in scan.sites for scan in scans for s in sites):
-            if self.windows is None:
-                raise InputError(f"method='published' needs scans with the sites {list(sites)}, or calibration texts")
-            scans = signals_of_windows(self.model, self.body, self.windows, sites)
-        options = {"n_groups": -(-len(scans) // GROUP_SIZE), "random_state": self._random_state, **rule}
-        return published_scores(scans, widths, sites=sites, **options)
-
-    # -- scores ------------------------------------------------------------------------------------------------------
-
-    def output(self, layer: int, *, heads: bool = False) -> Projection:
+    def output(self, layer: int, units: Units) -> Projection:
         """The projection that a layer's units enter."""
-        output = self.body.layers[layer].out if heads else self.body.layers[layer].down
+        output = units.output(self.material.body.layers[layer])
         assert output is not None
         return output
 
-    def score(self, site: Site | None, layer: int, *, heads: bool = False) -> NDArray[np.float64]:
-        """Scores of one layer's units; `site` measured them, where the criterion needs that."""
-        output, known = self.output(layer, heads=heads), self.learn(heads=heads)
-
-        def of_layer(values: Sequence[Any] | None) -> Tensor | None:
-            return None if values is None else torch.as_tensor(values[layer])
-
+    def score(self, measured: Measured | None, layer: int, units: Units) -> NDArray[np.float64]:
+        """Scores of one layer's units, from what was `measured` where the criterion needs activations."""
+        self.learn(units)
+        output = self.output(layer, units)
+        metric = self._metric.get(units)
         evidence = Evidence(
-            layer=self.body.layers[layer],
+            layer=self.material.body.layers[layer],
+            units=units,
             output=output,
-            weight=output.weight().detach().double() if site is None else site.weight,
+            weight=output.weight().detach().double() if measured is None else measured.weight,
             generator=self._generator,
-            moments=None if site is None else site.all,
-            metric=of_layer(known.metric),
-            taylor=of_layer(known.taylor),
-            published=of_layer(known.published),
+            moments=None if measured is None else measured.all,
+            metric=None if metric is None else metric[layer],
         )
-        scores = self.criterion.score(evidence).detach().cpu().numpy().astype(float)
-        if self.targets is not None and not heads:  # what is to be forgotten goes first
-            scores[self.targets[NeuronSpace(self.body.widths).layer_slice(layer)]] = scores.min() - 1.0
+        scores = torch.as_tensor(self.criterion.score(evidence)).detach().cpu().numpy().astype(float)
+        if scores.shape != (output.units,):
+            raise InputError(
+                f"method={self.criterion.name!r} gave scores of shape {scores.shape} for {output.units} {units.name}"
+            )
+        if self.targets is not None and units is NEURONS:  # what is to be forgotten goes first
+            at = NeuronSpace(self.material.body.widths).layer_slice(layer)
+            scores[self.targets[at]] = scores.min() - 1.0
         if not np.isfinite(scores).all():
             raise InputError(f"{output.path}: unit {int(np.argmin(np.isfinite(scores)))} has no finite score")
         return scores
 
-    def dense_scores(self, *, heads: bool = False) -> list[NDArray[np.float64]]:
+    def dense_scores(self, units: Units = NEURONS) -> Scores:
         """Scores of all layers' units in the dense model; computed once."""
-        known = self.learn(heads=heads)
-        if known.dense is None:
-            found: list[NDArray[np.float64]] = []
-            if "moments" in self.criterion.needs:
-                self.look("score", lambda site: found.append(self.score(site, site.layer.index, heads=heads)), heads)
+        self.learn(units)
+        if units not in self._dense:
+            found: Scores = []
+            if "activations" in self.criterion.needs:
+                self.look("score", lambda at: found.append(self.score(at, at.layer.index, units)), units)
             else:
-                found = [self.score(None, i, heads=heads) for i in range(len(self.body.layers))]
-            known.dense = found
-        return known.dense
+                found = [self.score(None, i, units) for i in range(len(self.material.body.layers))]
+            self._dense[units] = found
+        return self._dense[units]
 
-    def remember(self, scores: list[NDArray[np.float64]], *, heads: bool = False) -> None:
+    def remember(self, scores: Scores, units: Units) -> None:
         """Take scores of the dense model that were made on the way to something else."""
-        self.learn(heads=heads).dense = scores
+        self.learn(units)
+        self._dense[units] = scores
 
-    def look(self, what: str, step: Callable[[Site], None], heads: bool = False) -> None:
+    def look(self, what: str, step: Callable[[Measured], None], units: Units) -> None:
         """Visit every layer of the dense model, changing none."""
-        assert self.windows is not None
-        steps: tuple[Step | None, Step | None] = (None, step) if heads else (step, None)
-        walk(
-            self.model, self.body, self.windows, steps[0], heads=steps[1], sequential=False, weights=self.weights,
-            progress=what,
-        )  # fmt: skip
+        self._walk(what, {units: step}, sequential=False)
 
-    def pick(self, scores: NDArray[np.float64], count: int, layer: int, *, heads: bool = False) -> NDArray[np.int64]:
-        """Ascending indices of the `count` best units; with networks, such that each keeps some of its key units."""
-        masks = self.learn(heads=heads).masks
-        return best_units(scores, count) if masks is None else covered(scores, count, masks[layer])
+    def best(self, counts: Sequence[int], units: Units) -> Kept:
+        """The units of each layer that stay, by the scores of the dense model."""
+        scores = self.dense_scores(units)
+        return tuple(self.criterion.choose(s, n, i, units) for i, (s, n) in enumerate(zip(scores, counts)))
 
+    def cut(
+        self,
+        what: str,
+        then: Callable[[Measured, NDArray[np.int64]], Change | None],
+        counts: Mapping[Units, Sequence[int]],
+        *,
+        sequential: bool,
+    ) -> None:
+        """Walk through the layers, choose the best units of each, and do `then` with ``(measured, chosen)``.
 
-def best_units(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Ascending indices of the `count` best."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)
+        Sequentially, units are scored in the model as changed so far; else in the dense one.
+        """
+        known = {} if sequential else {units: self.best(of, units) for units, of in counts.items()}
+
+        def step(units: Units) -> Step:
+            def at(measured: Measured) -> Change | None:
+                i = measured.layer.index
+                if known:
+                    return then(measured, known[units][i])
+                scores = self.score(measured, i, units)
+                return then(measured, self.criterion.choose(scores, counts[units][i], i, units))
+
+            return at
+
+        self._walk(what, {units: step(units) for units in counts}, sequential=True)
+
+    def _walk(self, what: str, steps: Mapping[Units, Callable], *, sequential: bool) -> None:
+        given = self.material
+        assert given.windows is not None
+        walk(given.model, given.body, given.windows, steps, sequential=sequential, weights=given.weights, progress=what)

@@ -1,27 +1,17 @@
-"""Repair what a cut does to a layer's output: least squares on the output projection, or its bias alone."""
+"""Refit what a cut does to a layer's output: least squares on the output projection, or its bias alone."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llmbrain.anatomy.surgery import Refit
 from llmbrain.pruning.calibrate.moments import Moments
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-@dataclass
-class Repair:
-    """New rows of an output projection for the units that stay, and its new bias; float64 on the CPU or the GPU."""
-
-    weight: Tensor  # (kept columns, outputs)
-    bias: Tensor | None  # (outputs,)
-    ridge: float = 0.0
-
-
-def least_squares(moments: Moments, weight: Tensor, kept: Tensor, *, ridge: float, intercept: bool = True) -> Repair:
+def least_squares(moments: Moments, weight: Tensor, kept: Tensor, *, ridge: float, intercept: bool = True) -> Refit:
     """Ridge regression of the wanted output on the signals that stay, drawn towards the old weights.
 
     ``min_W E|W' x_K + b - t|^2 + lambda |W' - W_K|^2`` with ``lambda = ridge * mean diagonal of cov(x)``: a layer
@@ -46,7 +36,7 @@ def least_squares(moments: Moments, weight: Tensor, kept: Tensor, *, ridge: floa
     left = s[kept][:, kept] + penalty * torch.eye(len(kept), dtype=s.dtype, device=s.device)
     new = torch.linalg.solve(left, cross[:, kept].T + penalty * old)
     bias = moments.target_mean - moments.mean[kept] @ new if intercept else None
-    return Repair(new, bias, ridge)
+    return Refit(new, bias, ridge)
 
 
 def _normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor]:
@@ -58,13 +48,13 @@ def _normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor
     )
 
 
-def error(moments: Moments, repair: Repair, kept: Tensor, metric: Tensor | None = None) -> float:
+def error(moments: Moments, refit: Refit, kept: Tensor, metric: Tensor | None = None) -> float:
     """Mean squared error of a repaired output on the tokens of `moments`, summed over outputs (in `metric`)."""
-    new = repair.weight
+    new = refit.weight
     centred = new.T @ moments.covariance[kept][:, kept] @ new - 2 * (moments.cross_covariance[:, kept] @ new)
     offset = moments.mean[kept] @ new - moments.target_mean
-    if repair.bias is not None:
-        offset = offset + repair.bias
+    if refit.bias is not None:
+        offset = offset + refit.bias
     if metric is None:
         return float(centred.diagonal().sum() + moments.target_variance.sum() + offset @ offset)
     return float((metric * centred).sum() + offset @ metric @ offset)
@@ -76,7 +66,7 @@ def choose_ridge(train: Moments, held_out: Moments, weight: Tensor, kept: Tensor
     return min(fits, key=lambda fit: error(held_out, fit, kept)).ridge
 
 
-def bias_only(moments: Moments, weight: Tensor, kept: Tensor) -> Repair:
+def bias_only(moments: Moments, weight: Tensor, kept: Tensor) -> Refit:
     """Old weights, and the mean of what was cut in the bias (FLAP, arXiv 2312.11983, eq. 4)."""
     old = weight[kept]
-    return Repair(old, moments.target_mean - moments.mean[kept] @ old)
+    return Refit(old, moments.target_mean - moments.mean[kept] @ old)

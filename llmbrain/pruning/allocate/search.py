@@ -1,0 +1,176 @@
+"""What a cut would cost, measured: of one layer alone, and of a whole allocation; and the allocations made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmbrain._validation import InputError, check_option
+from llmbrain.anatomy.surgery import Change, restored, write
+from llmbrain.anatomy.units import NEURONS, Units
+from llmbrain.pruning.allocate.budget import Budget
+from llmbrain.pruning.allocate.losses import LEVELS, from_curves, from_losses
+from llmbrain.pruning.allocate.shares import ranked, uniform
+from llmbrain.pruning.calibrate.losses import Objective
+from llmbrain.pruning.calibrate.stream import Measured, split_windows
+from llmbrain.pruning.criteria.base import best_units
+from llmbrain.pruning.criteria.scorer import Scorer
+from llmbrain.pruning.repair.fit import fit
+from llmbrain.pruning.repair.least_squares import least_squares
+
+ALLOCATIONS = ("uniform", "global", "clamped", "sensitivity", "search")
+MEASURED = ("sensitivity", "search")  # those that run the model
+PASSES = 24  # forward passes over the calibration text that a search may cost
+OF_SENSITIVITY = 1 / 3  # share of them for the sensitivities it starts from
+OF_CANDIDATE = 2.25  # passes that one allocation takes: two of the walk, one of the held-out windows
+LOSS_TOKENS = 8192  # tokens on which a loss is measured, at most
+SURE = 2.0  # standard errors of a gain on held-out windows
+SCAN_RIDGE = 1e-3  # of the fits that sensitivities are measured with
+
+
+class Allocator:
+    """Allocations of one scorer's units.
+
+    Parameters
+    ----------
+    scorer : Scorer
+    passes : float
+        Forward passes over the calibration text that ``"sensitivity"`` and ``"search"`` may cost together.
+
+    Attributes
+    ----------
+    kinds : int
+        How many kinds of units share the passes.
+    """
+
+    def __init__(self, scorer: Scorer, passes: float = PASSES) -> None:
+        if not passes > 0:
+            raise InputError(f"passes={passes!r} must be above 0: forward passes over the calibration text")
+        self.scorer, self.passes, self.kinds = scorer, passes, 1
+        self._losses: dict[Units, NDArray[np.float64]] = {}
+
+    def check(self, allocation: str) -> None:
+        """Refuse an allocation that is not known, or that would measure without text."""
+        check_option("allocation", allocation, ALLOCATIONS)
+        if allocation in MEASURED and self.scorer.material.windows is None:
+            raise InputError(f"allocation={allocation!r} needs calibration texts (or scans with tokens)")
+
+    def spread(self, allocation: str, budget: Budget, units: Units = NEURONS) -> tuple[int, ...]:
+        """Units that each layer keeps, with no whole model measured."""
+        self.check(allocation)
+        if allocation == "uniform":
+            return uniform(budget)
+        if allocation in ("global", "clamped"):
+            standardize = self.scorer.criterion.standardize
+            scores = self.scorer.dense_scores(units)
+            return ranked(budget, scores, standardize=standardize, clamp=allocation == "clamped")
+        losses = self.sensitivity(units)
+        return from_losses(budget, losses) if allocation == "sensitivity" else from_curves(budget, losses)
+
+    def facts(self, allocation: str, units: Units) -> dict[str, Any]:
+        """The sensitivities that an allocation came from."""
+        if allocation not in MEASURED or units not in self._losses:
+            return {}
+        name = "sensitivity" if units is NEURONS else f"{units.name.removesuffix('s')}_sensitivity"
+        return {name: {"levels": list(LEVELS), "loss_added": np.round(self._losses[units], 6).tolist()}}
+
+    def search(
+        self,
+        best: tuple[int, ...],
+        budget: Budget,
+        others: Mapping[Units, Sequence[int]],
+        *,
+        sequential: bool,
+    ) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """`best`, unless another allocation is surely better on held-out windows, within the budget of passes.
+
+        Parameters
+        ----------
+        others : mapping
+            How many units of other kinds each layer keeps.
+
+        Returns
+        -------
+        widths, facts
+            What the plan should record of it.
+        """
+        ends = [self.spread(name, budget) for name in ("global", "clamped", "uniform")]
+        middles = [budget.fit((np.array(best) + np.array(o)) / 2) for o in (ends[0], ends[2])]
+        candidates = list(dict.fromkeys([best, *middles, *ends]))
+        affordable = int(self.passes * (1 - OF_SENSITIVITY) / OF_CANDIDATE)
+        candidates = candidates[: max(1, affordable)]
+        if len(candidates) == 1:
+            return best, {}
+        losses = np.array([self.measure({**others, NEURONS: c}, sequential=sequential) for c in candidates])
+        gain = losses[0] - losses  # by window
+        sure = gain.mean(1) > SURE * gain.std(1) / np.sqrt(gain.shape[1])
+        mean = np.where(sure, losses.mean(1), np.inf)
+        mean[0] = losses[0].mean()
+        chosen = int(np.argmin(mean))
+        tried = [
+            {"widths": list(w), "loss": round(float(x), 6), "chosen": i == chosen}
+            for i, (w, x) in enumerate(zip(candidates, losses.mean(1)))
+        ]
+        return candidates[chosen], {"search": tried}
+
+    def sensitivity(self, units: Units = NEURONS) -> NDArray[np.float64]:
+        """Loss added when one layer alone loses each share of `LEVELS` and is refitted; ``(n_layers, levels)``.
+
+        Fitted and measured on the training part of the calibration windows: widths that minimize the noise of the very
+        windows that then choose between allocations would always win. Computed once.
+        """
+        if units in self._losses:
+            return self._losses[units]
+        objective = self._objective(held_out=False)
+        base = objective.mean()
+        losses = np.zeros((len(self.scorer.material.body.layers), len(LEVELS)))
+        scores: list[NDArray[np.float64]] = []
+
+        def look(measured: Measured) -> None:
+            i, output = measured.layer.index, measured.output
+            scores.append(self.scorer.score(measured, i, units))
+            known: dict[int, float] = {output.units: 0.0}  # few heads: several levels are the same cut
+            with restored([measured.layer], [units]):
+                for k, level in enumerate(LEVELS):
+                    count = max(1, round((1 - level) * output.units))
+                    if count not in known:
+                        kept = torch.from_numpy(best_units(scores[i], count))
+                        columns = (output.rows(kept) - output.start).to(measured.weight.device)
+                        refit = least_squares(measured.train, measured.weight, columns, ridge=SCAN_RIDGE)
+                        write(output, Change(kept, refit))
+                        known[count] = objective.mean() - base
+                    losses[i, k] = known[count]
+
+        self.scorer.look("sensitivity", look, units)
+        self.scorer.remember(scores, units)
+        self._losses[units] = losses
+        return losses
+
+    def measure(self, counts: Mapping[Units, Sequence[int]], *, sequential: bool = True) -> NDArray[np.float64]:
+        """Loss on each held-out window after a whole cut to these sizes, chosen and refitted on the others."""
+        objective = self._objective(held_out=True)
+
+        def step(measured: Measured, kept: NDArray[np.int64]) -> Change | None:
+            if len(kept) == measured.output.units and not sequential:
+                return None
+            return fit(measured, torch.from_numpy(kept), "least-squares", on=measured.train)
+
+        with restored(self.scorer.material.body.layers, list(counts)):
+            self.scorer.cut("search", step, counts, sequential=sequential)
+            return objective.by_window()
+
+    def _objective(self, *, held_out: bool) -> Objective:
+        """The loss on held-out windows or on training ones, spread over the text."""
+        given, tokens = self.scorer.material, LOSS_TOKENS
+        assert given.windows is not None
+        if not held_out:
+            trials = len(given.body.layers) * len(LEVELS) * self.kinds
+            tokens = min(tokens, int(OF_SENSITIVITY * self.passes * given.windows.numel() / trials))
+        parts = [split_windows(x)[0 if held_out else 1] for x in (given.windows, given.weights) if x is not None]
+        count = max(1, tokens // parts[0].shape[1])
+        chosen = [p[:: max(1, len(p) // count)][:count] for p in parts]
+        return Objective(given.model, *chosen)

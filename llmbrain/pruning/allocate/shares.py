@@ -1,0 +1,60 @@
+"""Widths by shares and ranks: the same share everywhere, or the best units of all layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmbrain.pruning.allocate.budget import Budget
+
+CLAMP = (0.5, 1.5)  # a layer's share removed, relative to the ratio
+
+
+def uniform(budget: Budget) -> tuple[int, ...]:
+    """The same share in every layer that may be cut."""
+    w = np.array(budget.widths, dtype=float)
+    fixed = budget.fixed
+    share = (budget.keep - w[fixed].sum()) / max(w[~fixed].sum(), 1)
+    return budget.fit(np.where(fixed, w, w * share))
+
+
+def ranked(budget: Budget, scores: Sequence[NDArray[np.float64]], *, standardize: bool, clamp: bool) -> tuple[int, ...]:
+    """Rank all units of all layers together and keep the best (FLAP's global standardized scores; raw if not).
+
+    With `clamp` each layer loses between 0.5 and 1.5 times its share (FANG's bounds).
+    """
+    values = [_standardized(s) if standardize else np.asarray(s, dtype=float) for s in scores]
+    free = [i for i in range(len(values)) if i not in budget.protect]
+    n_free = budget.keep - sum(budget.widths[i] for i in budget.protect)
+    pool = np.concatenate([values[i] for i in free])
+    owner = np.repeat(free, [len(values[i]) for i in free])
+    best = np.argsort(-pool, kind="stable")[:n_free]
+    counts = np.bincount(owner[best], minlength=len(values)).astype(float)
+    counts[list(budget.protect)] = [budget.widths[i] for i in budget.protect]
+    if clamp:
+        w = np.array(budget.widths, dtype=float)
+        ratio = 1 - n_free / sum(budget.widths[i] for i in free)
+        low, high = w * (1 - min(1.0, CLAMP[1] * ratio)), w * (1 - CLAMP[0] * ratio)
+        counts = _clamped(counts, low, high, free, n_free)
+    return budget.fit(counts)
+
+
+def _standardized(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    spread = scores.std()
+    return (scores - scores.mean()) / (spread if spread > 0 else 1.0)
+
+
+def _clamped(
+    counts: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64], free: list[int], total: float
+) -> NDArray[np.float64]:
+    """Shift all free counts by one amount, within bounds, until they sum to `total` (bisection)."""
+    left, right = -float(high.max()), float(high.max())
+    for _ in range(60):
+        shift = (left + right) / 2
+        over = np.clip(counts + shift, low, high)[free].sum() > total
+        left, right = (left, shift) if over else (shift, right)
+    result = counts.copy()
+    result[free] = np.clip(counts + left, low, high)[free]
+    return result
