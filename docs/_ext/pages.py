@@ -25,7 +25,7 @@ ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("decomposition", "Decomposition", ()),
     ("networks", "Networks", ("thresholds.fit_mixture",)),
     ("intervention", "Intervention", ("controls.random_masks", "controls.matched_masks")),
-    ("pruning", "Pruning", ("criteria.register", "criteria.Evidence")),
+    ("pruning", "Pruning", ("criteria.register", "criteria.Criterion", "criteria.Evidence", "criteria.Material")),
     ("evaluation", "Evaluation", ()),
     ("brains", "Brains", ("hrf.double_gamma",)),
     ("comparison", "Comparison", ()),
