@@ -223,6 +223,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self._check_parameters()
         source = self._source(runs, None)
         source.n_features = self.components_.shape[1]
+        if self.brain_mask_ is not None and source.runs.mask is not None:
+            source.runs.mask.set_t_r(self.brain_mask_.t_r)
         maps = torch.from_numpy(self.components_).to(source.device, source.dtype)
         offsets = np.cumsum([0, *self._counts])
         parts = [maps[a:b, columns] for columns, (a, b) in zip(self._columns, pairwise(offsets))]
@@ -433,6 +435,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             arrays["mask"] = np.asarray(mask)
         record = {
             "parameters": parameters,
+            "mask_header": None if self.brain_mask_ is None else self.brain_mask_.header_facts(),
             "space": None if self.space_ is None else self.space_.to_dict(),
             "windows": [[columns.start, columns.stop, count] for columns, count in zip(self._columns, self._counts)],
             **{name: getattr(self, name) for name in _SAVED_VALUES},
@@ -472,7 +475,7 @@ def read_ica(path: str | Path) -> GroupICA:
     ica._counts = [count for _, _, count in record["windows"]]
     ica.brain_mask_ = None
     if "mask_volume" in arrays:
-        ica.brain_mask_ = BrainMask.from_arrays(arrays["mask_volume"], arrays["mask_affine"])
+        ica.brain_mask_ = BrainMask.from_arrays(arrays["mask_volume"], arrays["mask_affine"], record.get("mask_header"))
         ica.mask = ica.brain_mask_.image
     elif "mask" in arrays:
         ica.mask = arrays["mask"]

@@ -6,6 +6,7 @@ Files that are written have the names that FSL users know; they were not read by
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.imaging.brain_mask import BrainMask, brain_image, image_like
+from llmbrain.imaging.grid import load_image, seconds_between_volumes
 from llmbrain.imaging.nifti import maps_to_nifti, read_nifti
 
 Geometry = Any
@@ -91,9 +94,12 @@ def read_gift(image: str | Path, *, space: NeuronSpace | None = None, mask_img: 
     """
     path = Path(image)
     maps, found_space, found_mask = _read_components(path, space, mask_img)
-    courses = path.with_name(path.name.replace("component", "timecourses"))
+    # the word may be in the name of the study too: GIFT's own is the last
+    starts = [match.start() for match in re.finditer("component", path.name)][::-1]
+    beside = [path.with_name(f"{path.name[:i]}timecourses{path.name[i + len('component') :]}") for i in starts]
+    courses = next((file for file in beside if file.is_file()), None)
     mixing = None
-    if courses != path and courses.is_file():
+    if courses is not None:
         import nibabel
 
         table = np.squeeze(np.asarray(nibabel.load(courses).dataobj, dtype=np.float64))
@@ -150,13 +156,7 @@ def to_image(values: ArrayLike, geometry: Geometry) -> Any:
         raise InputError("where the neurons lie is not known: pass scans, images or a space")
     if isinstance(geometry, NeuronSpace):
         return maps_to_nifti(values, geometry)
-    from nibabel import Nifti1Image
-
-    values = np.asarray(values, dtype=np.float32)
-    inside = np.asarray(geometry.dataobj) != 0
-    volume = np.zeros((*inside.shape, *values.shape[:-1]), dtype=np.float32)
-    volume[inside] = np.moveaxis(values, -1, 0)
-    return Nifti1Image(volume, geometry.affine)
+    return brain_image(values, geometry)
 
 
 def write_melodic(ica: Any, folder: str | Path) -> Path:
@@ -243,27 +243,26 @@ def _read_components(
     image: Any, space: NeuronSpace | None, mask_img: Any
 ) -> tuple[NDArray[np.float32], NeuronSpace | None, Any]:
     """Maps, and the space they lie in; or, for an image without a header of ours, the brain mask they are read with."""
-    import nibabel
-    from nibabel import Nifti1Image
-
-    loaded = nibabel.load(image) if isinstance(image, (str, Path)) else image
-    if len(loaded.shape) != 4:
+    loaded, _ = load_image(image)
+    if len(loaded.shape) != 4 and (len(loaded.shape) != 5 or loaded.shape[3] != 1):
         raise InputError(f"component image of shape {loaded.shape} must be 4D, one volume a component")
     if space is not None or _is_ours(loaded):
         values, space = read_nifti(image, space)
         return values, space, None
-    data = np.nan_to_num(np.asarray(loaded.dataobj, dtype=np.float32))
     if mask_img is None:
-        inside = (data != 0).any(axis=3)
-        mask_img = Nifti1Image(inside.astype(np.uint8), loaded.affine)
-    else:
-        mask_img = nibabel.load(mask_img) if isinstance(mask_img, (str, Path)) else mask_img
-        inside = np.asarray(mask_img.dataobj) != 0
-    if inside.shape != data.shape[:3]:
-        raise InputError(f"mask of shape {inside.shape} does not fit components of shape {data.shape}")
-    if not inside.any():
-        raise InputError("the mask holds no voxel: every component is 0, or mask_img removes everything")
-    return np.ascontiguousarray(data[inside].T), None, mask_img
+        data = np.asarray(loaded.dataobj, dtype=np.float32).reshape(*loaded.shape[:3], -1)
+        inside = (np.nan_to_num(data) != 0).any(axis=3)
+        if not inside.any():
+            raise InputError("the mask holds no voxel: every component is 0")
+        mask_img = image_like(loaded, inside.astype(np.uint8))
+    fits = tuple(load_image(mask_img)[0].shape[:3])
+    if sorted(fits) != sorted(loaded.shape[:3]):
+        raise InputError(f"mask of shape {fits} does not fit components of shape {loaded.shape}")
+    mask = BrainMask(mask_img, t_r=seconds_between_volumes(loaded))
+    values = np.nan_to_num(mask.read(loaded, "the component image", run=False))
+    if not values.any():
+        raise InputError("every component is 0 inside the mask: is it the mask of these components?")
+    return values, None, mask.image
 
 
 def _is_ours(image: Any) -> bool:

@@ -9,9 +9,7 @@ tool that drops extensions does not lose it.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.imaging.grid import load_image, places_in, read_voxels, spatial_shape
 
 FORMAT = "llmbrain-space"
 LONGEST_NIFTI1 = 32767
@@ -123,27 +122,21 @@ def read_nifti(image: Any, space: NeuronSpace | None = None) -> tuple[NDArray[np
     Raises
     ------
     InputError
-        If the file is no NIfTI, has no header of ours, or does not have the shape its header says.
+        If the file is no NIfTI, has no header of ours, or does not have the shape its header says; if its affine says
+        that voxels lie elsewhere. Axes that a tool flipped or swapped, and said so in the affine, are put back.
     """
-    loaded, path = _load(image)
+    loaded, path = load_image(image, nifti=True)
     name = str(path) if path else "this image"
     if space is None:
         space = _space_of(loaded, path, name)
-    if tuple(loaded.shape[:3]) != space.shape or len(loaded.shape) > 4:
+    shape, n_volumes = spatial_shape(loaded, name)
+    if sorted(shape) != sorted(space.shape):
         raise InputError(
             f"{name} has shape {loaded.shape}, but its space needs {space.shape} and at most one more axis"
         )
-    with _readable(name):
-        if len(loaded.shape) == 3:
-            return space.from_volume(np.asarray(loaded.dataobj, dtype=np.float32)), space
-        # A compressed file can only be read from its start: once, not once a block.
-        whole = path is not None and path.suffix == ".gz"
-        data = np.asarray(loaded.dataobj) if whole else loaded.dataobj
-        values = np.empty((loaded.shape[3], space.n_neurons), dtype=np.float32)
-        for start in range(0, len(values), _BLOCK):
-            block = np.asarray(data[..., start : start + _BLOCK], dtype=np.float32)
-            values[start : start + _BLOCK] = space.from_volume(block)
-    return values, space
+    places = places_in(loaded, space.shape, space.affine, space.voxels, name, "the space of neurons")
+    values = read_voxels(loaded, places, name)
+    return (values[0] if n_volumes is None else values), space
 
 
 def sidecar_of(path: Path) -> Path:
@@ -200,39 +193,6 @@ def _small(pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """What nibabel raises on a file that is no image, or was cut short, as one clear error."""
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
-        yield
-    except InputError:
-        raise
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise InputError(f"{name} is not a NIfTI image, or was truncated: {error}") from None
-
-
-def _load(image: Any) -> tuple[Any, Path | None]:
-    import nibabel
-    from nibabel.nifti1 import Nifti1Pair
-
-    if isinstance(image, (str, Path)):
-        path = Path(image)
-        with _readable(str(path)):
-            loaded = nibabel.load(path)
-    else:
-        loaded = image
-        file = image.get_filename() if hasattr(image, "get_filename") else None
-        path = Path(file) if file else None  # type: ignore[assignment]
-    if not isinstance(loaded, Nifti1Pair):  # NIfTI-2 is a subclass
-        raise InputError(f"image={image!r} is not a NIfTI image or the path of one")
-    return loaded, path
-
-
 def _space_of(image: Any, path: Path | None, name: str) -> NeuronSpace:
     """From the header extension, else from the sidecar."""
     texts = [extension.get_content() for extension in image.header.extensions]
@@ -249,5 +209,6 @@ def _space_of(image: Any, path: Path | None, name: str) -> NeuronSpace:
             except (KeyError, TypeError):
                 raise InputError(f"{name} has an llmbrain header without a space: it was edited") from None
     raise InputError(
-        f"{name} has no llmbrain header (nor a .json beside it): which neuron a voxel is can not be known. Pass space="
+        f"{name} has no llmbrain header (nor a .json beside it): which neuron a voxel is can not be known. Pass "
+        "space=, or mask= where these are images of a brain"
     )

@@ -1,0 +1,200 @@
+"""Voxels of an image in the order of another grid, read by slabs.
+
+Tools flip and permute the axes of an image and say so in its affine (LPS for RAS, fslswapdim, as_reoriented). By the
+affines that is undone here; an image whose voxels lie elsewhere is refused. Only a few volumes are in memory at a time,
+besides the result.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llmbrain._validation import InputError
+
+_SLAB_BYTES = 4 * 1024**2
+_NEAR = 0.02  # of a voxel: rounding of affines in headers, and no more
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What nibabel raises on a file that is no image, or was cut short, as one clear error."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise InputError(f"{name} is not a NIfTI image, or was truncated: {error}") from None
+
+
+def load_image(image: Any, *, nifti: bool = False) -> tuple[Any, Path | None]:
+    """A nibabel image (`nifti`: of that format) from one or from a path, and the path of its file if it has one."""
+    import nibabel
+    from nibabel.nifti1 import Nifti1Pair
+    from nibabel.spatialimages import SpatialImage
+
+    path: Path | None
+    if isinstance(image, (str, Path)):
+        path = Path(image)
+        with readable(str(path)):
+            loaded = nibabel.load(path)
+    else:
+        loaded = image
+        file = image.get_filename() if hasattr(image, "get_filename") else None
+        path = Path(file) if file else None
+    if not isinstance(loaded, Nifti1Pair if nifti else SpatialImage):  # NIfTI-2 is a subclass
+        raise InputError(f"image={image!r} is not a NIfTI image or the path of one")
+    return loaded, path
+
+
+def spatial_shape(image: Any, name: str, *, volumes: bool | None = None) -> tuple[tuple[int, ...], int | None]:
+    """Shape of one volume, and how many there are; None for a single one. ``(x, y, z, 1, t)`` counts as 4D.
+
+    Parameters
+    ----------
+    volumes : bool, optional
+        True where there must be a time axis, False where there must be none (``(x, y, z, 1)`` has none then).
+    """
+    shape = tuple(int(n) for n in image.shape)
+    rest = shape[3:]
+    if len(rest) == 2 and 1 in rest:
+        rest = (max(rest),)
+    if volumes is False and rest in ((), (1,)):
+        return shape[:3], None
+    if len(shape) < 3 or len(rest) > 1 or volumes is False or (volumes and not rest):
+        wanted = {None: "three or four axes", True: "three axes and a time axis", False: "three axes"}[volumes]
+        raise InputError(f"{name} has shape {shape}: {wanted} are needed")
+    return shape[:3], rest[0] if rest else None
+
+
+def seconds_between_volumes(image: Any) -> float | None:
+    """TR in seconds, by the header; None where it says nothing."""
+    zooms = image.header.get_zooms()
+    if len(zooms) < 4:
+        return None
+    value = float(zooms[4] if len(zooms) == 5 and image.shape[3] == 1 and zooms[3] in (0, 1) else zooms[3])
+    unit = image.header.get_xyzt_units()[1] if hasattr(image.header, "get_xyzt_units") else "sec"
+    return value * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0) if value > 0 else None
+
+
+def places_in(
+    image: Any, shape: tuple[int, ...], affine: ArrayLike | None, voxels: tuple[NDArray[Any], ...], name: str, grid: str
+) -> NDArray[np.int64]:
+    """Where the voxels of a grid are in an image of the same grid, reoriented perhaps: flat, first axis fastest.
+
+    Parameters
+    ----------
+    image : nibabel image
+    shape, affine
+        Of the grid; None for an affine that is not known.
+    voxels : three int arrays
+        Of the grid.
+    name, grid : str
+        What errors call image and grid.
+
+    Raises
+    ------
+    InputError
+        If the image lies elsewhere, or has other voxels.
+    """
+    own = tuple(int(n) for n in image.shape[:3])
+    if sorted(own) != sorted(shape):
+        raise InputError(f"{name} has shape {tuple(image.shape)}: {grid} needs {tuple(shape)} and a time axis")
+    if affine is None or image.affine is None:
+        axes: tuple[int, ...] = (0, 1, 2)
+        flips: tuple[bool, ...] = (False, False, False)
+        if own != tuple(shape):
+            raise InputError(f"{name} has shape {tuple(image.shape)}: {grid} needs {tuple(shape)} and a time axis")
+    else:
+        found = _turn(own, np.asarray(image.affine, float), tuple(shape), np.asarray(affine, float))
+        if found is None:
+            raise InputError(
+                f"{name} and {grid} have different affines, and no turn or flip of axes makes them one: resample one "
+                f"to the other first (origins {np.round(image.affine[:3, 3], 2).tolist()} and "
+                f"{np.round(np.asarray(affine)[:3, 3], 2).tolist()})"
+            )
+        axes, flips = found
+    moved: list[NDArray[Any]] = [np.empty(0)] * 3
+    for place, axis, flip in zip(voxels, axes, flips):
+        moved[axis] = own[axis] - 1 - place if flip else place
+    return np.ravel_multi_index(tuple(moved), own, order="F").astype(np.int64)
+
+
+def _turn(
+    own: tuple[int, ...], own_affine: NDArray[Any], shape: tuple[int, ...], affine: NDArray[Any]
+) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
+    """For each axis of a grid the axis of the image that it is, and whether it runs backwards; None if they differ."""
+    try:
+        step = np.linalg.inv(own_affine) @ affine
+    except np.linalg.LinAlgError:
+        return None
+    axes = tuple(int(axis) for axis in np.abs(step[:3, :3]).argmax(axis=0))
+    if sorted(axes) != [0, 1, 2] or tuple(own[axis] for axis in axes) != tuple(shape):
+        return None
+    flips = tuple(bool(step[axis, i] < 0) for i, axis in enumerate(axes))
+    wanted = np.zeros((4, 4))
+    wanted[3, 3] = 1
+    for i, (axis, flip) in enumerate(zip(axes, flips)):
+        wanted[axis, i] = -1 if flip else 1
+        wanted[axis, 3] = own[axis] - 1 if flip else 0
+    corners = np.array([[*np.multiply(corner, np.subtract(shape, 1)), 1] for corner in np.ndindex(2, 2, 2)]).T
+    return (axes, flips) if np.abs((step - wanted) @ corners).max() <= _NEAR else None
+
+
+def read_voxels(image: Any, places: NDArray[np.int64], name: str) -> NDArray[np.float32]:
+    """Values at flat `places` (first axis fastest) of every volume: float32 ``(n_volumes, n_places)``."""
+    n_volumes = int(np.prod(image.shape[3:], dtype=np.int64))
+    out = np.empty((n_volumes, len(places)), dtype=np.float32)
+    start = 0
+    with readable(name):
+        for slab in _slabs(image, n_volumes):
+            for volume in slab:
+                out[start] = volume[places]
+                start += 1
+    if start != n_volumes:
+        raise InputError(f"{name} holds {start} volumes where its header says {n_volumes}: it was truncated")
+    return out
+
+
+def _slabs(image: Any, n_volumes: int) -> Iterator[NDArray[Any]]:
+    """A few volumes at a time, each flat with the first axis fastest: ``(n, n_voxels)``."""
+    from nibabel.arrayproxy import ArrayProxy
+    from nibabel.openers import ImageOpener
+    from nibabel.volumeutils import apply_read_scaling
+
+    data = image.dataobj
+    n_voxels = int(np.prod(image.shape[:3], dtype=np.int64))
+    at_once = max(1, _SLAB_BYTES // (8 * n_voxels))
+    name = getattr(data, "file_like", None)
+    compressed = isinstance(name, (str, Path)) and str(name).endswith((".gz", ".bz2", ".zst"))
+    if type(data) is ArrayProxy and compressed and data.order == "F":
+        # a compressed file can only be read from its start: once, not once a slab
+        with ImageOpener(str(name)) as file:
+            file.seek(data.offset)
+            for start in range(0, n_volumes, at_once):
+                count = min(at_once, n_volumes - start) * n_voxels
+                raw = file.read(count * data.dtype.itemsize)
+                if len(raw) != count * data.dtype.itemsize:
+                    raise EOFError("the file ends within a volume")
+                values = np.frombuffer(raw, dtype=data.dtype)
+                yield apply_read_scaling(values, data.slope, data.inter).reshape(-1, n_voxels)
+        return
+    if len(image.shape) == 3:
+        yield np.asarray(data).reshape(1, n_voxels, order="F")
+        return
+    axis = 4 if len(image.shape) == 5 and image.shape[3] == 1 else 3
+    for start in range(0, n_volumes, at_once):
+        part = (slice(None),) * axis + (slice(start, start + at_once),)
+        block = np.asarray(data[part])
+        yield block.reshape((n_voxels, -1), order="F").T
