@@ -31,7 +31,7 @@ ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("comparison", "Comparison", ()),
     ("datasets", "Data sets", ("phantom.Phantom", "abilities.Example")),
     ("plotting", "Figures", ()),
-    ("stats", "Statistics", ("sparsity.gini", "sparsity.hoyer", "sparsity.overlap_matrix", "nulls.surrogates")),
+    ("stats", "Statistics", ()),
     ("hooks", "Hooks", ()),
     ("page", "Report pages", ()),
     ("reporting", "Report and viewer", ("viewer.serve",)),

@@ -9,9 +9,11 @@ from typing import Any
 
 import typer
 
-from llmbrain import __version__
+from llmbrain._version import __version__
 from llmbrain.cli import compare, demo, networks, pruning, run, steps, view
 from llmbrain.cli.common import fail
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="llmbrain",

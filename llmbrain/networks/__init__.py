@@ -8,12 +8,13 @@ from llmbrain.networks.connectivity import (
     dynamics_test,
     layer_flow,
 )
+from llmbrain.networks.cutoff_table import compare_thresholds
 from llmbrain.networks.functional import FunctionalNetworks, Network
 from llmbrain.networks.graphs import graph_measures, hubs
 from llmbrain.networks.localizer import Localizer, localizer
 from llmbrain.networks.matching import match_networks, recurrence, single_run_networks, split_half, template_matches
 from llmbrain.networks.meaning import describe, top_tokens
-from llmbrain.networks.thresholds import NullNetworks, compare_thresholds, null_networks
+from llmbrain.networks.thresholds import NullNetworks, null_networks
 
 __all__ = [
     "Connectivity",

@@ -13,13 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.networks.storage import read_networks, write_networks
+from llmbrain.networks.thresholds import NullNetworks, cutoffs_for
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.stats.sparsity import gini, hoyer, overlap_matrix, zscore_maps
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from llmbrain.networks.thresholds import NullNetworks
 
 POLES = ("both", "positive", "negative", "split")
 
@@ -337,8 +337,6 @@ class FunctionalNetworks:
         null : NullNetworks
             From `llmbrain.networks.null_networks`, for "fdr" and "fwe".
         """
-        from llmbrain.networks.thresholds import cutoffs_for
-
         cutoffs = cutoffs_for(
             self.maps, method, threshold=threshold, ratio=ratio, probability=probability, alpha=alpha, null=null
         )
@@ -356,17 +354,46 @@ class FunctionalNetworks:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the networks into a folder; see `llmbrain.networks.storage` for its files."""
-        from llmbrain.networks.storage import save_networks
+        """Write the networks into a folder, all files or none; see `llmbrain.networks.storage` for them.
 
-        return save_networks(self, folder, overwrite=overwrite)
+        Raises
+        ------
+        FileExistsError
+            If the folder already holds networks and `overwrite` is False.
+        """
+        arrays = {"maps": self.maps, "cutoffs": self.cutoffs}
+        arrays |= {f"time_course_{i}": run for i, run in enumerate(self.time_courses)}
+        record = {
+            "names": self.names,
+            "poles": self.poles,
+            "space": None if self.space is None else self.space.to_dict(),
+            "n_runs": len(self.time_courses),
+            "provenance": self.provenance,
+        }
+        return write_networks(folder, arrays, record, self.to_frame(), overwrite=overwrite)
 
     @classmethod
     def load(cls, folder: str | Path) -> FunctionalNetworks:
-        """Read networks back; equal to the bit."""
-        from llmbrain.networks.storage import load_networks
+        """Read networks back; equal to the bit.
 
-        return load_networks(folder)
+        Raises
+        ------
+        FileNotFoundError
+            If the folder holds no networks.
+        InputError
+            If its files are damaged or do not belong together.
+        """
+        arrays, record = read_networks(folder)
+        return cls(
+            arrays["maps"],
+            None if record["space"] is None else NeuronSpace.from_dict(record["space"]),
+            threshold=arrays["cutoffs"],
+            time_courses=[arrays[f"time_course_{i}"] for i in range(record["n_runs"])] or None,
+            poles=record["poles"],
+            names=record["names"],
+            standardize=False,
+            provenance=record.get("provenance"),
+        )
 
     def __repr__(self) -> str:
         where = self.space if self.space is not None else f"{self.n_neurons} neurons, no space"

@@ -1,32 +1,63 @@
-"""Networks on disk: one exact file, and the same in the forms people open.
+"""Networks on disk, as plain arrays and a record: one exact file, and the same in the forms people open.
 
 ``networks.safetensors``                 maps, cut-offs and time courses, to the bit
-``networks.json``                        names, space, provenance, which of the files below are there
+``networks.json``                        names, space, provenance
 ``desc-ICA_stat-z_components.nii.gz``    the z maps, one volume a network (only with a space)
 ``mixing.tsv``                           time courses: columns run, token, one a network
 ``key_neurons.tsv``                      network, layer, neuron, z
+
+They are one set: all of it is written or none, and what a former set held beside is gone.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from llmbrain._files import DamagedError, reading, transaction, write_image, write_json, write_table, write_tensors
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.imaging.nifti import maps_to_nifti
 
 if TYPE_CHECKING:
-    from llmbrain.networks.functional import FunctionalNetworks
+    import pandas as pd
 
 TENSORS, RECORD = "networks.safetensors", "networks.json"
 MAPS, MIXING, NEURONS = "desc-ICA_stat-z_components.nii.gz", "mixing.tsv", "key_neurons.tsv"
+ANEW = "save the networks again"
+
+Arrays = dict[str, NDArray[np.float32]]
+Record = dict[str, Any]
 
 
-def save_networks(networks: FunctionalNetworks, folder: str | Path, *, overwrite: bool = False) -> Path:
+def write_networks(
+    folder: str | Path,
+    arrays: Mapping[str, NDArray[np.float32]],
+    record: Mapping[str, Any],
+    key_neurons: pd.DataFrame,
+    *,
+    overwrite: bool = False,
+) -> Path:
     """Write the files named at the top of this module.
+
+    Parameters
+    ----------
+    folder : path
+    arrays : dict
+        ``maps (n_networks, n_neurons)``, ``cutoffs (n_networks, 2)``, and ``time_course_0 (n_tokens, n_networks)``, ...
+    record : dict
+        ``names``, ``poles``, ``space`` (`NeuronSpace.to_dict` or None), ``n_runs``, ``provenance``; JSON values.
+    key_neurons : DataFrame
+        Of all networks.
+
+    Returns
+    -------
+    Path
+        The folder.
 
     Raises
     ------
@@ -34,38 +65,27 @@ def save_networks(networks: FunctionalNetworks, folder: str | Path, *, overwrite
         If the folder already holds networks and `overwrite` is False.
     """
     import pandas as pd
-    from safetensors.numpy import save_file
 
     folder = Path(folder)
     if not overwrite and (folder / RECORD).exists():
         raise FileExistsError(f"{folder} already holds networks: choose another folder, or pass overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"maps": networks.maps, "cutoffs": networks.cutoffs}
-    tensors |= {f"time_course_{i}": np.ascontiguousarray(run) for i, run in enumerate(networks.time_courses)}
-    save_file(tensors, folder / TENSORS)
-    networks.to_frame().to_csv(folder / NEURONS, sep="\t", index=False)
-    if networks.time_courses:
-        frames = [pd.DataFrame(run, columns=networks.names) for run in networks.time_courses]
-        mixing = pd.concat(frames, keys=range(len(frames)), names=["run", "token"])
-        mixing.to_csv(folder / MIXING, sep="\t")
-    if networks.space is not None:
-        from llmbrain.imaging import maps_to_nifti
-
-        maps_to_nifti(networks.maps, networks.space).to_filename(folder / MAPS)
-    record: dict[str, Any] = {
-        "names": networks.names,
-        "poles": networks.poles,
-        "space": None if networks.space is None else networks.space.to_dict(),
-        "n_runs": len(networks.time_courses),
-        "provenance": networks.provenance,
-    }
-    # Last, so that a folder with a record is whole.
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with transaction(folder, replaces=[TENSORS, RECORD, MAPS, MIXING, NEURONS]) as new:
+        write_tensors(new / TENSORS, arrays)
+        write_table(new / NEURONS, key_neurons)
+        if record["n_runs"]:
+            frames = [
+                pd.DataFrame(arrays[f"time_course_{i}"], columns=record["names"]) for i in range(record["n_runs"])
+            ]
+            mixing = pd.concat(frames, keys=range(len(frames)), names=["run", "token"])
+            write_table(new / MIXING, mixing, index=True)
+        if record["space"] is not None:
+            write_image(new / MAPS, maps_to_nifti(arrays["maps"], NeuronSpace.from_dict(record["space"])))
+        write_json(new / RECORD, record, indent=2)
     return folder
 
 
-def load_networks(folder: str | Path) -> FunctionalNetworks:
-    """Read what `save_networks` wrote.
+def read_networks(folder: str | Path) -> tuple[Arrays, Record]:
+    """Read what `write_networks` wrote: arrays and record.
 
     Raises
     ------
@@ -74,30 +94,34 @@ def load_networks(folder: str | Path) -> FunctionalNetworks:
     InputError
         If its files are damaged or do not belong together.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    from llmbrain.networks.functional import FunctionalNetworks
-
     folder = Path(folder)
     for name in (RECORD, TENSORS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no networks: {name} is missing")
+    with reading(folder, anew=ANEW) as files:
+        record, arrays = files.json(RECORD), files.tensors(TENSORS)
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-        space = None if record["space"] is None else NeuronSpace.from_dict(record["space"])
-        runs = [tensors[f"time_course_{i}"] for i in range(record["n_runs"])]
-        maps, cutoffs, names, poles = tensors["maps"], tensors["cutoffs"], record["names"], record["poles"]
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder} is damaged ({type(error).__name__}: {error}): save the networks again") from error
-    return FunctionalNetworks(
-        maps,
-        space,
-        threshold=cutoffs,
-        time_courses=runs or None,
-        poles=poles,
-        names=names,
-        standardize=False,
-        provenance=record.get("provenance"),
-    )
+        _check(arrays, record)
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}): {ANEW}") from error
+    return arrays, record
+
+
+def _check(arrays: Arrays, record: Record) -> None:
+    """Whether the two belong together; before anything is made of their numbers."""
+    n_networks, n_neurons = arrays["maps"].shape
+    names, poles, n_runs = record["names"], record["poles"], record["n_runs"]
+    if len(names) != n_networks or len(poles) != n_networks or arrays["cutoffs"].shape != (n_networks, 2):
+        raise InputError(f"{n_networks} maps, but {len(names)} names and {len(poles)} poles")
+    if not all(isinstance(texts, list) and all(isinstance(t, str) for t in texts) for texts in (names, poles)):
+        raise InputError("names and poles must be lists of texts")
+    if record["space"] is not None:
+        widths = record["space"]["widths"]
+        if not all(type(width) is int and width >= 0 for width in widths) or sum(widths) != n_neurons:
+            raise InputError(f"space of widths {str(widths)[:60]} is not that of maps over {n_neurons} neurons")
+    if type(n_runs) is not int or n_runs != sum(name.startswith("time_course_") for name in arrays):
+        raise InputError(f"n_runs={n_runs!r} is not the number of time courses")
+    if not isinstance(record.get("provenance", {}), dict):
+        raise InputError("provenance must be a mapping")
+    for i in range(n_runs):
+        arrays[f"time_course_{i}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,13 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.stats.nulls import phase_randomize
-from llmbrain.stats.sparsity import overlap_matrix, zscore_maps
+from llmbrain.stats.sparsity import zscore_maps
 from llmbrain.stats.tails import benjamini_hochberg
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from llmbrain.networks.functional import FunctionalNetworks
 
 METHODS = ("fixed", "auto", "mixture", "fdr", "fwe")
 Array = NDArray[np.float64]
@@ -61,23 +56,6 @@ def cutoffs_for(
             raise InputError(f"method={method!r} needs null=: llmbrain.networks.null_networks(scans, n_components)")
         high = np.array([null.fdr_cutoff(row, alpha) if method == "fdr" else null.fwe_cutoff(alpha) for row in z])
     return np.stack([-high, high], axis=1).astype(np.float32)
-
-
-def compare_thresholds(networks: FunctionalNetworks, null: NullNetworks | None = None, **options: Any) -> pd.DataFrame:
-    """All methods side by side: network, method, size, share, low, high, and Dice with the network as it is.
-
-    "fdr" and "fwe" are there if `null` is. `options` go to `FunctionalNetworks.rethreshold`.
-    """
-    import pandas as pd
-
-    frames = []
-    for method in METHODS if null is not None else METHODS[:3]:
-        other = networks.rethreshold(method, null=null, **options)
-        rows = other.summary().reset_index()[["network", "size", "share", "low", "high"]]
-        rows.insert(1, "method", method)
-        rows["dice"] = np.diag(overlap_matrix(other.masks, networks.masks))
-        frames.append(rows)
-    return pd.concat(frames, ignore_index=True)
 
 
 # -- Gaussian/gamma mixture --------------------------------------------------------------------------------------------

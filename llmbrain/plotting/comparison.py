@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,9 @@ from llmbrain.plotting.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from llmbrain.plotting.what import Masker
 
 
 def plot_coupling(
@@ -36,8 +39,8 @@ def plot_coupling(
     columns: Sequence[str] | None = None,
     vmax: float | None = None,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Correlation of every network of a model with every series of a brain; significant pairs are marked.
 
     Parameters
@@ -80,8 +83,8 @@ def plot_lag_profile(
     threshold: float | ArrayLike | None = None,
     tr: float | None = None,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Correlation at each lag, with the threshold of the null model.
 
     Parameters
@@ -122,8 +125,12 @@ def plot_lag_profile(
 
 
 def plot_ceilings(
-    ceilings: pd.DataFrame, *, r: ArrayLike | None = None, ax: Axes | None = None, figure: Any = None
-) -> Any:
+    ceilings: pd.DataFrame,
+    *,
+    r: ArrayLike | None = None,
+    ax: Axes | None = None,
+    figure: Figure | None = None,
+) -> Figure:
     """Noise ceilings of each region, and how far a model gets below them.
 
     Parameters
@@ -157,7 +164,7 @@ def plot_ceilings(
     return figure
 
 
-def plot_brain_map(values: ArrayLike, masker: Any, *, title: str = "r", vmax: float | None = None) -> Any:
+def plot_brain_map(values: ArrayLike, masker: Masker, *, title: str = "r", vmax: float | None = None) -> Figure:
     """A value of every region or voxel of a brain, seen through it (nilearn's glass brain).
 
     Parameters

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.space import NeuronSpace
@@ -30,10 +30,13 @@ from llmbrain.stats import PUBLISHED_Z
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from llmbrain.plotting.what import HasMap, HasMaps
 
 
 def maps_and_space(
-    networks: Any, space: NeuronSpace | None = None
+    networks: HasMaps | HasMap | ArrayLike, space: NeuronSpace | None = None
 ) -> tuple[NDArray[np.float32], NeuronSpace, list[str]]:
     """Maps ``(n_networks, n_neurons)``, their space and names, of anything that has them.
 
@@ -44,17 +47,20 @@ def maps_and_space(
         Needed for arrays, and for networks without one.
     """
     single = hasattr(networks, "map")
-    maps = np.atleast_2d(np.asarray(networks.map if single else getattr(networks, "maps", networks), dtype=np.float32))
+    values = getattr(networks, "map", None) if single else getattr(networks, "maps", networks)
+    maps = np.atleast_2d(np.asarray(values, dtype=np.float32))
     space = space if space is not None else getattr(networks, "space", None)
     if space is None:
         raise InputError("space=None: a figure of layers needs to know them; pass space=NeuronSpace(widths)")
     if maps.ndim != 2 or maps.shape[1] != space.n_neurons:
         raise InputError(f"maps of shape {maps.shape} do not fit {space}")
-    given = [networks.name] if single and hasattr(networks, "name") else getattr(networks, "names", None)
+    given = (
+        [networks.name] if hasattr(networks, "map") and hasattr(networks, "name") else getattr(networks, "names", None)
+    )
     return maps, space, list(given) if given is not None else [f"IC{k:02d}" for k in range(len(maps))]
 
 
-def _cut(networks: Any, maps: NDArray[Any], threshold: float | None) -> NDArray[np.bool_]:
+def _cut(networks: HasMaps | HasMap | ArrayLike, maps: NDArray[Any], threshold: float | None) -> NDArray[np.bool_]:
     """Key neurons: by `threshold` where given, else the networks' own masks, else ``|z| > 3.6``."""
     own = getattr(networks, "mask", None) if hasattr(networks, "map") else getattr(networks, "masks", None)
     if threshold is None and own is not None:
@@ -63,7 +69,7 @@ def _cut(networks: Any, maps: NDArray[Any], threshold: float | None) -> NDArray[
 
 
 def plot_network(
-    network: Any,
+    network: HasMaps | HasMap | ArrayLike,
     space: NeuronSpace | None = None,
     *,
     index: int = 0,
@@ -74,8 +80,8 @@ def plot_network(
     vmax: float | None = None,
     title: str | None = None,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Draw one network: layers as slices, or a flat map, layer by neuron.
 
     Parameters
@@ -171,14 +177,14 @@ def _layer_ticks(layers: Sequence[int]) -> tuple[list[int], list[str]]:
 
 
 def plot_glass_model(
-    networks: Any,
+    networks: HasMaps | HasMap | ArrayLike,
     space: NeuronSpace | None = None,
     *,
     threshold: float | None = None,
     max_neurons: int = 300,
     columns: int | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """All networks in one picture: each a stack of glass layers with its key neurons in it.
 
     A panel is one network, seen from the side: the input enters at the left, layers follow to the right, and a dot is a
@@ -239,14 +245,14 @@ def plot_glass_model(
 
 
 def plot_layer_profile(
-    networks: Any,
+    networks: HasMaps | HasMap | ArrayLike,
     space: NeuronSpace | None = None,
     *,
     threshold: float | None = None,
     kind: str = "heat",
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """In which layers the key neurons of each network lie.
 
     Parameters

@@ -13,9 +13,12 @@ from llmbrain.plotting.style import CATEGORIES, GRID, QUIET, legend, one_axes, p
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from llmbrain.plotting.what import HasKept
 
 
-def kept_widths(plan: Any) -> tuple[list[int], list[int] | None]:
+def kept_widths(plan: HasKept | Sequence[int]) -> tuple[list[int], list[int] | None]:
     """Neurons kept in each layer, and the widths before, of a plan or of numbers.
 
     Parameters
@@ -23,7 +26,7 @@ def kept_widths(plan: Any) -> tuple[list[int], list[int] | None]:
     plan : PruningPlan, or sequence of int
         ``.kept`` holds the kept indices of each layer, ``.widths_before`` the widths before.
     """
-    kept = getattr(plan, "kept", plan)
+    kept: Any = getattr(plan, "kept", plan)
     if isinstance(kept, Mapping):
         kept = [kept[key] for key in sorted(kept)]
     sizes = [int(k) if np.ndim(k) == 0 else len(k) for k in kept]
@@ -32,12 +35,12 @@ def kept_widths(plan: Any) -> tuple[list[int], list[int] | None]:
 
 
 def plot_widths(
-    plan: Any,
+    plan: HasKept | Sequence[int],
     widths: Sequence[int] | None = None,
     *,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """MLP neurons kept per layer, before the full width.
 
     Parameters
@@ -79,8 +82,8 @@ def plot_tradeoff(
     dense: Mapping[str, Any] | None = None,
     log: bool | None = None,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Perplexity against size, one line a method, baselines among them.
 
     Parameters
@@ -140,8 +143,8 @@ def plot_latency(
     model: str = "model",
     spread: str | None = None,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Time of each case (prefill, decode, batch size), models side by side.
 
     Parameters

@@ -31,6 +31,9 @@ from llmbrain.plotting.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from llmbrain.plotting.what import HasFrame, HasIq
 
 ALPHA = 0.05
 # names that a column of a lesion table may have, first one found counts
@@ -53,8 +56,8 @@ def plot_connectivity(
     kind: str = "both",
     density: float = 0.15,
     vmax: float | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Functional connectivity between networks: the matrix, and the graph of its strongest edges.
 
     Parameters
@@ -127,7 +130,7 @@ def _graph(ax: Axes, off: Any, labels: list[str], density: float, scale: Any) ->
     ax.set_title(f"strongest {100 * density:.3g}% of pairs (dashed: negative)", fontsize=8, color=INK)
 
 
-def long_lesions(table: Any, names: Sequence[str] | None = None) -> pd.DataFrame:
+def long_lesions(table: HasFrame | pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
     """A lesion table in long form, whatever form it came in.
 
     Parameters
@@ -146,7 +149,7 @@ def long_lesions(table: Any, names: Sequence[str] | None = None) -> pd.DataFrame
         high, control (mean effect of random neurons, same sign), matched (of neurons as active), p, q (nan where
         unknown), significant (bool: as given, else q < 0.05, else p < 0.05).
     """
-    table = getattr(table, "frame", table)
+    table = table if isinstance(table, pd.DataFrame) else table.frame
     frame = table
     if not {"network", "evaluation"} <= set(frame.columns):
         if {"network", "evaluation"} <= {str(name) for name in frame.index.names if name is not None}:
@@ -186,15 +189,15 @@ def _melted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_lesion_table(
-    table: Any,
+    table: HasFrame | pd.DataFrame,
     *,
     names: Sequence[str] | None = None,
     order: str = "given",
     vmax: float | None = None,
     label: str = "effect of the lesion",
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Network by evaluation: what is lost when a network is lesioned.
 
     Cells beyond random neurons (p < 0.05) carry their number, and those that stay so after correction a star.
@@ -236,13 +239,13 @@ def plot_lesion_table(
 
 
 def plot_stability(
-    stability: Any,
+    stability: HasIq | ArrayLike | Mapping[str, ArrayLike],
     *,
     names: Sequence[str] | None = None,
     limit: float = 0.8,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Cluster quality Iq of each component, best first; hollow below `limit`.
 
     Parameters
@@ -290,8 +293,8 @@ def plot_model_order(
     chosen: int | None = None,
     null: str | None = None,
     ax: Axes | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """What changes with the number of components: stability, reproducibility, explained variance.
 
     Parameters

@@ -26,6 +26,9 @@ from llmbrain.plotting.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from llmbrain.scanning.scans import Scan
 
 _STRIP = 120  # at most so many tokens are written out; more would be a grey bar
 
@@ -57,15 +60,15 @@ def _strip(ax: Axes, words: Sequence[str], start: int, values: Any = None, scale
 
 
 def plot_carpet(
-    scan: Any,
+    scan: Scan,
     *,
     tokens: slice | None = None,
     layers: Sequence[int] | None = None,
     max_neurons: int = 2000,
     normalize: bool = True,
     vmax: float | None = None,
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """A scan as a carpet: neurons (rows, layer by layer) over tokens (columns), under the text.
 
     Parameters
@@ -129,7 +132,7 @@ def plot_carpet(
     return figure
 
 
-def _conditions(ax: Axes, scan: Any, start: int, stop: int) -> None:
+def _conditions(ax: Axes, scan: Scan, start: int, stop: int) -> None:
     """Which condition was on, as a thin band of colour on top."""
     events = getattr(scan, "events", None)
     if events is None or "trial_type" not in events or not len(events):
@@ -156,8 +159,8 @@ def plot_time_courses(
     names: Sequence[str] | None = None,
     span: slice | None = None,
     kind: str = "lines",
-    figure: Any = None,
-) -> Any:
+    figure: Figure | None = None,
+) -> Figure:
     """Activity of networks over the text.
 
     Parameters

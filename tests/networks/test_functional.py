@@ -1,5 +1,6 @@
 """Networks hold the neurons that their z maps say, and come back from disk to the bit."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,12 +132,60 @@ def test_files_people_open(tmp_path, networks):
     assert len(pd.read_csv(tmp_path / "key_neurons.tsv", sep="\t")) == networks.sizes.sum()
 
 
+def test_overwriting_leaves_nothing_of_the_old_set(tmp_path, maps, networks):
+    networks.save(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    FunctionalNetworks(maps[:1], threshold=1.5).save(tmp_path, overwrite=True)  # no space, no time courses
+    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+    assert left == {"networks.json", "networks.safetensors", "key_neurons.tsv", "SHA256SUMS", "mine.txt"}
+    assert len(FunctionalNetworks.load(tmp_path)) == 1
+
+
+def test_a_save_that_fails_leaves_the_old_set(tmp_path, maps, networks, monkeypatch):
+    networks.save(tmp_path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmbrain.networks.storage.write_json", full)
+    with pytest.raises(InputError, match="what stood there is unchanged"):
+        FunctionalNetworks(maps[:1]).save(tmp_path, overwrite=True)
+    np.testing.assert_array_equal(FunctionalNetworks.load(tmp_path).maps, networks.maps)
+    assert (tmp_path / "mixing.tsv").is_file()
+
+
 def test_damaged_folder_is_named(tmp_path, maps):
     with pytest.raises(FileNotFoundError, match=r"networks\.json is missing"):
         FunctionalNetworks.load(tmp_path)
     FunctionalNetworks(maps).save(tmp_path)
     (tmp_path / "networks.safetensors").write_bytes(b"gone")
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=r"networks\.safetensors does not match .*Save the networks again"):
+        FunctionalNetworks.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": ["a"]},
+        {"names": [1, 2, 3, 4]},
+        {"poles": "both"},
+        {"space": {"widths": [1e300]}},
+        {"space": {"widths": [99]}},
+        {"space": {}},
+        {"space": 3},
+        {"n_runs": 7},
+        {"n_runs": 1e300},
+        {"n_runs": None},
+        {"provenance": [1]},
+    ],
+    ids=str,
+)
+def test_a_record_of_other_networks_is_refused(tmp_path, networks, change):
+    networks.save(tmp_path)
+    record = json.loads((tmp_path / "networks.json").read_text()) | change
+    (tmp_path / "networks.json").write_text(json.dumps(record))
+    (tmp_path / "SHA256SUMS").unlink()  # of an older version, say
+    with pytest.raises(InputError, match="is damaged"):
         FunctionalNetworks.load(tmp_path)
 
 
