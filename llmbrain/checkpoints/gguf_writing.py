@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +75,7 @@ def write_gguf(
     import gguf
 
     check_option("gguf_type", gguf_type, GGUF_TYPES)
-    path = Path(path)
-    if path.suffix.lower() != ".gguf":
-        raise InputError(f"path={str(path)!r}: a GGUF is one file, whose name must end in .gguf")
+    path = check_gguf_path(path)
     target = target_of(model)
     if tokenizer is None and like is None:
         raise InputError("tokenizer=None: a GGUF needs a tokenizer, or like= a GGUF of the dense model")
@@ -104,6 +102,14 @@ def write_gguf(
             writer.write_tensors_to_file()
         finally:
             writer.close()
+    return path
+
+
+def check_gguf_path(path: str | Path) -> Path:
+    """A GGUF is one file, by whose ending it is known."""
+    path = Path(path)
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"path={str(path)!r}: a GGUF is one file, whose name must end in .gguf")
     return path
 
 
@@ -138,6 +144,34 @@ def target_of(model: nn.Module) -> Target:
         what = "a bias (the intercept of the repair)" if biased else "an output matrix of its own (untied embeddings)"
         raise InputError(f"format='gguf': llama.cpp reads a {kind} model with {why} only without {what}: {_INSTEAD}")
     return other
+
+
+def demands(model: nn.Module) -> tuple[bool, bool]:
+    """What a GGUF asks of a cut of this model: ``(one width in all layers, no bias on output projections)``.
+
+    Raises
+    ------
+    InputError
+        If llama.cpp has no place for this model at all.
+    """
+    own = target_of(model)
+    config: Any = model.config
+    other = TARGETS[config.model_type][1]
+    if other is None or (other.fused and not config.tie_word_embeddings):
+        return True, not own.output_bias
+    return False, not other.output_bias
+
+
+def odd_widths(widths: Sequence[int], gguf_type: str = "f16") -> str | None:
+    """Why widths are bad for llama.cpp, or None: blocks of 32 numbers are quantized, and read, at once."""
+    odd = [width for width in widths if width % _BLOCK]
+    if not odd:
+        return None
+    stays = f"; with {gguf_type} their ffn_down stays float16" if gguf_type == "q8_0" else ""
+    return (
+        f"{len(odd)} of {len(widths)} layers have a width that is no multiple of {_BLOCK}, such as {odd[0]}: llama.cpp "
+        f"is slower there, and cannot quantize them{stays}: plan with multiple_of={_BLOCK} (256 for K-quants)"
+    )
 
 
 def _bias(part: Any) -> bool:

@@ -115,7 +115,9 @@ def prune(
     method: METHOD = "networks",
     allocation: ALLOCATION = "",
     compensate: COMPENSATE = "least-squares",
-    format: str = typer.Option("per-layer", help="per-layer, remote-code, uniform or masked."),
+    format: str = typer.Option("per-layer", help="per-layer, remote-code, uniform, padded, masked or gguf."),
+    gguf_type: str = typer.Option("f16", help="With --format gguf: f32, f16, bf16 or q8_0."),
+    like: Path | None = typer.Option(None, help="With --format gguf: a GGUF of the dense model, for its tokenizer."),
     multiple_of: MULTIPLE = 1,
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
@@ -139,9 +141,9 @@ def prune(
     _, made = smaller.cut(
         loaded, tokenizer, load_texts(text, field) if text else None, out=out, study=study, plan=given,
         compensate=None if compensate == "none" else compensate,
-        format=format, self_text=self_text, ratio=ratio, method=method, allocation=allocation or None,
-        multiple_of=multiple_of, protect=_layers(protect), head_ratio=head_ratio, passes=passes,
-        token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
+        format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
+        allocation=allocation or None, multiple_of=multiple_of, protect=_layers(protect), head_ratio=head_ratio,
+        passes=passes, token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
         overwrite=overwrite,
     )  # fmt: skip
     say(made.summary())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import save_pruned
+from llmbrain.checkpoints.gguf_reading import is_gguf
+from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
 from llmbrain.hooks.text import as_windows
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
@@ -135,8 +138,8 @@ def plan(
     functions = bool(options.get("keep") or options.get("forget"))
     if options.get("ratio") is None and not options.get("forget"):
         options["ratio"] = RATIO
-    if format == "uniform":
-        _one_width(model, options)
+    if format == "uniform" or (format == "gguf" and demands(model)[0]):
+        _one_width(model, options, format)
     if functions and evidence.scans is None:
         raise InputError("keep and forget need a study (--study): a scan whose texts have conditions")
     if functions and evidence.windows is not None:
@@ -145,18 +148,21 @@ def plan(
         model, evidence.networks, evidence.scans, tokenizer=tokenizer, random_state=random_state,
         **({} if functions else evidence.calibration), **options,
     )  # fmt: skip
+    odd = odd_widths(made.widths) if format == "gguf" else None
+    if odd:
+        warnings.warn(odd, UserWarning, stacklevel=2)
     if out is not None:
         made.save(out)
         write_figure(Path(out).with_suffix(".png"), plot_widths(made), dpi=130)
     return made
 
 
-def _one_width(model: nn.Module, options: dict[str, Any]) -> None:
+def _one_width(model: nn.Module, options: dict[str, Any], format: str) -> None:
     """Options that give every layer the same width, the ratio as nearly as that allows."""
     if options.get("forget"):
-        raise InputError("format='uniform': forget says itself how wide each layer stays; use per-layer or masked")
+        raise InputError(f"format={format!r}: forget says itself how wide each layer stays; use per-layer or masked")
     if options.get("protect"):
-        raise InputError("format='uniform': one width everywhere protects no layer; use per-layer or masked")
+        raise InputError(f"format={format!r}: one width everywhere protects no layer; use per-layer or masked")
     body = anatomy(model)
     widths, multiple = body.widths, options.get("multiple_of", 1)
     if not options.get("allocation") and len(set(widths)) == 1:
@@ -179,6 +185,8 @@ def cut(
     compensate: str | None = "least-squares",
     format: str = "per-layer",
     self_text: int = 0,
+    gguf_type: str = "f16",
+    like: str | Path | None = None,
     report: bool = True,
     random_state: int = 0,
     overwrite: bool = False,
@@ -190,10 +198,10 @@ def cut(
     Parameters
     ----------
     out : path
-        Folder of the smaller model.
+        Folder of the smaller model; with ``format="gguf"`` a file.
     compensate : {"least-squares", "bias", None}
-    format : str
-        As for `save_pruned`.
+    format, gguf_type, like : str
+        As for `save_pruned`; `like` is the GGUF that the model was loaded from, if it was.
     report : bool
         Write ``report.html`` beside the model.
     **options
@@ -209,6 +217,9 @@ def cut(
         If `out` holds a model already and `overwrite` is not set, before anything is done.
     """
     check_free(out, overwrite)
+    if format == "gguf":
+        check_gguf_path(out)
+        demands(model)  # whether there is a place for it: before the work
     if evidence is None:
         method = "" if plan is not None else options.get("method", "networks")
         evidence = evidence_of(
@@ -220,13 +231,18 @@ def cut(
             model, tokenizer, evidence=evidence, format=format, random_state=random_state, progress=progress, **options
         )
     calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
-    small = prune(
-        model, plan, tokenizer=tokenizer, compensate=compensate, intercept=format != "uniform", **calibration
-    )  # fmt: skip
-    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
+    intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
+    small = prune(model, plan, tokenizer=tokenizer, compensate=compensate, intercept=intercept, **calibration)
+    if format == "gguf":
+        source = Path(model_id(model))
+        like = like or (source if is_gguf(source) and source.is_file() else None)
+        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, gguf_type=gguf_type, like=like)
+    else:
+        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
     if report:
         title = f"{model_id(model)}, pruned"
-        write_report(Path(out) / "report.html", title=title, plan=plan, networks=evidence.networks)
+        page = Path(out).with_suffix(".html") if format == "gguf" else Path(out) / "report.html"
+        write_report(page, title=title, plan=plan, networks=evidence.networks)
     return small, plan
 
 
@@ -235,6 +251,8 @@ _plan = plan  # the name that `cut` uses for its argument
 
 def check_free(out: str | Path, overwrite: bool) -> None:
     """Before the work, not after it: `out` holds no model yet, or may be written over."""
+    if Path(out).suffix.lower() == ".gguf" and Path(out).exists() and not overwrite:
+        raise InputError(f"out={str(out)!r} exists already: choose another name, or --overwrite")
     if (Path(out) / "config.json").exists() and not overwrite:
         raise InputError(f"out={str(out)!r} holds a model already: choose another folder, or --overwrite")
 
