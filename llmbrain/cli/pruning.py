@@ -143,8 +143,8 @@ def prune(
         compensate=None if compensate == "none" else compensate,
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
         allocation=allocation or None, multiple_of=multiple_of, protect=_layers(protect), head_ratio=head_ratio,
-        passes=passes, token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
-        overwrite=overwrite,
+        passes=passes, token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None,
+        random_state=seed, overwrite=overwrite,
     )  # fmt: skip
     say(made.summary())
     say(f"saved: {out}")

@@ -37,8 +37,8 @@ def test_prune_to_gguf(dense, shared_data, tmp_path):
     ours = lb.perplexity(model, tokenizer, stories[700:720])
     assert ours < 2.2 * lb.perplexity(*lb.load_model(dense), stories[700:720])
     again = CliRunner().invoke(app, command)
-    assert again.exit_code == 2
-    assert "exists already" in again.output
+    assert again.exit_code != 0
+    assert "exists already" in str(again.exception)
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("llama.cpp is not here: pip install 'llmbrain[serve]'")
     from llama_engine import Engine
