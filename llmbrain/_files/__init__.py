@@ -20,6 +20,8 @@ Reading
 ``read_json(path)``, ``read_tensors(path)``
     One file; what is damaged is one line that names it. `write_json(..., seal=True)` puts a checksum into the file
     itself, which ``read_json`` compares.
+``clear_damage(path, what)``
+    Around any other reader: what it raises on a damaged file becomes one line.
 ``damages(folder)``
     Every file of ``SHA256SUMS`` that is missing or altered.
 
@@ -38,7 +40,7 @@ removed by the next writer.
 
 from __future__ import annotations
 
-from llmbrain._files.errors import DamagedError, FileError, bytes_text, check_space, clear_errors
+from llmbrain._files.errors import DamagedError, FileError, bytes_text, check_space, clear_damage, clear_errors
 from llmbrain._files.one import (
     plain,
     seal_of,
@@ -62,8 +64,10 @@ from llmbrain._files.reading import (
     read_tensors,
     reading,
     verify,
+    verify_listed,
+    verifying,
 )
-from llmbrain._files.sets import discard, settle, transaction
+from llmbrain._files.sets import discard, discard_file, settle, transaction
 
 __all__ = [
     "SUMS",
@@ -75,9 +79,11 @@ __all__ = [
     "append_sum",
     "bytes_text",
     "check_space",
+    "clear_damage",
     "clear_errors",
     "damages",
     "discard",
+    "discard_file",
     "file_sha256",
     "owner",
     "plain",
@@ -91,6 +97,8 @@ __all__ = [
     "sweep",
     "transaction",
     "verify",
+    "verify_listed",
+    "verifying",
     "write_bytes",
     "write_figure",
     "write_image",

@@ -70,6 +70,38 @@ def clear_errors(
         raise FileError(f"{path} cannot be {doing}: {what_happened(found, Path(path), needed)}{stands}") from error
 
 
+@contextmanager
+def clear_damage(path: str | os.PathLike[str], what: str, anew: str = "") -> Iterator[None]:
+    """Turn what is raised while a file is taken apart into a `DamagedError` of one line.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    what : str
+        What it should be: "a NIfTI image".
+    anew : str
+        What the user does to make it anew; ends the message.
+
+    Raises
+    ------
+    DamagedError
+        In place of what decoders and parsers raise. InputError and FileNotFoundError pass.
+    FileError
+        In place of OSError with a number: the disk's word.
+    """
+    try:
+        yield
+    except (InputError, FileNotFoundError, NameError, ImportError, AssertionError):
+        raise
+    except Exception as error:  # decoders raise whatever they like on damaged bytes: the list has no end
+        if isinstance(error, OSError) and error.errno is not None:
+            raise FileError(f"{path} cannot be read: {what_happened(error, Path(path))}") from error
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        said = f"{type(error).__name__} {said}" if isinstance(error, (KeyError, IndexError)) else said
+        raise DamagedError(f"{path} is not {what}, or was truncated or altered: {said}{hint(anew)}") from error
+
+
 def hidden_oserror(error: Exception) -> OSError | None:
     """safetensors says "I/O error: ... (os error 28)" in an error of its own."""
     code = re.search(r"\(os error (\d+)\)", str(error))

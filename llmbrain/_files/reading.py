@@ -7,12 +7,13 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmbrain._files.errors import DamagedError, FileError, bytes_text, hint, what_happened
+from llmbrain._files.errors import DamagedError, FileError, bytes_text, clear_damage, hint, what_happened
 from llmbrain._files.one import SEAL, seal_of
 from llmbrain._files.parts import SUMS, locked, read_sums
 from llmbrain._files.sets import settle
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LONGEST_JSON = 1 << 28  # bytes: no record of this project comes near
+_SMALL = 1 << 22  # bytes that are not worth a thread
 _verified: dict[str, tuple[int, int, int, str]] = {}
 
 
@@ -66,7 +68,13 @@ class StoredFiles:
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
         """Arrays of a safetensors file, verified; see `read_tensors`."""
-        return read_tensors(self.path(name), anew=self.anew)
+        path = self.folder / name
+        if not self.sums:
+            return read_tensors(self.path(name), anew=self.anew)
+        if name not in self.sums:
+            self.path(name)
+        with verifying({path: self.sums.get(name, "")}, anew=self.anew):
+            return read_tensors(path, anew=self.anew)
 
 
 @contextmanager
@@ -188,18 +196,13 @@ def read_json(
 
 def read_tensors(path: str | os.PathLike[str], *, anew: str = "") -> dict[str, NDArray[Any]]:
     """Arrays of a safetensors file; what is wrong with it is a `DamagedError`."""
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     path = Path(path)
-    try:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    with clear_damage(path, "a safetensors file", anew):
         arrays: dict[str, NDArray[np.generic]] = load_file(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {what_happened(error, path)}") from None
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise DamagedError(f"{path} is damaged: {error}{hint(anew)}") from None
     return arrays
 
 
@@ -222,6 +225,48 @@ def verify(path: str | os.PathLike[str], digest: str, *, anew: str = "") -> None
         raise DamagedError(f"{path} {reason}{hint(anew)}")
 
 
+def verify_listed(path: str | os.PathLike[str], *, anew: str = "") -> None:
+    """Compare a file with its line in the ``SHA256SUMS`` beside it, where there is one.
+
+    Raises
+    ------
+    DamagedError
+        If it is missing or differs.
+    """
+    path = Path(path)
+    sums = read_sums(path.parent, strict=False)
+    if path.name in sums:
+        verify(path, sums[path.name], anew=anew)
+
+
+@contextmanager
+def verifying(sums: Mapping[Path, str], *, anew: str = "") -> Iterator[None]:
+    """Compare files with their SHA-256 while they are read: large ones in a thread beside the reader.
+
+    Raises
+    ------
+    DamagedError
+        At the latest when the context ends; also in place of what the reader raised on a damaged file.
+    """
+    if sum(path.stat().st_size for path in sums if path.is_file()) < _SMALL:
+        for path, digest in sums.items():
+            verify(path, digest, anew=anew)
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        jobs = {path: pool.submit(_compare, path, digest) for path, digest in sums.items()}
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        for path, job in jobs.items():
+            if reason := job.result():
+                raise DamagedError(f"{path} {reason}{hint(anew)}") from failed
+        if failed is not None:
+            raise failed
+
+
 def _compare(path: Path, digest: str, *, fresh: bool = False) -> str | None:
     """What is wrong with a file, or None."""
     try:
@@ -231,11 +276,11 @@ def _compare(path: Path, digest: str, *, fresh: bool = False) -> str | None:
             return None
         same = file_sha256(path) == digest
     except FileNotFoundError:
-        return f"is missing: {SUMS} lists it"
+        return "is missing, but its checksum is there"
     except OSError as error:
         return f"cannot be read: {what_happened(error, path)}"
     if not same:
-        return f"does not match its checksum in {SUMS}: it was truncated, edited or damaged after it was written"
+        return "does not match its checksum: it was truncated, edited or damaged after it was written"
     if time.time_ns() - facts.st_mtime_ns > 2_000_000_000:  # a younger time stamp may hide a change
         _verified[os.fspath(path.absolute())] = known
     return None

@@ -16,6 +16,7 @@ from llmbrain._files.parts import (
     flush,
     flush_folder,
     flush_folders,
+    is_temporary,
     locked,
     read_sums,
     sweep,
@@ -151,6 +152,18 @@ def settle(folder: str | os.PathLike[str]) -> None:
         stands = "; a save was interrupted there and must be finished first"
         with clear_errors(folder, stands=stands), locked(folder, exclusive=True):
             _roll_forward(folder)
+
+
+def discard_file(path: str | os.PathLike[str]) -> None:
+    """Remove one file, with its line in the ``SHA256SUMS`` beside it; nothing where it is not there."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    if path.name in read_sums(path.parent, strict=False) and not is_temporary(path.parent):
+        discard(path.parent, [path.name])
+    else:
+        with clear_errors(path):
+            path.unlink(missing_ok=True)
 
 
 def discard(folder: str | os.PathLike[str], names: Iterable[str]) -> None:

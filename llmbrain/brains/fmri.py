@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 from llmbrain.brains.series import check_tr
 from llmbrain.brains.tables import Table, orient, read_table
+from llmbrain.imaging.grid import load_image
 
 Array = NDArray[np.float64]
 TABLES = (".npy", ".npz", ".csv", ".tsv", ".txt", ".1d")
@@ -239,15 +241,16 @@ def _atlas(atlas: Any) -> Any:
 
 
 def _read_image(file: Path, atlas: Any, masker: Any) -> tuple[Any, Array, list[str], float | None]:
-    import nibabel as nib
     from nilearn.maskers import NiftiLabelsMasker, NiftiMasker
 
-    image = nib.load(file)
+    image, _ = load_image(file, whole=True)
     if len(image.shape) != 4:
         raise InputError(f"fmri: {file.name} has shape {image.shape}: a 4D image (x, y, z, volumes) is expected")
     if masker is None:
         masker = NiftiMasker(standardize=None) if atlas is None else NiftiLabelsMasker(_atlas(atlas), standardize=None)
-    values = np.asarray(masker.fit_transform(image) if not hasattr(masker, "n_elements_") else masker.transform(image))
+    with clear_damage(file, "a 4D NIfTI image"):
+        fitted = hasattr(masker, "n_elements_")
+        values = np.asarray(masker.transform(image) if fitted else masker.fit_transform(image))
     names = [str(int(v)) if float(v).is_integer() else str(v) for v in getattr(masker, "labels_", [])][
         -values.shape[1] :
     ]

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError, check_option
 
 Array = NDArray[np.float64]
@@ -53,11 +54,14 @@ def read_table(file: Path, name: str) -> dict[str, Table]:
 
 
 def _read_arrays(file: Path, name: str) -> dict[str, Table]:
-    try:
-        loaded = np.load(file, allow_pickle=False)
-        content = {name: loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"fmri: {file.name} cannot be read as arrays of numbers ({error})") from None
+    with clear_damage(file, "a file of arrays of numbers"):
+        # Mapped, a header that says more than there is raises before anything is allocated.
+        loaded = np.load(file, allow_pickle=False, mmap_mode="r")
+        if isinstance(loaded, np.ndarray):
+            content = {name: np.array(loaded)}
+        else:
+            with loaded:
+                content = {key: loaded[key] for key in loaded.files}
     series = {key: a for key, a in content.items() if a.dtype.kind in "fiub" and a.ndim >= 2}
     series = series or {key: a for key, a in content.items() if a.dtype.kind in "fiub" and a.size > 1}
     labels = [[str(v) for v in a] for a in content.values() if a.dtype.kind in "US" and a.ndim == 1]
@@ -106,10 +110,11 @@ def _read_text(file: Path, name: str) -> dict[str, Table]:
         body = [line.strip().replace('"', "") for line in body]
     if not body:
         raise InputError(f"fmri: {file.name} has a header and no row")
-    frame = pd.read_csv(
-        io.StringIO("\n".join(body)), sep=separator, header=None, engine="python", na_values=["n/a"],
-        skipinitialspace=True, index_col=False,
-    )  # fmt: skip
+    with clear_damage(file, "a table of numbers"):
+        frame = pd.read_csv(
+            io.StringIO("\n".join(body)), sep=separator, header=None, engine="python", na_values=["n/a"],
+            skipinitialspace=True, index_col=False,
+        )  # fmt: skip
     header = first if has_header else _cells(comments[-1].lstrip("# "), separator) if comments else []
     if len(header) == frame.shape[1] - 1 and has_header:
         header = ["", *header]  # written with an index

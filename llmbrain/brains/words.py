@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 
 # Names as people write them, after lower-casing and dropping everything but letters and digits.
@@ -76,8 +77,10 @@ def load_words(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"words: no file at {path}")
-    frame = _read_textgrid(path, tier) if path.suffix.lower() == ".textgrid" else _read_table(path, columns)
-    return check_words(frame, name=path.name)
+    grid = path.suffix.lower() == ".textgrid"
+    with clear_damage(path, "a Praat TextGrid" if grid else "a table of words"):
+        frame = _read_textgrid(path, tier) if grid else _read_table(path, columns)
+        return check_words(frame, name=path.name)
 
 
 def check_words(words: pd.DataFrame, *, name: str = "words") -> pd.DataFrame:
@@ -208,10 +211,10 @@ def _read_textgrid(path: Path, tier: str | None) -> pd.DataFrame:
             continue
         label, count, at = values[at + 1][1], int(values[at + 4][1]), at + 5
         width = 3 if value == "IntervalTier" else 2
+        if not 0 <= count <= (len(values) - at) // width:
+            raise InputError(f"{path.name}: tier {label!r} should have {count} intervals, the file ends earlier")
         if value == "IntervalTier":
             cells = [values[at + width * i : at + width * (i + 1)] for i in range(count)]
-            if cells and len(cells[-1]) < width:
-                raise InputError(f"{path.name}: tier {label!r} should have {count} intervals, the file ends earlier")
             tiers[label] = [(float(a[1]), float(b[1]), c[1].strip()) for a, b, c in cells]
         at += width * count
     if not tiers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,11 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from llmbrain._files import transaction, write_json, write_table
 from llmbrain.comparison.coupling import Coupling
 from llmbrain.comparison.encoding import Encoding
 
 FEW_WORDS, FEW_VOLUMES, TOKENS_PER_NETWORK = 200, 100, 50
 ALPHA = 0.05
+TABLES = ("coupling", "matches", "lags", "controls", "mirrored", "ceilings", "encoding", "similarity",
+          "coupling_beyond_untrained", "encoding_beyond_untrained", "summary")  # fmt: skip
 
 
 @dataclass
@@ -79,12 +81,11 @@ class Comparison:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write every table as TSV and the report as JSON; returns the folder."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        for name, table in self.tables.items():
-            table.to_csv(path / f"{name}.tsv", sep="\t", index=False, na_rep="n/a", float_format="%.6g")
-        (path / "comparison.json").write_text(json.dumps(self.report, indent=1, default=str) + "\n", encoding="utf-8")
-        return path
+        with transaction(folder, replaces=[f"{name}.tsv" for name in TABLES]) as new:
+            for name, table in self.tables.items():
+                write_table(new / f"{name}.tsv", table, na_rep="n/a", float_format="%.6g")
+            write_json(new / "comparison.json", self.report, default=str)
+        return Path(folder)
 
 
 def cautions(report: Mapping[str, Any], rate: Coupling) -> list[str]:

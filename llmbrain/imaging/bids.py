@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from llmbrain._files import transaction, write_json, write_table, write_text
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
 from llmbrain.imaging.nifti import write_nifti
@@ -69,17 +70,19 @@ def export_bids(
     if ica is not None:
         _check_ica(ica, scans)
     registry: dict[str, Any] = {"space-neuron": scans[0].space.to_dict(), "files": {}}
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (scan, stem) in enumerate(zip(scans, _stems(scans))):
-        _write_run(folder / stem, scan, registry, folder, images)
+    subjects = {stem.partition("/")[0] for stem in _stems(scans)}
+    # Of an export that this one replaces; other subjects stay.
+    replaces = [*(f"{sub}/func/{sub}_*" for sub in subjects), "group_space-neuron_*"]
+    with transaction(folder, replaces=replaces) as new:
+        for i, (scan, stem) in enumerate(zip(scans, _stems(scans))):
+            _write_run(new / stem, scan, registry, new, images)
+            if ica is not None:
+                path = new / f"{stem}_space-neuron_desc-ICA_mixing.tsv"
+                write_table(path, pd.DataFrame(ica.mixing_[i], columns=_names(ica)))
+                _register(registry, new, path, "time course of each component (column) at each token (row)")
         if ica is not None:
-            path = folder / f"{stem}_space-neuron_desc-ICA_mixing.tsv"
-            courses = pd.DataFrame(ica.mixing_[i], columns=_names(ica))
-            courses.to_csv(path, sep="\t", index=False)
-            _register(registry, folder, path, "time course of each component (column) at each token (row)")
-    if ica is not None:
-        _write_group(folder, ica, scans[0].space, registry)
-    _write_top(folder, scans, registry)
+            _write_group(new, ica, scans[0].space, registry)
+        _write_top(new, scans, registry)
     return folder
 
 
@@ -121,8 +124,8 @@ def _write_run(stem: Path, scan: Any, registry: dict[str, Any], folder: Path, im
     stem.parent.mkdir(parents=True, exist_ok=True)
     task = re.search(r"task-([A-Za-z0-9]+)", stem.name)
     events = stem.with_name(f"{stem.name}_events.tsv")
-    scan.events.to_csv(events, sep="\t", index=False, na_rep="n/a")
-    _write_json(
+    write_table(events, scan.events, na_rep="n/a")
+    write_json(
         events.with_suffix(".json"),
         {"onset": {"Units": "token (1 token = 1 volume = 1 s)"}, "duration": {"Units": "token"},
          "trial_type": {"Description": "condition of the text"}},
@@ -132,7 +135,7 @@ def _write_run(stem: Path, scan: Any, registry: dict[str, Any], folder: Path, im
     # JSON strings, since a token may itself be a tab or the end of a line.
     quoted = [json.dumps(token, ensure_ascii=False) for token in scan.tokens]
     table = pd.DataFrame({"token_id": scan.token_ids, "position": scan.positions, "token": quoted})
-    table.to_csv(tokens, sep="\t", index=False, quoting=3)  # csv.QUOTE_NONE: JSON has escaped what must be
+    write_table(tokens, table, quoting=3)  # csv.QUOTE_NONE: JSON has escaped what must be
     _register(registry, folder, tokens, "the token of each volume, as a JSON string")
     if images:
         path = stem.with_name(f"{stem.name}_space-neuron_desc-scan_bold.nii.gz")
@@ -156,12 +159,13 @@ def _write_group(folder: Path, ica: Any, space: Any, registry: dict[str, Any]) -
     parameters = ica.get_params() if hasattr(ica, "get_params") else {}
     learned = {name: getattr(ica, name) for name in ("n_iter_", "converged_") if hasattr(ica, name)}
     path = Path(f"{stem}_decomposition.json")
-    _write_json(path, {"Method": type(ica).__name__, "Parameters": parameters, **learned, "Components": _names(ica)})
+    record = {"Method": type(ica).__name__, "Parameters": parameters, **learned, "Components": _names(ica)}
+    write_json(path, record, default=str)
     _register(registry, folder, path, "how the components were made")
 
 
 def _write_top(folder: Path, scans: Sequence[Any], registry: dict[str, Any]) -> None:
-    _write_json(
+    write_json(
         folder / "dataset_description.json",
         {
             "Name": "Scan of a language model",
@@ -172,15 +176,11 @@ def _write_top(folder: Path, scans: Sequence[Any], registry: dict[str, Any]) -> 
     )
     subjects = {Path(stem).parts[0]: scan.model_id for stem, scan in zip(_stems(scans), scans)}
     table = pd.DataFrame({"participant_id": list(subjects), "model": list(subjects.values())})
-    table.to_csv(folder / "participants.tsv", sep="\t", index=False, na_rep="n/a")
-    (folder / "README").write_text(README, encoding="utf-8")
-    (folder / ".bidsignore").write_text("\n".join(IGNORED) + "\n", encoding="utf-8")
-    _write_json(folder / "desc-llmbrain_registry.json", registry)
+    write_table(folder / "participants.tsv", table, na_rep="n/a")
+    write_text(folder / "README", README)
+    write_text(folder / ".bidsignore", "\n".join(IGNORED) + "\n")
+    write_json(folder / "desc-llmbrain_registry.json", registry)
 
 
 def _register(registry: dict[str, Any], folder: Path, path: Path, meaning: str) -> None:
     registry["files"][path.relative_to(folder).as_posix()] = meaning
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._files import verify_listed
 from llmbrain._validation import InputError
 from llmbrain.imaging.grid import load_image, places_in, read_voxels, readable, seconds_between_volumes, spatial_shape
 
@@ -35,7 +36,9 @@ class BrainMask:
     """
 
     def __init__(self, mask_img: Any, *, t_r: float | None = None) -> None:
-        loaded, path = load_image(mask_img)
+        loaded, path = load_image(mask_img, whole=True)
+        if path is not None and isinstance(mask_img, (str, Path)):
+            verify_listed(path)
         name = "mask_img" if path is None else f"mask_img {path.name}"
         shape, _ = spatial_shape(loaded, "mask_img", volumes=False)
         with readable(name):
@@ -90,7 +93,9 @@ class BrainMask:
 
         `run` says that the fourth axis is time: then every image must have one TR.
         """
-        loaded, _ = load_image(image)
+        loaded, path = load_image(image)
+        if path is not None and isinstance(image, (str, Path)):
+            verify_listed(path)
         spatial_shape(loaded, name, volumes=True)
         places = places_in(loaded, self.volume.shape, self.image.affine, np.nonzero(self.volume), name, "mask_img")
         if run:

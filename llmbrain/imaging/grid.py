@@ -7,55 +7,77 @@ besides the result.
 
 from __future__ import annotations
 
-import zlib
+import gzip
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 
 _SLAB_BYTES = 4 * 1024**2
 _NEAR = 0.02  # of a voxel: rounding of affines in headers, and no more
 
 
-@contextmanager
-def readable(name: str) -> Iterator[None]:
+def readable(name: str) -> AbstractContextManager[None]:
     """What nibabel raises on a file that is no image, or was cut short, as one clear error."""
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
-        yield
-    except InputError:
-        raise
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise InputError(f"{name} is not a NIfTI image, or was truncated: {error}") from None
+    return clear_damage(name, "a NIfTI image")
 
 
-def load_image(image: Any, *, nifti: bool = False) -> tuple[Any, Path | None]:
-    """A nibabel image (`nifti`: of that format) from one or from a path, and the path of its file if it has one."""
+def load_image(image: Any, *, nifti: bool = False, whole: bool = False) -> tuple[Any, Path | None]:
+    """A nibabel image from one or from a path, and the path of its file if it has one.
+
+    Parameters
+    ----------
+    nifti : bool
+        Only that format.
+    whole : bool
+        Read a compressed file to its end now, where its checksum is (nibabel stops where the data end). `read_voxels`
+        does so by itself.
+
+    Raises
+    ------
+    DamagedError
+        If the file is no image, or shorter than its header says.
+    """
     import nibabel
-    from nibabel.nifti1 import Nifti1Pair
+    from nibabel.nifti1 import Nifti1Image, Nifti1Pair
+    from nibabel.nifti2 import Nifti2Image
     from nibabel.spatialimages import SpatialImage
 
     path: Path | None
     if isinstance(image, (str, Path)):
         path = Path(image)
         with readable(str(path)):
-            loaded = nibabel.load(path)
+            if whole and path.name.endswith(".nii.gz"):
+                with gzip.open(path) as file:
+                    content = file.read()
+                two = content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the size of NIfTI-2's header
+                loaded = (Nifti2Image if two else Nifti1Image).from_bytes(content)
+                _check_size(loaded, len(content))
+            else:
+                loaded = nibabel.load(path)
+                if path.suffix == ".nii":
+                    _check_size(loaded, path.stat().st_size)
     else:
         loaded = image
-        file = image.get_filename() if hasattr(image, "get_filename") else None
-        path = Path(file) if file else None
+        file_name = image.get_filename() if hasattr(image, "get_filename") else None
+        path = Path(file_name) if file_name else None
     if not isinstance(loaded, Nifti1Pair if nifti else SpatialImage):  # NIfTI-2 is a subclass
         raise InputError(f"image={image!r} is not a NIfTI image or the path of one")
     return loaded, path
+
+
+def _check_size(image: Any, size: int) -> None:
+    """Whether a file is as long as its header says, before anything is allocated for it."""
+    needed = image.dataobj.offset + math.prod(int(n) for n in image.shape) * image.get_data_dtype().itemsize
+    if not 0 < needed <= size:
+        raise ValueError(f"its header says {tuple(image.shape)}, {needed} bytes, but it has {size}")
 
 
 def spatial_shape(image: Any, name: str, *, volumes: bool | None = None) -> tuple[tuple[int, ...], int | None]:
@@ -155,9 +177,9 @@ def _turn(
 def read_voxels(image: Any, places: NDArray[np.int64], name: str) -> NDArray[np.float32]:
     """Values at flat `places` (first axis fastest) of every volume: float32 ``(n_volumes, n_places)``."""
     n_volumes = int(np.prod(image.shape[3:], dtype=np.int64))
-    out = np.empty((n_volumes, len(places)), dtype=np.float32)
     start = 0
     with readable(name):
+        out = np.empty((n_volumes, len(places)), dtype=np.float32)
         for slab in _slabs(image, n_volumes):
             for volume in slab:
                 out[start] = volume[places]
@@ -189,6 +211,8 @@ def _slabs(image: Any, n_volumes: int) -> Iterator[NDArray[Any]]:
                     raise EOFError("the file ends within a volume")
                 values = np.frombuffer(raw, dtype=data.dtype)
                 yield apply_read_scaling(values, data.slope, data.inter).reshape(-1, n_voxels)
+            while file.read(_SLAB_BYTES):  # to the end, where gzip's checksum is compared
+                pass
         return
     if len(image.shape) == 3:
         yield np.asarray(data).reshape(1, n_voxels, order="F")

@@ -7,6 +7,7 @@ Files that are written have the names that FSL users know; they were not read by
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._files import clear_damage, transaction, verify_listed, write_image, writing
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.imaging.brain_mask import BrainMask, brain_image, image_like
 from llmbrain.imaging.grid import load_image, seconds_between_volumes
 from llmbrain.imaging.nifti import maps_to_nifti, read_nifti
 
+MELODIC = ("melodic_*", "mask.nii.gz")
 Geometry = Any
 """A `NeuronSpace`, or the NIfTI image of a brain mask."""
 
@@ -100,9 +103,8 @@ def read_gift(image: str | Path, *, space: NeuronSpace | None = None, mask_img: 
     courses = next((file for file in beside if file.is_file()), None)
     mixing = None
     if courses is not None:
-        import nibabel
-
-        table = np.squeeze(np.asarray(nibabel.load(courses).dataobj, dtype=np.float64))
+        with clear_damage(courses, "an image of time courses"):
+            table = np.squeeze(np.asarray(load_image(courses, whole=True)[0].dataobj, dtype=np.float64))
         if table.ndim != 2 or table.shape[1] != len(maps):
             raise InputError(f"{courses} has shape {table.shape}: expected a column for each of {len(maps)} components")
         mixing = [table]
@@ -168,21 +170,21 @@ def write_melodic(ica: Any, folder: str | Path) -> Path:
 
     Maps are z over neurons, where MELODIC's are z against the noise of each voxel.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     geometry = geometry_of(ica)
-    to_image(ica.components_, geometry).to_filename(folder / "melodic_IC.nii.gz")
-    _write_mask(folder, geometry)
+    components = to_image(ica.components_, geometry)
     mixing = getattr(ica, "mixing_", None)
-    if mixing:
-        courses = np.concatenate([np.asarray(part, dtype=np.float64) for part in mixing])
-        _write_table(folder / "melodic_mix", courses)
-        _write_table(folder / "melodic_FTmix", np.abs(np.fft.rfft(courses, axis=0))[1:] ** 2)
-        _write_table(folder / "melodic_runs", np.array([[len(part)] for part in mixing]))
     alone = getattr(ica, "explained_variance_ratio_", None)
-    if alone is not None:
-        _write_table(folder / "melodic_ICstats", 100 * np.column_stack([alone / np.sum(alone), alone]))
-    return folder
+    with transaction(folder, replaces=MELODIC) as new:
+        write_image(new / "melodic_IC.nii.gz", components)
+        _write_mask(new, geometry)
+        if mixing:
+            courses = np.concatenate([np.asarray(part, dtype=np.float64) for part in mixing])
+            write_numbers(new / "melodic_mix", courses)
+            write_numbers(new / "melodic_FTmix", np.abs(np.fft.rfft(courses, axis=0))[1:] ** 2)
+            write_numbers(new / "melodic_runs", np.array([[len(part)] for part in mixing]))
+        if alone is not None:
+            write_numbers(new / "melodic_ICstats", 100 * np.column_stack([alone / np.sum(alone), alone]))
+    return Path(folder)
 
 
 def geometry_of(fitted: Any) -> Geometry:
@@ -200,9 +202,9 @@ def write_stages_of_run(
 ) -> None:
     """``dr_stage1_subject00000.txt``, and where the geometry is known ``dr_stage2_subject00000`` and ``..._Z``."""
     if geometry is not None:
-        to_image(maps, geometry).to_filename(folder / f"dr_stage2_subject{index:05d}.nii.gz")
-        to_image(z_maps, geometry).to_filename(folder / f"dr_stage2_subject{index:05d}_Z.nii.gz")
-    _write_table(folder / f"dr_stage1_subject{index:05d}.txt", time_courses)  # last: it says that the run is whole
+        write_image(folder / f"dr_stage2_subject{index:05d}.nii.gz", to_image(maps, geometry))
+        write_image(folder / f"dr_stage2_subject{index:05d}_Z.nii.gz", to_image(z_maps, geometry))
+    write_numbers(folder / f"dr_stage1_subject{index:05d}.txt", time_courses)
 
 
 def write_components_over_runs(folder: Path, maps: ArrayLike, geometry: Geometry) -> None:
@@ -211,7 +213,7 @@ def write_components_over_runs(folder: Path, maps: ArrayLike, geometry: Geometry
         return
     _write_mask(folder, geometry)
     for k in range(np.shape(maps)[1]):
-        to_image(np.asarray(maps)[:, k], geometry).to_filename(folder / f"dr_stage2_ic{k:04d}.nii.gz")
+        write_image(folder / f"dr_stage2_ic{k:04d}.nii.gz", to_image(np.asarray(maps)[:, k], geometry))
 
 
 def write_stage_three(folder: str | Path, test: Any, geometry: Geometry) -> None:
@@ -220,11 +222,10 @@ def write_stage_three(folder: str | Path, test: Any, geometry: Geometry) -> None
     As in FSL's randomise (``-x``), ``corrp`` images hold 1 - p. A two-sided test has no such name in FSL, whose tests
     are one-sided: its corrp is two-sided here.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for k, (t, p) in enumerate(zip(test.t, test.p_fwe)):
-        to_image(t, geometry).to_filename(folder / f"dr_stage3_ic{k:04d}_tstat1.nii.gz")
-        to_image(1 - p, geometry).to_filename(folder / f"dr_stage3_ic{k:04d}_vox_corrp_tstat1.nii.gz")
+    with transaction(folder, replaces=["dr_stage3_*"]) as new:
+        for k, (t, p) in enumerate(zip(test.t, test.p_fwe)):
+            write_image(new / f"dr_stage3_ic{k:04d}_tstat1.nii.gz", to_image(t, geometry))
+            write_image(new / f"dr_stage3_ic{k:04d}_vox_corrp_tstat1.nii.gz", to_image(1 - p, geometry))
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -244,13 +245,16 @@ def _read_components(
 ) -> tuple[NDArray[np.float32], NeuronSpace | None, Any]:
     """Maps, and the space they lie in; or, for an image without a header of ours, the brain mask they are read with."""
     loaded, _ = load_image(image)
+    if isinstance(image, (str, Path)):
+        verify_listed(image)
     if len(loaded.shape) != 4 and (len(loaded.shape) != 5 or loaded.shape[3] != 1):
         raise InputError(f"component image of shape {loaded.shape} must be 4D, one volume a component")
     if space is not None or _is_ours(loaded):
         values, space = read_nifti(image, space)
         return values, space, None
     if mask_img is None:
-        data = np.asarray(loaded.dataobj, dtype=np.float32).reshape(*loaded.shape[:3], -1)
+        with clear_damage("the component image", "a NIfTI image"):
+            data = np.asarray(loaded.dataobj, dtype=np.float32).reshape(*loaded.shape[:3], -1)
         inside = (np.nan_to_num(data) != 0).any(axis=3)
         if not inside.any():
             raise InputError("the mask holds no voxel: every component is 0")
@@ -271,26 +275,25 @@ def _is_ours(image: Any) -> bool:
 
 def _lengths(folder: Path) -> list[int]:
     file = folder / "melodic_runs"
-    return [int(n) for n in np.loadtxt(file, ndmin=1)] if file.is_file() else []
+    return [int(n) for n in _read_table(file, 1)[:, 0]] if file.is_file() else []
 
 
 def _read_table(path: Path, n_columns: int) -> NDArray[np.float64]:
-    try:
+    verify_listed(path)
+    with clear_damage(path, "a table of numbers"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "input contained no data": said below
         table = np.loadtxt(path, ndmin=2)
-    except ValueError as error:
-        raise InputError(f"{path} is not a table of numbers: {error}") from None
     if table.shape[1] != n_columns:
         raise InputError(f"{path} has {table.shape[1]} columns for {n_columns} components")
     return table
 
 
-def _write_table(path: Path, table: ArrayLike) -> None:
+def write_numbers(path: Path, table: ArrayLike) -> None:
     """Two spaces between columns, as FSL has it, and every digit; whole or absent."""
-    temporary = path.with_name(f".{path.name}.partial")
-    np.savetxt(temporary, np.asarray(table), fmt="%.17g", delimiter="  ")
-    temporary.replace(path)
+    with writing(path) as temporary:
+        np.savetxt(temporary, np.asarray(table), fmt="%.17g", delimiter="  ")
 
 
 def _write_mask(folder: Path, geometry: Geometry) -> None:
     image = geometry.mask_img() if isinstance(geometry, NeuronSpace) else geometry
-    image.to_filename(folder / "mask.nii.gz")
+    write_image(folder / "mask.nii.gz", image)

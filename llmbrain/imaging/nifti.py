@@ -16,11 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._files import (
+    DamagedError,
+    discard_file,
+    file_sha256,
+    read_json,
+    read_sums,
+    verifying,
+    write_json,
+    writing,
+)
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.imaging.grid import load_image, places_in, read_voxels, spatial_shape
 
 FORMAT = "llmbrain-space"
+IMAGE_SUM = "image_sha256"
 LONGEST_NIFTI1 = 32767
 SUFFIXES = (".nii", ".nii.gz")
 _BLOCK = 64  # volumes laid out at once
@@ -93,15 +104,14 @@ def write_nifti(
     else:
         pieces, shape = values, (*space.shape, n_volumes)  # type: ignore[assignment]
     _, header = _header(shape, space, facts)
-    temporary = path.with_name(f".{path.name[: -len(suffix)]}.tmp{suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _stream(temporary, header, pieces, space, int(np.prod(shape[3:])))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     record = {"axes": ["column", "row", "layer", "token"][: len(shape)], **_record(space, facts)}
-    sidecar_of(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    volumes = int(np.prod(shape[3:]))
+    needed = 4 * volumes * int(np.prod(space.shape)) if suffix == ".nii" else None
+    with writing(path, needed=needed) as temporary:
+        _stream(temporary, header, pieces, space, volumes)
+        record |= {"image": path.name, IMAGE_SUM: file_sha256(temporary)}
+        discard_file(sidecar_of(path))  # an image without one is whole; beside another's it would count as altered
+    write_json(sidecar_of(path), record, seal=True)
     return path
 
 
@@ -126,7 +136,17 @@ def read_nifti(image: Any, space: NeuronSpace | None = None) -> tuple[NDArray[np
         that voxels lie elsewhere. Axes that a tool flipped or swapped, and said so in the affine, are put back.
     """
     loaded, path = load_image(image, nifti=True)
-    name = str(path) if path else "this image"
+    # An image without our extension was written anew by another program: its bytes are not ours.
+    ours = isinstance(image, (str, Path)) and path is not None and _has_our_extension(loaded)
+    sums = _sums_of(path) if ours and path is not None else {}
+    beside = "" if path is None else f"write the image again, or remove {sidecar_of(path).name} if a program changed it"
+    with verifying(sums, anew=beside):
+        return _values_of(loaded, path, str(path) if path else "this image", space)
+
+
+def _values_of(
+    loaded: Any, path: Path | None, name: str, space: NeuronSpace | None
+) -> tuple[NDArray[np.float32], NeuronSpace]:
     if space is None:
         space = _space_of(loaded, path, name)
     shape, n_volumes = spatial_shape(loaded, name)
@@ -193,21 +213,54 @@ def _small(pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+def _has_our_extension(image: Any) -> bool:
+    return any(FORMAT.encode() in _content(e) for e in getattr(image.header, "extensions", ()))
+
+
+def _content(extension: Any) -> bytes:
+    content = extension.get_content()
+    return content if isinstance(content, bytes) else str(content).encode()
+
+
+def _sums_of(path: Path) -> dict[Path, str]:
+    """Checksum of an image that llmbrain wrote: in its sidecar, or in the ``SHA256SUMS`` of its folder."""
+    sidecar = sidecar_of(path)
+    if sidecar.is_file():
+        try:
+            record = read_json(sidecar, anew="write the image again")
+        except DamagedError:
+            if _is_ours(sidecar):
+                raise
+            record = {}
+        if record.get("image") == path.name and isinstance(record.get(IMAGE_SUM), str):
+            return {path: record[IMAGE_SUM]}
+    sums = read_sums(path.parent, strict=False)
+    return {path: sums[path.name]} if path.name in sums else {}
+
+
+def _is_ours(sidecar: Path) -> bool:
+    """Whether a damaged sidecar was ours: other programs keep what they like beside an image."""
+    content = sidecar.read_bytes()
+    return FORMAT.encode() in content or IMAGE_SUM.encode() in content
+
+
 def _space_of(image: Any, path: Path | None, name: str) -> NeuronSpace:
     """From the header extension, else from the sidecar."""
-    texts = [extension.get_content() for extension in image.header.extensions]
+    texts = [_content(extension) for extension in image.header.extensions]
     if path is not None and sidecar_of(path).is_file():
         texts.append(sidecar_of(path).read_bytes())
     for text in texts:
         try:
-            record = json.loads(text.rstrip(b"\0") if isinstance(text, bytes) else str(text).rstrip("\0"))
-        except ValueError:
+            record = json.loads(text.rstrip(b"\0"))
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and record.get("format") == FORMAT:
             try:
                 return NeuronSpace.from_dict(record["space"])
-            except (KeyError, TypeError):
-                raise InputError(f"{name} has an llmbrain header without a space: it was edited") from None
+            except (KeyError, TypeError, AttributeError):
+                raise DamagedError(f"{name} has an llmbrain header without a space: it was edited") from None
+            except InputError as error:
+                raise DamagedError(f"{name} has an llmbrain header that cannot be right: {error}") from None
     raise InputError(
         f"{name} has no llmbrain header (nor a .json beside it): which neuron a voxel is can not be known. Pass "
         "space=, or mask= where these are images of a brain"

@@ -19,6 +19,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from llmbrain._files import write_text
 from llmbrain._validation import InputError
 from llmbrain.page.text import number, token_label, visible
 
@@ -114,12 +115,7 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page, whole or not at all; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.html(), encoding="utf-8", errors="replace")
-        temporary.replace(path)
-        return path
+        return write_text(path, self.html(), errors="replace")
 
     def _repr_html_(self) -> str:
         # a frame of its own, so that the styles of a notebook and of the page leave each other alone

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.sparse import issparse
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.imaging.nifti import read_nifti
@@ -154,7 +155,8 @@ class Runs(Sequence[np.ndarray]):
             if not path.exists():
                 raise FileNotFoundError(f"{name}: no such file")
             if path.name.endswith(".npy"):
-                return np.load(path, mmap_mode="c", allow_pickle=False), None
+                with clear_damage(path, "an array of numbers"):
+                    return np.load(path, mmap_mode="c", allow_pickle=False), None
             if not path.name.endswith(_NIFTI):
                 raise InputError(f"{name} is no run: a path must end in .nii, .nii.gz or .npy")
             if self.mask is not None:
