@@ -12,7 +12,7 @@ from llmbrain._validation import InputError
 from llmbrain.stats.nulls import CORRECTIONS, NULLS
 
 if TYPE_CHECKING:
-    import nibabel as nib
+    from nibabel.spatialimages import SpatialImage
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -40,7 +40,7 @@ class Settings(TypedDict, total=False):
     series: ArrayLike | None
     columns: Mapping[str, str | int] | None
     regions: Sequence[str] | None
-    atlas: Path | nib.spatialimages.SpatialImage | None
+    atlas: Path | SpatialImage | None
     rule: str
     aggregate: str
     hrf: str
