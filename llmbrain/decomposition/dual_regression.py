@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens, standardize_option
 from llmbrain.decomposition.workers import Workers, workers
@@ -333,8 +334,4 @@ def _image_of(runs: Runs) -> Any:
 
 
 def _counted(indices: range, progress: bool) -> Any:
-    if not progress:
-        return indices
-    from tqdm.auto import tqdm
-
-    return tqdm(indices, desc="dual regression", unit="run")
+    return bar(indices, desc="dual regression", unit="run", show=progress)

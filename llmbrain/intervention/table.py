@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
@@ -348,9 +349,7 @@ def _against(effect: float, null: NDArray[np.float64], control: str) -> dict[str
 
 
 def _bar(items: Any, what: str, show: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=what, disable=None if show else True)
+    return bar(items, desc=what, show=show)
 
 
 class _Store:

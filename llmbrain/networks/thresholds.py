@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.stats.nulls import phase_randomize
@@ -230,7 +231,6 @@ def null_networks(
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
-    from tqdm.auto import tqdm
 
     from llmbrain.decomposition import GroupICA
     from llmbrain.scanning.inputs import Runs
@@ -239,7 +239,7 @@ def null_networks(
     random_state = seed_of(random_state)
     runs = Runs(scans)
     draws = []
-    for draw in tqdm(range(n_permutations), desc="null networks", disable=None if progress else True):
+    for draw in bar(range(n_permutations), desc="null networks", show=progress):
         rng = np.random.default_rng([random_state, draw])
         ica = GroupICA(n_components, random_state=random_state + draw, **options)
         with warnings.catch_warnings():

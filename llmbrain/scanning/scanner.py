@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._files import owner
+from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy, context_length
 from llmbrain.hooks.listen import Kinds, Reader, Recorder, reading
@@ -150,15 +151,13 @@ def _record(
     reader: Reader, schedule: Schedule, shards: Shards, todo: Sequence[int], kinds: Kinds, batch_size: int
 ) -> None:
     """Fill and write the shards that are to be made; one is written while the next is recorded."""
-    from tqdm.auto import tqdm
-
     rows = schedule.rows
     total = sum(rows[i + 1] - rows[i] for i in todo)
     pool = _Buffers(kinds, reuse=isinstance(shards, FileShards))
     writing: Future[None] | None = None
     with (
         ThreadPoolExecutor(1) as writer,
-        tqdm(total=total, desc="scan", unit="token", unit_scale=True, disable=None) as progress,
+        bar[None](total=total, desc="scan", unit="token") as progress,
     ):
         for index in todo:
             buffers = reader.recorder.buffers = pool.take(rows[index + 1] - rows[index])

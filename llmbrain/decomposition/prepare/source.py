@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.decomposition.prepare.preprocess import PreparedRun, Preprocessing, Statistics, prepare
 from llmbrain.scanning.inputs import Runs
@@ -41,12 +41,7 @@ class Source:
 
     def prepared(self, step: str, limit: int | None = None) -> Iterator[PreparedRun]:
         """Yield every run, preprocessed; `step` is what the progress bar says."""
-        indices: Any = range(len(self.runs))[:limit]
-        if self.progress:
-            from tqdm.auto import tqdm
-
-            indices = tqdm(indices, desc=step, unit="run")
-        for index in indices:
+        for index in bar(range(len(self.runs))[:limit], desc=step, unit="run", show=self.progress):
             yield self._read(index)  # no name here keeps the last run in memory while the next is read
 
     def _read(self, index: int) -> PreparedRun:
