@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.hooks.text import as_windows, window_length
@@ -115,7 +115,7 @@ def compare_methods(
     rows: list[dict[str, Any]] = [{"method": "dense", "ratio": 0.0, "perplexity": perplexity(model, None, held)}]
     wanted = [row for row in ROWS if methods is None or row[0] in methods]
     times = {row: draws if row in REPEATED else 1 for row in wanted}
-    bar = tqdm(total=sum(times.values()) * len(ratios), desc="benchmark", disable=None)
+    progress = bar[None](total=sum(times.values()) * len(ratios), desc="benchmark")
     planners: dict[tuple[str, int], tuple[Planner, float]] = {}  # of one method: what all ratios share is done once
 
     def planner(method: str, i: int) -> tuple[Planner, float]:
@@ -137,12 +137,12 @@ def compare_methods(
                 small = prune(model, plan, calibration=windows, compensate=compensate, max_windows=None)
                 seconds.append(time.perf_counter() - start + before)
                 found.append(perplexity(small, None, held))
-                bar.update()
+                progress.update()
             n = len(found)
             half = float(student.ppf(0.975, n - 1) * np.std(found, ddof=1) / n**0.5) if n > 1 else np.nan
             mean = float(np.mean(found))
             rows.append({"method": method, "allocation": plan.allocation, "compensate": compensate, "ratio": ratio,
                          "draws": n, "perplexity": mean, "low": mean - half, "high": mean + half,
                          "parameters_removed": plan.parameters_share, "seconds": float(np.mean(seconds))})  # fmt: skip
-    bar.close()
+    progress.close()
     return pd.DataFrame(rows)

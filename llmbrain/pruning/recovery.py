@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_range, seed_of, soft_import
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
@@ -108,7 +108,7 @@ def _train(
     )
     order = torch.Generator().manual_seed(seed)
     tuned.train()
-    for _ in tqdm(range(steps), desc="recover", disable=None, leave=False):
+    for _ in bar(range(steps), desc="recover", leave=False):
         chosen = torch.randperm(len(windows), generator=order)[:batch_size]
         ids = windows[chosen].to(input_device(model))
         loss = tuned(input_ids=ids, labels=ids).loss

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
 from llmbrain.anatomy.surgery import Change, write
@@ -189,7 +189,7 @@ def walk(
         sizes = [len(h) for h in stream.hidden]
         token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
         late: list[tuple[Projection, Change]] = []
-        for layer in tqdm(body.layers, desc=progress, disable=None if progress else True, leave=False):
+        for layer in bar(body.layers, desc=progress or "layers", show=bool(progress), leave=False):
             unchanged = None
             for units in (kind for kind in KINDS if kind in steps):
                 output = units.output(layer)

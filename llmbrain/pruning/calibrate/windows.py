@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError, seed_of
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.space import NeuronSpace
@@ -172,7 +172,7 @@ def write_windows(
                 start.to(device), attention_mask=torch.ones_like(start).to(device), do_sample=True, temperature=1.0,
                 top_k=0, top_p=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=0,
             ).cpu()
-            for start in tqdm(batches(starts, WRITTEN_AT_ONCE), desc="write", disable=None, leave=False)
+            for start in bar(batches(starts, WRITTEN_AT_ONCE), desc="write", leave=False)
         ]  # fmt: skip
     return torch.cat(parts)
 

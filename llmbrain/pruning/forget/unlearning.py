@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from llmbrain._progress import bar
 from llmbrain.anatomy.families import Projection
 from llmbrain.hooks.text import batches, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds, token_losses
@@ -133,7 +133,7 @@ def _train(model: nn.Module, refits: Sequence[_Refit], windows: Tensor, lost: Te
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     order: list[Tensor] = []
     with gradients_of(model, [r.now for r in refits]):
-        for _ in tqdm(range(STEPS), desc="unlearn", disable=None, leave=False):
+        for _ in bar(range(STEPS), desc="unlearn", leave=False):
             if not order:
                 shuffled = torch.randperm(len(windows), generator=generator)
                 order = list(shuffled.split(len(batches(windows, TOKENS)[0])))
