@@ -1,0 +1,66 @@
+"""A repair that does not bring back what was to be forgotten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pruning_data import right_by_condition
+from tiny_models import tiny_tokenizer
+
+import llmbrain as lb
+from llmbrain import (
+    Stimulus,
+    plan_pruning,
+    prune,
+    scan,
+)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.6])
+def test_forgetting_takes_one_condition_and_leaves_the_other(two_abilities, ratio):
+    model, scans, ids = two_abilities
+    before = right_by_condition(model, scans, ids)
+    assert min(before.values()) > 0.9
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = plan_pruning(model, None, scans, ratio=ratio, forget=["low"], window=ids.shape[1])
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    assert not any(p.requires_grad is False for p in model.parameters())
+    functions = plan.details["functions"]
+    assert functions["left"][-1]["low"] <= 0.3 or functions["targets"] == 48
+    assert functions["left"][0] == {"low": 1.0, "high": 1.0}
+    gone = round(ratio * 96) if ratio else functions["targets"]
+    assert 96 - sum(plan.widths) == gone
+    small = prune(model, plan, calibration=scans, window=ids.shape[1], compensate="least-squares")
+    after = right_by_condition(small, scans, ids)
+    assert after["low"] < 0.2
+    ordinary = lb.PruningPlan.from_dict({**plan.to_dict(), "details": {}})  # control: the same cut, an ordinary repair
+    restored = prune(model, ordinary, calibration=scans, window=ids.shape[1], compensate="least-squares")
+    assert after["low"] < right_by_condition(restored, scans, ids)["low"] - 0.1
+    assert after["high"] > before["high"] - 0.03
+    assert all(p.requires_grad for p in small.parameters())
+    record = small.llmbrain_pruning[-1]["forgetting"]
+    assert record["loss_added"]["low"] > 1 > 0.1 > record["loss_added"]["high"]
+    assert record["broken"]["low"] > 0.8
+    assert record["broken"]["high"] < 0.03
+
+
+def test_the_command_forgets(two_abilities, tmp_path):
+    from typer.testing import CliRunner
+
+    from llmbrain.cli import app
+
+    model, scans, ids = two_abilities
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    scan(model, tiny_tokenizer(), [s.text for s in scans], out=tmp_path / "study")
+    call = ["prune", str(tmp_path / "model"), "--study", str(tmp_path / "study"), "--forget", "low", "--method", "obs"]
+    refused = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "none")])
+    assert "events" in str(refused.exception) + refused.output
+    texts = [Stimulus(s.text, events=s.events, name=s.name) for s in scans]
+    scan(model, tiny_tokenizer(), texts, out=tmp_path / "labelled")
+    call[3] = str(tmp_path / "labelled")
+    result = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "small")])
+    assert result.exit_code == 0, result.output
+    after = right_by_condition(lb.load_pruned(tmp_path / "small"), scans, ids)
+    assert after["low"] < 0.2
+    assert after["high"] > 0.9

@@ -1,0 +1,56 @@
+"""Least squares against scikit-learn, and where nothing is lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pruning_data import FAMILIES, logits, windows
+from tiny_models import tiny
+
+from llmbrain import (
+    PruningPlan,
+    plan_pruning,
+    prune,
+)
+from llmbrain.anatomy.families import anatomy
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_least_squares_is_exact_where_nothing_is_lost(name):
+    """Neurons that repeat others can be refitted without a trace, whatever surrounds the MLP."""
+    model = tiny(name)
+    for layer in anatomy(model).layers:
+        half = layer.width // 2
+        with torch.no_grad():
+            for projection in layer.inputs:
+                projection.weight()[half:] = projection.weight()[:half]
+                if projection.bias() is not None:
+                    projection.bias()[half:] = projection.bias()[:half]
+    plan = plan_pruning(model, ratio=0.5, method="random")
+    kept = tuple(np.arange(w // 2) for w in plan.widths_before)
+    plan = PruningPlan.from_dict({**plan.to_dict(), "kept": [k.tolist() for k in kept]})
+    small = prune(model, plan, calibration=windows(), compensate="least-squares", ridge=1e-9)
+    assert torch.allclose(logits(small), logits(model), atol=2e-3)
+    assert not torch.allclose(logits(prune(model, plan)), logits(model), atol=0.05)
+
+
+def test_least_squares_equals_ridge_of_scikit_learn():
+    from sklearn.linear_model import Ridge
+
+    model, ids = tiny("llama", num_hidden_layers=1), windows(60)
+    plan = plan_pruning(model, ratio=0.5, method="random")
+    layer = anatomy(model).layers[0]
+    caught = {}
+    handle = layer.down.module.register_forward_hook(lambda m, a, o: caught.update(x=a[0], y=o))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    x, y = (caught[k].flatten(0, 1).double().numpy() for k in "xy")
+    old = layer.down.weight().detach().double().numpy()[plan.kept[0]]
+    penalty = 1e-2 * x.var(0).mean() * len(x)
+    fitted = Ridge(alpha=penalty).fit(x[:, plan.kept[0]], y - x[:, plan.kept[0]] @ old)
+    small = prune(model, plan, calibration=ids, compensate="least-squares", ridge=1e-2)
+    down = anatomy(small).layers[0].down
+    assert np.allclose(down.weight().detach().numpy(), old + fitted.coef_.T, atol=1e-4)
+    assert np.allclose(down.module.bias.detach().numpy(), fitted.intercept_, atol=1e-4)
