@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError
+from llmbrain._files import read_json, write_json
+from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
@@ -65,6 +66,31 @@ class PruningPlan:
     parameters: int = 0
     parameters_removed: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "widths_before": _counts("widths_before", self.widths_before, 1),
+            "groups_before": _counts("groups_before", self.groups_before, 0),
+        }
+        n = len(checked["widths_before"])
+        checked["kept"] = _kept("kept", self.kept, checked["widths_before"])
+        if self.kept_heads is not None:
+            checked["kept_heads"] = _kept("kept_heads", self.kept_heads, checked["groups_before"])
+        if checked["groups_before"] and len(checked["groups_before"]) != n:
+            raise InputError(f"this plan has {len(checked['groups_before'])} groups_before for {n} layers")
+        checked["protect"] = _counts("protect", self.protect, 0)
+        if any(layer >= n for layer in checked["protect"]):
+            raise InputError(f"protect={list(checked['protect'])} of this plan names layers that are not there: {n}")
+        check_range("ratio", self.ratio, 0, 1)
+        for name in ("parameters", "parameters_removed"):
+            checked[name] = _counts(name, [getattr(self, name)], 0)[0]
+        for name in ("method", "allocation", "fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name}={getattr(self, name)!r} of this plan is no text")
+        if not isinstance(self.details, dict):
+            raise InputError(f"details={self.details!r} of this plan is no dict")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def kept_units(self) -> dict[Units, Kept]:
@@ -145,35 +171,27 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> PruningPlan:
-        """Rebuild a plan; what is missing or of the wrong kind is an `InputError`."""
+        """Rebuild a plan; what is missing, of the wrong kind or contradicts itself is an `InputError`."""
         try:
-            record = dict(record)
-            record["kept"] = tuple(np.asarray(k, dtype=np.int64) for k in record["kept"])
-            if record.get("kept_heads") is not None:
-                record["kept_heads"] = tuple(np.asarray(k, dtype=np.int64) for k in record["kept_heads"])
-            for name in ("widths_before", "groups_before", "protect"):
-                record[name] = tuple(int(v) for v in record[name])
             return cls(**record)
-        except (KeyError, TypeError, ValueError) as error:
+        except TypeError as error:
             raise InputError(f"this is not a pruning plan: {error}") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"llmbrain": "pruning plan", **self.to_dict()}), encoding="utf-8")
-        return path
+        """Write the plan as JSON, whole or not at all."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return write_json(path, {"llmbrain": "pruning plan", **self.to_dict()}, seal=True, indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
         """Read a plan that `save` wrote."""
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
-        if not isinstance(record, dict) or record.pop("llmbrain", None) != "pruning plan":
+        record = read_json(path, anew="make the plan again (llmbrain plan)")
+        if record.pop("llmbrain", None) != "pruning plan":
             raise InputError(f"{path} is not a pruning plan")
-        return cls.from_dict(record)
+        try:
+            return cls.from_dict(record)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def check_model(self, model: nn.Module) -> Anatomy:
         """The anatomy of a model that this plan was made for; another model is an `InputError`."""
@@ -182,10 +200,47 @@ class PruningPlan:
             raise InputError(
                 f"plan was made for layers of {_runs(self.widths_before)} neurons, this model has {_runs(body.widths)}"
             )
+        groups = HEADS.counts(body)
+        if self.kept_heads is not None and groups != self.groups_before:
+            raise InputError(
+                f"plan was made for {_runs(self.groups_before)} groups of heads, this model has {_runs(groups)}"
+            )
         own = weights_digest(body)
         if own != self.fingerprint:
             raise InputError(f"plan was made for weights {self.fingerprint}, this model has {own}: make a new plan")
         return body
+
+
+def _counts(name: str, values: Any, low: int) -> tuple[int, ...]:
+    """Whole numbers of at least `low`, as they stand in a plan."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
+        raise InputError(f"{name}={values!r} of this plan is no list of whole numbers")
+    if isinstance(values, np.ndarray) and values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
+        if len(values) and int(values.min()) < low:
+            raise InputError(f"{name} of this plan holds {int(values.min())}: at least {low} is allowed")
+        return tuple(values.tolist())
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+            raise InputError(f"{name} of this plan holds {value!r}: whole numbers of at least {low} are allowed")
+    return tuple(int(value) for value in values)
+
+
+def _kept(name: str, kept: Any, before: Sequence[int]) -> Kept:
+    """Indices of what stays in each layer: ascending, each once, at least one, within the layer."""
+    if isinstance(kept, (str, bytes)) or not isinstance(kept, Sequence) or len(kept) != len(before):
+        size = len(kept) if isinstance(kept, Sequence) else repr(kept)
+        raise InputError(f"{name} of this plan has {size} layers, the model had {len(before)}")
+    found = []
+    for i, (units, width) in enumerate(zip(kept, before)):
+        indices = np.array(_counts(f"{name}[{i}]", units, 0), dtype=np.int64)
+        if not len(indices) and width:
+            raise InputError(f"{name}[{i}] of this plan is empty: a layer keeps at least one unit")
+        if len(indices) and int(indices.max()) >= width:
+            raise InputError(f"{name}[{i}] of this plan names unit {int(indices.max())} of {width}")
+        if (np.diff(indices) <= 0).any():
+            raise InputError(f"{name}[{i}] of this plan must be ascending, each unit once")
+        found.append(indices)
+    return tuple(found)
 
 
 def weights_digest(body: Anatomy) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from pruning_data import logits
@@ -35,3 +37,44 @@ def test_a_plan_of_another_model_is_refused():
         prune(tiny("llama", seed=1), plan)
     with pytest.raises(InputError, match="layers of 2 x 24 neurons, this model has 3 x 24"):
         prune(tiny("llama", num_hidden_layers=3), plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": [[0, 1]]}, "kept of this plan has 1 layers, the model had 2"),
+        ({"kept": [[0, 0], [1]]}, r"kept\[0\] of this plan must be ascending, each unit once"),
+        ({"kept": [[3, 1], [1]]}, r"kept\[0\] of this plan must be ascending"),
+        ({"kept": [[0], [1.9]]}, r"kept\[1\] of this plan holds 1\.9: whole numbers"),
+        ({"kept": [[0], [True]]}, r"kept\[1\] of this plan holds True"),
+        ({"kept": [[0], [24]]}, r"kept\[1\] of this plan names unit 24 of 24"),
+        ({"kept": [[0], [-1]]}, r"kept\[1\] of this plan holds -1"),
+        ({"kept": [[], [1]]}, r"kept\[0\] of this plan is empty"),
+        ({"kept": "all"}, "has 'all' layers|has 3 layers"),
+        ({"kept_heads": [[0], [2]]}, r"kept_heads\[1\] of this plan names unit 2 of 2"),
+        ({"ratio": float("nan")}, "ratio=nan"),
+        ({"widths_before": [24, 24.5]}, r"widths_before of this plan holds 24\.5"),
+        ({"protect": [7]}, "names layers that are not there"),
+        ({"method": None}, "method=None of this plan is no text"),
+        ({"surprise": 1}, "not a pruning plan"),
+    ],
+)
+def test_plans_that_cannot_be_right_are_refused(change, message, tmp_path):
+    record = plan_pruning(tiny("llama"), ratio=0.3, method="magnitude").to_dict() | change
+    with pytest.raises(InputError, match=message):
+        PruningPlan.from_dict(record)
+    (tmp_path / "plan.json").write_text(json.dumps({"llmbrain": "pruning plan", **record}))
+    with pytest.raises(InputError, match=message):
+        PruningPlan.load(tmp_path / "plan.json")
+
+
+def test_an_altered_plan_file_is_found(tmp_path):
+    path = plan_pruning(tiny("llama"), ratio=0.3, method="magnitude").save(tmp_path / "plan.json")
+    text = path.read_text()
+    assert json.loads(text)["llmbrain"] == "pruning plan"
+    path.write_text(text.replace('"ratio": 0.3', '"ratio": 0.4'))
+    with pytest.raises(InputError, match=r"plan\.json"):
+        PruningPlan.load(path)
+    path.write_text(text[:-40])
+    with pytest.raises(InputError, match=r"plan\.json"):
+        PruningPlan.load(path)
