@@ -14,6 +14,7 @@ from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
 
 # Where the families keep the width of their MLP. BLOOM has none: it is always four times the hidden size.
 WIDTH_KEYS = ("ffn_hidden_size", "ffn_dim", "n_inner", "hidden_dim", "intermediate_size")  # the special ones first
+TOLD = "_llmbrain_shapes"  # attribute of a model: its shapes, and the config that tells them
 RECORD = "llmbrain_pruning"  # attribute of a model: list of dicts, one a cut; `pruning.json` in a folder
 
 
@@ -61,8 +62,10 @@ def record_shapes(model: nn.Module) -> None:
     say goes to `per_layer_config`, for every layer.
     """
     config = text_config(model.config)
-    config.per_layer_config = None
     shapes = [_shape(layer) for layer in anatomy(model).layers]
+    if vars(model).get(TOLD) == (shapes, config.to_dict()):
+        return  # nothing has changed since
+    config.per_layer_config = None
     key = width_key(config)
     widths = {s["intermediate_size"] for s in shapes}
     if key is not None and len(widths) == 1:
@@ -71,6 +74,7 @@ def record_shapes(model: nn.Module) -> None:
     names = [n for n in shapes[0] if any(s.get(n) != t.get(n) for s, t in zip(shapes, stock))]
     if names:
         config.per_layer_config = {i: {n: s[n] for n in names} for i, s in enumerate(shapes)}
+    vars(model)[TOLD] = (shapes, config.to_dict())
 
 
 def layer_shapes(config: Any) -> list[dict[str, Any]]:
