@@ -28,8 +28,8 @@ def test_units_count_and_find_their_weights(name):
 def test_heads_that_share_a_norm_cannot_be_cut():
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
-    config = Olmo2Config(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-                         num_key_value_heads=2)  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Olmo2Config(vocab_size=32, num_key_value_heads=2, **sizes)
     body = anatomy(Olmo2ForCausalLM(config))
     with pytest.raises(InputError, match=r"head_ratio=0\.5: the heads of .* models cannot be cut"):
         HEADS.check(body, 0.5)
