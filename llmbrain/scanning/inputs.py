@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -17,16 +17,29 @@ from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.imaging.nifti import read_nifti
 
 if TYPE_CHECKING:
+    from nibabel.spatialimages import SpatialImage
+    from numpy.typing import NDArray
+
     from llmbrain.anatomy.space import NeuronSpace
+
+
+class HasData(Protocol):
+    """What reads its own numbers when asked, as a `Scan` does."""
+
+    def data(self) -> NDArray[Any]:
+        """``(n_tokens, n_neurons)``."""
+
+
+RunLike: TypeAlias = "HasData | NDArray[Any] | torch.Tensor | SpatialImage | str | Path"
 
 _NIFTI = (".nii", ".nii.gz")
 
 
-def _is_image(run: Any) -> bool:
+def _is_image(run: object) -> TypeGuard[SpatialImage]:
     return hasattr(run, "dataobj") and hasattr(run, "affine")
 
 
-def _is_single(runs: Any) -> bool:
+def _is_single(runs: object) -> TypeGuard[RunLike]:
     """Whether `runs` is one run, not a collection of runs."""
     if isinstance(runs, (str, Path)) or _is_image(runs) or callable(getattr(runs, "data", None)):
         return True
@@ -77,17 +90,23 @@ class Runs(Sequence[np.ndarray]):
         run, token and neuron), or is a NIfTI image that cannot be placed.
     """
 
-    def __init__(self, runs: Any, *, mask_img: Any = None, space: NeuronSpace | None = None) -> None:
+    def __init__(
+        self,
+        runs: RunLike | Iterable[RunLike],
+        *,
+        mask_img: SpatialImage | str | Path | None = None,
+        space: NeuronSpace | None = None,
+    ) -> None:
         if runs is None or not (hasattr(runs, "__iter__") or hasattr(runs, "__array__") or _is_single(runs)):
             raise InputError(f"runs={runs!r}: pass a scan, an array, a NIfTI image, or a sequence of them")
         if hasattr(runs, "__array__") and not hasattr(runs, "ndim") and not _is_image(runs):
             runs = np.asarray(runs)
         if getattr(runs, "ndim", None) == 1 and np.asarray(runs).dtype.kind in "fiubc":
             raise InputError(
-                f"runs has shape {tuple(runs.shape)}: a run is (n_tokens, n_neurons). Reshape your data: "
+                f"runs has shape {np.asarray(runs).shape}: a run is (n_tokens, n_neurons). Reshape your data: "
                 "array.reshape(-1, 1) is one neuron, array.reshape(1, -1) is one token"
             )
-        items = [runs] if _is_single(runs) else list(runs)
+        items: list[RunLike] = [runs] if _is_single(runs) else list(cast(Iterable[RunLike], runs))
         if not items:
             raise InputError("runs is empty: pass at least one scan, array or NIfTI image")
         self._items = items
@@ -149,7 +168,7 @@ class Runs(Sequence[np.ndarray]):
         elif space is not None and self.space is not None and space != self.space:
             raise InputError(f"{self.name(index)} has another neuron space than the first: widths {space.widths}")
 
-    def _read(self, item: Any, name: str) -> tuple[Any, NeuronSpace | None]:
+    def _read(self, item: RunLike, name: str) -> tuple[object, NeuronSpace | None]:
         if isinstance(item, (str, Path)):
             path = Path(item)
             if not path.exists():
@@ -164,13 +183,13 @@ class Runs(Sequence[np.ndarray]):
             return read_nifti(path)
         if _is_image(item):
             return (self.mask.read(item, name), None) if self.mask is not None else read_nifti(item)
-        if callable(getattr(item, "data", None)):
+        if not isinstance(item, (np.ndarray, torch.Tensor)) and callable(getattr(item, "data", None)):
             space = getattr(item, "space", None)
             return item.data(), space
         return item, None
 
 
-def _as_float(data: Any, name: str) -> np.ndarray:
+def _as_float(data: object, name: str) -> np.ndarray:
     """A (n_tokens, n_neurons) array of float32, or float64 if it was that; no copy where none is needed."""
     if isinstance(data, torch.Tensor):
         data = data.detach().cpu()
