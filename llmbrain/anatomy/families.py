@@ -226,7 +226,7 @@ def context_length(model: nn.Module) -> int | None:
         return None
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
     length = next((getattr(config, n) for n in names if isinstance(getattr(config, n, None), int)), None)
-    if length is None:
+    if length is None or length < 1:  # XLNet says -1
         return None
     for name, module in model.named_modules():  # RoBERTa counts positions from padding_idx + 1
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

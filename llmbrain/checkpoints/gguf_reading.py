@@ -33,6 +33,7 @@ from llmbrain.checkpoints.gguf_layout import (
 from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, read_whole, set_pre_tokenizer
 from llmbrain.checkpoints.gguf_tokenizers import WHOLE as WHOLE_TOKENIZER
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, stock_config, text_config
+from llmbrain.hooks.text import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def load_gguf(
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{path}: tensor {name} holds values that are not finite: the file is damaged")
-    return model.eval(), load_tokenizer(path, reader, fields, int(config_vocabulary(model)))
+    return evaluation_mode(model), load_tokenizer(path, reader, fields, int(config_vocabulary(model)))
 
 
 def config_vocabulary(model: Any) -> int:

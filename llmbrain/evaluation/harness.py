@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llmbrain._validation import InputError, check_range, soft_import
+from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.text import evaluating
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def evaluate(
 
     from lm_eval import evaluator
 
-    with _undisturbed(), evaluating(model):
+    with _undisturbed(), evaluating(model, cache=True):
         loaded = _load_tasks(specs, include_path)
         _set_fewshot(loaded["tasks"].values(), num_fewshot)
         found = evaluator.evaluate(
@@ -112,8 +113,7 @@ def evaluate(
 
 
 def _refuse_encoders(model: nn.Module) -> None:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or type(model).__name__.endswith("ForMaskedLM"):
+    if not predicts_next_token(model):
         raise InputError(f"model {type(model).__name__} predicts no next token: tasks need a causal language model")
 
 

@@ -83,7 +83,7 @@ def latency(
     if not hasattr(generator, "generate") or not generator.can_generate():
         raise InputError(f"model {type(model).__name__} does not generate: use throughput")
     rows = []
-    with evaluating(model):
+    with evaluating(model, cache=True):
         for batch in batch_sizes:
             ids = _random_ids(model, int(check_range("batch_sizes", batch, 1)), prompt)
             options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.hooks.probe import is_causal
 from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
 
 if TYPE_CHECKING:
@@ -48,15 +49,37 @@ def perplexity(
     Raises
     ------
     InputError
-        If there is less text than one window, a window exceeds the context, or the model predicts no next token.
+        If there is less text than one window, a window exceeds the context, or what the model says at a token changes
+        with later tokens (it reads in both directions) or is no logits.
     """
-    return math.exp(min(mean_loss(model, as_windows(model, tokenizer, texts, window, max_windows)), 709.0))
+    windows = as_windows(model, tokenizer, texts, window, max_windows)
+    check_causal(model)
+    return math.exp(min(mean_loss(model, windows), 709.0))
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Whether a model is a causal language model with its head: encoders and bare stacks of blocks are not."""
+    """Whether a model is a causal language model with its head: encoders and bare stacks of blocks are not.
+
+    What its class says is tried on the model itself: changing later tokens must leave what it says before them.
+    """
     can_generate = getattr(model, "can_generate", None)
-    return callable(can_generate) and bool(can_generate()) and not type(model).__name__.endswith("ForMaskedLM")
+    if not callable(can_generate) or not can_generate() or type(model).__name__.endswith("ForMaskedLM"):
+        return False
+    return is_causal(model)
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose losses have seen the answer.
+
+    Raises
+    ------
+    InputError
+    """
+    if type(model).__name__.endswith("ForMaskedLM") or not is_causal(model):
+        raise InputError(
+            f"model {type(model).__name__} has no next-token perplexity: what it says at a token changes with later "
+            "tokens (it reads in both directions), or it gives no logits: use a causal model"
+        )
 
 
 def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
@@ -72,8 +95,6 @@ def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 def mean_loss(model: nn.Module, windows: Tensor) -> float:
     """Mean cross-entropy (nats a token) over windows ``(n, window)``, positions 1 to the end of each."""
-    if type(model).__name__.endswith("ForMaskedLM"):
-        raise InputError(f"model {type(model).__name__} reads in both directions: it has no next-token perplexity")
     total = 0.0
     with evaluating(model):
         for ids in batches(windows):

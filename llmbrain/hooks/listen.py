@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.hooks.probe import nearly_equal
 from llmbrain.hooks.sites import Tap
 from llmbrain.hooks.text import Block, Run, embeddings, evaluating, no_cache, pad_id
 
@@ -291,6 +292,20 @@ class Reader:
         self.body(input_ids=ids.to(self.device), attention_mask=attention, **self.options)
         self.recorder.check_heard()
         return self.recorder.n_rows
+
+    def pads_well(self, together: Sequence[Block]) -> bool:
+        """Whether the shortest of some blocks gives the same alone as beside the longest, padded.
+
+        Some models do not obey the padding mask (FNet), or look at the length of the whole batch.
+        """
+        short, long = min(together, key=len), max(together, key=len)
+        if len(short) == len(long):
+            return True
+        alone = self.read_alone(short)
+        self.recorder.buffers = {}
+        self.read([short, long])
+        beside = self.recorder.buffers
+        return all(nearly_equal(signal, beside[key][: len(short)]) for key, signal in alone.items())
 
     def read_alone(self, block: Block) -> dict[tuple[str, int], Tensor]:
         """What one block gives when read by itself: ``(tokens, units)`` by site and layer."""

@@ -150,6 +150,16 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], NDArra
     ]
 
 
+def without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text without the special tokens that the tokenizer puts behind it (an end of sequence)."""
+    coded = tokenizer(text, return_special_tokens_mask=True, **TOKENIZING)
+    ids, special = list(coded["input_ids"]), list(coded["special_tokens_mask"])
+    plain = tokenizer(text, add_special_tokens=False, **TOKENIZING)["input_ids"]
+    while len(ids) > len(plain) and special[len(ids) - 1]:
+        ids.pop()
+    return ids
+
+
 def _realigned(
     tokenizer: Any, text: str, ids: list[int], spans: NDArray[np.int64], known: dict[str, bool]
 ) -> tuple[NDArray[np.int64], int]:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.evaluation.perplexity import check_causal
 from llmbrain.hooks.change import Edit, change_inputs, scale_replicas
 from llmbrain.hooks.listen import Hooks, hear_inputs
-from llmbrain.hooks.text import as_windows, evaluating, input_device
+from llmbrain.hooks.text import as_windows, evaluating, input_device, without_end
 from llmbrain.intervention.targets import unit_space
 
 if TYPE_CHECKING:
@@ -95,14 +96,14 @@ class TokenEvaluation:
     ) -> TokenEvaluation:
         """Answers that follow prompts; only the answers' tokens count. One item a pair.
 
-        Prompt and answer are tokenised as one text; the answer starts where the tokens differ from those of the prompt
-        alone.
+        Prompt and answer are tokenized as one text; the answer starts where the tokens differ from those of the prompt
+        alone. Special tokens that the tokenizer puts behind a text (an end of sequence) are no part of the answer.
         """
         if not len(prompts) or len(prompts) != len(answers):
             raise InputError(f"prompts ({len(prompts)}) and answers ({len(answers)}) must be as many, at least one")
         rows, starts = [], []
         for prompt, answer in zip(prompts, answers):
-            alone, both = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
+            alone, both = (without_end(tokenizer, text) for text in (prompt, prompt + answer))
             same = next((i for i, (a, b) in enumerate(zip(alone, both)) if a != b), min(len(alone), len(both)))
             if same >= len(both) or same == 0:
                 raise InputError(f"answer {answer!r} adds no token to prompt {prompt!r}, or nothing stands before it")
@@ -208,6 +209,8 @@ def score_conditions(
     -------
     dict of float64 array ``(n_conditions, n_items)``
     """
+    if any(isinstance(evaluation, TokenEvaluation) for evaluation in evaluations.values()):
+        check_causal(model)
     body = anatomy(model)
     factors = torch.as_tensor(np.asarray(scales, dtype=np.float32)).to(input_device(model))
     shifts = None

@@ -15,6 +15,7 @@ from llmbrain._version import __version__
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.surgery import check_cuttable, cut
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
+from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.text import digest
 from llmbrain.pruning.calibrate.windows import Calibration, check_enough, check_weights
 from llmbrain.pruning.forget.conditions import condition_weights
@@ -82,6 +83,7 @@ def prune(
         untouched then.
     """
     check_option("compensate", compensate, COMPENSATIONS)
+    refuse_changed(model, "prune")
     body = plan.check_model(model)
     for units in plan.kept_units:
         check_cuttable(body, units)

@@ -15,6 +15,7 @@ from llmbrain._validation import InputError, check_range, seed_of, soft_import
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.evaluation.perplexity import mean_loss
+from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.text import as_windows, digest, evaluation_mode, input_device
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def recover(
     InputError
         If peft is not installed, or there are fewer than two windows of text.
     """
+    refuse_changed(model, "recover")
     check_range("steps", steps, 1)
     check_range("rank", rank, 1)
     check_range("learning_rate", learning_rate, 0, open_low=True)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def scan(
     batch_size: int = 8,
     n_tokens: int | None = None,
     dtype: torch.dtype | str | None = None,
+    verify: bool = True,
 ) -> list[Scan]:
     """Let a model read texts, and keep what every neuron did at every token.
 
@@ -69,6 +71,9 @@ def scan(
         Read at most so many tokens of each text.
     dtype : torch.dtype or str, optional
         ``float16``, ``bfloat16`` or ``float32``: what to keep the numbers in. Default: what the model computes in.
+    verify : bool
+        Try on two texts whether the model gives the same for a text alone as in a batch, padded; where it does not,
+        only texts of one length are read together.
 
     Returns
     -------
@@ -110,6 +115,8 @@ def scan(
             if done := sorted(set(range(len(schedule.shards))) - set(todo)):
                 check_same(reader, schedule, shards, done[0], kinds)
             say_disk(Path(out), schedule, todo)
+        if todo and verify and not reader.pads_well(schedule.most_padded(int(batch_size))):
+            schedule = replace(schedule, even=True)
         _record(reader, schedule, shards, todo, kinds, int(batch_size))
     widths = {name: [units for (site, _), (_, units) in kinds.items() if site == name] for name in sites}
     return scans_of(shards, runs, widths, size, model_id(model))

@@ -14,11 +14,15 @@ BATCH_BYTES = 2**30  # fewer texts are read at once where their signals would ta
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which blocks go into which shard: ``shards[i]`` is (first block, last block + 1)."""
+    """Which blocks go into which shard: ``shards[i]`` is (first block, last block + 1).
+
+    With `even`, blocks that are read at once are of one length: for models that do not obey the padding mask.
+    """
 
     blocks: Sequence[Block]
     shards: Sequence[tuple[int, int]]
     per_token: int
+    even: bool = False
 
     @classmethod
     def make(cls, blocks: Sequence[Block], per_token: int, batch_size: int) -> Schedule:
@@ -44,9 +48,16 @@ class Schedule:
             stop = min(first + batch_size, last)
             longest = 0
             for stop_here in range(first, stop):
-                longest = max(longest, len(self.blocks[stop_here]))
-                if stop_here > first and longest * (stop_here + 1 - first) * self.per_token > BATCH_BYTES:
+                length = len(self.blocks[stop_here])
+                longest = max(longest, length)
+                large = longest * (stop_here + 1 - first) * self.per_token > BATCH_BYTES
+                if stop_here > first and (large or (self.even and length != len(self.blocks[first]))):
                     stop = stop_here
                     break
             yield first, stop
             first = stop
+
+    def most_padded(self, batch_size: int) -> Sequence[Block]:
+        """The batch in which the shortest block is padded most."""
+        batches = [self.blocks[low:high] for low, high in self.batches(0, len(self.blocks), batch_size)]
+        return max(batches, key=lambda batch: max(map(len, batch)) - min(map(len, batch)))

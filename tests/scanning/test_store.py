@@ -168,7 +168,7 @@ def test_a_stopped_scan_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     model.model.register_forward_hook(lambda m, a, o: passes.append(o[0].shape[:2]))
     resumed = run(tmp_path, model)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(passes) == 4  # sizes, the check that it is the same study, two batches
+    assert len(passes) == 6  # sizes, the check that it is the same study, a text alone and in a batch, two batches
     assert same(resumed, run(None))
     assert same(lb.load_scans(tmp_path), resumed)
 

@@ -163,7 +163,7 @@ def write_windows(
     first = next(
         (t for t in (getattr(tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")) if t is not None), None
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model, cache=True):
         torch.manual_seed(seed_of(random_state))
         vocabulary = writer.get_input_embeddings().weight.shape[0]
         starts = torch.randint(vocabulary, (n_windows, 1)) if first is None else torch.full((n_windows, 1), first)
