@@ -54,7 +54,7 @@ from llmbrain._files.one import (
     writing,
 )
 from llmbrain._files.owner import BusyError, owner
-from llmbrain._files.parts import SUMS, append_sum, read_sums, replace_sums, sweep
+from llmbrain._files.parts import SUMS, append_sum, discard_sum, read_sums, replace_sums, sweep
 from llmbrain._files.reading import (
     StoredFiles,
     UnverifiedWarning,
@@ -84,6 +84,7 @@ __all__ = [
     "damages",
     "discard",
     "discard_file",
+    "discard_sum",
     "file_sha256",
     "owner",
     "plain",

@@ -66,6 +66,13 @@ def replace_sums(folder: Path, sums: Mapping[str, str]) -> None:
         flush_folder(folder)
 
 
+def discard_sum(folder: Path, name: str) -> None:
+    """Take the line of a file out of ``SHA256SUMS``: it will change in place, and is checked otherwise."""
+    sums = read_sums(folder, strict=False)
+    if sums.pop(name, None) is not None:
+        replace_sums(folder, sums)
+
+
 def append_sum(folder: Path, name: str, digest: str) -> None:
     """Add a line to ``SHA256SUMS``; one that a kill cut short before it does not swallow it."""
     with locked(folder, exclusive=True), (folder / SUMS).open("ab+") as file:

@@ -5,6 +5,7 @@ Runs are read one at a time and never kept; all sums are float64.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._files import owner
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens, standardize_option
@@ -165,35 +167,36 @@ def dual_regression(
     chosen: dict[str, Any] = {"normalize": normalize, "standardize": zscored}
     chosen |= {"drop_first": drop_first, "drop_positions": drop_positions, "runs": names}
     chosen |= {"maps": array_digest(group), "mask": array_digest(keep_neurons)}
-    store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen)
-    space = getattr(maps, "space", None) or getattr(maps, "space_", None)
-    if space is None and store.done:
-        runs.read(0)  # to know where neurons lie, if nothing else is left to read
-    with workers(resolve_device(device)) as team:
-        for i in _counted(range(store.done, len(runs)), progress):
-            data = runs[i]
-            _check_width(data, group.shape[1], names[i])
-            keep = kept_tokens(len(data), settings, runs.positions(i), names[i])
-            if keep.sum() <= len(group) + 1:
-                raise InputError(
-                    f"{names[i]} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} "
-                    "networks"
-                )
-            if zscored:
-                mean, scale = _mean_and_scale(data, keep, team)
-                course = stage_one(weights * scale[:, None], data, team) - (mean * scale) @ weights
-            else:
-                course = stage_one(weights, data, team)
-            stage2, z_maps = stage_two(course, data, team, keep=keep, normalize=normalize, name=names[i])
-            if zscored:
-                stage2 *= scale
-            if keep_neurons is not None:
-                stage2[:, ~keep_neurons] = 0
-                z_maps[:, ~keep_neurons] = 0
-            store.add(course, stage2, z_maps, data.dtype, space or runs.space or _image_of(runs))
-    space = space or runs.space
-    store.finish(space or _image_of(runs))
-    return DualRegression(store.time_courses, store.maps, store.z_maps, names, space, _image_of(runs))
+    with owner(out) if out is not None else nullcontext():
+        store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen)
+        space = getattr(maps, "space", None) or getattr(maps, "space_", None)
+        if space is None and store.done:
+            runs.read(0)  # to know where neurons lie, if nothing else is left to read
+        with workers(resolve_device(device)) as team:
+            for i in _counted(range(store.done, len(runs)), progress):
+                data = runs[i]
+                _check_width(data, group.shape[1], names[i])
+                keep = kept_tokens(len(data), settings, runs.positions(i), names[i])
+                if keep.sum() <= len(group) + 1:
+                    raise InputError(
+                        f"{names[i]} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} "
+                        "networks"
+                    )
+                if zscored:
+                    mean, scale = _mean_and_scale(data, keep, team)
+                    course = stage_one(weights * scale[:, None], data, team) - (mean * scale) @ weights
+                else:
+                    course = stage_one(weights, data, team)
+                stage2, z_maps = stage_two(course, data, team, keep=keep, normalize=normalize, name=names[i])
+                if zscored:
+                    stage2 *= scale
+                if keep_neurons is not None:
+                    stage2[:, ~keep_neurons] = 0
+                    z_maps[:, ~keep_neurons] = 0
+                store.add(course, stage2, z_maps, data.dtype, space or runs.space or _image_of(runs))
+        space = space or runs.space
+        store.finish(space or _image_of(runs))
+        return DualRegression(store.time_courses, store.maps, store.z_maps, names, space, _image_of(runs))
 
 
 def stage_one(weights: NDArray[np.float64], data: NDArray[Any], team: Workers) -> NDArray[np.float64]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from llmbrain._files import (
+    DamagedError,
+    clear_damage,
+    owner,
+    read_json,
+    reading,
+    settle,
+    transaction,
+    write_json,
+    write_table,
+    write_tensors,
+)
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.families import Anatomy, anatomy
@@ -114,23 +126,31 @@ class LesionTable:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``lesion_table.tsv``, ``lesion_draws.tsv`` and ``lesion_table_provenance.json`` into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.frame.to_csv(folder / "lesion_table.tsv", sep="\t", index=False)
-        self.draws.to_csv(folder / "lesion_draws.tsv", sep="\t", index=False)
-        record = json.dumps(self.provenance, indent=2) + "\n"
-        (folder / "lesion_table_provenance.json").write_text(record, encoding="utf-8")
-        return folder
+        with transaction(folder) as new:
+            write_table(new / "lesion_table.tsv", self.frame)
+            write_table(new / "lesion_draws.tsv", self.draws)
+            write_json(new / "lesion_table_provenance.json", self.provenance, indent=2)
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> LesionTable:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder holds no table of lesions.
+        DamagedError
+            If a file does not match its checksum.
+        """
         import pandas as pd
 
-        folder = Path(folder)
-        frame, draws = (pd.read_csv(folder / f"lesion_{name}.tsv", sep="\t") for name in ("table", "draws"))
-        record = (folder / "lesion_table_provenance.json").read_text(encoding="utf-8")
-        return cls(frame, draws, json.loads(record))
+        with reading(folder, anew="measure the lesions again", required=True) as files:
+            tables = []
+            for name in ("lesion_table.tsv", "lesion_draws.tsv"):
+                with clear_damage(files.path(name), "a table of lesions"):
+                    tables.append(pd.read_csv(files.path(name), sep="\t"))
+            return cls(tables[0], tables[1], files.json("lesion_table_provenance.json"))
 
 
 def lesion_table(
@@ -217,17 +237,18 @@ def lesion_table(
     seed = seed_of(random_state)
     given = None if random_state is None else seed  # None goes on with another seed: each network has its own draws
     settings = {"n_random": n_random, "n_matched": n_matched, "value": value, "random_state": given}
-    store = None if out is None else _Store(Path(out), masks, ready, settings, baseline)
-    results: list[tuple[Items, int, int]] = []
-    for k, mask in enumerate(_bar(masks.values(), "lesions", progress)):
-        kept = store.read(k) if store is not None else None
-        if kept is None:
-            controls = _controls(mask, space, levels, n_random, n_matched, np.random.default_rng([seed, k]))
-            sets = np.concatenate([mask[None], *controls])
-            kept = score_conditions(model, ~sets, ready, fill=fill), len(controls[0]), len(controls[1])
-            if store is not None:
-                store.write(k, *kept)
-        results.append(kept)
+    with owner(out) if out is not None else nullcontext():
+        store = None if out is None else _Store(Path(out), masks, ready, settings, baseline)
+        results: list[tuple[Items, int, int]] = []
+        for k, mask in enumerate(_bar(masks.values(), "lesions", progress)):
+            kept = store.read(k) if store is not None else None
+            if kept is None:
+                controls = _controls(mask, space, levels, n_random, n_matched, np.random.default_rng([seed, k]))
+                sets = np.concatenate([mask[None], *controls])
+                kept = score_conditions(model, ~sets, ready, fill=fill), len(controls[0]), len(controls[1])
+                if store is not None:
+                    store.write(k, *kept)
+            results.append(kept)
     frame, draws = _frames(masks, ready, baseline, results, n_bootstrap, level, seed)
     provenance = {
         **settings,
@@ -371,40 +392,36 @@ class _Store:
         means = {k: float(v.mean()) for k, v in baseline.items()}
         record = {"table": digest.hexdigest(), "baseline": means}
         path = folder / "lesions.json"
+        settle(folder)
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(record, indent=2).encode())
+            with transaction(folder) as new:  # from now on what is written here joins its checksums
+                write_json(new / path.name, record, seal=True, indent=2)
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        same_model = all(np.isclose(before["baseline"].get(k, np.nan), v, rtol=1e-5) for k, v in means.items())
-        if before["table"] != record["table"] or not same_model:
+        before = read_json(path, anew=f"remove {folder}, and measure the lesions again")
+        found = before.get("baseline")
+        known: dict[str, Any] = found if isinstance(found, dict) else {}
+        same_model = all(np.isclose(known.get(k, np.nan), v, rtol=1e-5) for k, v in means.items())
+        if before.get("table") != record["table"] or not same_model:
             raise InputError(f"out={str(folder)!r} holds another lesion table (other model, networks or settings)")
 
     def _path(self, k: int) -> Path:
         return self.folder / f"network-{k:04d}.safetensors"
 
     def read(self, k: int) -> tuple[Items, int, int] | None:
-        """What was measured of network `k`, or None."""
-        from safetensors.numpy import load_file
-
-        if not self._path(k).exists():
+        """What was measured of network `k`, or None; what is damaged is measured again, and that is said."""
+        path = self._path(k)
+        if not path.exists():
             return None
-        tensors = load_file(self._path(k))
-        n_random, n_matched = tensors.pop("controls").tolist()
-        return {name: tensors[f"{i}"] for i, name in enumerate(self.evaluations)}, n_random, n_matched
+        try:
+            with reading(self.folder) as files, clear_damage(path, "what was measured of a network"):
+                tensors = files.tensors(path.name)
+                n_random, n_matched = (int(n) for n in tensors.pop("controls"))
+                return {name: tensors[f"{i}"] for i, name in enumerate(self.evaluations)}, n_random, n_matched
+        except DamagedError as error:
+            warnings.warn(f"{error}: it is measured again", UserWarning, stacklevel=3)
+            return None
 
     def write(self, k: int, items: Items, n_random: int, n_matched: int) -> None:
         """Keep what was measured; whole or not at all."""
-        from safetensors.numpy import save
-
-        tensors = {f"{i}": np.ascontiguousarray(items[name]) for i, name in enumerate(self.evaluations)}
-        _replace(self._path(k), save({**tensors, "controls": np.array([n_random, n_matched])}))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+        tensors = {f"{i}": items[name] for i, name in enumerate(self.evaluations)}
+        write_tensors(self._path(k), {**tensors, "controls": np.array([n_random, n_matched])})

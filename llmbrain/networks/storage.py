@@ -95,10 +95,10 @@ def read_networks(folder: str | Path) -> tuple[Arrays, Record]:
         If its files are damaged or do not belong together.
     """
     folder = Path(folder)
-    for name in (RECORD, TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no networks: {name} is missing")
-    with reading(folder, anew=ANEW) as files:
+    with reading(folder, anew=ANEW, required=True) as files:
+        for name in (RECORD, TENSORS):
+            if name not in files and not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no networks: {name} is missing")
         record, arrays = files.json(RECORD), files.tensors(TENSORS)
     try:
         _check(arrays, record)
