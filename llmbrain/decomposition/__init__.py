@@ -1,6 +1,7 @@
 """Group ICA and dual regression: torch inside, arrays at the door, scikit-learn's contract."""
 
 from llmbrain.decomposition.back_reconstruction import back_reconstruct
+from llmbrain.decomposition.designs import ExchangeabilityWarning, read_fsl_matrix
 from llmbrain.decomposition.dual_regression import DualRegression, dual_regression
 from llmbrain.decomposition.group_ica import GroupICA, read_ica
 from llmbrain.decomposition.permutation import permutation_test
@@ -11,6 +12,7 @@ from llmbrain.decomposition.stability import Stability, UnstableComponentsWarnin
 
 __all__ = [
     "DualRegression",
+    "ExchangeabilityWarning",
     "GroupICA",
     "Preprocessing",
     "SplitHalf",
@@ -22,6 +24,7 @@ __all__ = [
     "ica_stability",
     "model_order_sweep",
     "permutation_test",
+    "read_fsl_matrix",
     "read_ica",
     "split_half_reproducibility",
 ]
