@@ -105,7 +105,7 @@ def reorderings(
         return Arrangements(np.array(orders), np.ones((len(orders), n)), True)
     if len(strata) == 1 and len(kinds[0]) == n:
         return Arrangements(rng.permuted(np.tile(np.arange(n), (limit, 1)), axis=1), np.ones((limit, n)), False)
-    drawn = np.array([_order(n, strata, [rng.permutation(len(kind)) for kind in kinds]) for _ in range(limit)])
+    drawn = np.array([_order(n, strata, [rng.permutation(len(kind)).tolist() for kind in kinds]) for _ in range(limit)])
     return Arrangements(drawn, np.ones((limit, n)), False)
 
 

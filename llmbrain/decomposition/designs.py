@@ -241,7 +241,7 @@ def _effective_number(y: Array, df: int) -> float:
 
 
 def _check_alike(y: Array, n: int) -> None:
-    r = np.corrcoef(y)[np.triu_indices(n, 1)]
+    r = np.asarray(np.corrcoef(y))[np.triu_indices(n, 1)]
     centre = float(np.median(r))
     spread = 1.4826 * float(np.median(np.abs(r - centre)))
     largest = float(r.max())
