@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.brains.finding import find_words
 from llmbrain.brains.hrf import HRFS, add_delays, hrf_weights, lanczos_weights
 from llmbrain.brains.series import check_tr, high_pass_filter
 from llmbrain.brains.words import check_words
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 RULES = ("offset", "onset", "midpoint")
 AGGREGATES = ("mean", "last", "sum")
-# letters of a gap that are compared one by one; a longer gap is a passage that one side does not have
-_LONGEST_GAP = 4_000_000
 
 
 @dataclass
@@ -128,6 +124,11 @@ def align(
         "outside_scan": int((timed & ~heard).sum()), "used": int((heard & (counts > 0)).sum()),
         "tokens_unused": int(scan.n_tokens - len(np.unique(of_words.tocoo().coords[1]))),
     }  # fmt: skip
+    if report["not_in_text"] == len(words):
+        raise InputError(
+            f"words: none of {len(words)} is in the scan's text, which begins {scan.text[:40]!r}; the first word is "
+            f"{words['word'].iloc[0]!r}: is it the same story, in the same script?"
+        )
     if report["used"] == 0:
         raise InputError(
             f"words: none of {len(words)} is both in the text and in the scan: {report}; is offset={offset:g} s right?"
@@ -225,54 +226,6 @@ def _finish(values: Array, tr: float, delays: Sequence[int] | None, high_pass: f
 
 
 # -- characters --------------------------------------------------------------------------------------------------------
-
-
-def find_words(text: str, words: Sequence[str] | pd.Series) -> NDArray[np.int64]:
-    """Where in a text the words of a transcript stand.
-
-    Both sides are reduced to letters and digits without case, accents or quotes; whole words are aligned first, and
-    what is left between them letter by letter, so that ``she'll`` is found by ``she`` and ``ll``, and a misspelt word
-    by most of its letters.
-
-    Returns
-    -------
-    int array ``(n_words, 2)``
-        First character and the one after the last; ``(-1, -1)`` for a word that is not there.
-    """
-    chunks = [(m.start(), m.end()) for m in re.finditer(r"[^\W_]+(?:['’‘`´][^\W_]+)*", text)]
-    text_words = ["".join(c for c, _ in _letters(text[a:b])) for a, b in chunks]
-    table_words = ["".join(c for c, _ in _letters(word)) for word in words]
-    spans = np.full((len(table_words), 2), -1, dtype=np.int64)
-    matcher = SequenceMatcher(None, text_words, table_words, autojunk=False)
-    for kind, a0, a1, b0, b1 in matcher.get_opcodes():
-        if kind == "equal":
-            spans[b0:b1] = chunks[a0:a1]
-        elif kind == "replace":
-            _match_letters(text, chunks[a0][0], chunks[a1 - 1][1], table_words[b0:b1], spans[b0:b1])
-    return spans
-
-
-def _match_letters(text: str, start: int, stop: int, words: list[str], spans: NDArray[np.int64]) -> None:
-    """Align the letters of `words` with those of ``text[start:stop]``; writes into `spans`."""
-    here = _letters(text[start:stop])
-    owner = np.repeat(np.arange(len(words)), [len(word) for word in words])
-    if len(here) * len(owner) > _LONGEST_GAP:
-        return
-    matcher = SequenceMatcher(None, [c for c, _ in here], "".join(words), autojunk=False)
-    hits: dict[int, list[int]] = {}
-    for a, b, size in matcher.get_matching_blocks():
-        for i in range(size):
-            hits.setdefault(int(owner[b + i]), []).append(start + here[a + i][1])
-    for word, places in hits.items():
-        length = len(words[word])
-        # letters scattered over a long passage are not the word
-        if 2 * len(places) >= length and places[-1] + 1 - places[0] <= 2 * length + 2:
-            spans[word] = places[0], places[-1] + 1
-
-
-def _letters(text: str) -> list[tuple[str, int]]:
-    """Letters and digits of a text, lower case and without accents, each with its place."""
-    return [(c, i) for i, char in enumerate(text) for c in unicodedata.normalize("NFKD", char).lower() if c.isalnum()]
 
 
 def token_spans(scan: Scan) -> NDArray[np.int64]:

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 
 from llmbrain._files import clear_damage
 from llmbrain._validation import InputError, check_option
+from llmbrain.brains.plain import comma_is_decimal, is_number, read_plain
 
 Array = NDArray[np.float64]
 ORIENTATIONS = ("auto", "volumes-first", "regions-first")
 CLOCKS = {"", "time", "times", "t", "tr", "volume", "volumes", "vol", "frame", "index", "timepoint", "scan", "seconds"}
 PEOPLE = {"subject", "subjects", "sub", "subj", "participant", "participantid", "subjectid", "listener"}
 NOTHING = ("", "n/a", "nan", "na")
+ROWS = {"roi", "rois", "parcel", "parcels", "region", "regions", "label", "labels", "code", "codes", "node"}
+VOLUME = re.compile(r"(t|tr|vol|volume|time|frame|scan)[ _=-]?\d+")
 SOUND = re.compile(r"(?i)snd_?pwr|sound_?(power|level)|rms|loudness|envelope")
 CLEAR = np.log(1.25)  # two lengths that differ by less do not tell which of them is the story's
 
@@ -94,17 +97,18 @@ def _named(values: Array, labels: Sequence[list[str]]) -> Table:
 
 
 def _read_text(file: Path, name: str) -> dict[str, Table]:
-    try:
-        lines = [line.rstrip("\r\n") for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"fmri: {file.name} is not UTF-8 text (byte {error.start})") from None
-    comments = [line for line in lines if line.lstrip().startswith("#")]
-    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    text = read_plain(file, "fmri").split("\n")
+    comments = [line for line in text if line.lstrip().startswith("#")]
+    lines = [line for line in text if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise InputError(f"fmri: {file.name} is empty")
-    separator = _separator(lines[0], file.suffix.lower())
+    separator = _separator(lines, file.suffix.lower())
     first = _cells(lines[0], separator)
-    has_header = any(not _is_number(cell) for cell in first if cell.lower() not in NOTHING) or _counts(first)
+    sample = [_cells(line, separator) for line in lines[1:41]]
+    comma = separator != "," and comma_is_decimal([c for row in (sample or [first]) for c in row if is_number(c)])
+    named = [cell for cell in first if cell.lower() not in NOTHING]
+    words = not all(is_number(cell) if comma else _is_number(cell) for cell in named)
+    has_header = words or (all(map(_is_number, named)) and (_counts(first) or _codes(first, sample)))
     body = lines[1:] if has_header else lines
     if separator == r"\s+":
         body = [line.strip().replace('"', "") for line in body]
@@ -113,9 +117,11 @@ def _read_text(file: Path, name: str) -> dict[str, Table]:
     with clear_damage(file, "a table of numbers"):
         frame = pd.read_csv(
             io.StringIO("\n".join(body)), sep=separator, header=None, engine="python", na_values=["n/a"],
-            skipinitialspace=True, index_col=False,
+            skipinitialspace=True, index_col=False, decimal="," if comma else ".",
         )  # fmt: skip
     header = first if has_header else _cells(comments[-1].lstrip("# "), separator) if comments else []
+    if has_header and not words:  # codes of an atlas, which some tools write as 7101.0
+        header = [re.sub(r"\.0*$", "", cell) for cell in header]
     if len(header) == frame.shape[1] - 1 and has_header:
         header = ["", *header]  # written with an index
     if len(header) == frame.shape[1]:
@@ -125,10 +131,14 @@ def _read_text(file: Path, name: str) -> dict[str, Table]:
     return _split(frame, name, file.name, named=len(header) == frame.shape[1])
 
 
-def _separator(line: str, suffix: str) -> str:
-    for mark in ("\t", ",", ";"):
-        if mark in line:
+def _separator(lines: Sequence[str], suffix: str) -> str:
+    for mark in ("\t", ";"):
+        if mark in lines[0]:
             return mark
+    if "," in lines[0]:
+        pieces = lines[-1].split()
+        spaced = len(pieces) > 1 and all(re.fullmatch(r"-?\d+,\d+([eE][-+]?\d+)?", piece) for piece in pieces)
+        return r"\s+" if spaced else ","
     return {".csv": ",", ".tsv": "\t"}.get(suffix, r"\s+")
 
 
@@ -142,6 +152,33 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _whole(cell: str) -> bool:
+    return re.fullmatch(r"\d+(\.0*)?", cell) is not None
+
+
+def _codes(first: Sequence[str], body: Sequence[Sequence[str]]) -> bool:
+    """Whether a first line of numbers names the columns, as the codes of an atlas do: whole, and unlike the rest."""
+    codes = [cell for cell in first if cell.lower() not in NOTHING]
+    if len(codes) < 3 or not body or not all(map(_whole, codes)) or len({float(c) for c in codes}) < len(codes):
+        return False
+    if len(codes) < len(first):  # one cell is empty, over a column of row numbers
+        return first[0] == "" and len(codes) == len(first) - 1 and all(row[0] != "" for row in body)
+    below = [cell for row in body for cell in row[-len(codes) :] if _is_number(cell)]
+    if not all(map(_whole, below)):
+        return sum(map(_whole, below)) < 0.5 * len(below)
+    if len(body[0]) == len(first) + 1:
+        return True
+    values = [float(code) for code in codes]
+    return len(values) > 4 and (all(b > a for a, b in pairwise(values)) or _apart(values, body))
+
+
+def _apart(values: Sequence[float], body: Sequence[Sequence[str]]) -> bool:
+    """Whether a row lies far from the columns below it."""
+    columns = [[float(row[i]) for row in body if len(row) == len(values)] for i in range(len(values))]
+    far = [bool(c) and abs(v - float(np.median(c))) > 5 * (max(c) - min(c) + 1) for v, c in zip(values, columns)]
+    return sum(far) > 0.8 * len(far)
 
 
 def _counts(cells: Sequence[str]) -> bool:
@@ -163,12 +200,17 @@ def _split(frame: pd.DataFrame, name: str, file: str, *, named: bool) -> dict[st
         for person in who.drop_duplicates():
             tables |= _split(rest[who == person].reset_index(drop=True), str(person), file, named=named)
         return tables
+    codes = _row_codes(frame, plain, named=named)
+    if codes is not None:
+        return {name: Table(frame.iloc[:, 1:].to_numpy(np.float64), codes, True)}
     clocks = [i for i, p in enumerate(plain) if (p in CLOCKS if named else i == 0) and _is_clock(frame.iloc[:, i])]
     if clocks and frame.shape[1] > 1:
         found = str(frame.columns[clocks[0]]) if named else "the first column"
         warnings.warn(f"fmri: {file}: {found or 'the first column'!r} counts time and is no region: left out",
                       stacklevel=6)  # fmt: skip
         frame = frame.drop(columns=[frame.columns[i] for i in clocks])
+    if named and _volume_rows(frame):
+        frame = frame.iloc[:, 1:]
     text = [i for i in range(frame.shape[1]) if not pd.api.types.is_numeric_dtype(frame.iloc[:, i])]
     if text == [0] and frame.shape[1] > 2 and frame.iloc[:, 0].is_unique and frame.iloc[:, 0].notna().all():
         return {name: Table(frame.iloc[:, 1:].to_numpy(np.float64), frame.iloc[:, 0].astype(str).tolist(), True)}
@@ -177,8 +219,39 @@ def _split(frame: pd.DataFrame, name: str, file: str, *, named: bool) -> dict[st
         what = repr(str(column.name)) if named else str(text[0])
         raise InputError(f"fmri: column {what} of {file} is not numbers (first value {column.iloc[0]!r})")
     names = [str(column) for column in frame.columns] if named else None
-    volumes = names is not None and all(re.fullmatch(r"(t|tr|vol|volume|time|frame)?_?\d+", n.lower()) for n in names)
+    volumes = names is not None and _name_volumes(names)
     return {name: Table(frame.to_numpy(np.float64), names, None if names is None or volumes else False)}
+
+
+def _name_volumes(names: Sequence[str]) -> bool:
+    """Whether names may be those of volumes: t0, vol_12, or numbers that count; numbers that do not are codes."""
+    if all(name.isdigit() for name in names):
+        return len(names) < 3 or _counts(names)
+    return all(VOLUME.fullmatch(name.lower()) for name in names)
+
+
+def _row_codes(frame: pd.DataFrame, plain: Sequence[str], *, named: bool) -> list[str] | None:
+    """Names of rows in a first column of whole numbers: codes of regions, where the other columns are volumes."""
+    if frame.shape[1] < 4:
+        return None
+    first, rest = frame.iloc[:, 0], frame.iloc[:, 1:]
+    numbers = [pd.api.types.is_numeric_dtype(frame.iloc[:, i]) for i in range(frame.shape[1])]
+    columns_are_regions = named and not _name_volumes([str(c) for c in frame.columns[1:]])
+    if not all(numbers) or columns_are_regions or first.isna().any() or not first.is_unique:
+        return None
+    values = rest.to_numpy(np.float64)
+    whole = float(np.mean(values == np.round(values)))
+    if not (first == first.round()).all() or whole > 0.5 or (plain[0] not in ROWS and _is_clock(first)):
+        return None
+    return [str(int(code)) for code in first]
+
+
+def _volume_rows(frame: pd.DataFrame) -> bool:
+    """Whether the first column names volumes (vol0001, t=3): they are no regions, and no series."""
+    first = frame.iloc[:, 0]
+    if pd.api.types.is_numeric_dtype(first) or first.isna().any() or frame.shape[1] < 3:
+        return False
+    return all(VOLUME.fullmatch(str(cell).strip().lower()) for cell in first)
 
 
 def _is_clock(column: pd.Series) -> bool:

@@ -78,6 +78,7 @@ def compare_command(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Compare networks of a model with fMRI of people who heard the same words; tables, figures and a report."""
+    from llmbrain.brains.plain import read_plain
     from llmbrain.cli.common import parse_components
     from llmbrain.study import Study, compare
 
@@ -89,7 +90,7 @@ def compare_command(
     }  # fmt: skip
     result = compare(
         source, fmri, words, out=out, reading=reading, tr=tr, offset=offset,
-        text=None if text is None else text.read_text(encoding="utf-8-sig"), networks=networks,
+        text=None if text is None else read_plain(text, "--text"), networks=networks,
         n_components=parse_components(components), controls=controls, rule=rule, aggregate=aggregate, hrf=hrf,
         high_pass=high_pass or None, drop=drop, null=null, n_permutations=n_permutations or None, correction=correction,
         encoding=encoding, untrained=untrained, random_state=seed, device=device, overwrite=overwrite,
@@ -133,7 +134,9 @@ def parse_regions(value: str) -> list[str] | None:
     """Names with commas, or of a file with one a line (the last cell, where lines have several)."""
     if not value:
         return None
+    from llmbrain.brains.plain import read_plain
+
     if Path(value).is_file():
-        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_plain(Path(value), "--regions").split("\n")
         return [re.split(r"[\t,]", line)[-1].strip() for line in lines if line.strip()]
     return [name.strip() for name in value.split(",")]

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.brains.alignment import find_words
+from llmbrain.brains.finding import find_words, join_words
 from llmbrain.brains.series import check_tr, standardize
 from llmbrain.comparison.clock import Clock
 from llmbrain.scanning import Scan
@@ -62,7 +62,7 @@ def story_of(source: Source, words: pd.DataFrame, text: str | None) -> tuple[Mod
     if not isinstance(source, (list, tuple)) or len(source) != 2:
         raise InputError(f"model of type {type(source).__name__}: pass a Scan, (model, tokenizer) or a path")
     model = (source[0], source[1])
-    return model, read_story(model, " ".join(words["word"]) if text is None else text)
+    return model, read_story(model, join_words(words["word"]) if text is None else text)
 
 
 def _story(scans: Sequence[Scan], words: pd.DataFrame, where: str) -> Scan:

@@ -7,7 +7,7 @@ from scipy.io import loadmat
 
 from llmbrain import InputError, NeuronSpace
 from llmbrain.brains import align, load_words, prepare, word_regressor
-from llmbrain.brains.alignment import find_words
+from llmbrain.brains.finding import find_words
 from llmbrain.brains.hrf import add_delays, double_gamma, glover_hrf, lanczos_weights, spm_hrf
 from llmbrain.brains.series import cosine_basis
 from llmbrain.scanning import Scan

@@ -206,3 +206,66 @@ def test_nifti_with_an_atlas_and_with_a_masker(tmp_path):
     nib.Nifti1Image(volumes[..., 0], np.eye(4)).to_filename(tmp_path / "flat.nii")
     with pytest.raises(InputError, match="4D image"):
         load_fmri(tmp_path / "flat.nii", atlas=atlas)
+
+
+# -- numbers as names --------------------------------------------------------------------------------------------------
+
+CODES = [7101, 7102, 7205, 2111, 2112]
+
+
+def _series(n=60, whole=False):
+    values = np.random.default_rng(3).normal(1000, 20, size=(n, len(CODES)))
+    return np.round(values) if whole else np.round(values, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*counts time:UserWarning")
+@pytest.mark.parametrize("mark", [",", "\t", ";", " "])
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("shape", ["plain", "float codes", "whole values"])
+def test_codes_of_an_atlas_are_names_and_no_volume(tmp_path, mark, index, shape):
+    values = _series(whole=shape == "whole values")
+    codes = [f"{c}.0" if shape == "float codes" else str(c) for c in CODES]
+    rows = [([str(i)] if index else []) + [f"{v:g}" if shape == "whole values" else f"{v:.3f}" for v in row]
+            for i, row in enumerate(values)]  # fmt: skip
+    head = ([""] if index and mark != " " else []) + codes
+    (tmp_path / "s1.txt").write_text("\n".join(mark.join(row) for row in [head, *rows]))
+    fmri = load_fmri(tmp_path / "s1.txt")
+    assert fmri.regions == [str(c) for c in CODES]
+    np.testing.assert_allclose(fmri.data[0], values, atol=1e-3)
+
+
+def test_codes_of_rows_are_names_and_no_series(tmp_path):
+    values = _series().T
+    frame = pd.DataFrame(values, index=CODES, columns=[f"t{i}" for i in range(60)])
+    frame.to_csv(tmp_path / "s1.csv")
+    frame.rename_axis("roi").to_csv(tmp_path / "s2.csv")
+    (tmp_path / "s3.txt").write_text("\n".join(f"{c} " + " ".join(map(str, row)) for c, row in zip(CODES, values)))
+    for name in ("s1.csv", "s2.csv", "s3.txt"):
+        fmri = load_fmri(tmp_path / name)
+        assert fmri.regions == [str(c) for c in CODES]
+        np.testing.assert_allclose(fmri.data[0], values.T)
+
+
+def test_a_first_volume_of_whole_numbers_stays_a_volume(tmp_path):
+    values = _series(whole=True)
+    np.savetxt(tmp_path / "s1.txt", values, fmt="%d")
+    assert load_fmri(tmp_path / "s1.txt").n_volumes == 60
+    values[0] = [1000, 1003, 1001, 998, 1010]
+    np.savetxt(tmp_path / "s2.csv", values, fmt="%.2f", delimiter=",")
+    assert load_fmri(tmp_path / "s2.csv").n_volumes == 60
+
+
+@pytest.mark.parametrize("mark", [";", "\t", " "])
+def test_decimal_commas_in_tables_of_series(tmp_path, mark):
+    values = _series()
+    rows = [mark.join(f"{v:.3f}".replace(".", ",") for v in row) for row in values]
+    (tmp_path / "s1.csv").write_text("\n".join(rows), encoding="utf-16")
+    np.testing.assert_allclose(load_fmri(tmp_path / "s1.csv").data[0], values)
+
+
+def test_rows_named_by_volumes_are_volumes(tmp_path):
+    frame = pd.DataFrame(_series(), index=[f"vol{i:03d}" for i in range(60)], columns=[f"L_{c}" for c in CODES])
+    frame.to_csv(tmp_path / "s1.csv")
+    fmri = load_fmri(tmp_path / "s1.csv")
+    assert fmri.data.shape == (1, 60, 5)
+    assert fmri.regions == [f"L_{c}" for c in CODES]
