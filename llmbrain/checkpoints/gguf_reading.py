@@ -7,7 +7,6 @@ pre-tokenizer, Llama 3's rotary factors) is put right here or refused.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from llmbrain.checkpoints.gguf_layout import (
     rotary_factors,
     split_halves,
 )
+from llmbrain.checkpoints.gguf_opening import MAGIC, first_line, open_gguf
 from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, read_whole, set_pre_tokenizer
 from llmbrain.checkpoints.gguf_tokenizers import WHOLE as WHOLE_TOKENIZER
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, stock_config, text_config
@@ -38,7 +38,6 @@ from llmbrain.hooks.text import evaluation_mode
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MAGIC = b"GGUF"
 LLAMA3_ROPE = tuple(
     {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 8192} for factor in (8.0, 32.0, 16.0)
@@ -113,7 +112,7 @@ def _foreign_model(
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError, TypeError, OSError) as error:
         raise InputError(
-            f"{path}: its architecture {architecture!r} is not one that transformers reads: {_first(error)}"
+            f"{path}: its architecture {architecture!r} is not one that transformers reads: {first_line(error)}"
         ) from error
     _set_rope(path, reader, config)
     model = _model(path, config, dtype)
@@ -136,7 +135,7 @@ def _own_model(
         config = config_class.from_dict(written)
         target = next(t for t in TARGETS[written["model_type"]] if t is not None and t.arch == architecture)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise InputError(f"{path}: what llmbrain wrote of its config cannot be read: {_first(error)}") from error
+        raise InputError(f"{path}: what llmbrain wrote of its config cannot be read: {first_line(error)}") from error
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise InputError(f"{path}: {fields.get(CLASS)!r} is no model class of transformers")
     shapes = layer_shapes(config)
@@ -201,19 +200,6 @@ def _state(path: Path, model: Any, arrays: dict[str, Tensor], target: Target) ->
 _LONG = {"tokens", "merges", "scores", "token_type"}
 
 
-def open_gguf(path: Path) -> Any:
-    import gguf
-
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head != MAGIC:
-        raise InputError(f"{path} is not a GGUF file: it begins with {head!r}, not {MAGIC!r}")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise InputError(f"{path} is truncated or damaged: {_first(error)}") from error
-
-
 def _refuse(path: Path, architecture: str, fields: dict[str, Any]) -> None:
     if int(fields.get("split.count", 0) or 0) > 1:
         raise InputError(
@@ -270,7 +256,7 @@ def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype | str | None
                 output_loading_info=True,
             )
     except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, TypeError, OSError) as error:
-        raise InputError(f"{path} cannot be dequantized into a model: {_first(error)}") from error
+        raise InputError(f"{path} cannot be dequantized into a model: {first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if found.get(kind):
             keys = sorted(map(str, found[kind]))
@@ -329,7 +315,7 @@ def load_tokenizer(
     except InputError:
         raise
     except Exception as error:  # the tokenizers library raises bare exceptions
-        raise InputError(f"{path}: its tokenizer ({kind!r}) cannot be rebuilt: {_first(error)}") from error
+        raise InputError(f"{path}: its tokenizer ({kind!r}) cannot be rebuilt: {first_line(error)}") from error
     written = reader.fields.get("tokenizer.ggml.tokens")
     if written is None:
         raise InputError(f"{path} holds no tokenizer: lay its tokenizer.json and tokenizer_config.json beside the file")
@@ -363,7 +349,3 @@ def _quiet_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _first(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

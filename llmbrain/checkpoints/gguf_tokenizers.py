@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmbrain._validation import InputError
+from llmbrain.checkpoints.gguf_opening import open_gguf
 
 if TYPE_CHECKING:
     import gguf
@@ -83,8 +84,6 @@ def copy_tokenizer(writer: gguf.GGUFWriter, like: Path, vocabulary: int) -> None
         If `like` is no GGUF file or its tokenizer has more tokens than the model.
     """
     import gguf
-
-    from llmbrain.checkpoints.gguf_reading import open_gguf
 
     fields = open_gguf(like).fields
     tokens = fields.get("tokenizer.ggml.tokens")
