@@ -11,7 +11,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from llmbrain._validation import InputError
+from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.page.text import shown_tokens
+from llmbrain.reporting.brain import Brain
 from llmbrain.reporting.effects import condition_effects, standardised, token_types
 
 ALPHA = 0.05
@@ -36,6 +39,8 @@ class Contents:
     comparison: Mapping[str, Any] | None = None
     warnings: Sequence[Any] = ()
     provenance: Any = None
+    mask_img: Any = None
+    atlas: tuple[Any, Sequence[str]] | None = None
     notes: list[str] = field(default_factory=list)
 
     # -- networks ------------------------------------------------------------------------------------------------------
@@ -55,6 +60,21 @@ class Contents:
     def space(self) -> Any:
         """Where the neurons lie, or None."""
         return None if self.networks is None else getattr(self.networks, "space", None)
+
+    @cached_property
+    def brain(self) -> Brain | None:
+        """Where the voxels lie, of maps of a brain: from `mask_img`, else from the ICA; None for neurons."""
+        mask = getattr(self.ica, "brain_mask_", None) if self.mask_img is None else BrainMask(self.mask_img)
+        if self.networks is None or self.space is not None or mask is None:
+            if self.mask_img is not None or self.atlas is not None:
+                raise InputError(
+                    "mask_img= and atlas= are for maps of a brain: these networks have a NeuronSpace, or none"
+                )
+            return None
+        n_voxels = np.shape(self.networks.maps)[1]
+        if mask.n_voxels != n_voxels:
+            raise InputError(f"mask_img has {mask.n_voxels} voxels, the maps have {n_voxels}")
+        return Brain.of(mask, self.atlas)
 
     @property
     def layout(self) -> Any:

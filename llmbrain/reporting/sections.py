@@ -65,7 +65,14 @@ def network_rows(held: Contents) -> list[dict[str, Any]]:
             "profile": None if held.profiles is None else held.profiles[k].tolist(),
             "iq": None if held.iq is None else float(held.iq[k]),
             "peak": None,
+            "brain": None,
+            "peaks": [],
         }
+        if held.brain is not None and row["size"]:
+            row["brain"] = figure(
+                held.brain.figure(values, mask), f"{name} through the brain (z, within its cut-offs)."
+            )
+            row["peaks"] = held.brain.peaks(values, mask)
         if held.profiles is not None and row["size"]:
             row["peak"] = int(held.profiles[k].argmax())
         row.update(_activity(held, k), **_responses(held, name, k))
@@ -144,6 +151,8 @@ def explorer(held: Contents, *, recorded: bool = False) -> Section:
         missing.append("No networks here: this is the recording itself, token by token.")
     elif held.networks is None:
         missing.append("No networks were given, so there is no map to look at.")
+    elif held.space is None and held.brain is not None:
+        missing.append("These are maps of a brain: they are shown with each network, not in this viewer.")
     elif held.space is None:
         missing.append("The networks do not know their layers (no NeuronSpace), so their maps cannot be laid out.")
     if held.networks is not None and held.courses is None:

@@ -18,6 +18,7 @@ from llmbrain.reporting.effects import labels_of
 from llmbrain.reporting.pack import blob, codebook, encode, pack_maps
 
 if TYPE_CHECKING:
+    from nibabel.nifti1 import Nifti1Image
     from numpy.typing import ArrayLike
 
     from llmbrain.decomposition.group_ica import GroupICA
@@ -47,6 +48,8 @@ def build_report(
     comparison: Mapping[str, object] | None = None,
     warnings: Sequence[str | Warning] = (),
     provenance: Mapping[str, object] | None = None,
+    mask_img: Nifti1Image | str | os.PathLike[str] | None = None,
+    atlas: tuple[Nifti1Image | str | os.PathLike[str], Sequence[str]] | None = None,
 ) -> Report:
     """Make a report of whatever there is; every part may be missing, and says so.
 
@@ -71,6 +74,11 @@ def build_report(
     comparison : mapping of names to DataFrames, Figures or text, optional
     warnings : sequence of str or warnings, optional
     provenance : mapping, optional
+    mask_img : NIfTI image or path, optional
+        Of maps of a brain: the mask whose voxels (C order) the maps hold; default the brain mask of `ica`. Networks are
+        shown with nilearn, and their peaks with coordinates in millimeters.
+    atlas : (image, labels), optional
+        Of maps of a brain: names the regions of the peaks. Value v is ``labels[v]``, 0 the background.
 
     Returns
     -------
@@ -78,7 +86,7 @@ def build_report(
     """
     held = Contents(
         title, scans, ica, networks, plan, dense, pruned, abilities, lesions, stability, connectivity, comparison,
-        list(warnings), provenance,
+        list(warnings), provenance, mask_img, atlas,
     )  # fmt: skip
     rows = parts.network_rows(held)
     report = Report(title, subtitle=_subtitle(held))
