@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from ica_data import WIDTHS, K, Run, T, V, matched, planted, prepared
+from ica_data import WIDTHS, K, Run, T, V, matched, prepared
 from nibabel import Nifti1Image
 from sklearn.base import clone
 from sklearn.decomposition import FastICA
@@ -19,12 +19,6 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition import GroupICA, read_ica
 from llmbrain.decomposition.solvers.fastica import random_start
-
-
-@pytest.fixture(scope="module")
-def data() -> tuple[np.ndarray, list[np.ndarray]]:
-    return planted()
-
 
 # ---------------------------------------------------------------- what is found
 

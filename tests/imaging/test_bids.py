@@ -9,18 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from image_data import values
 from tiny_models import tiny, tiny_tokenizer
 
 import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.imaging import export_bids, read_nifti
-
-SPACE = lb.NeuronSpace([30, 17, 24])
-
-
-def values(n: int | None = 5, space: lb.NeuronSpace = SPACE, seed: int = 0) -> np.ndarray:
-    shape = (space.n_neurons,) if n is None else (n, space.n_neurons)
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 class FittedICA:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+from image_data import SPACE, values
 
-import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.imaging import NeuronMasker, maps_to_nifti, read_nifti
-
-SPACE = lb.NeuronSpace([30, 17, 24])
-
-
-def values(n: int | None = 5, space: lb.NeuronSpace = SPACE, seed: int = 0) -> np.ndarray:
-    shape = (space.n_neurons,) if n is None else (n, space.n_neurons)
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def test_neuron_masker() -> None:

@@ -10,18 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_data import SPACE, values
 
 import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.imaging import maps_to_nifti, read_nifti, write_nifti
 from llmbrain.imaging.nifti import sidecar_of
-
-SPACE = lb.NeuronSpace([30, 17, 24])
-
-
-def values(n: int | None = 5, space: lb.NeuronSpace = SPACE, seed: int = 0) -> np.ndarray:
-    shape = (space.n_neurons,) if n is None else (n, space.n_neurons)
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

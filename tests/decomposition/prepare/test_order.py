@@ -5,15 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ica_data import K, T, V, planted
+from ica_data import K, T, V
 
 from llmbrain.decomposition import GroupICA
 from llmbrain.decomposition.prepare.order import mdl_order, parallel_order
-
-
-@pytest.fixture(scope="module")
-def data() -> tuple[np.ndarray, list[np.ndarray]]:
-    return planted()
 
 
 @pytest.mark.parametrize("criterion", ["auto", "parallel"])

@@ -13,11 +13,6 @@ from llmbrain.decomposition.prepare.pca import GroupPCA, pca_of_run, run_pca
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, prepare
 
 
-@pytest.fixture(scope="module")
-def data() -> tuple[np.ndarray, list[np.ndarray]]:
-    return planted()
-
-
 def test_pca_of_a_run_is_the_svd(data):
     _, runs = data
     run = prepare(runs[0], Preprocessing(), dtype=torch.float64)

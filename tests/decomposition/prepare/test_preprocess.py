@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
-from ica_data import planted
 
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, prepare
-
-
-@pytest.fixture(scope="module")
-def data() -> tuple[np.ndarray, list[np.ndarray]]:
-    return planted()
 
 
 def test_detrending_takes_polynomials_out_and_leaves_the_callers_data_alone(data):

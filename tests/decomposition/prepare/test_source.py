@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 
 import numpy as np
-import pytest
 import torch
 from ica_data import K, Run, planted
 
@@ -13,11 +12,6 @@ from llmbrain.decomposition import GroupICA
 from llmbrain.decomposition.prepare.preprocess import Preprocessing
 from llmbrain.decomposition.prepare.source import Source
 from llmbrain.scanning.inputs import Runs
-
-
-@pytest.fixture(scope="module")
-def data() -> tuple[np.ndarray, list[np.ndarray]]:
-    return planted()
 
 
 def test_one_run_is_in_memory_at_a_time():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
+from ica_data import matched
 from sklearn.decomposition import fastica as sklearn_fastica
 from sklearn.exceptions import ConvergenceWarning
 
@@ -17,12 +17,6 @@ from llmbrain.decomposition.solvers.fastica import negentropy, random_start
 from llmbrain.decomposition.workers import workers
 
 K, N = 6, 30_000
-
-
-def matched(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """|r| of rows, paired one to one."""
-    r = np.abs(np.corrcoef(first, second)[: len(first), len(first) :])
-    return r[linear_sum_assignment(-r)]
 
 
 @pytest.fixture(scope="module")
