@@ -11,12 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
+from llmbrain.anatomy import structure
+from llmbrain.anatomy.layers import Anatomy, LayerAnatomy, PerHead, Projection
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 
 
+def check_no_adapter(model: nn.Module) -> None:
+    """Refuse models that carry an adapter (LoRA, say) beside their weights: those are not all of the model.
+
+    Raises
+    ------
+    InputError
+        Naming a module that carries one.
+    """
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise InputError(
+                f"model {type(model).__name__} carries an adapter ({path}): merge the adapter first (of peft: "
+                "model = model.merge_and_unload(); of transformers: load it with peft and do the same)"
+            )
+
+
 def check_cuttable(anatomy: Anatomy, units: Units = NEURONS) -> None:
-    """Refuse weights that can not be cut: quantized, offloaded, or shared between layers.
+    """Refuse weights that can not be cut: with an adapter, mixed, quantized, offloaded, or shared between layers.
 
     Raises
     ------
@@ -25,6 +42,9 @@ def check_cuttable(anatomy: Anatomy, units: Units = NEURONS) -> None:
     """
     seen: dict[int, str] = {}
     for layer in anatomy.layers:
+        check_no_adapter(layer.block)
+        if why := units.fixed(layer):
+            raise InputError(f"{layer.path}: the {units.name} of this model cannot be cut: {why}")
         modules = {id(p.module): p for p in units.projections(layer)}
         for projection in modules.values():
             weight = getattr(projection.module, "weight", None)
@@ -56,17 +76,41 @@ def cut(layer: LayerAnatomy, units: Units, kept: Sequence[int] | Tensor) -> None
     """
     output = units.output(layer)
     if not units.inputs(layer) or output is None:
-        raise InputError(f"{layer.path}: the {units.name} of this architecture cannot be cut")
+        why = units.fixed(layer) or "there are none"
+        raise InputError(f"{layer.path}: the {units.name} of this model cannot be cut: {why}")
     before = output.units
+    structure.remember(layer)
     _keep(units.projections(layer), kept)
-    if units is not HEADS or layer.attention is None:
-        return
-    ratio = len(torch.as_tensor(kept)) / before
-    for module in (layer.attention, getattr(layer.attention, "self", None)):
-        for name in HEAD_COUNTS if module is not None else ():
+    if units is HEADS and layer.attention is not None:
+        with torch.device("cpu"):
+            for part in layer.per_head:
+                _keep_part(part, kept)
+        _count_heads(layer.attention, len(torch.as_tensor(kept)) / before, layer.reads_config)
+
+
+def _count_heads(attention: Any, ratio: float, reads_config: bool) -> None:
+    """What an attention knows of its number of heads."""
+    for module in attention.modules():
+        for name in HEAD_COUNTS:
             value = getattr(module, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 setattr(module, name, round(value * ratio))
+    if reads_config:
+        config = attention.config
+        counts = {n: round(getattr(config, n) * ratio) for n in CONFIG_COUNTS if hasattr(config, n)}
+        attention.config = ConfigOfLayer(config, counts)
+
+
+class ConfigOfLayer:
+    """The model's config as one layer sees it: what `own` holds is the layer's, all else stays the model's."""
+
+    def __init__(self, config: Any, own: dict[str, int]) -> None:
+        self.__dict__.update(_config=config, own=own, **own)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # asked by copy and pickle before there is anything
+            raise AttributeError(name)
+        return getattr(self._config, name)
 
 
 def keep_neurons(layer: LayerAnatomy, kept: Sequence[int] | Tensor) -> None:
@@ -84,6 +128,7 @@ HEAD_COUNTS = (
     "num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "num_kv_heads", "embed_dim",
     "split_size", "all_head_size",
 )  # fmt: skip
+CONFIG_COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
 def _keep(projections: Iterable[Projection], kept: Sequence[int] | Tensor) -> None:
@@ -114,6 +159,18 @@ def _select(projections: list[Projection], kept: Sequence[int] | Tensor) -> None
         if group[0].is_output and isinstance(bias, Tensor):
             _set(module, "bias", bias.data[index.to(bias.device)])
         _set_sizes(module, len(index), output=group[0].is_output)
+
+
+def _keep_part(part: PerHead, kept: Sequence[int] | Tensor) -> None:
+    """Leave what an attention holds for each head beside its projections only the entries of `kept`."""
+    thing = getattr(part.owner, part.name)
+    groups = torch.unique(torch.as_tensor(kept, dtype=torch.long)).reshape(-1, 1)
+    index = (groups * part.size + torch.arange(part.size)).reshape(-1)
+    if isinstance(thing, nn.ModuleList):
+        setattr(part.owner, part.name, nn.ModuleList(thing[i] for i in index.tolist()))
+        return
+    _set(part.owner, part.name, thing.data.index_select(0, index.to(thing.device)))
+    _set_sizes(part.owner, len(index), output=True)
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

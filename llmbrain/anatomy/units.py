@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from llmbrain._validation import InputError
-from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
+from llmbrain.anatomy.layers import Anatomy, LayerAnatomy, Projection
 
 
 class Units(ABC):
@@ -37,6 +37,10 @@ class Units(ABC):
     def inputs(self, layer: LayerAnatomy) -> tuple[Projection, ...]:
         """What makes them: every other weight that holds rows of a unit; empty where they can not be cut."""
 
+    @abstractmethod
+    def fixed(self, layer: LayerAnatomy) -> str:
+        """Why they can not be cut, where that is known; else ""."""
+
     def projections(self, layer: LayerAnatomy) -> tuple[Projection, ...]:
         """Every weight that holds a part of a unit."""
         output = self.output(layer)
@@ -63,8 +67,13 @@ class Units(ABC):
         InputError
             Naming the share that was asked for.
         """
-        if any(not self.inputs(layer) or self.output(layer) is None for layer in body.layers):
-            raise InputError(f"{self.option}={share}: the {self.name} of {body.family} models cannot be cut")
+        for layer in body.layers:
+            why = self.fixed(layer)
+            if why or not self.inputs(layer) or self.output(layer) is None:
+                why = why or f"none were found in layer {layer.index}"
+                raise InputError(
+                    f"{self.option}={share}: the {self.name} of this {body.family} model cannot be cut: {why}"
+                )
 
 
 class Neurons(Units):
@@ -80,6 +89,10 @@ class Neurons(Units):
         """``(up,)`` or ``(gate, up)``."""
         return layer.inputs
 
+    def fixed(self, layer: LayerAnatomy) -> str:
+        """Something takes all neurons of the layer together."""
+        return layer.neurons_fixed
+
 
 class Heads(Units):
     """Attention heads by key/value group, each with all its query heads: inputs of the output projection."""
@@ -93,6 +106,10 @@ class Heads(Units):
     def inputs(self, layer: LayerAnatomy) -> tuple[Projection, ...]:
         """Query, key and value rows."""
         return layer.heads
+
+    def fixed(self, layer: LayerAnatomy) -> str:
+        """Something takes all heads of the layer or the model together."""
+        return layer.heads_fixed
 
 
 NEURONS, HEADS = Neurons(), Heads()

@@ -11,7 +11,14 @@ from torch import nn
 
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.checkpoints.gguf_reading import is_gguf, load_gguf
-from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, text_config
+from llmbrain.checkpoints.shapes import (
+    RECORD,
+    apply_shapes,
+    layer_shapes,
+    own_layers,
+    per_layer_entries,
+    text_config,
+)
 from llmbrain.hooks.text import evaluation_mode
 
 if TYPE_CHECKING:
@@ -102,8 +109,10 @@ def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.M
     except (ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
     model_class = _model_class(config, trust_remote_code)
-    shapes = layer_shapes(config)
-    loader = _with_shapes(model_class) if shapes else model_class
+    shapes, layers = layer_shapes(config), per_layer_entries(config)
+    if shapes:  # stock classes refuse to be built from a config whose layers differ
+        text_config(config).per_layer_config = own_layers(config)
+    loader = _with_shapes(model_class, shapes) if shapes else model_class
     # Only for auto classes: whether code in the folder may run is theirs to know.
     extra = {} if isinstance(model_class, type) and hasattr(model_class, "forward") else {
         "trust_remote_code": trust_remote_code}  # fmt: skip
@@ -122,6 +131,7 @@ def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.M
         raise InputError(f"{source} does not fit its config.json: {_first_line(error)}") from error
     if shapes:
         model.__class__ = model_class
+        text_config(model.config).per_layer_config = layers
     _refuse_mismatch(source, found, pruned=bool(shapes) or _provenance(source) is not None)
     record = _provenance(source)
     if record is not None:
@@ -145,20 +155,14 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     return transformers.AutoModel
 
 
-def _with_shapes(model_class: type[nn.Module]) -> Any:
-    """A subclass that shrinks its layers to `per_layer_config` when it is built, for `from_pretrained` to fill."""
+def _with_shapes(model_class: type[nn.Module], shapes: list[dict[str, Any]]) -> Any:
+    """A subclass that shrinks its layers to `shapes` when it is built, for `from_pretrained` to fill."""
     if not hasattr(model_class, "forward"):
         raise InputError("config.json has per_layer_config but its 'architectures' names no class of transformers")
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        shapes = layer_shapes(config)
-        text = text_config(config)
-        text.per_layer_config = None  # stock classes refuse to be built from a config whose layers differ
-        try:
-            model_class.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
-            apply_shapes(self, shapes)
-        finally:
-            text.per_layer_config = dict(enumerate(shapes))
+        model_class.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        apply_shapes(self, shapes)
 
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from llmbrain.checkpoints.shapes import build_empty, stock_config
+from llmbrain._validation import InputError
+from llmbrain.anatomy.surgery import ConfigOfLayer
+from llmbrain.checkpoints.shapes import OURS, build_empty, stock_config
 
 FILE = "modeling_pruned.py"
 
@@ -19,48 +21,94 @@ import torch
 from torch import nn
 from transformers import $base
 
-# module: (shape of its weight, whether it has a bias, along which axis of the weight the bias runs)
-WEIGHTS = $weights
+# what llmbrain says of single layers; the rest of per_layer_config is the family's own
+OURS = $ours
+
+# module: {parameter: its shape}, where they are not those of the stock class
+PARAMETERS = $parameters
+
+# modules that the stock class has and this one has not
+DROPPED = $dropped
 
 # module: what it notes about its own size
 ATTRIBUTES = $attributes
 
+# module: what its config says otherwise than that of the model
+CONFIGS = $configs
+
+
+class ConfigOfLayer:
+    """The model's config as one layer sees it."""
+
+    def __init__(self, config, own):
+        self.__dict__.update(_config=config, own=own, **own)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_config":
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
 
 class Pruned$base($base):
+    @classmethod
+    def is_custom_code(cls):
+        return False  # all that needs initial values is stock: buffers that a parent fills are skipped otherwise
+
     def __init__(self, config, *args, **kwargs):
         text = config.get_text_config()
-        layers = text.to_dict().get("per_layer_config")
-        text.per_layer_config = None  # the stock class refuses a config whose layers differ
+        layers = text.to_dict().get("per_layer_config") or {}
+        own = {int(i): {n: v for n, v in entry.items() if n not in OURS} for i, entry in layers.items()}
+        own = {i: entry for i, entry in own.items() if entry}
+        text.per_layer_config = own or None  # the stock class refuses a config whose layers differ
         try:
             super().__init__(config, *args, **kwargs)
         finally:
-            text.per_layer_config = layers
-        for name, (shape, has_bias, axis) in WEIGHTS.items():
+            if layers and not own:
+                text.per_layer_config = layers
+        for name in DROPPED:
+            parent, _, child = name.rpartition(".")
+            delattr(self.get_submodule(parent), child)
+        for name, shapes in PARAMETERS.items():
             module = self.get_submodule(name)
-            like = {"dtype": module.weight.dtype, "device": module.weight.device}
-            module.weight = nn.Parameter(torch.empty(shape, **like))
-            module.bias = nn.Parameter(torch.zeros(shape[axis], **like)) if has_bias else None
+            like = next(module.parameters(recurse=False))
+            for parameter, shape in shapes.items():
+                value = torch.zeros(shape, dtype=like.dtype, device=like.device)
+                setattr(module, parameter, nn.Parameter(value))
         for name, values in ATTRIBUTES.items():
             for attribute, value in values.items():
                 setattr(self.get_submodule(name), attribute, value)
+        for name, values in CONFIGS.items():
+            module = self.get_submodule(name)
+            module.config = ConfigOfLayer(module.config, values)
 ''')
 
 
 def write_remote_code(model: nn.Module, path: Path) -> None:
     """Put the class into a folder that `save_pretrained` wrote, and point its config to it."""
     base = type(model).__name__
-    weights: dict[str, tuple[list[int], bool, int]] = {}
-    attributes: dict[str, dict[str, int]] = {}
     stock = dict(build_empty(type(model), stock_config(model.config)).named_modules())
+    tables: dict[str, dict[str, Any]] = {"parameters": {}, "attributes": {}, "configs": {}}
+    names = set()
     for name, module in model.named_modules():
+        names.add(name)
+        if name not in stock:  # made while the model ran
+            if any(True for _ in module.parameters(recurse=False)):
+                raise InputError(f"format='remote-code': a plain {base} has no module {name}")
+            continue
         ours, theirs = _parameters(module), _parameters(stock[name])
-        if ours != theirs:
-            flipped = type(module).__name__ == "Conv1D"
-            weights[name] = (ours["weight"], "bias" in ours, 1 if flipped else 0)
+        changed = {k: shape for k, shape in ours.items() if theirs.get(k) != shape}
+        if changed:
+            tables["parameters"][name] = changed
         sizes = {k: v for k, v in vars(module).items() if type(v) is int and vars(stock[name]).get(k) != v}
         if sizes:
-            attributes[name] = sizes
-    code = CODE.substitute(base=base, weights=_literal(weights), attributes=_literal(attributes))
+            tables["attributes"][name] = sizes
+        config = getattr(module, "config", None)
+        if isinstance(config, ConfigOfLayer):
+            tables["configs"][name] = dict(config.own)
+    dropped = [n for n in stock if n not in names and n.rpartition(".")[0] in names and _has_weights(stock[n])]
+    code = CODE.substitute(
+        base=base, ours=repr(OURS), dropped=repr(dropped), **{k: _literal(table) for k, table in tables.items()}
+    )
     (path / FILE).write_text(code, encoding="utf-8")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if base.endswith("ForMaskedLM"):
@@ -69,6 +117,10 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
         auto = "AutoModelForCausalLM" if base.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
     config["auto_map"] = {auto: f"{FILE.removesuffix('.py')}.Pruned{base}"}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _parameters(module: nn.Module) -> dict[str, list[int]]:

@@ -10,13 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmbrain._files import transaction, write_json, write_text
 from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain._version import __version__
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
+from llmbrain.anatomy.surgery import check_no_adapter
 from llmbrain.checkpoints.gguf_writing import write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
+from llmbrain.checkpoints.proof import answer, check_loads
 from llmbrain.checkpoints.remote import write_remote_code
-from llmbrain.checkpoints.shapes import RECORD, build_empty, record_shapes, stock_config, text_config, width_key
+from llmbrain.checkpoints.shapes import (
+    RECORD,
+    build_empty,
+    layer_shapes,
+    record_shapes,
+    set_widths,
+    shapes_of,
+    stock_config,
+    text_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +47,7 @@ def save_pruned(
     multiple_of: int = 1,
     gguf_type: str = "f16",
     like: str | Path | None = None,
+    verify: bool = True,
 ) -> Path:
     """Write a model to a folder, or to a GGUF file, that loads again.
 
@@ -61,6 +74,9 @@ def save_pruned(
         With ``"gguf"``, what matrices are stored as.
     like : str or Path, optional
         With ``"gguf"``, a GGUF of the dense model whose tokenizer is taken.
+    verify : bool
+        Open what was written in the format's own way, and compare shapes and one forward pass with `model`, before it
+        is put into its place. Needs memory for a second copy.
 
     Returns
     -------
@@ -73,7 +89,8 @@ def save_pruned(
     FileExistsError
         If the folder holds a model already.
     InputError
-        If the format can not hold this model; nothing is written.
+        If the format can not hold this model, it carries an adapter, cannot run, or what was written does not load as
+        the same model; nothing is written.
     """
     check_option("format", format, FORMATS)
     path = Path(path)
@@ -87,6 +104,7 @@ def save_pruned(
     if (path / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
     _check_saveable(model)
+    said = answer(model) if verify else None
     record_shapes(model)
     exported: Any = model
     if format == "uniform":
@@ -95,19 +113,22 @@ def save_pruned(
         exported = _stock_copy(model, format, width=-(-max(anatomy(model).widths) // multiple_of) * multiple_of)
     elif format == "masked":
         exported = _stock_copy(model, format, width=None)
-    # Stock code renames old keys by the name of its class: what the folder's own class loads must have the new ones.
-    exported.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=format != "remote-code")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
-    if format == "remote-code":
-        write_remote_code(model, path)
-    (path / PROVENANCE).write_text(json.dumps(_provenance(model, format), indent=1), encoding="utf-8")
+    with transaction(path, replaces=OLD) as new:
+        _write(exported, new, format, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        if format == "remote-code":
+            write_remote_code(model, new)
+        write_json(new / PROVENANCE, _provenance(model, format))
+        if said is not None:
+            check_loads(model, said, new, format)
     return path
 
 
 def _check_saveable(model: nn.Module) -> None:
     if not hasattr(model, "save_pretrained"):
         raise InputError(f"model {type(model).__name__} is not a transformers model: it cannot be saved")
+    check_no_adapter(model)
 
 
 def _save_gguf(
@@ -126,6 +147,37 @@ def _save_gguf(
     for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use
         cut.get("plan", {}).pop("scores", None)
     return write_gguf(model, tokenizer, path, gguf_type=gguf_type, like=like, record=record)
+
+
+# What an earlier model leaves in a folder that is written anew.
+OLD = ("*.safetensors", "*.safetensors.index.json", "generation_config.json", "modeling_*.py", "tokenizer*")
+
+
+def _write(exported: Any, folder: Path, format: str, max_shard_size: int | str) -> None:
+    """Config, weights and generation config; transformers notes in the config what it wrote, which is undone."""
+    config, generation = exported.config, getattr(exported, "generation_config", None)
+    before = {name: getattr(config, name, None) for name in ("dtype", "architectures")}
+    try:
+        if generation is not None:  # transformers refuses to write what it read (no sampling, but a temperature)
+            exported.generation_config = type(generation)()
+        # Stock code renames old keys by the name of its class: what the folder's own class loads must have the new.
+        exported.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=format != "remote-code")
+    finally:
+        if generation is not None:
+            exported.generation_config = generation
+        for name, value in before.items():
+            setattr(config, name, value)
+    if generation is not None and (folder / "generation_config.json").is_file():
+        generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+    if format in ("per-layer", "remote-code") and layer_shapes(config):
+        _rename(folder / "config.json")
+
+
+def _rename(file: Path) -> None:
+    """Layers that differ need a class of their own: programs that know the stock one by name must not take it."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["architectures"] = [f"Pruned{name.removeprefix('Pruned')}" for name in record.get("architectures") or []]
+    write_text(file, json.dumps(record, indent=2) + "\n")
 
 
 def _provenance(model: nn.Module, format: str) -> dict[str, Any]:
@@ -160,17 +212,16 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     text = text_config(config)
     cuts = getattr(model, RECORD, [])
     before = cuts[0]["widths_before"] if cuts else list(anatomy(model).widths)
-    target = {width} if width is not None else set(before)
-    key = width_key(config)
-    if key is not None and len(target) == 1:
-        setattr(text, key, target.copy().pop())
+    target = list(before) if width is None else [width] * len(before)
     _ask_for_biases(model, text)
     if width is not None:
         _ask_for_heads(model, text)
     padded = format == "padded"
+    if [s["intermediate_size"] for s in shapes_of(type(model), config)] != target:
+        set_widths(type(model), config, target)
     empty = build_empty(type(model), config)
     layers, stock = anatomy(model).layers, anatomy(empty).layers
-    if any(s.width not in target for s in stock):
+    if [s.width for s in stock] != target:
         raise InputError(
             f"format={format!r}: {type(model).__name__} has no config entry for the width of its MLP (it is always "
             f"{stock[0].width}): use 'per-layer', 'remote-code', 'padded' or 'masked'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from llmbrain.anatomy.families import LayerAnatomy, anatomy
 from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
 
 # Where the families keep the width of their MLP. BLOOM has none: it is always four times the hidden size.
-WIDTH_KEYS = ("ffn_hidden_size", "ffn_dim", "n_inner", "hidden_dim", "intermediate_size")  # the special ones first
+WIDTH_KEYS = (
+    "ffn_hidden_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff", "dff", "dim_ff",
+    "block_ff_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "intermediate_size",
+)  # fmt: skip
 TOLD = "_llmbrain_shapes"  # attribute of a model: its shapes, and the config that tells them
 RECORD = "llmbrain_pruning"  # attribute of a model: list of dicts, one a cut; `pruning.json` in a folder
 
@@ -23,17 +27,16 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def width_key(config: Any) -> str | None:
-    """Name of the config entry that sets the MLP width, where the family has one."""
-    return next((key for key in WIDTH_KEYS if key in vars(text_config(config))), None)
-
-
 def build_empty(model_class: type[nn.Module], config: Any) -> Any:
     """The model of a config, without memory for its weights (meta device)."""
     from transformers.initialization import no_init_weights
 
+    config = copy.deepcopy(config)
+    for part in (config, text_config(config)):
+        if isinstance(getattr(part, "dtype", None), str):  # as saving leaves it; some models make tensors of it
+            part.dtype = getattr(torch, part.dtype)
     with torch.device("meta"), no_init_weights():
-        return model_class(copy.deepcopy(config))
+        return model_class(config)
 
 
 def _shape(layer: LayerAnatomy) -> dict[str, Any]:
@@ -48,51 +51,111 @@ def _shape(layer: LayerAnatomy) -> dict[str, Any]:
     return shape
 
 
+OURS = ("intermediate_size", "mlp_down_bias", "attention_groups", "attention_out_bias")
+
+
+def per_layer_entries(config: Any) -> dict[int, dict[str, Any]]:
+    """All of a config's `per_layer_config`, as plain dicts."""
+    found = text_config(config).to_dict().get("per_layer_config") or {}
+    return {int(i): dict(entry) for i, entry in found.items()}
+
+
+def own_layers(config: Any) -> dict[int, dict[str, Any]] | None:
+    """What a family itself says of single layers (Gemma 4: the size of its heads); None where it says nothing."""
+    own = {i: {n: v for n, v in entry.items() if n not in OURS} for i, entry in per_layer_entries(config).items()}
+    return {i: entry for i, entry in own.items() if entry} or None
+
+
 def stock_config(config: Any) -> Any:
-    """Copy of a config without what sets layers apart."""
+    """Copy of a config without what `record_shapes` says of single layers."""
     config = copy.deepcopy(config)
-    text_config(config).per_layer_config = None
+    text = text_config(config)
+    text.per_layer_config = own_layers(config)
     return config
+
+
+def shapes_of(model_class: type[nn.Module], config: Any) -> list[dict[str, Any]]:
+    """The shapes that a plain config builds."""
+    return [_shape(layer) for layer in anatomy(build_empty(model_class, config)).layers]
+
+
+def set_widths(model_class: type[nn.Module], config: Any, widths: Sequence[int]) -> bool:
+    """Make a plain config build layers of these widths, if it can say so; whether it could.
+
+    Families keep the width under many names, some derive it from the entry (RecurrentGemma halves it, LFM2 rounds it
+    unless told not to), one keeps a list. So an entry is believed only once a model built from it has the widths.
+    """
+    text = text_config(config)
+    before = {key: value for key in WIDTH_KEYS if (value := vars(text).get(key, text)) is not text}
+    for key, value in before.items():
+        attempts: list[dict[str, Any]] = []
+        if isinstance(value, (list, tuple)):
+            attempts = [{key: list(widths)}]
+        elif len(set(widths)) == 1:
+            attempts = [{key: widths[0]}]
+            if hasattr(text, "block_auto_adjust_ff_dim"):
+                attempts.append({key: widths[0], "block_auto_adjust_ff_dim": False})
+            attempts += [{key: widths[0] * times} for times in (2, 3)]
+        for attempt in attempts:
+            old = {name: getattr(text, name) for name in attempt}
+            _set(text, attempt)
+            try:
+                if [s["intermediate_size"] for s in shapes_of(model_class, config)] == list(widths):
+                    return True
+            except (ValueError, TypeError, RuntimeError, ZeroDivisionError):
+                pass  # a config that no model can be built from
+            _set(text, old)
+    return False
+
+
+def _set(config: Any, entries: dict[str, Any]) -> None:
+    for name, value in entries.items():
+        setattr(config, name, value)
 
 
 def record_shapes(model: nn.Module) -> None:
     """Make a model's config tell the shapes it has now.
 
-    One width everywhere goes where the family keeps it, so that the config is a plain one; what a plain config can not
-    say goes to `per_layer_config`, for every layer.
+    Where a plain config can say all of it, it does; else all that differs from a plain model goes to
+    `per_layer_config`, for every layer and beside what the family itself says there. The width then is among it, so
+    that stock classes refuse the config rather than build another model from it.
     """
     config = text_config(model.config)
     shapes = [_shape(layer) for layer in anatomy(model).layers]
     if vars(model).get(TOLD) == (shapes, config.to_dict()):
         return  # nothing has changed since
-    config.per_layer_config = None
-    key = width_key(config)
-    widths = {s["intermediate_size"] for s in shapes}
-    if key is not None and len(widths) == 1:
-        setattr(config, key, widths.pop())
-    stock = [_shape(layer) for layer in anatomy(build_empty(type(model), model.config)).layers]
-    names = [n for n in shapes[0] if any(s.get(n) != t.get(n) for s, t in zip(shapes, stock))]
-    if names:
-        config.per_layer_config = {i: {n: s[n] for n in names} for i, s in enumerate(shapes)}
+    _tell(model, shapes)
     vars(model)[TOLD] = (shapes, config.to_dict())
 
 
+def _tell(model: nn.Module, shapes: list[dict[str, Any]]) -> None:
+    config, own = text_config(model.config), own_layers(model.config)
+    config.per_layer_config = own
+    trial = copy.deepcopy(model.config)
+    stock = shapes_of(type(model), trial)
+    if stock == shapes:
+        return
+    widths = [s["intermediate_size"] for s in shapes]
+    if set_widths(type(model), trial, widths) and shapes_of(type(model), trial) == shapes:
+        set_widths(type(model), model.config, widths)
+        return
+    names = [n for n in OURS if any(s.get(n) != t.get(n) for s, t in zip(shapes, stock))]
+    config.per_layer_config = {
+        i: {**(own or {}).get(i, {}), **{n: s.get(n, 0) for n in names}} for i, s in enumerate(shapes)
+    }
+
+
 def layer_shapes(config: Any) -> list[dict[str, Any]]:
-    """What `per_layer_config` says of each layer; a list of empty dicts where layers do not differ."""
-    config = text_config(config)
-    known = ("intermediate_size", "mlp_down_bias", "attention_groups", "attention_out_bias")
-    if not getattr(config, "is_heterogeneous", False):
-        return []
-    shapes = [{n: getattr(c, n) for n in known if n in config.per_layer_attributes} for c in config.per_layer_config]
-    unknown = set(config.per_layer_attributes) - set(known)
-    if unknown:
-        raise InputError(f"per_layer_config has {sorted(unknown)}: llmbrain knows {list(known)}")
-    return shapes
+    """What `per_layer_config` says of each layer in our words; an empty list where it says nothing in them."""
+    entries = per_layer_entries(config)
+    shapes = [{n: v for n, v in entries.get(i, {}).items() if n in OURS} for i in range(max(entries, default=-1) + 1)]
+    return shapes if any(shapes) else []
 
 
 def apply_shapes(model: nn.Module, shapes: list[dict[str, Any]]) -> None:
     """Shrink a freshly built model to the shapes that its config records; the values are meaningless until loaded."""
-    for layer, shape in zip(anatomy(model).layers, shapes):
+    layers = anatomy(model).layers
+    for layer, shape in zip(layers, shapes):
         width = shape.get("intermediate_size", layer.width)
         if width > layer.width:
             raise InputError(
