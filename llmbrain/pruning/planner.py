@@ -301,6 +301,7 @@ class Planner:
         if named != "given":
             self.allocator.check(named)
         budgets: dict[Units, Budget] = {}
+        NEURONS.check(body, ratio)
         if widths is None:
             budgets[NEURONS] = Budget.of(body.widths, ratio, protected, multiple_of)
         if head_ratio:

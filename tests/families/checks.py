@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.units import NEURONS
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
 from llmbrain.hooks.text import evaluating
 from llmbrain.intervention import Heads, lesion
@@ -178,7 +179,8 @@ def moments(model: Any, body: Anatomy) -> None:
     """Calibration sees what a plain pass sees."""
     plain = [torch.cat(parts) for parts in zip(*(heard(model, body, w[None]) for w in WINDOWS))]
     seen: dict[int, Any] = {}
-    walk(model, body, WINDOWS, lambda site: seen.__setitem__(site.layer.index, site.all), sequential=False)
+    keep: Any = lambda site: seen.__setitem__(site.layer.index, site.all)  # noqa: E731
+    walk(model, body, WINDOWS, {NEURONS: keep}, sequential=False)
     for i, wanted in enumerate(plain):
         same(seen[i].mean, wanted.double().mean(0), f"mean of layer {i}")
         same(seen[i].mean_square, wanted.double().square().mean(0), f"mean square of layer {i}")
