@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
+from llmbrain.scanning.scans import Scan
 from llmbrain.stats.nulls import circular_shift
 from llmbrain.stats.tails import t_to_z
 
@@ -95,7 +96,7 @@ class Localizer:
 
 
 def localizer(
-    scans: Sequence[Any],
+    scans: Scan | Sequence[Scan],
     contrasts: Mapping[str, Any] | Sequence[str] | None = None,
     *,
     networks: FunctionalNetworks | None = None,
@@ -110,7 +111,7 @@ def localizer(
 
     Parameters
     ----------
-    scans : list of Scan
+    scans : Scan or list of Scan
         With events (onset and duration in tokens, trial_type).
     contrasts : dict of name -> {condition: weight}, or names of conditions; default all
         A bare name means that condition against the mean of all others.
@@ -143,7 +144,7 @@ def localizer(
     check_range("n_permutations", n_permutations, 0)
     check_range("drift", drift, 0)
     check_range("min_shift", min_shift, 1)
-    scans = [scans] if hasattr(scans, "events") else list(scans)
+    scans = [scans] if isinstance(scans, Scan) else list(scans)
     conditions = _conditions(scans)
     weights = contrast_weights(conditions, contrasts)
     designs = [_Design(scan, conditions, drift) for scan in scans]
@@ -202,7 +203,7 @@ def contrast_weights(
     return weights
 
 
-def time_courses_of(networks: FunctionalNetworks, scans: Sequence[Any]) -> Sequence[NDArray[Any]]:
+def time_courses_of(networks: FunctionalNetworks, scans: Sequence[Scan]) -> Sequence[NDArray[Any]]:
     """The networks' own time courses if they fit the scans token by token, else by dual regression."""
     if [len(course) for course in networks.time_courses] == [int(scan.n_tokens) for scan in scans]:
         return networks.time_courses
@@ -211,14 +212,14 @@ def time_courses_of(networks: FunctionalNetworks, scans: Sequence[Any]) -> Seque
     return dual_regression(networks.maps, scans).time_courses
 
 
-def _conditions(scans: Sequence[Any]) -> list[str]:
+def _conditions(scans: Sequence[Scan]) -> list[str]:
     found = sorted({str(kind) for scan in scans for kind in getattr(scan, "events", {"trial_type": []})["trial_type"]})
     if not found:
         raise InputError("scans have no events: a localizer needs texts with conditions (see Stimulus)")
     return found
 
 
-def _parts(scans: Sequence[Any], networks: FunctionalNetworks | None) -> Iterator[list[Array]]:
+def _parts(scans: Sequence[Scan], networks: FunctionalNetworks | None) -> Iterator[list[Array]]:
     """The units of all runs, some at a time: layer by layer, or the networks; float64 ``(n_tokens, n_units)`` a run."""
     if networks is not None:
         yield [np.asarray(course, dtype=np.float64) for course in time_courses_of(networks, scans)]

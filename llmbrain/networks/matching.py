@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
@@ -18,6 +18,8 @@ from llmbrain.stats.tails import benjamini_hochberg
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from llmbrain.scanning.scans import Scan
 
 
 def match_networks(
@@ -166,7 +168,7 @@ def recurrence(
 
 
 def single_run_networks(
-    scans: Sequence[Any],
+    scans: Sequence[Scan | ArrayLike],
     n_components: int = 20,
     *,
     threshold: float = PUBLISHED_Z,
@@ -186,7 +188,7 @@ def single_run_networks(
 
 
 def split_half(
-    scans: Sequence[Any],
+    scans: Sequence[Scan | ArrayLike],
     n_components: int = 20,
     *,
     by: str = "runs",

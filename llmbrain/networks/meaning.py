@@ -15,10 +15,12 @@ from llmbrain.networks.localizer import Localizer, time_courses_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llmbrain.scanning.scans import Scan
+
 
 def top_tokens(
     network: Network,
-    scans: Sequence[Any],
+    scans: Sequence[Scan],
     n: int = 10,
     *,
     context: int = 8,
@@ -84,7 +86,7 @@ def top_tokens(
 
 def describe(
     networks: FunctionalNetworks | Network,
-    scans: Sequence[Any] | None = None,
+    scans: Sequence[Scan] | None = None,
     *,
     localizer: Localizer | None = None,
     stability: pd.DataFrame | None = None,

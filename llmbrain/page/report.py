@@ -91,7 +91,7 @@ class Report:
     viewer: dict[str, Any] | None = None
     blobs: dict[str, str] = field(default_factory=dict)
 
-    def add(self, section: Section | str, body: Any = None) -> Report:
+    def add(self, section: Section | str, body: object = None) -> Report:
         """Add a section: a `Section`, or a title and a body (text, DataFrame, matplotlib Figure, or Markup)."""
         if isinstance(section, str):
             section = Section(section, render(body))
@@ -126,7 +126,7 @@ class Report:
         )
 
 
-def render(body: Any) -> Markup | str:
+def render(body: object) -> Markup | str:
     """HTML of what a section may hold: text, DataFrame, Figure, a list of them, or an object with ``_repr_html_``."""
     if body is None:
         return ""

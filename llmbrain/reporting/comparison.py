@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,12 @@ from llmbrain.page.report import Report, Section, figure, render, table
 from llmbrain.reporting.contents import Contents
 from llmbrain.reporting.methods import REFERENCES as COMMON
 from llmbrain.reporting.sections import fill, provenance_section, warnings_section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from llmbrain.comparison.result import Comparison
+    from llmbrain.plotting.what import Masker
 
 SHOWN_PAIRS, SHOWN_REGIONS = 30, 80  # rows and columns that a page can be read with; the files hold all
 REFERENCES = {
@@ -57,7 +63,7 @@ REFERENCES = {
 }
 
 
-def comparison_figures(result: Any, masker: Any = None) -> dict[str, tuple[Any, str]]:
+def comparison_figures(result: Comparison, masker: Masker | None = None) -> dict[str, tuple[Figure, str]]:
     """Figures of a `Comparison`, by name, each with its caption.
 
     Parameters
@@ -132,13 +138,13 @@ def _lags(controls: Any, coupling: Any, tr: float) -> Any:
 
 
 def comparison_report(
-    result: Any,
+    result: Comparison,
     *,
     title: str = "Comparison with brains",
-    masker: Any = None,
-    figures: dict[str, tuple[Any, str]] | None = None,
-    warnings: Sequence[Any] = (),
-    provenance: Any = None,
+    masker: Masker | None = None,
+    figures: dict[str, tuple[Figure, str]] | None = None,
+    warnings: Sequence[str | Warning] = (),
+    provenance: Mapping[str, object] | None = None,
 ) -> Report:
     """One self-contained page of a `Comparison`.
 
