@@ -6,7 +6,7 @@ from llmbrain.decomposition.dual_regression import DualRegression, dual_regressi
 from llmbrain.decomposition.group_ica import GroupICA, read_ica
 from llmbrain.decomposition.permutation import permutation_test
 from llmbrain.decomposition.prepare.preprocess import Preprocessing
-from llmbrain.decomposition.reproducibility import SplitHalf, split_half_reproducibility
+from llmbrain.decomposition.reproducibility import SmoothMapsWarning, SplitHalf, split_half_reproducibility
 from llmbrain.decomposition.solvers.fastica import fastica
 from llmbrain.decomposition.stability import Stability, UnstableComponentsWarning, ica_stability, model_order_sweep
 
@@ -15,6 +15,7 @@ __all__ = [
     "ExchangeabilityWarning",
     "GroupICA",
     "Preprocessing",
+    "SmoothMapsWarning",
     "SplitHalf",
     "Stability",
     "UnstableComponentsWarning",

@@ -104,8 +104,10 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         Steps of the start that was kept (largest over windows).
     converged_ : bool
     space_ : NeuronSpace or None
-    brain_mask_ : object or None
+    brain_mask_ : BrainMask or None
         The brain mask that NIfTI runs were read with.
+    surface_ : Grayordinates or None
+        Where the columns of CIFTI or GIFTI runs lie; not saved.
     component_layers_ : int array (n_components_, 2) or None
         First and last layer of each component's window; None for ``scope="model"``.
     constant_neurons_ : int array
@@ -208,6 +210,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             self._describe(source, windows, reduced, maps)
         self.space_ = source.runs.space
         self.brain_mask_ = source.runs.mask
+        self.surface_ = source.runs.surface
         return self
 
     def fit_transform(self, runs: Any, y: Any = None, **fit_params: Any) -> list[np.ndarray]:
@@ -249,7 +252,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         return write_fit(path, *self._as_plain(), overwrite=overwrite)
 
     def components_img(self) -> Any:
-        """The maps as a 4D NIfTI image: on the grid of the brain mask, or of the neuron space.
+        """The maps as a 4D NIfTI image: on the grid of the brain mask, or of the neuron space; CIFTI or GIFTI of such.
 
         Raises
         ------
@@ -259,6 +262,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         check_is_fitted(self, "components_")
         if self.brain_mask_ is not None:
             return self.brain_mask_.image_of(self.components_)
+        if self.surface_ is not None:
+            return self.surface_.image_of(self.components_)
         if self.space_ is None:
             raise InputError("the fit does not know where its neurons lie: fit scans or images, or pass space= to fit")
         return maps_to_nifti(self.components_, self.space_)
@@ -473,7 +478,7 @@ def read_ica(path: str | Path) -> GroupICA:
     ica.space_ = None if record["space"] is None else NeuronSpace.from_dict(record["space"])
     ica._columns = [slice(start, stop) for start, stop, _ in record["windows"]]
     ica._counts = [count for _, _, count in record["windows"]]
-    ica.brain_mask_ = None
+    ica.brain_mask_, ica.surface_ = None, None
     if "mask_volume" in arrays:
         ica.brain_mask_ = BrainMask.from_arrays(arrays["mask_volume"], arrays["mask_affine"], record.get("mask_header"))
         ica.mask = ica.brain_mask_.image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from llmbrain.stats.matching import correlate_rows, match_maps
 from llmbrain.stats.nulls import phase_randomize
 
 Array = NDArray[np.float64]
+_SMOOTH = 0.1  # shared variance that neighbours have beyond others
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def split_half_reproducibility(
     n_permutations : int
         Surrogates: every run with the phases of each neuron's time course drawn anew, so that spectra and variances are
         kept and networks are gone. Each costs as much as the analysis itself; 0 leaves the null out (p is then NaN).
+        Must be 0 for images of a brain: see Notes.
     random_state : int, RandomState or None
     **options
         Further parameters of `GroupICA`.
@@ -85,6 +88,14 @@ def split_half_reproducibility(
     -----
     The question here is whether the *method* finds again what is in the runs, and would not in runs without networks.
     `llmbrain.networks.split_half` asks which *networks* of two halves overlap more than chance would have it.
+
+    The null takes neighbours to be strangers, as neurons of a layer are. Voxels of a smooth image are not: maps of
+    smooth noise are smooth, and match better than maps of surrogates whose voxels were randomized one by one. Such a p
+    would be wrong, and is refused for images; for arrays whose columns resemble their neighbours there is a warning.
+
+    Warns
+    -----
+    SmoothMapsWarning
     """
     check_range("n_splits", n_splits, 1)
     check_range("n_permutations", n_permutations, 0)
@@ -93,6 +104,8 @@ def split_half_reproducibility(
     reader = source.runs
     if len(reader) < 2:
         raise InputError(f"split halves need at least 2 runs, got {len(reader)}")
+    if n_permutations:
+        check_neighbours(reader)
     generator = check_random_state(random_state)
     orders = [generator.permutation(len(reader)) for _ in range(n_splits)]
     with workers(source.device):
@@ -106,6 +119,43 @@ def split_half_reproducibility(
     if n_permutations:
         p = ((best[:, None] >= r.mean(axis=0)).sum(axis=0) + 1) / (n_permutations + 1)
     return SplitHalf(maps, r, np.array(null).reshape(n_permutations, n_components), p)
+
+
+def check_neighbours(runs: Runs) -> None:
+    """Refuse a null of unrelated neurons for brain images, and warn where neighbouring columns resemble each other.
+
+    Raises
+    ------
+    InputError
+        For images that are read with a brain mask.
+    """
+    if runs.mask is not None or runs.surface is not None:
+        raise InputError(
+            "n_permutations: a null that randomizes every voxel by itself is wrong for images, whose neighbours "
+            "resemble each other: smooth noise would pass for networks. Pass n_permutations=0 (no p), or a threshold "
+            "that needs no null"
+        )
+    data = runs[0]
+    if data.shape[1] < 50:
+        return
+    chosen = np.linspace(0, data.shape[1] - 2, min(data.shape[1] - 1, 2000)).astype(int)
+    values = data[:, chosen].astype(np.float64)
+    scores = [x / np.maximum(np.linalg.norm(x, axis=0), 1e-300) for x in (
+        y - y.mean(axis=0) for y in (values, data[:, chosen + 1].astype(np.float64)))]  # fmt: skip
+    beside = float(((scores[0] * scores[1]).sum(axis=0) ** 2).mean())
+    far = float(((scores[0] * np.roll(scores[1], len(chosen) // 2, axis=1)).sum(axis=0) ** 2).mean())
+    if beside - far > _SMOOTH:
+        warnings.warn(
+            f"neighbouring columns share {100 * beside:.0f}% of their variance, distant ones {100 * far:.0f}%: these "
+            "look like voxels of a smooth image. The null takes neighbours to be strangers, and smooth noise would "
+            "pass for networks: do not trust this p",
+            SmoothMapsWarning,
+            stacklevel=3,
+        )
+
+
+class SmoothMapsWarning(UserWarning):
+    """A null of unrelated neurons meets data whose neighbours are related."""
 
 
 class PhaseRandomized:

@@ -224,7 +224,8 @@ def null_networks(
     n_components : int
         As many as the networks that the null is for.
     n_permutations : int
-        FWE at .05 needs 19.
+        FWE at .05 needs 19. The null takes neighbouring neurons to be strangers: images of a brain are refused, arrays
+        that look like one get a warning (see `split_half_reproducibility`).
     options
         Go to `GroupICA`; use those of the real decomposition.
     """
@@ -233,11 +234,15 @@ def null_networks(
     from sklearn.exceptions import ConvergenceWarning
 
     from llmbrain.decomposition import GroupICA
+    from llmbrain.decomposition.reproducibility import check_neighbours
+    from llmbrain.imaging.brain_mask import split_mask
     from llmbrain.scanning.inputs import Runs
 
     check_range("n_permutations", n_permutations, 1)
     random_state = seed_of(random_state)
-    runs = Runs(scans)
+    _, image = split_mask(options.get("mask"))
+    runs = Runs(scans, mask_img=image)
+    check_neighbours(runs)
     draws = []
     for draw in bar(range(n_permutations), desc="null networks", show=progress):
         rng = np.random.default_rng([random_state, draw])

@@ -15,6 +15,7 @@ from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.imaging.nifti import read_nifti
+from llmbrain.imaging.surface import Grayordinates, is_surface, read_surface
 
 if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
@@ -41,7 +42,12 @@ def _is_image(run: object) -> TypeGuard[SpatialImage]:
 
 def _is_single(runs: object) -> TypeGuard[RunLike]:
     """Whether `runs` is one run, not a collection of runs."""
-    if isinstance(runs, (str, Path)) or _is_image(runs) or callable(getattr(runs, "data", None)):
+    if (
+        isinstance(runs, (str, Path))
+        or _is_image(runs)
+        or (is_surface(runs) and not isinstance(runs, tuple))
+        or callable(getattr(runs, "data", None))
+    ):
         return True
     return getattr(runs, "ndim", None) == 2
 
@@ -70,8 +76,9 @@ class Runs(Sequence[np.ndarray]):
 
     Parameters
     ----------
-    runs : Scan, array, tensor, NIfTI image or path, or a sequence of them
-        Anything with a ``.data()`` method is read through it. A path ends in ``.nii``, ``.nii.gz`` or ``.npy``.
+    runs : Scan, array, tensor, NIfTI, CIFTI or GIFTI image or path, or a sequence of them
+        Anything with a ``.data()`` method is read through it. A path ends in ``.nii``, ``.nii.gz``, ``.gii`` or
+        ``.npy``. A tuple of GIFTI files is one run: its hemispheres side by side.
     mask_img : NIfTI image or path, optional
         Voxels to read from NIfTI images of a brain; images written by llmbrain carry their own space and need none.
     space : NeuronSpace, optional
@@ -82,6 +89,8 @@ class Runs(Sequence[np.ndarray]):
     n_neurons : int or None
         Width of every run, known after the first was read.
     space : NeuronSpace or None
+    surface : Grayordinates or None
+        Where the columns of CIFTI and GIFTI lie, known after the first was read.
 
     Raises
     ------
@@ -113,6 +122,7 @@ class Runs(Sequence[np.ndarray]):
         self.space = space
         self.n_neurons: int | None = space.n_neurons if space is not None else None
         self.mask = None if mask_img is None else BrainMask(mask_img)
+        self.surface: Grayordinates | None = None
         if self.mask is not None:
             self.n_neurons = self.mask.n_voxels
 
@@ -169,6 +179,8 @@ class Runs(Sequence[np.ndarray]):
             raise InputError(f"{self.name(index)} has another neuron space than the first: widths {space.widths}")
 
     def _read(self, item: RunLike, name: str) -> tuple[object, NeuronSpace | None]:
+        if is_surface(item):
+            return self._read_surface(item, name), None
         if isinstance(item, (str, Path)):
             path = Path(item)
             if not path.exists():
@@ -177,7 +189,7 @@ class Runs(Sequence[np.ndarray]):
                 with clear_damage(path, "an array of numbers"):
                     return np.load(path, mmap_mode="c", allow_pickle=False), None
             if not path.name.endswith(_NIFTI):
-                raise InputError(f"{name} is no run: a path must end in .nii, .nii.gz or .npy")
+                raise InputError(f"{name} is no run: a path must end in .nii, .nii.gz or .npy (or .gii)")
             if self.mask is not None:
                 return self.mask.read(path, name), None
             return read_nifti(path)
@@ -187,6 +199,18 @@ class Runs(Sequence[np.ndarray]):
             space = getattr(item, "space", None)
             return item.data(), space
         return item, None
+
+    def _read_surface(self, item: object, name: str) -> np.ndarray:
+        """CIFTI or GIFTI: every run must have the columns of the first."""
+        if isinstance(item, (str, Path)) and not Path(item).exists():
+            raise FileNotFoundError(f"{name}: no such file")
+        if self.mask is not None:
+            raise InputError(f"{name} is CIFTI or GIFTI, which has no voxels: leave the mask out")
+        values, surface = read_surface(item, name)
+        if self.surface is None:
+            self.surface = surface
+        self.surface.check_same(surface, name)
+        return values
 
 
 def _as_float(data: object, name: str) -> np.ndarray:
