@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_option
+from llmbrain._validation import InputError, check_option, check_range
 from llmbrain._version import __version__
-from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.surgery import check_cuttable, cut
+from llmbrain.anatomy.units import Units
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.text import digest
 from llmbrain.pruning.calibrate.windows import Calibration, check_enough, check_weights
 from llmbrain.pruning.forget.conditions import condition_weights
 from llmbrain.pruning.forget.unlearning import unlearn
-from llmbrain.pruning.plan import PruningPlan
+from llmbrain.pruning.plan import Kept, PruningPlan
 from llmbrain.pruning.repair.fit import repair
+from llmbrain.pruning.verify import check_cut_is_zeroing
 from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PARTS = ("weight", "bias")
 COMPENSATIONS = (None, "bias", "least-squares")
 
 
@@ -41,6 +45,7 @@ def prune(
     intercept: bool = True,
     sequential: bool = True,
     inplace: bool = False,
+    verify: bool = True,
     **text: Any,
 ) -> Any:
     """Cut what a plan removes out of a model's weights.
@@ -67,7 +72,10 @@ def prune(
     sequential : bool
         Fit each layer to the signals it gets in the model as pruned so far, so that errors do not add up.
     inplace : bool
-        Cut `model` itself (needs no second copy in memory).
+        Cut `model` itself (needs no second copy in memory). All is checked first. An error or interruption during the
+        compensation leaves it as it was; one during the cut itself says that the model must be loaded again.
+    verify : bool
+        Try on a copy of one block (of the model, where it is small) that cutting equals silencing, first.
     **text
         ``window``, ``max_windows``, ``weights`` of the calibration text: see `Calibration`.
 
@@ -79,46 +87,76 @@ def prune(
     Raises
     ------
     InputError
-        If the plan is for another model, weights can not be cut, or calibration is missing or too short; `model` is
-        untouched then.
+        If the plan is for another model, weights can not be cut, cutting them is not the same as silencing them,
+        calibration is missing or too short, or an intervention is in force; `model` is untouched then.
     """
     check_option("compensate", compensate, COMPENSATIONS)
+    if ridge is not None:
+        check_range("ridge", ridge, 0)
     refuse_changed(model, "prune")
-    body = plan.check_model(model)
-    for units in plan.kept_units:
+    body, kept = plan.check_model(model), plan.kept_units
+    for units in kept:
         check_cuttable(body, units)
     given, windows, token_weights = Calibration.of(calibration, tokenizer, **text), None, None
     if compensate is not None:
         windows, token_weights = _text(model, plan, given, compensate)
+    if verify:
+        check_cut_is_zeroing(model, body, kept, windows)
     small = model if inplace else copy.deepcopy(model)
     body = anatomy(small)
     forgetting = None
     if windows is not None:
-        kept = {units: plan.kept_units[units] for units in plan.kept_units}
 
         def mend() -> None:
             repair(small, body, windows, kept, kind=str(compensate), ridge=ridge, intercept=intercept,
                    sequential=sequential, weights=token_weights)  # fmt: skip
 
-        functions = plan.details.get("functions", {})
-        if functions.get("forget") and compensate == "least-squares":
-            assert token_weights is not None
-            cuts = [
-                (output, stays)
-                for units, of in kept.items()
-                for layer, stays in zip(body.layers, of)
-                if (output := units.output(layer)) is not None
-            ]
-            forgetting = unlearn(small, windows, given.scans or [], functions, cuts, token_weights, mend)
-        else:
-            mend()
-    for units, of in plan.kept_units.items():
-        for layer, stays in zip(body.layers, of):
-            if len(stays) < units.count(layer):
-                cut(layer, units, torch.from_numpy(stays))
-    record_shapes(small)
+        with _undone_on_error(body, kept) if inplace else nullcontext():
+            functions = plan.details.get("functions", {})
+            if functions.get("forget") and compensate == "least-squares":
+                assert token_weights is not None
+                cuts = [
+                    (output, stays)
+                    for units, of in kept.items()
+                    for layer, stays in zip(body.layers, of)
+                    if (output := units.output(layer)) is not None
+                ]
+                forgetting = unlearn(small, windows, given.scans or [], functions, cuts, token_weights, mend)
+            else:
+                mend()
+    try:
+        for units, of in kept.items():
+            for layer, stays in zip(body.layers, of):
+                if len(stays) < units.count(layer):
+                    cut(layer, units, torch.from_numpy(stays))
+        record_shapes(small)
+    except BaseException as error:
+        if inplace:
+            error.add_note("the model was being cut in place when this happened: part of it is cut, load it again")
+        raise
     setattr(small, RECORD, [*getattr(small, RECORD, []), _record(plan, compensate, forgetting, windows)])
     return small
+
+
+@contextmanager
+def _undone_on_error(body: Anatomy, kept: Mapping[Units, Kept]) -> Iterator[None]:
+    """Where the block ends in an error or an interruption, output projections are as before; copies are on the CPU."""
+    modules: list[Any] = [p.module for layer in body.layers for units in kept if (p := units.output(layer)) is not None]
+    saved = [
+        tuple(None if (p := getattr(m, name, None)) is None else p.detach().to("cpu", copy=True) for name in PARTS)
+        for m in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for module, before in zip(modules, saved):
+                for name, value in zip(PARTS, before):
+                    if value is None:
+                        setattr(module, name, None)
+                    else:
+                        getattr(module, name).copy_(value)
+        raise
 
 
 def _text(model: nn.Module, plan: PruningPlan, given: Calibration, compensate: str) -> tuple[Tensor, Tensor | None]:
