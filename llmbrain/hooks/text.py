@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 MAX_WINDOW = 2048
+ENCODED_AT_ONCE = 2**17  # characters
+JSON_PIECE = 4096  # tokens
 BATCH_TOKENS = 2048  # tokens in one forward pass: enough to be fast, few enough for logits over a large vocabulary
 # How any text becomes tokens, in scans and windows alike: whole, with the tokenizer's default special tokens.
 TOKENIZING = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
@@ -42,25 +45,32 @@ class ScanWarning(UserWarning):
 
 @dataclass
 class Run:
-    """One text as the model reads it. `offsets` are character spans, None where the tokenizer does not know them."""
+    """One text as the model reads it. `offsets` are character spans, None where the tokenizer does not know them.
+
+    All runs of a study are held while it is made: numbers are int32 here, and `tokens` share their strings.
+    """
 
     name: str
     text: str
-    token_ids: NDArray[np.int64]
+    token_ids: NDArray[np.int32]
     tokens: list[str]
-    offsets: NDArray[np.int64] | None
+    offsets: NDArray[np.int32] | None
     events: pd.DataFrame | None
 
-    def to_record(self) -> dict[str, Any]:
-        """What a store keeps, ready for JSON."""
-        return {
-            "name": self.name,
-            "text": self.text,
-            "token_ids": self.token_ids.tolist(),
-            "tokens": self.tokens,
-            "offsets": None if self.offsets is None else self.offsets.tolist(),
-            "events": None if self.events is None else self.events.to_dict(orient="list"),
-        }
+    def to_json(self) -> Iterator[str]:
+        """What a store keeps: one line of JSON, in pieces, since the whole takes many times the text."""
+        events = None if self.events is None else self.events.to_dict(orient="list")
+        yield f'{{"name": {json.dumps(self.name)}, "text": {json.dumps(self.text)}'
+        for name, values in (("token_ids", self.token_ids), ("tokens", self.tokens), ("offsets", self.offsets)):
+            yield f', "{name}": {"null" if values is None else "["}'
+            if values is None:
+                continue
+            for start in range(0, len(values), JSON_PIECE):
+                piece = values[start : start + JSON_PIECE]
+                text = json.dumps(piece if isinstance(piece, list) else piece.tolist())
+                yield (", " if start else "") + text[1:-1]
+            yield "]"
+        yield f', "events": {json.dumps(events)}}}\n'
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Run:
@@ -69,14 +79,14 @@ class Run:
         return cls(
             record["name"],
             record["text"],
-            np.array(record["token_ids"], dtype=np.int64),
-            record["tokens"],
-            None if offsets is None else np.array(offsets, dtype=np.int64).reshape(-1, 2),
+            np.array(record["token_ids"], dtype=np.int32),
+            [sys.intern(token) for token in record["tokens"]],
+            None if offsets is None else np.array(offsets, dtype=np.int32).reshape(-1, 2),
             None if events is None else pd.DataFrame(events),
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """Tokens ``start..stop`` of one run: what the model reads at once."""
 
@@ -122,7 +132,8 @@ def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None 
     runs = []
     dropped = 0
     pieces: dict[int, str] = {}
-    for i, (text, (ids, offsets, lost)) in enumerate(zip(texts, encode(tokenizer, texts))):
+    coded = (found for part in _parts(texts) for found in encode(tokenizer, part))
+    for i, (text, (ids, offsets, lost)) in enumerate(zip(texts, coded)):
         name = getattr(text, "name", None) or f"run-{i + 1:04d}"
         if not ids:
             raise InputError(f"texts[{i}]={_short(text)} has no token: the tokenizer knows none of its characters")
@@ -130,10 +141,23 @@ def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None 
         events = _cut(getattr(text, "events", None), len(ids), n_tokens, name)
         ids, offsets = ids[:n_tokens], offsets if offsets is None else offsets[:n_tokens]
         tokens = _decoded(tokenizer, ids, pieces)
-        runs.append(Run(name, str(text), np.array(ids, dtype=np.int64), tokens, offsets, events))
+        spans = None if offsets is None else offsets.astype(np.int32)
+        runs.append(Run(name, str(text), np.array(ids, dtype=np.int32), tokens, spans, events))
     if dropped:
         warnings.warn(f"the tokenizer drops {dropped} characters that it does not know", ScanWarning, stacklevel=3)
     return runs
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts that are tokenized together: what tokenizers give takes many times the text."""
+    part: list[str] = []
+    for text in texts:
+        part.append(text)
+        if sum(map(len, part)) >= ENCODED_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], NDArray[np.int64] | None, int]]:

@@ -18,7 +18,7 @@ from llmbrain._version import __version__
 from llmbrain.hooks.listen import Kinds, Reader
 from llmbrain.hooks.text import Run
 from llmbrain.scanning.schedule import Schedule
-from llmbrain.scanning.store import FORMAT, FORMAT_VERSION, FileShards, key_of, runs_to_text
+from llmbrain.scanning.store import FORMAT, FORMAT_VERSION, FileShards, key_of, runs_sha256
 
 # How far a second reading of the same block may lie from what is stored (relative): rounding, not another model.
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
@@ -50,7 +50,7 @@ def manifest_of(
         "study": {
             "model_config_sha256": _sha256(json.dumps(settings, sort_keys=True, default=str)),
             "weights_sum": weights_sum(model),
-            "runs_sha256": _sha256(runs_to_text(runs)),
+            "runs_sha256": runs_sha256(runs),
             "block_size": block_size,
             "sites": sites,
         },

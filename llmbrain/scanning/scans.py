@@ -108,19 +108,20 @@ class Scan:
         self.n_tokens = self._signals[self.site].n_tokens
         n = self.n_tokens
         self.name, self.text, self.model_id = name, text, model_id
-        ids = np.full(n, -1) if token_ids is None else np.asarray(token_ids)
-        self.token_ids: NDArray[np.int64] = ids.astype(np.int64)
-        self.tokens = [""] * n if tokens is None else list(tokens)
-        self.offsets = None if offsets is None else np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        self.positions: NDArray[np.int64] = np.arange(n) % (block_size or max(n, 1))
-        self.events = pd.DataFrame(columns=list(EVENT_COLUMNS)) if events is None else check_events(events)
-        parts: dict[str, Any] = {"token_ids": self.token_ids, "tokens": self.tokens, "offsets": self.offsets}
+        # A study of many tokens holds all its scans: int32, nothing that can be computed, no copies of strings.
+        self._ids = (
+            np.full(n, -1, np.int32) if token_ids is None else np.asarray(token_ids).astype(np.int32, copy=False)
+        )
+        self.tokens = [""] * n if tokens is None else tokens if isinstance(tokens, list) else list(tokens)
+        self._offsets = None if offsets is None else np.asarray(offsets).reshape(-1, 2).astype(np.int32, copy=False)
+        self._block_size = block_size or max(n, 1)
+        self._events: pd.DataFrame | None = None
+        parts: dict[str, Any] = {"token_ids": self._ids, "tokens": self.tokens, "offsets": self._offsets}
         for what, value in parts.items():
             if value is not None and len(value) != n:
                 raise InputError(f"{what} has {len(value)} entries, but the scan has {n} tokens")
-        ends = self.events["onset"] + self.events["duration"]
-        if len(ends) and float(ends.max()) > n:
-            raise InputError(f"events end at token {ends.max()}, but the scan has {n} tokens")
+        if events is not None:
+            self.events = events
 
     @classmethod
     def from_array(
@@ -156,7 +157,8 @@ class Scan:
         if array.shape[1] != space.n_neurons:
             raise InputError(f"data of shape {array.shape} does not fit a space of {space.n_neurons} neurons")
         signals = {site: ArraySignals(array, space)}
-        return cls(signals, name=name, text=text, token_ids=token_ids, tokens=tokens, events=events, model_id=model_id)
+        known = None if tokens is None else list(tokens)
+        return cls(signals, name=name, text=text, token_ids=token_ids, tokens=known, events=events, model_id=model_id)
 
     def joined(self, *sites: str) -> Scan:
         """The same run with the units of several sites as one, so that networks can span them.
@@ -186,6 +188,36 @@ class Scan:
         scan.sites, scan.site = ("+".join(sites),), "+".join(sites)
         scan.spaces = {scan.site: signals.space}
         return scan
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """Id of each token; -1 where not known."""
+        return self._ids.astype(np.int64)
+
+    @property
+    def offsets(self) -> NDArray[np.int64] | None:
+        """Where in `text` the characters of each token lie."""
+        return None if self._offsets is None else self._offsets.astype(np.int64)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Position of each token in the block that the model read."""
+        return np.arange(self.n_tokens) % self._block_size
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """Which tokens belong to which condition."""
+        return pd.DataFrame(columns=list(EVENT_COLUMNS)) if self._events is None else self._events
+
+    @events.setter
+    def events(self, events: pd.DataFrame) -> None:
+        table = check_events(events)
+        ends = table["onset"] + table["duration"]
+        if len(ends) and float(ends.max()) > self.n_tokens:
+            raise InputError(f"events end at token {ends.max()}, but the scan has {self.n_tokens} tokens")
+        self._events = table
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 

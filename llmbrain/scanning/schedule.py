@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from llmbrain.hooks.text import Block
 
-SHARD_BYTES = 64 * 2**20  # a shard is closed when it has this much; also what is lost when a run is killed
+SHARD_BYTES = 16 * 2**20  # a shard is closed when it has this much; also what is lost when a run is killed
 BATCH_BYTES = 2**30  # fewer texts are read at once where their signals would take more than this
 
 

@@ -39,7 +39,6 @@ from llmbrain._files import (
     replace_sums,
     sweep,
     write_json,
-    write_text,
     writing,
 )
 from llmbrain._validation import InputError
@@ -236,9 +235,19 @@ def scans_of(
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
-def runs_to_text(runs: Sequence[Run]) -> str:
-    """The content of ``runs.jsonl``."""
-    return "".join(json.dumps(run.to_record()) + "\n" for run in runs)
+def runs_sha256(runs: Sequence[Run]) -> str:
+    """Checksum of ``runs.jsonl``."""
+    digest = hashlib.sha256()
+    for run in runs:
+        for piece in run.to_json():
+            digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _write_runs(folder: Path, runs: Sequence[Run]) -> None:
+    with writing(folder / "runs.jsonl") as path, path.open("w", encoding="utf-8", newline="\n") as file:
+        for run in runs:
+            file.writelines(run.to_json())
 
 
 def open_study(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> tuple[FileShards, dict[str, Any]]:
@@ -260,13 +269,14 @@ def open_study(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> t
                     f"{_short(value)}. Give another folder"
                 )
         manifest = known
-        text = runs_to_text(runs)  # the same as what the manifest's checksum says: a damaged file is put right
-        if not (folder / "runs.jsonl").is_file() or (folder / "runs.jsonl").read_bytes() != text.encode():
-            write_text(folder / "runs.jsonl", text)
+        # The same as what the manifest's checksum says: a damaged file is put right.
+        there = folder / "runs.jsonl"
+        if not there.is_file() or file_sha256(there) != manifest["study"]["runs_sha256"]:
+            _write_runs(folder, runs)
     else:
         with clear_errors(folder):
             (folder / SUMS).unlink(missing_ok=True)
-        write_text(folder / "runs.jsonl", runs_to_text(runs))
+        _write_runs(folder, runs)
         write_json(path, manifest, seal=True)
     return FileShards(folder, manifest["rows"]), manifest
 

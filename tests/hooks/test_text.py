@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from tiny_models import tiny, tiny_tokenizer
 from tokenizers import processors
 
 import llmbrain as lb
+from llmbrain.hooks import text as text_module
 from llmbrain.hooks.text import as_windows, encode, packed_windows
 from llmbrain.pruning.calibrate.windows import calibration_windows
 
@@ -50,3 +53,24 @@ def test_a_tokenizer_that_was_saved_with_truncation_does_not_cut_texts():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
     assert packed_windows(tokenizer, ["abcdefgh"], 9).tolist() == [[1, *range(3, 11)]]
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+def test_a_run_as_json_comes_back(offsets, monkeypatch):
+    monkeypatch.setattr(text_module, "JSON_PIECE", 4)
+    stimulus = lb.Stimulus.from_segments([('a "quoted" \u2028 one', "low"), (" xyz", None)], tiny_tokenizer(), "name")
+    run = text_module.read_texts([stimulus], tiny_tokenizer())[0]
+    run.offsets = run.offsets if offsets else None
+    line = "".join(run.to_json())
+    record = json.loads(line)
+    assert line == json.dumps(record) + "\n"
+    again = text_module.Run.from_record(record)
+    assert "".join(again.to_json()) == line
+    assert (again.name, again.text, again.tokens) == (run.name, run.text, run.tokens)
+    np.testing.assert_array_equal(again.token_ids, run.token_ids)
+
+
+def test_texts_are_tokenized_in_parts(monkeypatch):
+    whole = [run.token_ids.tolist() for run in text_module.read_texts(TEXTS, tiny_tokenizer())]
+    monkeypatch.setattr(text_module, "ENCODED_AT_ONCE", 20)
+    assert [run.token_ids.tolist() for run in text_module.read_texts(TEXTS, tiny_tokenizer())] == whole
