@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from llmbrain.anatomy.family import Family
 from llmbrain.anatomy.layers import PerHead, Projection, get, is_linear, projection, sizes
-
-if TYPE_CHECKING:
-    from llmbrain.anatomy.families import Family
 
 STREAM_NORM = re.compile(r"((self_attn_)?layer_?norm|ln|norm)\.", re.IGNORECASE)
 
