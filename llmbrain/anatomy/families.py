@@ -9,6 +9,7 @@ family, add a row; what is special about a family that a row fits goes to the ta
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,6 +122,8 @@ REFUSED = {
     "ibert": "its layers hand on numbers with scales (integer arithmetic)",
     "squeezebert": "its layers are grouped convolutions",
     "perceiver": "its rows are latents, not tokens",
+    **dict.fromkeys(("idefics", "kosmos-2", "pix2struct", "udop", "pp_formulanet"), "it reads images with every text"),
+    "voxtral_realtime": "it reads speech with every text",
     "hrm_text": "its layers run several times for one token",
 }
 
@@ -256,6 +259,12 @@ def _refuse(model: nn.Module) -> None:
     why = REFUSED.get(getattr(text, "model_type", "")) or REFUSED.get(getattr(config, "model_type", ""))
     if why:
         raise InputError(f"model {name} cannot be used: {why}")
+    needed = [
+        p.name for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "input_ids"
+    ] if hasattr(model, "save_pretrained") else []  # fmt: skip
+    if needed:
+        raise InputError(f"model {name} cannot read text alone: its forward pass needs {', '.join(needed)}")
     if getattr(config, "is_encoder_decoder", False) and _has_both(model):
         raise InputError(
             f"model {name} is an encoder-decoder: llmbrain reads one stack of blocks from token ids to the end. Pass "

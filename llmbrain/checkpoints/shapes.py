@@ -139,10 +139,33 @@ def _tell(model: nn.Module, shapes: list[dict[str, Any]]) -> None:
     if set_widths(type(model), trial, widths) and shapes_of(type(model), trial) == shapes:
         set_widths(type(model), model.config, widths)
         return
+    stock = _told_apart(type(model), model.config, widths, stock)
     names = [n for n in OURS if any(s.get(n) != t.get(n) for s, t in zip(shapes, stock))]
     config.per_layer_config = {
         i: {**(own or {}).get(i, {}), **{n: s.get(n, 0) for n in names}} for i, s in enumerate(shapes)
     }
+
+
+def _told_apart(
+    model_class: type[nn.Module], config: Any, widths: list[int], stock: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Let the config's own ``intermediate_size`` be none of the widths: entries equal to it are dropped.
+
+    A stock class that reads it then refuses the config. Else it would build layers of one width, without their biases.
+    """
+    text = text_config(config)
+    value = vars(text).get("intermediate_size")
+    if value not in widths:
+        return stock
+    text.intermediate_size = max([*widths, *(t["intermediate_size"] for t in stock)]) + 1
+    try:
+        found = shapes_of(model_class, config)
+        if all(t["intermediate_size"] >= w for t, w in zip(found, widths)):
+            return found
+    except (ValueError, TypeError, RuntimeError):
+        pass  # the entry means something else
+    text.intermediate_size = value
+    return stock
 
 
 def layer_shapes(config: Any) -> list[dict[str, Any]]:
