@@ -1,0 +1,126 @@
+"""ONNX out: a cut model as a graph for ONNX Runtime, checked there before it is put in place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llmbrain._files import transaction
+from llmbrain._validation import InputError, soft_import
+from llmbrain.anatomy.families import context_length
+from llmbrain.hooks.text import evaluating
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "model.onnx"
+TOLERANCE = 1e-4  # largest difference from the model, relative to its largest logit where that is above 1
+EXTRA = "onnx"
+
+
+def export_onnx(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Path:
+    """Write a causal language model, pruned or not, as an ONNX graph.
+
+    The graph takes ``input_ids`` and ``attention_mask`` (int64, batch x tokens, both of any size) and gives ``logits``
+    (batch x tokens x vocabulary); it keeps no cache. Made by transformers' own exporter.
+
+    Parameters
+    ----------
+    model : transformers model
+        With a language model's head; layers may differ in neurons, heads and biases.
+    tokenizer : tokenizer or None
+        Saved beside the graph.
+    path : str or Path
+        Folder: ``model.onnx``, its weights in ``model.onnx.data``, config and tokenizer.
+    overwrite : bool
+        Replace a graph that is there.
+    verify : bool
+        Run the graph in ONNX Runtime on other texts, of another length, and compare.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a graph already.
+    InputError
+        If the exporter cannot write this model, or ONNX Runtime computes something else (then nothing is written).
+    """
+    from transformers import PreTrainedModel
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        soft_import(package, EXTRA, "ONNX export")
+    exporters = soft_import("transformers.exporters", EXTRA, "ONNX export")
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    if (path / FILE).exists() and not overwrite:
+        raise FileExistsError(f"{path} holds {FILE} already: give another folder, or overwrite=True")
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise InputError(f"model {type(model).__name__} has no language model's head: ONNX export gives logits")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"model {type(model).__name__} is an encoder-decoder: ONNX export takes decoders")
+    with evaluating(model):
+        try:
+            exported = exporters.OnnxExporter().export(
+                model, _inputs(model, (2, 8), 0), config=exporters.OnnxConfig(dynamic=True)
+            )
+        except Exception as error:  # the exporter raises what the tracer met, of any kind
+            line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
+            raise InputError(f"{type(model).__name__} cannot be exported to ONNX: {line[:300]}") from error
+        with transaction(path, replaces=[FILE, f"{FILE}.data"]) as prepared:
+            exporters.OnnxExporter.save_program(exported.program, prepared / FILE)
+            model.config.save_pretrained(prepared)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(prepared)
+            if verify:
+                _check(model, prepared / FILE)
+    return path
+
+
+def run_onnx(file: str | Path, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    """Logits of a graph in ONNX Runtime on the CPU, float32 ``(batch, tokens, vocabulary)``."""
+    runtime = soft_import("onnxruntime", EXTRA, "running ONNX")
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    wanted = {entry.name for entry in session.get_inputs()}
+    fed = {name: value.numpy() for name, value in inputs.items() if name in wanted}
+    return np.asarray(session.run(["logits"], fed)[0], dtype=np.float32)
+
+
+def _inputs(model: nn.Module, shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    longest = context_length(model)
+    batch, tokens = shape[0], min(shape[1], longest or shape[1])
+    ids = torch.randint(rows, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}  # type: ignore[dict-item]
+
+
+def _check(model: nn.Module, file: Path) -> None:
+    """The graph on other tokens, of another number, beside the model itself."""
+    inputs = _inputs(model, (1, 13), 1)
+    with torch.no_grad():
+        wanted = model(**inputs).logits.float().numpy()
+    ids = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    try:
+        found = run_onnx(file, ids)
+    except Exception as error:  # ONNX Runtime's errors are its own classes
+        raise InputError(f"ONNX Runtime {importlib.metadata.version('onnxruntime')} cannot run it: {error}") from error
+    error = float(np.abs(found - wanted).max())
+    if not error < TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+        raise InputError(f"ONNX Runtime computes logits that differ by {error:.1e} from the model: nothing was written")
