@@ -43,7 +43,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install --quiet -c constraints.txt -e ".[dev,picard,encoding,recovery,harness,serve]"
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,picard,encoding,recovery,harness,serve,onnx]"
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

@@ -121,6 +121,6 @@ def _check(model: nn.Module, file: Path) -> None:
         found = run_onnx(file, ids)
     except Exception as error:  # ONNX Runtime's errors are its own classes
         raise InputError(f"ONNX Runtime {importlib.metadata.version('onnxruntime')} cannot run it: {error}") from error
-    error = float(np.abs(found - wanted).max())
-    if not error < TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-        raise InputError(f"ONNX Runtime computes logits that differ by {error:.1e} from the model: nothing was written")
+    apart = float(np.abs(found - wanted).max())
+    if not apart < TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+        raise InputError(f"ONNX Runtime computes logits that differ by {apart:.1e} from the model: nothing was written")

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from llmbrain._version import __version__
-from llmbrain.cli import compare, demo, networks, pruning, run, steps, view
+from llmbrain.cli import compare, demo, networks, pruning, run, serving, steps, view
 from llmbrain.cli.common import fail
 
 __all__ = ["app", "main"]
@@ -39,7 +39,7 @@ def _options(
     pass
 
 
-for module in (demo, run, steps, networks, pruning, compare, view):
+for module in (demo, run, steps, networks, pruning, serving, compare, view):
     module.register(app)
 
 

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "job": ["run"],
         "networks": ["decompose", "describe_networks", "find_networks"],
         "smaller": ["Evidence", "benchmark", "cut", "evidence_of", "plan"],
+        "speed": ["latency_table"],
         "story": ["compare"],
         "texts": ["load_texts"],
     },

@@ -6,7 +6,6 @@ import importlib.util
 
 import pytest
 import torch
-from llama_engine import Engine
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy import anatomy
 from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
 from llmbrain.checkpoints.gguf_layout import interleave, split_halves
+from llmbrain.evaluation import LlamaCpp
 
 SHARED = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
@@ -105,7 +105,7 @@ def test_the_file_holds_the_model(family, how, tokenizer, tmp_path):
     assert tokens(PROMPT).input_ids == ids[0].tolist()
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("llama.cpp is not here: pip install 'llmbrain[serve]'")
-    engine = Engine(path)
+    engine = LlamaCpp(path, exact=True)
     assert engine.tokenize(PROMPT) == ids[0].tolist()
     found = engine.logprobs(ids[0].tolist(), SHARED["vocab_size"])
     reference = wanted[0, -1].double().log_softmax(-1)
@@ -119,7 +119,7 @@ def test_the_file_holds_the_model(family, how, tokenizer, tmp_path):
     scale = max(1.0, float(wanted[0, -1].abs().max()))
     assert max(abs(found[i] - float(reference[i])) for i in found) < (5e-4 if family == "gemma3" else 1e-4) * scale
     written = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert engine.greedy(ids[0].tolist(), 16) == written[0, ids.shape[1] :].tolist()
+    assert engine.generate(ids[0].tolist(), 16) == written[0, ids.shape[1] :].tolist()
 
 
 def test_types_are_as_near_as_they_say(tokenizer, tmp_path):

@@ -41,8 +41,8 @@ def test_prune_to_gguf(dense, shared_data, tmp_path):
     assert "exists already" in str(again.exception)
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("llama.cpp is not here: pip install 'llmbrain[serve]'")
-    from llama_engine import Engine
+    from llmbrain.evaluation import LlamaCpp
 
     ids = tokenizer("Once upon a time, there was a").input_ids
-    words = tokenizer.decode(Engine(out).greedy(ids, 12))
+    words = tokenizer.decode(LlamaCpp(out).generate(ids, 12))
     assert len(set(words.split())) > 3, words
