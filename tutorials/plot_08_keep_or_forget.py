@@ -67,7 +67,7 @@ print(plan.summary())
 forgetful = lb.prune(brain.model, plan, calibration=scans, compensate="least-squares")
 with TemporaryDirectory() as folder:
     lb.save_pruned(forgetful, brain.tokenizer, Path(folder) / "forgetful")
-    again = lb.load_pruned(Path(folder) / "forgetful")
+    again, _ = lb.load_pruned(Path(folder) / "forgetful")
 pd.Series(brain.ability_accuracy(again, n=50), name="accuracy after forgetting brackets").round(2)
 
 # %%

@@ -17,6 +17,7 @@ from llmbrain._files.errors import DamagedError, FileError, bytes_text, clear_da
 from llmbrain._files.one import SEAL, seal_of
 from llmbrain._files.parts import SUMS, locked, read_sums
 from llmbrain._files.sets import settle
+from llmbrain._validation import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,23 +249,24 @@ def verifying(sums: Mapping[Path, str], *, anew: str = "") -> Iterator[None]:
     DamagedError
         At the latest when the context ends; also in place of what the reader raised on a damaged file.
     """
-    if sum(path.stat().st_size for path in sums if path.is_file()) < _SMALL:
-        for path, digest in sums.items():
-            verify(path, digest, anew=anew)
-        yield
-        return
-    with ThreadPoolExecutor(1) as pool:
-        jobs = {path: pool.submit(_compare, path, digest) for path, digest in sums.items()}
+    small = sum(path.stat().st_size for path in sums if path.is_file()) < _SMALL
+    pool = None if small else ThreadPoolExecutor(1)
+    try:
+        jobs = {} if pool is None else {path: pool.submit(_compare, path, digest) for path, digest in sums.items()}
         failed: Exception | None = None
         try:
             yield
         except Exception as error:
             failed = error
-        for path, job in jobs.items():
-            if reason := job.result():
-                raise DamagedError(f"{path} {reason}{hint(anew)}") from failed
+        for path, digest in sums.items():
+            if reason := jobs[path].result() if jobs else _compare(path, digest):
+                said = f" ({failed})" if isinstance(failed, InputError) else ""
+                raise DamagedError(f"{path} {reason}{said}{hint(anew)}") from failed
         if failed is not None:
             raise failed
+    finally:
+        if pool is not None:
+            pool.shutdown()
 
 
 def _compare(path: Path, digest: str, *, fresh: bool = False) -> str | None:

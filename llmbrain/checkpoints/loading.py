@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from llmbrain._files import SUMS, DamagedError, clear_damage, read_json, reading, verify, verifying
+from llmbrain._files.sets import COMMIT
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.checkpoints.gguf_reading import is_gguf, load_gguf
 from llmbrain.checkpoints.shapes import (
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROVENANCE = "pruning.json"
+ANEW = "prune and save the model again, or copy it again"
+READ = (".safetensors", ".json", ".py", ".txt", ".model", ".jinja")  # what loading reads of a folder
+# What transformers has by itself; anything else names code elsewhere.
+IMPLEMENTATIONS = (
+    "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "paged|eager",
+    "paged|sdpa", "paged|flash_attention_2", "grouped_mm", "batched_mm",
+)  # fmt: skip
 
 
 def load_model(
@@ -59,30 +69,60 @@ def load_model(
     InputError
         If the checkpoint does not fit its config: a tensor that is missing, left over or of another shape is named.
     """
-    from transformers import AutoTokenizer
-
     if is_gguf(path_or_id):
         model, tokenizer = load_gguf(path_or_id, dtype=dtype)
         return (model if device is None else model.to(resolve_device(device))), tokenizer
-    source = _source(path_or_id)
-    model = _load(source, dtype, device, trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise FileNotFoundError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
-    return model, tokenizer
+    with _verified(path_or_id):
+        source = _source(path_or_id)
+        model = _load(source, dtype, device, trust_remote_code)
+        return model, _tokenizer(source, trust_remote_code)
 
 
 def load_pruned(
     path: str | Path, *, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
-) -> nn.Module:
-    """Load the model of a folder that `save_pruned` wrote, in evaluation mode; as `load_model`, without the tokenizer.
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """Load what `save_pruned` wrote into a folder, as `load_model`; None for a tokenizer that was not saved.
 
-    What was cut, when and from what stands in its ``llmbrain_pruning`` attribute.
+    What was cut, when and from what stands in the model's ``llmbrain_pruning`` attribute.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
-    return _load(_source(path), dtype, device, False)
+    with _verified(path) as names:
+        source = _source(path)
+        model = _load(source, dtype, device, False)
+        saved = any(name.startswith("tokenizer") for name in names or (p.name for p in Path(path).iterdir()))
+        return model, _tokenizer(source, False) if saved else None
+
+
+def _tokenizer(source: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    with clear_damage(source, "a folder with a tokenizer that can be read"):
+        try:
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise FileNotFoundError(f"no tokenizer can be loaded from {source}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _verified(path_or_id: str | Path) -> Iterator[list[str]]:
+    """Hold a folder of ours while it is read, and compare its files with their checksums; gives their names.
+
+    Records are compared before they are read, weights beside it. A folder of other people's is read as it is.
+    """
+    folder = Path(path_or_id)
+    if not folder.is_dir() or not any((folder / name).exists() for name in (SUMS, COMMIT)):
+        with clear_damage(path_or_id, "a model that can be read"):
+            yield []
+        return
+    with reading(folder, anew=ANEW) as files:
+        sums = {folder / name: digest for name, digest in files.sums.items() if name.endswith(READ)}
+        for path, digest in sums.items():
+            if path.suffix != ".safetensors":
+                verify(path, digest, anew=ANEW)
+        weights = {path: digest for path, digest in sums.items() if path.suffix == ".safetensors"}
+        with verifying(weights, anew=ANEW), clear_damage(folder, "a model that can be read", ANEW):
+            yield list(files.sums)
 
 
 def _source(path_or_id: str | Path) -> str:
@@ -108,6 +148,8 @@ def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.M
         ) from error
     except (ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
+    if not trust_remote_code:
+        _refuse_foreign_code(source, config)
     model_class = _model_class(config, trust_remote_code)
     shapes, layers = layer_shapes(config), per_layer_entries(config)
     if shapes:  # stock classes refuse to be built from a config whose layers differ
@@ -139,6 +181,29 @@ def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.M
     if device is not None:
         model = model.to(resolve_device(device))
     return evaluation_mode(model)
+
+
+def _refuse_foreign_code(source: str, config: Any) -> None:
+    """A config may name a repository of kernels, which transformers would fetch and run.
+
+    Raises
+    ------
+    InputError
+        If it does.
+    """
+    parts = [
+        config,
+        *(v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "_attn_implementation")),
+    ]
+    for part in parts:
+        for name in ("_attn_implementation", "_experts_implementation"):
+            asked = getattr(part, name, None)
+            values = asked.values() if isinstance(asked, dict) else [asked]
+            if any(value is not None and value not in IMPLEMENTATIONS for value in values):
+                raise InputError(
+                    f"{source}: its config.json asks for {name.strip('_')}={asked!r}, code that is not in "
+                    "transformers: it is not run unless trust_remote_code=True"
+                )
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
@@ -180,10 +245,10 @@ def _provenance(source: str) -> dict[str, Any] | None:
     file = Path(source) / PROVENANCE
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
+    record = read_json(file, anew=ANEW)
+    if not isinstance(record.get("cuts"), list):
+        raise DamagedError(f"{file} does not say what was cut. {ANEW}")
+    return record
 
 
 def _first_line(error: Exception) -> str:

@@ -86,7 +86,7 @@ def check_loads(model: nn.Module, said: Tensor, folder: Path, format: str) -> No
 
 def _open(model: nn.Module, folder: Path, format: str) -> nn.Module:
     if format == "per-layer":
-        return load_pruned(folder)
+        return load_pruned(folder)[0]
     model_class: Any = _class_of_folder(folder) if format == "remote-code" else type(model)
     loaded, found = model_class.from_pretrained(folder, output_loading_info=True, dtype="auto")
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from torch import nn
 
+from llmbrain._files import read_json, write_json, write_text
 from llmbrain._validation import InputError
 from llmbrain.anatomy.surgery import ConfigOfLayer
 from llmbrain.checkpoints.shapes import OURS, build_empty, stock_config
@@ -109,14 +109,14 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
     code = CODE.substitute(
         base=base, ours=repr(OURS), dropped=repr(dropped), **{k: _literal(table) for k, table in tables.items()}
     )
-    (path / FILE).write_text(code, encoding="utf-8")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    write_text(path / FILE, code)
+    config = read_json(path / "config.json")
     if base.endswith("ForMaskedLM"):
         auto = "AutoModelForMaskedLM"
     else:
         auto = "AutoModelForCausalLM" if base.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
     config["auto_map"] = {auto: f"{FILE.removesuffix('.py')}.Pruned{base}"}
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(path / "config.json", config, indent=2)
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmbrain._files import transaction, write_json, write_text
+from llmbrain._files import read_json, transaction, write_json
 from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain._version import __version__
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
@@ -113,7 +112,8 @@ def save_pruned(
         exported = _stock_copy(model, format, width=-(-max(anatomy(model).widths) // multiple_of) * multiple_of)
     elif format == "masked":
         exported = _stock_copy(model, format, width=None)
-    with transaction(path, replaces=OLD) as new:
+    needed = sum(p.numel() * p.element_size() for p in exported.parameters())
+    with transaction(path, replaces=OLD, needed=needed) as new:
         _write(exported, new, format, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -150,7 +150,11 @@ def _save_gguf(
 
 
 # What an earlier model leaves in a folder that is written anew.
-OLD = ("*.safetensors", "*.safetensors.index.json", "generation_config.json", "modeling_*.py", "tokenizer*")
+OLD = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "generation_config.json", "modeling_*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*"),
+    "*.model",
+)
 
 
 def _write(exported: Any, folder: Path, format: str, max_shard_size: int | str) -> None:
@@ -175,9 +179,9 @@ def _write(exported: Any, folder: Path, format: str, max_shard_size: int | str) 
 
 def _rename(file: Path) -> None:
     """Layers that differ need a class of their own: programs that know the stock one by name must not take it."""
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = read_json(file)
     record["architectures"] = [f"Pruned{name.removeprefix('Pruned')}" for name in record.get("architectures") or []]
-    write_text(file, json.dumps(record, indent=2) + "\n")
+    write_json(file, record, indent=2)
 
 
 def _provenance(model: nn.Module, format: str) -> dict[str, Any]:

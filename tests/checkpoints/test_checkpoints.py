@@ -63,8 +63,8 @@ def test_round_trip_of_every_family(name, bias, tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert [entry["intermediate_size"] for entry in config["per_layer_config"].values()] == list(widths_for(name))
     save_pruned(loaded, None, tmp_path / "b")  # and once more from what was loaded
-    assert torch.equal(logits(load_pruned(tmp_path / "b")), expected)
-    assert getattr(load_pruned(tmp_path / "b"), RECORD) == getattr(model, RECORD)
+    assert torch.equal(logits(load_pruned(tmp_path / "b")[0]), expected)
+    assert getattr(load_pruned(tmp_path / "b")[0], RECORD) == getattr(model, RECORD)
 
 
 FRESH = """
@@ -76,7 +76,7 @@ for folder in sorted(p for p in root.iterdir() if p.is_dir()):
     form = folder.name.split(".")[1]
     if form == "per-layer":
         from llmbrain import load_pruned
-        model = load_pruned(folder)
+        model, _ = load_pruned(folder)
     else:
         auto = transformers.AutoConfig.from_pretrained(folder)
         remote = getattr(auto, "auto_map", None)
@@ -150,16 +150,16 @@ def test_a_uniform_cut_is_a_plain_model_by_itself(tmp_path):
 
 def test_dtype_shards_ties_and_generation_config_are_kept(tmp_path):
     save_pruned(cut("llama", tie_word_embeddings=True), None, tmp_path / "f")
-    model = load_pruned(tmp_path / "f", dtype=torch.bfloat16)
+    model = load_pruned(tmp_path / "f", dtype=torch.bfloat16)[0]
     model.generation_config.max_new_tokens = 7
     save_pruned(model, None, tmp_path / "s", max_shard_size="3KB")
     assert len(list((tmp_path / "s").glob("model-*.safetensors"))) > 1
-    loaded = load_pruned(tmp_path / "s")
+    loaded, _ = load_pruned(tmp_path / "s")
     assert loaded.dtype == torch.bfloat16
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert loaded.generation_config.max_new_tokens == 7
     assert torch.equal(logits(loaded), logits(model))
-    assert load_pruned(tmp_path / "s", dtype=torch.float32).dtype == torch.float32
+    assert load_pruned(tmp_path / "s", dtype=torch.float32)[0].dtype == torch.float32
     out = loaded.generate(IDS[:1, :4], do_sample=False, max_new_tokens=5, pad_token_id=0)
     assert torch.equal(out, model.generate(IDS[:1, :4], do_sample=False, max_new_tokens=5, pad_token_id=0))
 
@@ -200,7 +200,26 @@ def test_heads_cut_by_group_round_trip(name, tmp_path):
         keep_heads(layer, kept)
     record_shapes(model)
     save_pruned(model, None, tmp_path / "h")
-    assert torch.equal(logits(load_pruned(tmp_path / "h")), logits(model))
+    assert torch.equal(logits(load_pruned(tmp_path / "h")[0]), logits(model))
+
+
+def test_the_tokenizer_comes_back(tmp_path):
+    save_pruned(cut("llama"), tiny_tokenizer(), tmp_path / "with")
+    model, tokenizer = load_pruned(tmp_path / "with")
+    assert model(torch.tensor([tokenizer("hello").input_ids])).logits.isfinite().all()
+    save_pruned(cut("llama"), None, tmp_path / "without")
+    assert load_pruned(tmp_path / "without")[1] is None
+
+
+def test_code_from_elsewhere_is_not_run_for_a_config(tmp_path):
+    import json
+
+    tiny("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernel"}))
+    with pytest.raises(InputError, match=r"attn_implementation='someone/kernel', code that is not in transformers"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])

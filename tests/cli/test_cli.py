@@ -84,7 +84,7 @@ def test_run_writes_a_study_that_holds_together(monkeypatch, capsys, tmp_path, m
     for name in ("report.html", "plan.json", "scan/manifest.json", "networks/mixing.tsv", "networks/key_neurons.tsv"):
         assert (out / name).is_file(), name
     assert list((out / "networks").glob("*.nii*"))
-    small = lb.load_pruned(out / "pruned")
+    small = lb.load_pruned(out / "pruned")[0]
     _, tokenizer = lb.load_model(out / "pruned")
     texts = lb.load_texts(text_file)
     assert lb.perplexity(small, tokenizer, texts) == pytest.approx(summary["pruned"]["perplexity"], rel=1e-5)
@@ -129,7 +129,7 @@ def test_plans_take_heads_and_protect_layers(monkeypatch, capsys, tmp_path, mode
     small = tmp_path / "small"
     code, _, err = call(monkeypatch, capsys, "prune", model_folder, "--text", text_file, "--plan", made, "--out", small)
     assert code == 0, err
-    assert [layer.n_kv_heads for layer in anatomy(lb.load_pruned(small)).layers] == [len(k) for k in plan.kept_heads]
+    assert [layer.n_kv_heads for layer in anatomy(lb.load_pruned(small)[0]).layers] == [len(k) for k in plan.kept_heads]
     code, _, err = call(monkeypatch, capsys, "plan", model_folder, "--text", text_file, "--protect", "last")
     assert code == 2
     assert "--protect=last must be whole numbers" in err
@@ -145,7 +145,7 @@ def test_a_model_is_pruned_on_text_of_its_own(monkeypatch, capsys, tmp_path, mod
             monkeypatch, capsys, "prune", model_folder, *text, "--self-text", 20, "--ratio", 0.5, "--out", out
         )
         assert code == 0, err
-        small = lb.load_pruned(out)
+        small = lb.load_pruned(out)[0]
         sizes[name] = small.llmbrain_pruning[-1]["calibration"]["shape"]
         assert sum(small.llmbrain_pruning[-1]["widths_before"]) == 2 * sum(
             len(k) for k in small.llmbrain_pruning[-1]["kept"]

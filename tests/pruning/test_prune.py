@@ -42,7 +42,7 @@ def test_compensated_models_travel(name, compensate, tmp_path):
     plan = plan_pruning(model, ratio=0.4, method="flap", allocation="global", calibration=windows())
     small = prune(model, plan, calibration=windows(), compensate=compensate)
     save_pruned(small, None, tmp_path / "p")
-    assert torch.equal(logits(load_pruned(tmp_path / "p")), logits(small))
+    assert torch.equal(logits(load_pruned(tmp_path / "p")[0]), logits(small))
 
 
 def test_a_pruned_model_is_pruned_and_scanned_again(tmp_path):
@@ -50,9 +50,9 @@ def test_a_pruned_model_is_pruned_and_scanned_again(tmp_path):
     once = prune(model, plan_pruning(model, ratio=0.3, method="magnitude"))
     twice = prune(once, plan_pruning(once, ratio=0.3, method="random", allocation="global"))
     save_pruned(twice, None, tmp_path / "t", format="masked")
-    assert torch.allclose(logits(load_pruned(tmp_path / "t")), logits(twice), atol=1e-6)
+    assert torch.allclose(logits(load_pruned(tmp_path / "t")[0]), logits(twice), atol=1e-6)
     save_pruned(twice, tiny_tokenizer(), tmp_path / "p")
-    again = load_pruned(tmp_path / "p")
+    again = load_pruned(tmp_path / "p")[0]
     assert len(again.llmbrain_pruning) == 2
     (run,) = scan(again, tiny_tokenizer(), ["abcabc"])
     assert run.space.widths == anatomy(twice).widths

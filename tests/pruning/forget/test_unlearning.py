@@ -61,6 +61,6 @@ def test_the_command_forgets(two_abilities, tmp_path):
     call[3] = str(tmp_path / "labelled")
     result = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "small")])
     assert result.exit_code == 0, result.output
-    after = right_by_condition(lb.load_pruned(tmp_path / "small"), scans, ids)
+    after = right_by_condition(lb.load_pruned(tmp_path / "small")[0], scans, ids)
     assert after["low"] < 0.2
     assert after["high"] > 0.9
