@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.checkpoints.loading import load_pruned
 from llmbrain.checkpoints.remote import FILE
-from llmbrain.hooks.text import evaluating, input_device
+from llmbrain.hooks.text import evaluating, evaluation_mode, input_device
 
 N_TOKENS = 8  # of the pass that is compared
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest number; rounding only
@@ -93,7 +93,7 @@ def _open(model: nn.Module, folder: Path, format: str) -> nn.Module:
         names = sorted(str(key) for key in found.get(kind) or [])
         if names:
             raise InputError(f"format={format!r}: saved and loaded again, {names[0]} is among the {kind}")
-    return loaded.eval()
+    return evaluation_mode(loaded)
 
 
 def _class_of_folder(folder: Path) -> Any:

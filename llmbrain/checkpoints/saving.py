@@ -28,6 +28,7 @@ from llmbrain.checkpoints.shapes import (
     stock_config,
     text_config,
 )
+from llmbrain.hooks.change import refuse_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +92,7 @@ def save_pruned(
         If the format can not hold this model, it carries an adapter, cannot run, or what was written does not load as
         the same model; nothing is written.
     """
+    refuse_changed(model, "save_pruned")
     check_option("format", format, FORMATS)
     path = Path(path)
     check_whole("multiple_of", multiple_of, 1)

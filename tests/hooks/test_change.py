@@ -137,3 +137,25 @@ def test_evaluating_turns_every_cache_off_and_gives_it_back():
     with evaluating(model, cache=True):
         assert model(input_ids=IDS).past_key_values is not None
     assert model.config.use_cache
+
+
+def test_a_multimodal_wrapper_reads_as_the_model_within():
+    """LLaVA says use_cache in its text config only; a cache that grew over batches would change every moment."""
+    from transformers import CLIPVisionConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+    inner = tiny("llama")
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+                              image_size=8, patch_size=4)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=inner.config, image_token_index=47)
+    wrapper = LlavaForConditionalGeneration(config)
+    wrapper.model.language_model.load_state_dict(inner.model.state_dict())
+    wrapper.lm_head.load_state_dict(inner.lm_head.state_dict())
+    assert isinstance(inner, LlamaForCausalLM)
+    windows = torch.randint(3, 46, (64, 32), generator=torch.Generator().manual_seed(0))
+    after = []
+    for model in (inner, wrapper):
+        plan = lb.plan_pruning(model, ratio=0.5, method="flap", calibration=windows)
+        small = lb.prune(model, plan, calibration=windows, compensate="bias")
+        after.append((plan.kept, lb.perplexity(small, None, windows)))
+    assert after[0][0] == after[1][0]
+    assert after[0][1] == pytest.approx(after[1][1], rel=1e-6)
