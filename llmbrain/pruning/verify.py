@@ -65,6 +65,24 @@ def check_cut_is_zeroing(model: nn.Module, body: Anatomy, kept: Kept, windows: T
         _try_blocks(model, body, kept, kinds, ids)
 
 
+def check_reads(model: Any, windows: Tensor) -> None:
+    """Refuse a model that does not read token ids alone, before any work.
+
+    Raises
+    ------
+    InputError
+        With what the model said.
+    """
+    try:
+        with evaluating(model):
+            model(input_ids=windows[:1, :N_TOKENS].to(input_device(model)))
+    except FAILURES as error:
+        raise InputError(
+            f"model {type(model).__name__} does not read token ids alone ({type(error).__name__}: {_line(error)}): "
+            "pass the language model inside it"
+        ) from error
+
+
 def _cuts(units: Units, body: Anatomy, kept: Sequence[NDArray[np.int64]]) -> bool:
     return any(len(k) < units.count(layer) for layer, k in zip(body.layers, kept))
 

@@ -4,14 +4,20 @@ A `Stream` holds the hidden states of the calibration windows between two blocks
 the changed block costs two block passes, so a whole sequential calibration costs two forward passes, not one per layer;
 and where only the MLP was changed, the second needs no attention. What is held is tokens x hidden size, twice; signals
 of neurons (tokens x width) never are.
+
+A stream is believed only once it has been compared with the model: some models give their blocks more than the block
+before them gives (per-layer embeddings, states that layers share). For these `WholePasses` runs the model anew for
+every layer.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +31,18 @@ from llmbrain.hooks.change import saying
 from llmbrain.hooks.listen import Call, hear_calls, hear_outputs
 from llmbrain.hooks.text import BATCH_TOKENS, batches, evaluating, input_device
 from llmbrain.pruning.calibrate.moments import Moments
+from llmbrain.pruning.verify import FAILURES, check_reads
 
 LEAST_BATCHES = 8
 HELD_OUT = 8  # one batch in so many is held out to choose the ridge
 
 
-class _FirstBlockReached(Exception):
-    """Raised by our own hook to end a forward pass before the first block."""
+class CalibrationWarning(UserWarning):
+    """Calibration is right, but slower than it could be."""
+
+
+class _Reached(Exception):
+    """Raised by our own hook to end a forward pass where nothing more is wanted."""
 
 
 def calibration_batches(windows: Tensor) -> tuple[Tensor, ...]:
@@ -95,6 +106,97 @@ class Stream:
             return _tensor(layer.block(hidden, *args, **kwargs))
 
 
+class WholePasses:
+    """As a `Stream`, by a forward pass of the model for every layer and batch, up to what is listened to."""
+
+    def __init__(self, model: nn.Module, body: Anatomy, windows: Tensor) -> None:
+        self.model, self.layers, self.at = model, body.layers, 0
+        self.hidden = list(calibration_batches(windows))  # token ids: nothing else is held
+
+    def run(self, batch: int, output: Projection) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Put one batch through the model as it is now, and listen at one of its output projections."""
+        caught: list[tuple[Tensor, Tensor]] = []
+
+        def keep(entering: Tensor, out: Tensor) -> None:
+            caught.append((entering.detach().flatten(0, -2), out.detach().flatten(0, -2).clone()))
+            raise _Reached
+
+        ids = self.hidden[batch]
+        with evaluating(self.model), suppress(_Reached), hear_outputs(None, [(output.module, keep)]):
+            self.model(input_ids=ids.to(input_device(self.model)))
+        if not caught or len(caught[0][0]) != ids.numel():
+            raise InputError(f"model {type(self.model).__name__}: {output.path} does not see one row a token")
+        return caught[0], ids
+
+    def advance(self, hidden: list[Tensor] | None = None) -> None:
+        """Go on to the next block."""
+        self.at += 1
+
+
+_FAITHFUL: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
+
+
+def stream_of(model: nn.Module, body: Anatomy, windows: Tensor) -> Stream | WholePasses:
+    """A stream of these windows, if it is as good as the model, else whole passes (and a warning that says so)."""
+    key = (len(body.layers), windows.shape[1], *(len(batch) for batch in calibration_batches(windows)))
+    known = _FAITHFUL.setdefault(model, {})
+    if known.get(key, True):
+        try:
+            stream = Stream(model, body, windows)
+            if key not in known:
+                known[key] = is_faithful(stream, model, windows)
+            if known[key]:
+                return stream
+        except FAILURES as error:
+            if key in known or isinstance(error, torch.OutOfMemoryError):
+                raise
+            check_reads(model, windows)  # where the model itself fails, that is the error
+            known[key] = False
+        warnings.warn(
+            f"the blocks of {type(model).__name__} get more than the block before gives: calibration takes whole "
+            f"forward passes, one for each of its {len(body.layers)} layers",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+    return WholePasses(model, body, windows)
+
+
+def is_faithful(stream: Stream, model: nn.Module, windows: Tensor) -> bool:
+    """Whether the last batch of a stream at its start meets in every block what it meets in the model."""
+    batch, last = calibration_batches(windows)[-1], len(stream.hidden) - 1
+    met: dict[int, Tensor] = {}
+    places: list[tuple[nn.Module, Any]] = []
+
+    def hear(i: int, *, out: bool) -> Callable[..., None]:
+        return lambda entering, output: met.__setitem__(i, _tensor(output if out else entering).detach().clone())
+
+    for i, layer in enumerate(stream.layers):
+        places.append((layer.block, hear(i, out=False)))
+    places.append((stream.layers[-1].block, hear(len(stream.layers), out=True)))
+    with evaluating(model), hear_outputs(None, places):
+        model(input_ids=batch.to(input_device(model)))
+    with evaluating(model):  # what blocks were told on the side is now of another text, as for all other batches
+        model(input_ids=batch[:1].flip(1).to(input_device(model)))
+    start = stream.hidden[last]
+    try:
+        for i in range(len(stream.layers)):
+            if not _alike(stream.hidden[last], met[i]):
+                return False
+            stream.hidden[last] = stream._through(last)
+            stream.at += 1
+        return _alike(stream.hidden[last], met[len(stream.layers)])
+    finally:
+        stream.at, stream.hidden[last] = 0, start
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape:
+        return False
+    rounding = 1e-4 if x.dtype in (torch.float32, torch.float64) else 2e-2
+    difference = (x.double() - y.to(x.device).double()).abs().max()
+    return bool(difference <= rounding * y.double().abs().max().to(x.device))
+
+
 def _record_calls(model: nn.Module, body: Anatomy, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The arguments, beside the hidden states, that each block gets in a real forward pass of this batch size."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -120,9 +222,9 @@ def _before_first_block(model: nn.Module, body: Anatomy, batch: Tensor) -> Tenso
 
     def keep(call: Call) -> None:
         caught.append(call.entering)
-        raise _FirstBlockReached
+        raise _Reached
 
-    with evaluating(model), suppress(_FirstBlockReached), hear_calls(None, [(body.layers[0].block, keep)]):
+    with evaluating(model), suppress(_Reached), hear_calls(None, [(body.layers[0].block, keep)]):
         model(input_ids=batch.to(input_device(model)))
     if caught:
         return caught[0]
@@ -185,7 +287,7 @@ def walk(
         How much each token counts.
     """
     with evaluating(model):
-        stream = Stream(model, body, windows)
+        stream = stream_of(model, body, windows)
         sizes = [len(h) for h in stream.hidden]
         token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
         late: list[tuple[Projection, Change]] = []
@@ -224,7 +326,7 @@ def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _measure(
-    stream: Stream, units: Units, output: Projection, weights: list[Tensor] | None
+    stream: Stream | WholePasses, units: Units, output: Projection, weights: list[Tensor] | None
 ) -> tuple[Measured, list[Tensor]]:
     """Moments of one output projection in block `stream.at`, and the hidden states after the block."""
     layer = stream.layers[stream.at]

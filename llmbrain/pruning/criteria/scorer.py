@@ -18,6 +18,7 @@ from llmbrain.pruning.calibrate.gradients import gradient_pass
 from llmbrain.pruning.calibrate.stream import Measured, Step, walk
 from llmbrain.pruning.calibrate.windows import check_enough, check_weights
 from llmbrain.pruning.criteria.base import Evidence, Material, criterion
+from llmbrain.pruning.verify import check_reads
 
 Scores = list[NDArray[np.float64]]
 Kept = tuple[NDArray[np.int64], ...]
@@ -51,6 +52,7 @@ class Scorer:
                 raise InputError(f"method={method!r} needs calibration texts (or scans with tokens)")
             check_enough(windows, max(material.body.widths))
             check_weights(material.weights, windows)
+            check_reads(material.model, windows)
         self.targets: NDArray[np.bool_] | None = None
         self._generator = torch.Generator().manual_seed(material.random_state)
         self._metric: dict[Units, list[Tensor]] = {}
