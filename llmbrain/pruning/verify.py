@@ -65,7 +65,7 @@ def check_cut_is_zeroing(model: nn.Module, body: Anatomy, kept: Kept, windows: T
         _try_blocks(model, body, kept, kinds, ids)
 
 
-def check_reads(model: Any, windows: Tensor) -> None:
+def check_reads(model: nn.Module, windows: Tensor) -> None:
     """Refuse a model that does not read token ids alone, before any work.
 
     Raises
