@@ -28,7 +28,7 @@ from llmbrain.pruning.verify import check_cut_is_zeroing
 from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PARTS = ("weight", "bias")
 COMPENSATIONS = (None, "bias", "least-squares")
@@ -47,7 +47,7 @@ def prune(
     inplace: bool = False,
     verify: bool = True,
     **text: Any,
-) -> Any:
+) -> PreTrainedModel:
     """Cut what a plan removes out of a model's weights.
 
     Without compensation the result equals the model with those neurons set to zero.
