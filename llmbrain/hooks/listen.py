@@ -182,7 +182,7 @@ def hear_inputs(model: nn.Module | None, places: Iterable[tuple[nn.Module, Calla
     return Hooks(model, [Place(module, hearing(listen)) for module, listen in places])
 
 
-def hear_outputs(model: nn.Module | None, places: Iterable[tuple[nn.Module, Callable[[Tensor, Any], None]]]) -> Hooks:
+def hear_outputs(model: nn.Module | None, places: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Hooks:
     """Functions that get the tensor that entered a module, and what came out."""
 
     def hearing(listen: Callable[[Tensor, Any], None]) -> Callable[[Call, Any], None]:
