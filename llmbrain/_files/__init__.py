@@ -53,7 +53,7 @@ from llmbrain._files.one import (
     write_text,
     writing,
 )
-from llmbrain._files.owner import BusyError, owner
+from llmbrain._files.owner import LOCK, BusyError, owner
 from llmbrain._files.parts import SUMS, append_sum, discard_sum, read_sums, replace_sums, sweep
 from llmbrain._files.reading import (
     StoredFiles,
@@ -67,9 +67,11 @@ from llmbrain._files.reading import (
     verify_listed,
     verifying,
 )
-from llmbrain._files.sets import discard, discard_file, settle, transaction
+from llmbrain._files.sets import COMMIT, discard, discard_file, remove_folder, settle, transaction
 
 __all__ = [
+    "COMMIT",
+    "LOCK",
     "SUMS",
     "BusyError",
     "DamagedError",
@@ -92,6 +94,7 @@ __all__ = [
     "read_sums",
     "read_tensors",
     "reading",
+    "remove_folder",
     "replace_sums",
     "seal_of",
     "settle",

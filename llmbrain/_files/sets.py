@@ -166,6 +166,16 @@ def discard_file(path: str | os.PathLike[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Remove a folder at once: it goes aside in one step, then its files go; what a kill leaves is swept later."""
+    folder = Path(folder)
+    with clear_errors(folder):
+        aside = temporary_of(folder)
+        folder.rename(aside)
+        flush_folder(folder.parent)
+        shutil.rmtree(aside)
+
+
 def discard(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
     """Remove files (or patterns) of a folder and their lines in its ``SHA256SUMS``, at once."""
     folder = Path(folder)

@@ -11,7 +11,7 @@ import typer
 
 from llmbrain._version import __version__
 from llmbrain.cli import compare, demo, networks, pruning, run, serving, steps, view
-from llmbrain.cli.common import fail
+from llmbrain.cli.common import fail, is_expected
 
 __all__ = ["app", "main"]
 
@@ -49,16 +49,23 @@ def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2; `LLMBRAIN_DEBUG=1` shows the traceback."""
-    from llmbrain._validation import InputError
-
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading: our own say what takes time
     warnings.showwarning = _warn  # a line a person can read, instead of the place in the code
     try:
         app()
-    except (InputError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        if os.environ.get("LLMBRAIN_DEBUG"):
+    except Exception as error:
+        if os.environ.get("LLMBRAIN_DEBUG") or not is_expected(error):
             raise
         fail(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        # typer makes an exit code of Ctrl-C: its word for it, or that of its older versions
+        if isinstance(stopped, SystemExit) and stopped.code != 130 and not _from_ctrl_c(stopped):
+            raise
         typer.echo("interrupted: what was written is kept; the same command goes on from there", err=True)
         sys.exit(130)
+
+
+def _from_ctrl_c(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -31,11 +31,25 @@ OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Write over what --
 SEED = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
+# What readers and disks raise, by name: their packages are not imported for a message.
+EXPECTED = {"InputError", "SafetensorError", "ImageFileError", "HeaderDataError", "BadZipFile", "UnpicklingError",
+            "ParserError", "EmptyDataError", "OSError", "UnicodeError", "JSONDecodeError", "EOFError"}  # fmt: skip
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error says something about the input or the disk: one line, without the place in the code."""
+    return any(kind.__name__ in EXPECTED for kind in type(error).__mro__)
+
+
 def fail(error: BaseException) -> None:
     """One line for a person, exit code 2."""
     message = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         message = f"{error.filename} does not exist"
+    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    elif type(error).__name__ == "SafetensorError":
+        message = f"a safetensors file is damaged: {message}"
     typer.echo(f"error: {message}", err=True)
     sys.exit(2)
 

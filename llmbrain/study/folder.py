@@ -19,12 +19,25 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmbrain._files import plain, read_json, write_json
+from llmbrain._files import (
+    COMMIT,
+    LOCK,
+    SUMS,
+    clear_errors,
+    discard,
+    owner,
+    plain,
+    read_json,
+    remove_folder,
+    transaction,
+    write_json,
+)
 from llmbrain._validation import InputError
 from llmbrain.checkpoints import load_model
 from llmbrain.decomposition import GroupICA, read_ica
@@ -154,30 +167,68 @@ def _(obj: Study, *, title: str | None = None, **contents: Any) -> Report:
     return build_report(title=title or f"llmbrain: {obj.folder.name}", **{**own, **contents})
 
 
-def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Take a folder for a study, or go on with the same one.
+@contextmanager
+def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = False) -> Iterator[None]:
+    """Own a folder while a study is written into it: a new one, or the same one that goes on.
+
+    With `overwrite`, what other settings had made there is removed before the new ones are noted: what is found later
+    was made by the settings that stand in ``study.json``, whenever a run was stopped.
 
     Raises
     ------
+    BusyError
+        If another process writes into the folder now.
     InputError
         If the folder holds a study with other settings, or files that are no study.
     """
     folder = Path(folder)
     mark = folder / "study.json"
     settings = json.loads(json.dumps(settings, default=plain))
-    if mark.is_file() and not overwrite:
-        before = read_json(mark)
-        other = [k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k)]
-        if other:
-            changed = ", ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(other))
+    with clear_errors(folder):
+        strange = folder.is_dir() and any(p.name not in (LOCK, COMMIT) for p in folder.iterdir())
+    with owner(folder):
+        if mark.is_file():
+            try:
+                before = read_json(mark, anew="give another folder, or --overwrite")
+            except InputError:
+                if not overwrite:
+                    raise
+                before = {}
+            other = [k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k)]
+            if other and not overwrite:
+                changed = ", ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(other))
+                raise InputError(
+                    f"out={str(folder)!r} already holds another study ({changed}): choose another, or --overwrite"
+                )
+            if other:
+                _remove_parts(folder)
+        elif strange and not overwrite:
             raise InputError(
-                f"out={str(folder)!r} already holds another study ({changed}): choose another, or --overwrite"
+                f"out={str(folder)!r} already holds files that are no study of llmbrain: choose another folder"
             )
-    elif folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(
-            f"out={str(folder)!r} already holds files that are no study of llmbrain: choose another folder"
-        )
-    write_json(mark, settings)
+        elif strange:
+            _remove_parts(folder)
+        with transaction(folder) as new:  # what is written beside it later joins its checksums
+            write_json(new / mark.name, settings, seal=True)
+        yield
+
+
+PARTS = {"scan": "manifest.json", "networks": "networks.json", "ica": "ica.json", "pruned": "config.json",
+         "lesions": "lesions.json", "dualreg": "dual_regression.json"}  # fmt: skip
+MADE = (
+    *("networks.safetensors", "networks.json", "desc-ICA_stat-z_components.nii.gz", "mixing.tsv", "key_neurons.tsv"),
+    *("summary.json", "plan.json", "report.html", "comparison.json", "table-*.tsv", "figure-*.png", "melodic_*"),
+)
+"""What a study holds beside its settings: folders, with a file that shows that they are ours, and files."""
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove what a study made, before another one takes its place; nothing that is not ours."""
+    for name, part_mark in PARTS.items():
+        part = folder / name
+        if part.is_dir() and any((part / m).exists() for m in (part_mark, "study.json", SUMS)):
+            remove_folder(part)
+    discard(folder, MADE)
 
 
 def provenance(model_id: str, texts: Sequence[str], **settings: Any) -> dict[str, Any]:

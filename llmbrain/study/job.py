@@ -112,47 +112,47 @@ def run(
         "threshold": threshold, "seed": random_state, "n_tokens": n_tokens, "max_windows": max_windows,
     }  # fmt: skip
     record = provenance(name, texts, **settings, device=str(input_device(model)))
-    claim(out, {"model": name, "texts": record["texts"]["sha256"], **settings}, overwrite=overwrite)
-    study = Study(out)
+    with claim(out, {"model": name, "texts": record["texts"]["sha256"], **settings}, overwrite=overwrite):
+        study = Study(out)
 
-    tell("1/5 the model as it is: perplexity, size, speed")
-    calibration, held_out = split_texts(texts)
-    scanned = limit_tokens(calibration or texts, tokenizer, n_tokens)
-    dense = measure(model, tokenizer, texts, max_windows)
+        tell("1/5 the model as it is: perplexity, size, speed")
+        calibration, held_out = split_texts(texts)
+        scanned = limit_tokens(calibration or texts, tokenizer, n_tokens)
+        dense = measure(model, tokenizer, texts, max_windows)
 
-    tell("2/5 scan: every neuron at every token")
-    sites = [site, *CRITERIA[method]().sites(anatomy(model))]
-    study.scans = scan(model, tokenizer, scanned, out=out / "scan", site=sites)
+        tell("2/5 scan: every neuron at every token")
+        sites = [site, *CRITERIA[method]().sites(anatomy(model))]
+        study.scans = scan(model, tokenizer, scanned, out=out / "scan", site=sites)
 
-    tell("3/5 functional networks: group ICA")
-    study.ica = GroupICA(n_components, random_state=random_state, device=str(input_device(model))).fit(study.scans)
-    study.networks = FunctionalNetworks.from_ica(study.ica, threshold=threshold)
-    study.networks.save(out / "networks", overwrite=True)
+        tell("3/5 functional networks: group ICA")
+        study.ica = GroupICA(n_components, random_state=random_state, device=str(input_device(model))).fit(study.scans)
+        study.networks = FunctionalNetworks.from_ica(study.ica, threshold=threshold)
+        study.networks.save(out / "networks", overwrite=True)
 
-    tell(f"4/5 pruning: {ratio:.0%} of the MLP neurons, method {method}, compensation {compensate}")
-    small, study.plan = cut(
-        model, tokenizer, evidence=Evidence(study.networks, study.scans, scanned), out=out / "pruned", ratio=ratio,
-        method=method, compensate=compensate, random_state=random_state, report=False, overwrite=True,
-    )  # fmt: skip
-    study.plan.save(out / "plan.json")
-    study.pruned = small, tokenizer
-    summary: dict[str, Any] = {
-        "dense": dense,
-        "pruned": measure(small, tokenizer, texts, max_windows),
-        "networks": {
-            "n_components": len(study.networks), "n_key_neurons": int(study.networks.masks.any(axis=0).sum())
-        },
-        "held_out": _held_out(model, small, tokenizer, held_out, max_windows),
-        "provenance": record,
-    }  # fmt: skip
-    found = extras(study, model) if extras else {}
-    in_report = found.pop("report", {})
-    study.summary = {**summary, **found}
+        tell(f"4/5 pruning: {ratio:.0%} of the MLP neurons, method {method}, compensation {compensate}")
+        small, study.plan = cut(
+            model, tokenizer, evidence=Evidence(study.networks, study.scans, scanned), out=out / "pruned", ratio=ratio,
+            method=method, compensate=compensate, random_state=random_state, report=False, overwrite=True,
+        )  # fmt: skip
+        study.plan.save(out / "plan.json")
+        study.pruned = small, tokenizer
+        summary: dict[str, Any] = {
+            "dense": dense,
+            "pruned": measure(small, tokenizer, texts, max_windows),
+            "networks": {
+                "n_components": len(study.networks), "n_key_neurons": int(study.networks.masks.any(axis=0).sum())
+            },
+            "held_out": _held_out(model, small, tokenizer, held_out, max_windows),
+            "provenance": record,
+        }  # fmt: skip
+        found = extras(study, model) if extras else {}
+        in_report = found.pop("report", {})
+        study.summary = {**summary, **found}
 
-    tell("5/5 report")
-    report(study, **in_report).save(out / "report.html")
-    write_json(out / "summary.json", study.summary, default=plain)
-    return study
+        tell("5/5 report")
+        report(study, **in_report).save(out / "report.html")
+        write_json(out / "summary.json", study.summary, default=plain)
+        return study
 
 
 def measure(

@@ -112,26 +112,26 @@ def decompose(
     settings = {
         "components": n_components, "method": method, "runs": len(scans), "seed": random_state, "scan": digest
     }  # fmt: skip
-    claim(target, settings, overwrite=overwrite)
-    if (target / "ica" / "ica.json").is_file() and not overwrite:
-        tell("group ICA: done before")
-        ica = read_ica(target / "ica")
-    else:
-        ica = GroupICA(
-            n_components, method=method, random_state=random_state, device=device, progress=bool(progress)
-        ).fit(scans)
-        ica.save(target / "ica", overwrite=True)
-    networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
-    networks.save(target, overwrite=True)
-    if convention == "fsl":
-        write_melodic(ica, target)
-    made: dict[str, Any] = {"ica": ica, "networks": networks}
-    if stability:
-        made["stability"] = ica_stability(
-            scans, n_components=ica.n_components_, n_starts=stability, random_state=random_state, device=device
-        )
-    write_report(target / "report.html", title=f"Networks of {study.folder}", scans=scans, **made)
-    return {**made, "folder": target}
+    with claim(target, settings, overwrite=overwrite):
+        if (target / "ica" / "ica.json").is_file() and not overwrite:
+            tell("group ICA: done before")
+            ica = read_ica(target / "ica")
+        else:
+            ica = GroupICA(
+                n_components, method=method, random_state=random_state, device=device, progress=bool(progress)
+            ).fit(scans)
+            ica.save(target / "ica", overwrite=True)
+        networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
+        networks.save(target, overwrite=True)
+        if convention == "fsl":
+            write_melodic(ica, target)
+        made: dict[str, Any] = {"ica": ica, "networks": networks}
+        if stability:
+            made["stability"] = ica_stability(
+                scans, n_components=ica.n_components_, n_starts=stability, random_state=random_state, device=device
+            )
+        write_report(target / "report.html", title=f"Networks of {study.folder}", scans=scans, **made)
+        return {**made, "folder": target}
 
 
 def describe_networks(

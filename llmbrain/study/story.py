@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def compare(
     settings = {"fmri": _plain(fmri), "words": _plain(words), **{k: _plain(v) for k, v in asked.items()}}
     if tr is not None:
         check_tr(tr)
-    with _noted() as said:
+    with _noted() as said, ExitStack() as held:
         columns, tier = reading.pop("columns", None), reading.pop("tier", None)
         table = load_words(words, columns=columns, tier=tier) if isinstance(words, (str, os.PathLike)) else words
         brain = fmri
@@ -97,7 +97,7 @@ def compare(
         if isinstance(networks, Study) or (isinstance(networks, (str, os.PathLike)) and Path(networks).is_dir()):
             networks = (networks if isinstance(networks, Study) else Study(networks)).networks
         if out is not None:
-            claim(out, {"model": name, **settings}, overwrite=overwrite)
+            held.enter_context(claim(out, {"model": name, **settings}, overwrite=overwrite))
         if isinstance(source, (str, os.PathLike)):
             source = load_model(os.fspath(source), device=device)
         result = compare_brains(

@@ -236,4 +236,4 @@ def _keep_saved(name: str, model: Any, body: Anatomy, root: Any, form: str, use_
     wanted = saved(model, body, folder, form, use_heads)
     torch.save(wanted, root / f"{name}.{form}.pt")
     if form == "per-layer":
-        same(answer(lb.load_pruned(folder)), wanted, "loaded")
+        same(answer(lb.load_pruned(folder)[0]), wanted, "loaded")

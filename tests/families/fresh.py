@@ -40,7 +40,7 @@ def main(root: Path, with_llmbrain: bool) -> dict[str, str]:
             if per_layer:
                 from llmbrain import load_pruned
 
-                model = load_pruned(folder)
+                model, _ = load_pruned(folder)
             else:
                 model = open_plain(folder)
             with torch.no_grad():

@@ -80,12 +80,21 @@ def test_the_model_comes_back_untouched_and_the_same_call_goes_on(made, subject,
 
 
 def test_a_folder_is_claimed(tmp_path):
-    claim(tmp_path / "s", {"a": 1})
-    claim(tmp_path / "s", {"a": 1})
+    def held(name, **options):
+        with claim(tmp_path / name, *options.pop("settings"), **options):
+            return sorted(p.name for p in (tmp_path / name).iterdir())
+
+    assert held("s", settings=[{"a": 1}]) == [".llmbrain-lock", "SHA256SUMS", "study.json"]
+    (tmp_path / "s" / "scan").mkdir()
+    (tmp_path / "s" / "scan" / "manifest.json").touch()
+    (tmp_path / "s" / "mine.txt").touch()
+    held("s", settings=[{"a": 1}])
     with pytest.raises(InputError, match="a: 1 there, 2 now"):
-        claim(tmp_path / "s", {"a": 2})
-    claim(tmp_path / "s", {"a": 2}, overwrite=True)
+        held("s", settings=[{"a": 2}])
+    assert (tmp_path / "s" / "scan").is_dir()
+    # what other settings made is gone, and nothing else
+    assert held("s", settings=[{"a": 2}], overwrite=True) == [".llmbrain-lock", "SHA256SUMS", "mine.txt", "study.json"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(InputError, match="no study"):
-        claim(tmp_path / "other", {"a": 1})
+        held("other", settings=[{"a": 1}])
