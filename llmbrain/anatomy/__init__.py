@@ -1,5 +1,6 @@
 """Where a model's neurons, heads and their weights are, and how they are cut."""
 
+from llmbrain.anatomy.experts import ExpertAnatomy, expert_anatomy, has_experts
 from llmbrain.anatomy.families import (
     FAMILIES,
     Anatomy,
@@ -15,6 +16,7 @@ from llmbrain.anatomy.space import NeuronSpace, grid_of
 __all__ = [
     "FAMILIES",
     "Anatomy",
+    "ExpertAnatomy",
     "Family",
     "LayerAnatomy",
     "NeuronSpace",
@@ -22,5 +24,7 @@ __all__ = [
     "Projection",
     "anatomy",
     "context_length",
+    "expert_anatomy",
     "grid_of",
+    "has_experts",
 ]

@@ -7,6 +7,7 @@ of the widest; cells without a neuron are padding, and are masked.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,9 @@ class NeuronSpace:
     ----------
     widths : sequence of int
         Number of neurons of each layer, in order. Layers may differ; a layer may be empty (width 0).
+    experts : sequence of sequence of int, optional
+        Of a mixture of experts: the widths of each layer's experts, which lie side by side in its slice, shared ones
+        first; they sum to the layer's width. A dense layer is one expert.
 
     Attributes
     ----------
@@ -59,11 +63,15 @@ class NeuronSpace:
     (8, (1, 2))
     >>> space.shape, space.from_volume(space.to_volume(np.arange(10))).tolist()
     ((2, 3, 2), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    >>> mixture = NeuronSpace([6], experts=[[2, 2, 2]])
+    >>> mixture.index(0, 1, expert=2), mixture.locate_expert(5)
+    (5, (0, 2, 1))
     """
 
     widths: tuple[int, ...]
+    experts: tuple[tuple[int, ...], ...] | None
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], experts: Sequence[Sequence[int]] | None = None) -> None:
         try:
             values = tuple(int(w) for w in widths)
             exact = all(v == w for v, w in zip(values, widths))
@@ -76,6 +84,18 @@ class NeuronSpace:
                 f"widths={str(list(widths))[:80]} are {sum(values):.3g} neurons: at most {MOST_NEURONS} are read"
             )
         object.__setattr__(self, "widths", values)
+        object.__setattr__(self, "experts", None if experts is None else self._parts(experts))
+
+    def _parts(self, experts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        """Widths of experts that fit those of the layers."""
+        try:
+            parts = tuple(tuple(operator.index(w) for w in layer) for layer in experts)
+        except TypeError:
+            raise InputError(f"experts={str(experts)[:80]} must hold whole numbers, one sequence a layer") from None
+        fit = len(parts) == len(self.widths) and all(sum(p) == w for p, w in zip(parts, self.widths))
+        if not fit or any(width < 0 for layer in parts for width in layer):
+            raise InputError(f"experts={str(experts)[:80]} do not add up to the widths {str(list(self.widths))[:80]}")
+        return parts
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -119,10 +139,29 @@ class NeuronSpace:
         """Index within its layer of each neuron; shape ``(n_neurons,)``."""
         return np.arange(self.n_neurons) - self.offsets[self.layer_of]
 
+    @cached_property
+    def first_of_expert(self) -> tuple[NDArray[np.int64], ...]:
+        """For each layer, where in it each of its experts begins, and its width at the end."""
+        parts = self.experts if self.experts is not None else tuple((w,) for w in self.widths)
+        return tuple(np.cumsum([0, *layer]).astype(np.int64) for layer in parts)
+
+    def expert_slice(self, layer: int, expert: int) -> slice:
+        """Flat indices of an expert, as a slice; shared experts are counted first."""
+        start = self.layer_slice(layer).start
+        firsts = self.first_of_expert[layer]
+        number = int(self._checked("expert", expert, len(firsts) - 1))
+        return slice(start + int(firsts[number]), start + int(firsts[number + 1]))
+
     # -- (layer, neuron) <-> flat ------------------------------------------------------------------------------------
 
-    def index(self, layer: ArrayLike, neuron: ArrayLike) -> Any:
+    def index(self, layer: ArrayLike, neuron: ArrayLike, *, expert: ArrayLike | None = None) -> Any:
         """Flat index of a neuron; scalars give an int, arrays an array.
+
+        Parameters
+        ----------
+        layer, neuron : int or array of int
+        expert : int or array of int, optional
+            Which of the layer's experts `neuron` is counted in, shared experts first; default: in the whole layer.
 
         Raises
         ------
@@ -133,6 +172,8 @@ class NeuronSpace:
         neurons = np.asarray(neuron)
         if not np.issubdtype(neurons.dtype, np.integer):
             raise InputError(f"neuron={neuron!r} must be a whole number")
+        if expert is not None:
+            neurons = self._in_layer(layers, expert, neurons)
         layers, neurons = np.broadcast_arrays(layers, neurons)
         bad = (neurons < 0) | (neurons >= np.asarray(self.widths)[layers])
         if bad.any():
@@ -141,6 +182,34 @@ class NeuronSpace:
             raise InputError(f"neuron={int(neurons[at])} does not exist in layer {worst}: it has {self.widths[worst]}")
         flat = self.offsets[layers] + neurons
         return int(flat) if flat.ndim == 0 else flat
+
+    def _in_layer(self, layer: ArrayLike, expert: ArrayLike, neuron: ArrayLike) -> NDArray[np.int64]:
+        """Neurons counted within their layers, of neurons counted within their experts."""
+        experts = self._checked("expert", expert, max(map(len, self.first_of_expert)) - 1)
+        layers, experts, neurons = np.broadcast_arrays(layer, experts, neuron)
+        found = np.empty(layers.shape, dtype=np.int64)
+        for at in np.ndindex(layers.shape):
+            part = self.expert_slice(int(layers[at]), int(experts[at]))
+            number, size = int(neurons[at]), part.stop - part.start
+            if not 0 <= number < size:
+                raise InputError(
+                    f"neuron={number} does not exist in expert {int(experts[at])} of layer {int(layers[at])}: it has "
+                    f"{size}"
+                )
+            found[at] = part.start + number - int(self.offsets[layers[at]])
+        return found
+
+    def locate_expert(self, flat: ArrayLike) -> Any:
+        """``(layer, expert, neuron)`` of a flat index: as `locate`, the neuron counted within its expert."""
+        layers, neurons = (np.asarray(x) for x in self.locate(flat))
+        experts, within = np.zeros(layers.shape, dtype=np.int64), np.zeros(layers.shape, dtype=np.int64)
+        for layer in np.unique(layers):
+            firsts, here = self.first_of_expert[layer], layers == layer
+            number = np.searchsorted(firsts, neurons[here], side="right") - 1
+            experts[here], within[here] = number, neurons[here] - firsts[number]
+        if layers.ndim == 0:
+            return int(layers), int(experts), int(within)
+        return layers, experts, within
 
     def locate(self, flat: ArrayLike) -> Any:
         """``(layer, neuron)`` of a flat index; scalars give two ints, arrays two arrays.
@@ -224,7 +293,8 @@ class NeuronSpace:
 
     def to_dict(self) -> dict[str, Any]:
         """What a JSON header or manifest keeps of this space."""
-        return {"widths": list(self.widths), "grid": list(self.grid), "order": "column-fastest"}
+        record = {"widths": list(self.widths), "grid": list(self.grid), "order": "column-fastest"}
+        return record if self.experts is None else {**record, "experts": [list(layer) for layer in self.experts]}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> NeuronSpace:
@@ -232,7 +302,11 @@ class NeuronSpace:
         widths = record["widths"]
         if not isinstance(widths, list) or any(type(width) is not int for width in widths):
             raise InputError(f"widths={str(widths)[:80]} must be a list of whole numbers, one per layer")
-        space = cls(widths)
+        experts = record.get("experts")
+        lists = isinstance(experts, list) and all(isinstance(layer, list) for layer in experts)
+        if experts is not None and not lists:
+            raise InputError(f"experts={str(experts)[:80]} must be a list of lists of whole numbers, one a layer")
+        space = cls(widths, experts)
         grid = record.get("grid", list(space.grid))
         if grid != list(space.grid):
             raise InputError(
@@ -243,4 +317,5 @@ class NeuronSpace:
     def __repr__(self) -> str:
         same = len(set(self.widths)) == 1
         widths = f"{self.n_layers} layers x {self.widths[0]}" if same else f"widths {list(self.widths)}"
-        return f"NeuronSpace({widths}: {self.n_neurons} neurons)"
+        mixture = "" if self.experts is None else f" in {sum(map(len, self.experts))} experts"
+        return f"NeuronSpace({widths}: {self.n_neurons} neurons{mixture})"

@@ -99,10 +99,25 @@ def _networks(path: Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
+    from llmbrain.anatomy.experts import expert_anatomy, has_experts
     from llmbrain.anatomy.families import anatomy
     from llmbrain.checkpoints import load_model
 
     model, _ = load_model(path)
+    if has_experts(model):
+        mixture = expert_anatomy(model)
+        routed = dict(mixture.routed)
+        return {
+            "what": f"model {type(model).__name__}, a mixture of experts",
+            "family": mixture.family,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "mlp neurons per layer": list(mixture.widths),
+            "routed experts per layer": [routed[x.index].count if x.routed else 0 for x in mixture.layers],
+            "neurons per routed expert": [routed[x.index].width if x.routed else 0 for x in mixture.layers],
+            "experts a token visits": [routed[x.index].top_k if x.routed else 0 for x in mixture.layers],
+            "shared or dense neurons per layer": [sum(mlp.width for mlp in x.shared) for x in mixture.layers],
+            "dtype": next(model.parameters()).dtype,
+        }
     parts = anatomy(model)
     return {
         "what": f"model {type(model).__name__}",
