@@ -330,12 +330,14 @@ def _guess(
         return a == 1 and b > 1, "only one axis has values", a != b
     if expected is None or expected <= 0:
         return False, "nothing says more", a > b
-    miss = [(n < expected - 2, abs(np.log(n / expected))) for n in (a, b)]
-    if all(m[1] < CLEAR for m in miss):  # both are as long as the story: series are smooth in time
-        along = [_smoothness(table.values) for table in tables[:5]]
-        down, across = np.mean(along, axis=0)
-        return bool(across > down + 0.2), "series are smoother along it, both axes being as long as the story", False
-    return miss[1] < miss[0], f"the stimulus takes about {expected:.0f} volumes", True
+    fits = [abs(np.log(n / expected)) < CLEAR for n in (a, b)]
+    if fits[0] != fits[1]:
+        return fits[1], f"the stimulus takes about {expected:.0f} volumes", True
+    # Both axes are as long as the story, or none is (is tr right?): series are smooth in time.
+    along = [_smoothness(table.values) for table in tables[:5]]
+    down, across = np.mean(along, axis=0)
+    both = f"{'both axes being' if fits[0] else 'no axis being'} as long as the story, about {expected:.0f} volumes"
+    return bool(across > down + 0.2), f"series are smoother along it, {both}", False
 
 
 def _smoothness(values: Array) -> tuple[float, float]:

@@ -31,7 +31,8 @@ def noise_ceilings(
     DataFrame, one row a region
         ``isc``: mean correlation of a subject with the mean of the others (lower bound for one subject);
         ``isc_upper``: the same with a mean that contains the subject; ``split_half``: mean correlation of two halves;
-        ``reliability``: its Spearman-Brown value ``2 r / (1 + r)`` for the mean of the group; ``ceiling``: the square
+        ``reliability``: its Spearman-Brown value for the mean of the whole group, ``k r / (1 + (k - 1) r)`` with k the
+        size of the group over that of a half (2, or 3 for three subjects); ``ceiling``: the square
         root of that, which a perfect model of the group mean would reach; NaN where the reliability is not above 0.
     """
     z = standardize(subjects)
@@ -54,7 +55,8 @@ def noise_ceilings(
         order = rng.permutation(n_subjects)
         splits.append(_r(filled[order[:half]].sum(axis=0), filled[order[half : 2 * half]].sum(axis=0)))
     split = nanmean(np.array(splits))
-    reliability = 2 * split / (1 + split)
+    k = n_subjects / half  # an odd group is more than two halves
+    reliability = k * split / (1 + (k - 1) * split)
     frame = pd.DataFrame({
         "region": list(regions) if regions is not None else [f"region{i}" for i in range(n_regions)],
         "n_subjects": live.sum(axis=0), "isc": nanmean(isc), "isc_upper": nanmean(upper), "split_half": split,

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.brains.alignment import align, word_regressor
 from llmbrain.brains.series import prepare
 from llmbrain.scanning import Scan
 
 Array = NDArray[np.float64]
+WINDOWS = ("stimulus", "all")
+RISE = 16.0  # seconds until the response to something that goes on has risen
+EDGE = 3.0  # seconds; a shorter silence is none
+
+
+class Scanner(TypedDict):
+    """Fields of `Clock` that do not depend on the story."""
+
+    tr: float
+    n_volumes: int
+    offset: float
+    rule: str
+    aggregate: str
+    hrf: str
+    high_pass: float | None
 
 
 @dataclass(frozen=True)
@@ -44,8 +60,46 @@ class Clock:
     hrf: str
     high_pass: float | None
 
-    def __post_init__(self) -> None:
-        check_range("drop", self.start, 0, self.n_volumes - 3)
+    @classmethod
+    def of_story(
+        cls, words: pd.DataFrame, *, window: str = "stimulus", drop: int = 0, **settings: Unpack[Scanner]
+    ) -> Clock:
+        """A clock whose volumes are those of the story: from its first word and the response to it to its last word.
+
+        A brain that answers to the beginning and the end of a story, and to nothing in it, goes up and down with every
+        word rate, also with that of the mirrored story (`benchmarks/calibration.py`). So where the scan has silence or
+        music before the first word, the volumes until 16 s after it are left out, when the response has risen; where it
+        goes on, those after the last word. A scan that begins and ends with the story is used whole.
+
+        Parameters
+        ----------
+        words : DataFrame
+        window : {"stimulus", "all"}
+        drop : int
+            Volumes at the start that are not used in any case.
+        """
+        check_option("window", window, WINDOWS)
+        tr, n_volumes, offset = settings["tr"], settings["n_volumes"], settings["offset"]
+        check_range("drop", drop, 0, n_volumes - 3)
+        start, stop = int(drop), n_volumes
+        if window == "stimulus":
+            times = offset + tr * np.arange(n_volumes)
+            first, last = float(words["onset"].min()), float(words["offset"].max())
+            first = first + RISE if first - times[start] > EDGE else times[start]
+            inside = np.flatnonzero((times >= max(first, times[start])) & (times <= last + EDGE))
+            if len(inside) < 3:
+                raise InputError(
+                    f"words: {len(inside)} volumes of the scan are within the story: is offset={offset:g} s right?"
+                )
+            start, stop = int(inside[0]), int(inside[-1]) + 1
+        return cls(start=start, stop=stop, **settings)
+
+    @property
+    def left_out(self) -> str:
+        """What of the scan is not used, in words; nothing where all of it is."""
+        pieces = [f"the first {self.start}"] if self.start else []
+        pieces += [f"the last {self.n_volumes - self.stop}"] if self.stop < self.n_volumes else []
+        return f"{' and '.join(pieces)} of {self.n_volumes} volumes" if pieces else ""
 
     def cut(self, values: ArrayLike) -> Array:
         """The volumes that are used, of ``(..., n_volumes, columns)``."""
@@ -82,6 +136,7 @@ class Clock:
     def settings(self) -> dict[str, float | str | None]:
         """What a report records."""
         return {
-            "tr": self.tr, "n_volumes": self.n_volumes, "offset": self.offset, "rule": self.rule, "drop": self.start,
+            "tr": self.tr, "n_volumes": self.n_volumes, "offset": self.offset, "rule": self.rule,
+            "first_volume": self.start, "last_volume": self.stop - 1,
             "high_pass": self.high_pass, "hrf": self.hrf, "aggregate": self.aggregate,
         }  # fmt: skip

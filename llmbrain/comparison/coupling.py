@@ -21,6 +21,10 @@ from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 Array = NDArray[np.float64]
 
 
+class DeadSeriesWarning(UserWarning):
+    """Series that do not change have no correlation."""
+
+
 @dataclass
 class Coupling:
     """Correlations of K networks with R regions. All arrays are ``(K, R)`` unless said otherwise; NaN: a dead series.
@@ -170,8 +174,9 @@ def couple(
         if dead.all():
             raise InputError(f"{kind}: every series is constant or NaN")
         if dead.any():
-            warnings.warn(f"{kind}: constant or NaN: {[labels[i] for i in np.flatnonzero(dead)]}; their r is NaN",
-                          stacklevel=2)  # fmt: skip
+            first = ", ".join(labels[i] for i in np.flatnonzero(dead)[:5])
+            warnings.warn(f"{kind}: {int(dead.sum())} of {len(dead)} are constant or NaN ({first}); their r is NaN",
+                          DeadSeriesWarning, stacklevel=2)  # fmt: skip
 
     basis = None if nuisance is None else orthonormal(nuisance, n)
     xc, yc = _clean(x, basis), _clean(y, basis)

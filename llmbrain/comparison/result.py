@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from llmbrain._files import transaction, write_json, write_table
@@ -88,20 +87,24 @@ class Comparison:
         return Path(folder)
 
 
-def cautions(report: Mapping[str, Any], rate: Coupling) -> list[str]:
+def cautions(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know before believing the numbers.
 
     Parameters
     ----------
     report : mapping
         `Comparison.report`.
-    rate : Coupling
-        Word rate with every region, for its lag profile.
     """
     said = [f"subject {name} is left out: {reason}" for name, reason in report["excluded"].items()]
-    said += [f"subject {name}: {len(names)} dead series ({', '.join(names[:5])}) are left out of the means"
-             for name, names in report["dead"].items()]  # fmt: skip
-    words, tr = report["words"], report["settings"]["tr"]
+    if report["dead"]:
+        held = [name for names in report["dead"].values() for name in names]
+        everybody = sorted(r for r in set(held) if held.count(r) == report["n_subjects"])
+        gone = f", {len(everybody)} of them in everybody ({', '.join(everybody[:5])})" if everybody else ""
+        said.append(
+            f"{len(held)} dead series in {len(report['dead'])} of {report['n_subjects']} subjects are left out of the "
+            f"means{gone}"
+        )
+    words = report["words"]
     lost = {"have no times": words["untimed"], "are not in the text": words["not_in_text"],
             "fall outside the scan": words["outside_scan"]}  # fmt: skip
     said += [f"{count} of {words['n_words']} words {what}" for what, count in lost.items() if count]
@@ -117,13 +120,6 @@ def cautions(report: Mapping[str, Any], rate: Coupling) -> list[str]:
         said.append(f"{report['n_null']} null draws: no p is below {1 / (report['n_null'] + 1):.3f}")
     if report["controls_missing"]:
         said.append(f"without the controls {' and '.join(report['controls_missing'])}: coupling may be theirs")
-    profile = np.nanmean(rate.lag_r[:, 0], axis=1)
-    best = int(rate.lags[np.argmax(profile)])
-    if abs(best * tr) >= 2.5 and profile.max() > rate.threshold and profile.max() > 1.3 * profile[rate.lags == 0][0]:
-        said.append(
-            f"the word rate fits best when the brain is read {abs(best) * tr:g} s {'later' if best > 0 else 'earlier'}:"
-            f" is offset={report['settings']['offset']:g} s right?"
-        )
     return said
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 from numpy.typing import ArrayLike
 
 from llmbrain._validation import InputError
+from llmbrain.comparison.clock import WINDOWS
 from llmbrain.stats.nulls import CORRECTIONS, NULLS
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Settings(TypedDict, total=False):
         Passed on to `load_words` and `load_fmri`.
     rule, aggregate, hrf, high_pass, drop
         See `align`; the brain gets the same filter. "offset", "mean", "spm", 128 s and no volume.
+    window : {"stimulus", "all"}
+        Leave out what comes before the first word (and 16 s more, while the response rises) and after the last one.
     null, n_permutations, correction
         See `couple`. "circular", all shifts, "max". Encoding models use at most 99 draws, 39 for more than 20 regions.
     encoding : bool or None
@@ -46,6 +49,7 @@ class Settings(TypedDict, total=False):
     hrf: str
     high_pass: float | None
     drop: int
+    window: str
     null: str
     n_permutations: int | None
     correction: str
@@ -63,8 +67,8 @@ class Tests(TypedDict):
 
 DEFAULTS: Settings = {
     "text": None, "series": None, "columns": None, "regions": None, "atlas": None, "rule": "offset",
-    "aggregate": "mean", "hrf": "spm", "high_pass": 128.0, "drop": 0, "null": NULLS[0], "n_permutations": None,
-    "correction": CORRECTIONS[0], "encoding": None,
+    "aggregate": "mean", "hrf": "spm", "high_pass": 128.0, "drop": 0, "window": WINDOWS[0], "null": NULLS[0],
+    "n_permutations": None, "correction": CORRECTIONS[0], "encoding": None,
 }  # fmt: skip
 
 

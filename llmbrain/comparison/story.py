@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from llmbrain.brains.series import check_tr
 from llmbrain.brains.words import check_words, load_words
 from llmbrain.comparison.ceilings import nanmean
 from llmbrain.comparison.clock import Clock
-from llmbrain.comparison.coupling import Coupling, couple, group_mean
+from llmbrain.comparison.coupling import Coupling, DeadSeriesWarning, couple, group_mean
 from llmbrain.comparison.encoding import Encoding, encode
 from llmbrain.comparison.result import Comparison, cautions
 from llmbrain.comparison.settings import Settings, Tests, complete
@@ -32,6 +33,7 @@ from llmbrain.comparison.sources import (
     story_of,
     untrained_copy,
 )
+from llmbrain.comparison.timing import timing_cautions
 from llmbrain.scanning import Scan
 from llmbrain.stats.bootstrap import bootstrap_mean
 
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 NEAR_SECONDS = 10.0  # pairs of volumes nearer than this are left out of CKA
 FEW_REGIONS, MANY_REGIONS = 20, 100  # encoding models of fewer take seconds, of more take many minutes
-LAGS = range(-5, 6)
 MOST_LAGS = 2000  # pairs whose lag profile is written
 
 
@@ -95,8 +96,8 @@ def compare(
         Told in a line what begins.
     **settings
         Fields of `llmbrain.comparison.settings.Settings`: ``text``, ``series``, ``columns``, ``regions``, ``atlas``,
-        ``rule``, ``aggregate``, ``hrf``, ``high_pass``, ``drop``, ``null``, ``n_permutations``, ``correction``,
-        ``encoding``.
+        ``rule``, ``aggregate``, ``hrf``, ``high_pass``, ``drop``, ``window``, ``null``, ``n_permutations``,
+        ``correction``, ``encoding``.
 
     Returns
     -------
@@ -111,9 +112,9 @@ def compare(
     chosen, seed = complete(settings), seed_of(random_state)
     table = check_words(words) if isinstance(words, pd.DataFrame) else load_words(words, columns=chosen["columns"])
     brain = _people(fmri, table, tr, offset, chosen)
-    clock = Clock(
-        tr=check_tr(brain.tr if tr is None else tr), n_volumes=brain.n_volumes, offset=offset,
-        start=int(chosen["drop"]), stop=brain.n_volumes, rule=chosen["rule"], aggregate=chosen["aggregate"],
+    clock = Clock.of_story(
+        table, window=chosen["window"], drop=chosen["drop"], tr=check_tr(brain.tr if tr is None else tr),
+        n_volumes=brain.n_volumes, offset=offset, rule=chosen["rule"], aggregate=chosen["aggregate"],
         hrf=chosen["hrf"], high_pass=chosen["high_pass"],
     )  # fmt: skip
     tests: Tests = {
@@ -121,8 +122,10 @@ def compare(
         "random_state": seed,
     }  # fmt: skip
     people = clock.prepare(clock.cut(brain.data))
-    rate = clock.prepare(clock.rate(table))  # wrong times are said before the scan
+    clock.rate(table)  # wrong times are said before the scan
     say(f"brain: {len(brain.subjects)} subjects, {brain.n_volumes} volumes, {len(brain.regions)} regions; model: scan")
+    if clock.left_out:
+        say(f"{clock.left_out} are not used: they are before or after the story, or dropped")
     model, scan = story_of(scan_or_model, table, chosen["text"])
     known, missing = control_series(scan, table, controls, clock)
     if not known:
@@ -130,9 +133,9 @@ def compare(
     nuisance = np.column_stack(list(known.values()))
 
     say(f"controls ({', '.join(known)}) and the story mirrored in time, with every region")
-    controls_coupling = couple(nuisance, people, networks=list(known), regions=brain.regions, **tests)
+    controls_coupling = _couple(nuisance, people, networks=list(known), regions=brain.regions, **tests)
     backwards = clock.prepare(clock.rate(mirror(table, clock.rule)))
-    mirrored = couple(backwards, people, networks=["word rate, mirrored"], regions=brain.regions, **tests)
+    mirrored = _couple(backwards, people, networks=["word rate, mirrored"], regions=brain.regions, **tests)
     job = _Job(people, nuisance, brain.regions, table, clock, tests,
                _encoding_draws(chosen["encoding"], len(brain.regions), tests["n_permutations"]))  # fmt: skip
     say(f"networks of {scan.n_tokens:,} tokens")
@@ -168,11 +171,10 @@ def compare(
         "dead": brain.dead, "n_volumes": len(nuisance), "words": side.counts, "controls": list(known),
         "controls_missing": missing, "threshold": coupling.threshold, "threshold_controls":
         controls_coupling.threshold, "n_null": coupling.n_permutations, "null": tests["null"], "correction":
-        tests["correction"], "settings": {**clock.settings(), "random_state": seed},
+        tests["correction"], "left_out": clock.left_out,
+        "settings": {**clock.settings(), "window": chosen["window"], "drop": chosen["drop"], "random_state": seed},
     }  # fmt: skip
-    group = group_mean(people) if len(people) > 1 else people[0]
-    few = min(tests["n_permutations"] or 99, 99)
-    report["cautions"] = cautions(report, couple(rate, group, n_permutations=few, lags=LAGS))
+    report["cautions"] = cautions(report) + timing_cautions(table, brain.data, clock, seed)
     if job.draws == 0 and chosen["encoding"] is None:
         why = f"they take long with {len(brain.regions)} regions" if _himalaya() else "himalaya is not installed"
         report["cautions"].append(f"encoding models were left out: {why}")
@@ -180,6 +182,13 @@ def compare(
     if out is not None:
         result.save(out)
     return result
+
+
+def _couple(*series: Array, **settings: Any) -> Coupling:
+    """`couple` without a word about dead series: the cautions say it once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeadSeriesWarning)
+        return couple(*series, **settings)
 
 
 def _people(
@@ -236,7 +245,7 @@ class _Job:
         tr, seed = self.clock.tr, self.tests["random_state"]
         nuisance = self.nuisance if beyond is None else np.column_stack([self.nuisance, _living(beyond.x)])
         say(f"coupling of {side.x.shape[1]} networks with {len(self.regions)} regions, and similarity")
-        coupling = couple(side.x, self.people, nuisance=nuisance, regions=self.regions, **self.tests)
+        coupling = _couple(side.x, self.people, nuisance=nuisance, regions=self.regions, **self.tests)
         group = group_mean(self.people) if len(self.people) > 1 else self.people[0]
         near = min(int(np.ceil(NEAR_SECONDS / tr)), len(side.x) - 4)
         alive = group[:, np.isfinite(group).all(axis=0)]

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from llmbrain.anatomy.space import NeuronSpace
 
-NEAREST = 5  # a matched neuron is drawn among so many nearest ones, so that matched controls differ between draws
+STRATUM = 20  # neurons of a layer that count as equally active, at least
 
 
 def random_masks(mask: NDArray[np.bool_], space: NeuronSpace, n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -32,10 +32,13 @@ def matched_masks(
     n: int,
     rng: np.random.Generator,
 ) -> NDArray[np.bool_] | None:
-    """Sets outside `mask` of the same layers whose activation is most alike; bool ``(n, n_neurons)``.
+    """Sets with as many neurons of every level of activation in every layer as `mask`; bool ``(n, n_neurons)``.
 
-    Each neuron of the network is replaced by one of the 5 nearest free neurons of its layer in (log mean ``|a|``, log
-    SD). If removing loud neurons is what hurts, whatever they do, these hurt as much: the outlier-channel control.
+    The neurons of a layer are put in order of mean ``|a|`` times SD and cut into groups of at least 20; a draw takes as
+    many of each group as the network has there, its own among them. Under the null hypothesis that the network is any
+    set as active as it is, its rank among the draws is exact (drawing the nearest neurons outside the network instead
+    gives p <= .05 in 8 to 15% of random networks). If removing loud neurons is what hurts, whatever they do, these hurt
+    as much: the outlier-channel control.
 
     Parameters
     ----------
@@ -44,26 +47,22 @@ def matched_masks(
 
     Returns
     -------
-    bool array, or None where a layer has fewer neurons outside the network than inside.
+    bool array, or None where a layer has fewer neurons outside the network than inside: most of a draw would be the
+    network itself.
     """
     tiny = max(float(levels.max()), 1.0) * 1e-12
-    traits = np.log(np.maximum(levels, tiny))
+    loudness = np.log(np.maximum(levels, tiny)).sum(axis=0)
     masks = np.zeros((n, space.n_neurons), dtype=bool)
     for layer in range(space.n_layers):
         part = space.layer_slice(layer)
-        inside = part.start + np.flatnonzero(mask[part])
-        outside = part.start + np.flatnonzero(~mask[part])
-        if len(outside) < len(inside):
+        width, inside = part.stop - part.start, int(mask[part].sum())
+        if width < 2 * inside:
             return None
-        if not len(inside):
+        if not inside:
             continue
-        distance = ((traits[:, inside, None] - traits[:, None, outside]) ** 2).sum(axis=0)
-        nearest = np.argsort(distance, axis=1, kind="stable")
-        for row in masks:
-            free = np.ones(len(outside), dtype=bool)
-            for i in rng.permutation(len(inside)):
-                candidates = nearest[i][free[nearest[i]]][:NEAREST]
-                pick = rng.choice(candidates)
-                free[pick] = False
-                row[outside[pick]] = True
+        ordered = part.start + np.argsort(loudness[part], kind="stable")
+        for stratum in np.array_split(ordered, max(1, width // STRATUM)):
+            count = int(mask[stratum].sum())
+            for row in masks:
+                row[rng.choice(stratum, count, replace=False)] = True
     return masks

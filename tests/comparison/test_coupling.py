@@ -208,7 +208,7 @@ def test_dead_series_are_nan_and_said():
     x, y = rng.normal(size=(100, 3)), rng.normal(size=(4, 100, 2))
     x[:, 1] = 2.0
     y[0, :, 1] = np.nan
-    with pytest.warns(UserWarning, match=r"llm_series: constant or NaN: \['network1'\]"):
+    with pytest.warns(UserWarning, match=r"llm_series: 1 of \d+ are constant or NaN \(network1\)"):
         result = couple(x, y)
     assert np.isnan(result.r[1]).all()
     assert np.isnan(result.p_corrected[1]).all()

@@ -196,7 +196,7 @@ def test_random_controls_have_the_layers_and_sizes():
         np.testing.assert_allclose(masks[:, part].mean(axis=0), mask[part].mean(), atol=0.05)
 
 
-def test_matched_controls_are_as_loud_and_outside():
+def test_matched_controls_are_as_loud_and_may_be_the_network():
     space = NeuronSpace([100, 100])
     rng = np.random.default_rng(0)
     levels = np.exp(rng.normal(size=(1, 200)) * 2) * np.array([[1], [1.5]])
@@ -204,7 +204,7 @@ def test_matched_controls_are_as_loud_and_outside():
     loud = np.argsort(-levels[0, :100])[:20]
     mask[loud[::2]] = mask[150] = True
     masks = matched_masks(mask, space, levels, 30, rng)
-    assert not (masks & mask).any()
+    assert (masks & mask).any()  # else the rank of the network is not exact
     assert (masks[:, :100].sum(axis=1) == 10).all()
     assert (masks[:, 100:].sum(axis=1) == 1).all()
     own, others = np.log(levels[0, mask]).mean(), np.array([np.log(levels[0, m]).mean() for m in masks])
@@ -213,6 +213,21 @@ def test_matched_controls_are_as_loud_and_outside():
     assert len({m.tobytes() for m in masks}) > 10
     mask[:60] = True
     assert matched_masks(mask, space, levels, 3, rng) is None
+
+
+def test_matched_controls_hold_their_level():
+    """A random network whose neurons harm as they are loud: p <= .05 in one of 21 draws' ranks (issue: .08 to .15)."""
+    space = NeuronSpace([60, 60])
+    reached = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        level = np.exp(rng.normal(size=120))
+        mask = np.zeros(120, bool)
+        mask[rng.choice(60, 14, replace=False)] = mask[60 + rng.choice(60, 3, replace=False)] = True
+        effect = rng.normal(size=120) * level
+        draws = np.abs(matched_masks(mask, space, np.stack([level, level]), 20, rng) @ effect)
+        reached += (draws >= np.abs(effect[mask].sum()) * (1 - 1e-12)).sum() == 0
+    assert stats.binomtest(int(reached), 300, 1 / 21).pvalue > 0.01
 
 
 def test_a_network_that_matters_is_found_and_dissociated():
