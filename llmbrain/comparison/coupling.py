@@ -175,7 +175,7 @@ def couple(
             raise InputError(f"{kind}: every series is constant or NaN")
         if dead.any():
             first = ", ".join(labels[i] for i in np.flatnonzero(dead)[:5])
-            warnings.warn(f"{kind}: {int(dead.sum())} of {len(dead)} are constant or NaN ({first}); their r is NaN",
+            warnings.warn(f"{kind}: {int(dead.sum())} of {dead.size} are constant or NaN ({first}); their r is NaN",
                           DeadSeriesWarning, stacklevel=2)  # fmt: skip
 
     basis = None if nuisance is None else orthonormal(nuisance, n)
