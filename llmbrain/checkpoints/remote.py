@@ -10,8 +10,9 @@ from torch import nn
 
 from llmbrain._files import read_json, write_json, write_text
 from llmbrain._validation import InputError
+from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.surgery import ConfigOfLayer
-from llmbrain.checkpoints.shapes import OURS, build_empty, stock_config
+from llmbrain.checkpoints.shapes import OURS, STANDARD, build_empty, own_layers, stock_config
 
 FILE = "modeling_pruned.py"
 
@@ -19,7 +20,7 @@ CODE = Template('''"""$base whose layers differ in size (`per_layer_config` in c
 
 import torch
 from torch import nn
-from transformers import $base
+from transformers import $imported
 
 # what llmbrain says of single layers; the rest of per_layer_config is the family's own
 OURS = $ours
@@ -49,7 +50,9 @@ class ConfigOfLayer:
         return getattr(self._config, name)
 
 
-class Pruned$base($base):
+class Pruned:
+    PREFIX = ""  # where the names of the tables begin in this class
+
     @classmethod
     def is_custom_code(cls):
         return False  # all that needs initial values is stock: buffers that a parent fills are skipped otherwise
@@ -66,21 +69,31 @@ class Pruned$base($base):
             if layers and not own:
                 text.per_layer_config = layers
         for name in DROPPED:
-            parent, _, child = name.rpartition(".")
-            delattr(self.get_submodule(parent), child)
-        for name, shapes in PARAMETERS.items():
+            if name.startswith(self.PREFIX):
+                parent, _, child = name[len(self.PREFIX):].rpartition(".")
+                delattr(self.get_submodule(parent), child)
+        for name, shapes in self.mine(PARAMETERS):
             module = self.get_submodule(name)
             like = next(module.parameters(recurse=False))
             for parameter, shape in shapes.items():
                 value = torch.zeros(shape, dtype=like.dtype, device=like.device)
                 setattr(module, parameter, nn.Parameter(value))
-        for name, values in ATTRIBUTES.items():
+        for name, values in self.mine(ATTRIBUTES):
             for attribute, value in values.items():
                 setattr(self.get_submodule(name), attribute, value)
-        for name, values in CONFIGS.items():
+        for name, values in self.mine(CONFIGS):
             module = self.get_submodule(name)
             module.config = ConfigOfLayer(module.config, values)
-''')
+
+    def mine(self, table):
+        return [(name[len(self.PREFIX):], values) for name, values in table.items() if name.startswith(self.PREFIX)]
+$classes''')
+
+CLASS = Template("""
+
+class Pruned$base(Pruned, $base):
+    PREFIX = $prefix
+""")
 
 
 def write_remote_code(model: nn.Module, path: Path) -> None:
@@ -106,17 +119,46 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
         if isinstance(config, ConfigOfLayer):
             tables["configs"][name] = dict(config.own)
     dropped = [n for n in stock if n not in names and n.rpartition(".")[0] in names and _has_weights(stock[n])]
+    bases = {base: ""} | _inner(model)
     code = CODE.substitute(
-        base=base, ours=repr(OURS), dropped=repr(dropped), **{k: _literal(table) for k, table in tables.items()}
-    )
+        base=base, imported=", ".join(sorted(bases)), ours=repr((*OURS, *STANDARD)), dropped=repr(dropped),
+        classes="".join(CLASS.substitute(base=n, prefix=repr(prefix)) for n, prefix in bases.items()),
+        **{k: _literal(table) for k, table in tables.items()},
+    )  # fmt: skip
     write_text(path / FILE, code)
     config = read_json(path / "config.json")
     if base.endswith("ForMaskedLM"):
         auto = "AutoModelForMaskedLM"
     else:
         auto = "AutoModelForCausalLM" if base.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
-    config["auto_map"] = {auto: f"{FILE.removesuffix('.py')}.Pruned{base}"}
+    module = FILE.removesuffix(".py")
+    config["auto_map"] = {auto: f"{module}.Pruned{base}"}
+    # vLLM builds the model without its head, by AutoModel.from_config
+    config["auto_map"].setdefault("AutoModel", f"{module}.Pruned{list(bases)[-1]}")
+    _say_standard(model, config)
     write_json(path / "config.json", config, indent=2)
+
+
+def _inner(model: Any) -> dict[str, str]:
+    """Class of the model without its head, and where it lies."""
+    inner = getattr(model, "base_model", model)
+    return {} if inner is model else {type(inner).__name__: f"{model.base_model_prefix}."}
+
+
+def _say_standard(model: nn.Module, config: dict[str, Any]) -> None:
+    """Sizes of every layer by the names that other programs read, where layers differ and the family says nothing."""
+    text = config.get("text_config", config)
+    entries = text.get("per_layer_config")
+    if not entries or own_layers(model.config) is not None:
+        return
+    for i, layer in enumerate(anatomy(model).layers):
+        entry = entries.setdefault(str(i), {})
+        entry["intermediate_size"] = layer.width
+        if layer.out is not None and layer.n_kv_heads:
+            for name, value in zip(STANDARD, (layer.n_heads, layer.n_kv_heads, layer.head_dim)):
+                entry[name] = value
+                text.setdefault(name, value)  # Qwen2 has no head_dim of its own
+    text["allow_global_per_layer_attribute_access"] = True  # stock code reads the model's own, as it always did
 
 
 def _has_weights(module: nn.Module) -> bool:

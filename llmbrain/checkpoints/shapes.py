@@ -52,12 +52,16 @@ def _shape(layer: LayerAnatomy) -> dict[str, Any]:
 
 
 OURS = ("intermediate_size", "mlp_down_bias", "attention_groups", "attention_out_bias")
+# What `remote-code` says beside them for other programs (vLLM): the same facts by their common names.
+STANDARD = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def per_layer_entries(config: Any) -> dict[int, dict[str, Any]]:
-    """All of a config's `per_layer_config`, as plain dicts."""
-    found = text_config(config).to_dict().get("per_layer_config") or {}
-    return {int(i): dict(entry) for i, entry in found.items()}
+    """All of a config's `per_layer_config`, as plain dicts, without what `remote-code` repeats for other programs."""
+    written = text_config(config).to_dict()
+    ours = STANDARD if written.get("allow_global_per_layer_attribute_access") else ()
+    found = written.get("per_layer_config") or {}
+    return {int(i): {n: v for n, v in entry.items() if n not in ours} for i, entry in found.items()}
 
 
 def own_layers(config: Any) -> dict[int, dict[str, Any]] | None:
