@@ -39,7 +39,7 @@ def test_layers_of_one_width_with_an_intercept_do_not_open_as_the_stock_model(tm
         torch.nn.init.normal_(add_bias(layer.down))
     record_shapes(model)
     save_pruned(model, None, tmp_path / "m")
-    assert torch.equal(logits(load_pruned(tmp_path / "m")), logits(model))
+    assert torch.equal(logits(load_pruned(tmp_path / "m")[0]), logits(model))
     assert json.loads((tmp_path / "m" / "config.json").read_text())["architectures"] == ["PrunedMistralForCausalLM"]
     with pytest.raises(RuntimeError, match="per-layer"):  # transformers says that it cannot build it
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
@@ -53,7 +53,7 @@ def test_a_generation_config_that_transformers_would_not_write(format: str, tmp_
     said = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     assert said["temperature"] == 0.6
     assert model.generation_config.temperature == 0.6
-    assert torch.equal(logits(load_pruned(tmp_path / "m")), logits(model))
+    assert torch.equal(logits(load_pruned(tmp_path / "m")[0]), logits(model))
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -139,4 +139,4 @@ def test_an_mlp_as_wide_as_the_stream_is_found_again() -> None:
 def test_families_that_end_at_the_width_of_the_stream(name: str, tmp_path: Path) -> None:
     model = pruned(name, [16, 19])
     save_pruned(model, None, tmp_path / "m")
-    assert anatomy(load_pruned(tmp_path / "m")).widths == (16, 19)
+    assert anatomy(load_pruned(tmp_path / "m")[0]).widths == (16, 19)
