@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
@@ -18,7 +19,14 @@ from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition.prepare.order import estimate_order
 from llmbrain.decomposition.prepare.pca import project, whiten
 from llmbrain.decomposition.prepare.preprocess import Preprocessing
-from llmbrain.decomposition.prepare.reduce import Reduced, Window, components_for_share, cut_windows, reduce_runs
+from llmbrain.decomposition.prepare.reduce import (
+    Reduced,
+    Window,
+    components_for_share,
+    cut_windows,
+    group_subspace,
+    reduce_runs,
+)
 from llmbrain.decomposition.prepare.source import Source
 from llmbrain.decomposition.solvers import SOLVERS, Settings, Unmixed, unmix
 from llmbrain.decomposition.solvers.fastica import FUNCTIONS
@@ -30,8 +38,8 @@ from llmbrain.imaging.brain_mask import BrainMask, split_mask
 from llmbrain.imaging.nifti import maps_to_nifti
 from llmbrain.scanning.inputs import Runs
 
-_SAVED_VALUES = ("n_components_", "n_iter_", "converged_", "joint_explained_variance_ratio_", "start_scores_",
-                 "order_estimates_", "preprocessing_report_")  # fmt: skip
+_SAVED_VALUES = ("n_components_", "n_iter_", "converged_", "convergence_", "joint_explained_variance_ratio_",
+                 "start_scores_", "order_estimates_", "preprocessing_report_")  # fmt: skip
 _SAVED_ARRAYS = ("components_", "explained_variance_ratio_", "constant_neurons_", "component_layers_")
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
@@ -48,7 +56,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         Components to find (in each layer or window, if `scope` says so); or the share of variance, between 0 and 1,
         that the group's subspace must hold; or "auto": by minimum description length (Li et al. 2007); or "parallel":
         by parallel analysis against circularly shifted time courses. "auto" takes noise to be white over tokens and
-        finds too many where it is not; "parallel" allows for it. ``order_estimates_`` has both.
+        finds far too many where it is not; "parallel" allows for it up to an autocorrelation of about .6. There is a
+        warning above that. ``order_estimates_`` has both.
     method : {"fastica", "picard", "dictlearning"}, default="fastica"
         "picard" needs ``llmbrain[picard]``; "dictlearning" is nilearn's (its maps are sparse, not independent).
     fun : {"logcosh", "exp", "cube"}, default="logcosh"
@@ -61,12 +70,16 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     run_components : int, optional
         Components kept of each run; by default three times `n_components` (`n_components` with `cca`).
     cca : bool, default=False
-        CanICA's canonical correlation step (Varoquaux et al. 2010): components of a run count alike, whatever variance
-        they have, so what matters is that runs share them.
+        Canonical correlation between runs (Varoquaux et al. 2010): components of a run count alike, whatever variance
+        they have, so what matters is that runs share them. CanICA itself does not center volumes over voxels: for its
+        subspace add ``center_tokens=False``.
+    center_tokens : bool, default=True
+        Center every token (volume) over neurons before the runs are reduced. On fMRI, whose global signal is large, the
+        subspaces with and without differ; maps have zero mean either way.
     detrend, standardize, drop_first, drop_positions, outliers, outlier_threshold
         Preprocessing over tokens: see `llmbrain.decomposition.Preprocessing`. By default neurons are z-scored, and the
         first token of every context block (BOS, the attention sink) is not fitted where the runs know which it is.
-        Then every token is centred over neurons.
+        Then every token is centred over neurons (`center_tokens`).
     mask : bool array (n_neurons,), NIfTI image or path, optional
         Neurons to use; for NIfTI images of a brain, the voxels to read.
     n_init : int, default=1
@@ -103,6 +116,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     n_iter_ : int
         Steps of the start that was kept (largest over windows).
     converged_ : bool
+    convergence_ : list of dict
+        Every start of every window: ``window``, ``start``, ``n_iter``, ``converged``.
     space_ : NeuronSpace or None
     brain_mask_ : BrainMask or None
         The brain mask that NIfTI runs were read with.
@@ -141,6 +156,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         scope: str | int = "model",
         run_components: int | None = None,
         cca: bool = False,
+        center_tokens: bool = True,
         detrend: str | int = "none",
         standardize: str | bool = "zscore",
         drop_first: int = 0,
@@ -163,6 +179,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self.scope = scope
         self.run_components = run_components
         self.cca = cca
+        self.center_tokens = center_tokens
         self.detrend = detrend
         self.standardize = standardize
         self.drop_first = drop_first
@@ -202,7 +219,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         source = self._source(runs, space)
         with workers(source.device):
             windows = self._windows(source)
-            reduced = reduce_runs(source, windows, self.run_components, self.cca)
+            reduced = reduce_runs(source, windows, self.run_components, self.cca, center=self.center_tokens)
             self.n_features_in_ = reduced.live.numel()
             self.preprocessing_report_ = reduced.reports
             self._note_constant(reduced.live, source.mask)
@@ -337,10 +354,21 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
                     random_state=self.random_state,
                     lattice=source.runs.lattice(),
                 )
+                self._warn_of_colour(estimates)
                 self.order_estimates_["model" if layers is None else f"layers {layers[0]}-{layers[1]}"] = estimates
                 k = int(estimates["mdl" if k == "auto" else "parallel"])
             windows.append(Window(columns, layers, k))
         return windows
+
+    def _warn_of_colour(self, estimates: dict[str, Any]) -> None:
+        limit, seen = (0.3 if self.n_components == "auto" else 0.6), estimates["autocorrelation"]
+        if seen > limit:
+            warnings.warn(
+                f"n_components={self.n_components!r}: a token correlates with the next by {seen:.2f}, and this "
+                f"criterion finds too many components above {limit}. Give a number; model_order_sweep helps to choose",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _note_constant(self, live: torch.Tensor, mask: np.ndarray | None) -> None:
         dead = ~live.cpu().numpy()
@@ -368,11 +396,27 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self.n_iter_ = max(fit.n_iter for fit in fits)
         self.converged_ = all(fit.converged for fit in fits)
         self.start_scores_ = fits[0].scores
+        self.convergence_ = [
+            {"window": i, "start": j, "n_iter": steps, "converged": done}
+            for i, fit in enumerate(fits)
+            for j, (steps, done) in enumerate(zip(fit.start_iterations, fit.start_converged))
+        ]
+        n_failed = sum(not start["converged"] for start in self.convergence_)
+        if self.converged_ and n_failed:
+            warnings.warn(
+                f"{n_failed} of {len(self.convergence_)} starts did not converge in max_iter={self.max_iter} steps; "
+                "the one that is kept did: see convergence_",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
         if not self.converged_:
             failed = [(window, fit) for window, fit in zip(windows, fits) if not fit.converged]
             layers = [f"{window.layers[0]}-{window.layers[1]}" for window, _ in failed if window.layers is not None]
             where = f" in layers {', '.join(layers)}" if layers else ""
-            warn_not_converged(self.method + where, self.max_iter, max(fit.change for _, fit in failed), self.tol)
+            tried = f" ({n_failed} of {len(self.convergence_)} starts)" if len(self.convergence_) > len(fits) else ""
+            warn_not_converged(
+                self.method + where + tried, self.max_iter, max(fit.change for _, fit in failed), self.tol
+            )
         return maps
 
     def _unmix(
@@ -381,7 +425,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     ) -> tuple[torch.Tensor, Unmixed]:  # fmt: skip
         """ICA of one window: maps (k, n_columns) in no particular units or order, and how it went."""
         n_live = int(live.sum())
-        group = whiten(stack, k, n_samples=n_live)
+        group = group_subspace(stack, k, live, center=self.center_tokens)
         whole_group = SOLVERS[self.method].whole_group
         if whole_group is not None:
             return whole_group(group, live, random_state)
@@ -470,7 +514,7 @@ def read_ica(path: str | Path) -> GroupICA:
     arrays, record = read_fit(path)
     ica = GroupICA(**record["parameters"] | {"device": "auto"})
     for name in _SAVED_VALUES:
-        setattr(ica, name, record[name])
+        setattr(ica, name, record.get(name, []))  # a fit of an older version has no convergence_
     for name in _SAVED_ARRAYS:
         setattr(ica, name, arrays.get(name))
     ica.n_features_in_ = ica.components_.shape[1]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llmbrain._validation import InputError
 from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.prepare.pca import numerical_rank, project, whiten
-from llmbrain.decomposition.prepare.reduce import Window, default_run_components, reduce_runs
+from llmbrain.decomposition.prepare.reduce import Window, default_run_components, group_subspace, reduce_runs
 from llmbrain.decomposition.solvers import SOLVERS, unmix
 from llmbrain.decomposition.time_courses import Regressor, standardize_maps
 from llmbrain.decomposition.workers import workers
@@ -43,10 +43,10 @@ def estimator(n_components: int, options: dict[str, Any]) -> GroupICA:
 
 def unmix_once(
     ica: GroupICA, white: torch.Tensor, n_live: int, random_state: np.random.RandomState
-) -> tuple[Array, bool]:
-    """One ICA of white data ``(k, n_neurons)`` from one random start: its unmixing matrix, and whether it converged."""
+) -> tuple[Array, bool, int]:
+    """One ICA of white data ``(k, n_neurons)`` from one random start: its unmixing, whether it converged, steps."""
     fit = unmix(white, replace(ica.solver_settings(), n_init=1), random_state, n_live)
-    return np.asarray(fit.unmixing, dtype=np.float64), fit.converged
+    return np.asarray(fit.unmixing, dtype=np.float64), fit.converged, fit.n_iter
 
 
 @dataclass
@@ -82,13 +82,15 @@ class GroupSpace:
         rows = 4 * max(size, default_run_components(n_components, ica.cca))
         with workers(source.device):
             window = Window(slice(0, source.runs[0].shape[1]), None, n_components)
-            reduced = reduce_runs(source, [window], ica.run_components, ica.cca, max_rows=rows)
+            reduced = reduce_runs(
+                source, [window], ica.run_components, ica.cca, center=ica.center_tokens, max_rows=rows
+            )
             (stack,), live = reduced.stacks, reduced.live
             n_live = int(live.sum())
             rank = numerical_rank(whiten(stack, 1).eigenvalues, stack.dtype)
             if n_components > rank:
                 raise InputError(f"n_components={n_components} is more than the rank of the reduced runs, {rank}")
-            basis = whiten(stack, min(size, rank), n_samples=n_live).data
+            basis = group_subspace(stack, min(size, rank), live, center=ica.center_tokens).data
             coordinates = []
             if tokens:
                 regressor = Regressor(basis)
@@ -98,18 +100,18 @@ class GroupSpace:
 
     def repeat(
         self, n_components: int, *, start: np.random.RandomState, sample: np.random.RandomState | None
-    ) -> tuple[Array, bool]:
+    ) -> tuple[Array, bool, int]:
         """One more ICA from a random `start`, of resampled tokens if there is a `sample` generator.
 
-        Returns the coordinates of its maps in the basis, ``(n_components, size)`` of unit length, and whether it
-        converged.
+        Returns the coordinates of its maps in the basis, ``(n_components, size)`` of unit length, whether it
+        converged, and its steps.
         """
         size = len(self.basis)
         turn = np.eye(size)[:n_components] if sample is None else self._sampled_axes(n_components, sample)
         white = project(torch.from_numpy(turn).to(self.basis.device), self.basis)
-        unmixing, converged = unmix_once(self.ica, white, self.n_live, start)
+        unmixing, converged, steps = unmix_once(self.ica, white, self.n_live, start)
         found = unmixing @ turn
-        return found / np.linalg.norm(found, axis=1, keepdims=True), converged
+        return found / np.linalg.norm(found, axis=1, keepdims=True), converged, steps
 
     def _sampled_axes(self, n_components: int, random_state: np.random.RandomState) -> Array:
         """Leading principal axes of runs, and tokens within runs, drawn with replacement."""

@@ -330,7 +330,7 @@ def _against_null(
     t: Array, y: Array, arrangements: Arrangements, statistics: Callable[..., Array], two_sided: bool
 ) -> tuple[Array, Array]:
     extreme = np.abs(t) if two_sided else t
-    threshold = extreme - _TIE * np.abs(extreme)
+    threshold = _just_below(extreme)
     count, largest = np.zeros(len(t)), []
     step = max(1, _BLOCK // y.shape[1])
     for start in range(0, len(arrangements), step):
@@ -342,7 +342,13 @@ def _against_null(
     return (count + 1) / (len(arrangements) + 1), np.concatenate(largest)
 
 
+def _just_below(values: Array) -> Array:
+    """What a tie may fall to by rounding: more where the fit is near perfect, and little is left to divide by."""
+    size = np.abs(values)
+    return values - size * np.minimum(_TIE + 1e-13 * size**2, 1e-3)
+
+
 def _share_at_least(values: Array, null: Array) -> Array:
     ordered = np.sort(null)
-    above = len(ordered) - np.searchsorted(ordered, values - _TIE * np.abs(values), side="left")
+    above = len(ordered) - np.searchsorted(ordered, _just_below(values), side="left")
     return (above + 1) / (len(ordered) + 1)

@@ -14,8 +14,8 @@ from sklearn.utils import check_random_state
 from llmbrain._validation import InputError, check_range
 from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.group_space import estimator, unmix_once
-from llmbrain.decomposition.prepare.pca import project, whiten
-from llmbrain.decomposition.prepare.reduce import default_run_components, reduced_run
+from llmbrain.decomposition.prepare.pca import project
+from llmbrain.decomposition.prepare.reduce import default_run_components, group_subspace, reduced_run
 from llmbrain.decomposition.prepare.source import Source
 from llmbrain.decomposition.time_courses import standardize_maps
 from llmbrain.decomposition.workers import workers
@@ -182,14 +182,14 @@ def _halves(
     rows, live = [], None
     size = ica.run_components or default_run_components(k, ica.cca)
     for run in source.prepared("reduce"):
-        rows.append(reduced_run(run, slice(0, run.n_neurons), size, ica.cca)[0])
+        rows.append(reduced_run(run, slice(0, run.n_neurons), size, ica.cca, ica.center_tokens)[0])
         live = run.live if live is None else live | run.live
     assert live is not None  # a reader is never empty
 
     def maps_of(runs: Any) -> NDArray[Any]:
         n_live = int(live.sum())
-        white = whiten(torch.cat([rows[i] for i in runs]), k, n_samples=n_live).data
-        unmixing, _ = unmix_once(ica, white, n_live, random_state)
+        white = group_subspace(torch.cat([rows[i] for i in runs]), k, live, center=ica.center_tokens).data
+        unmixing, _, _ = unmix_once(ica, white, n_live, random_state)
         return standardize_maps(project(torch.from_numpy(unmixing).to(white.device), white), live).cpu().numpy()
 
     reference = maps_of(range(len(rows)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,8 @@ class Stability:
     converged : float
         Share of the repeats whose ICA converged.
     space : NeuronSpace or None
+    n_iter : int array ``(n_starts,)``
+        Steps of each repeat.
     """
 
     maps: NDArray[Any]
@@ -71,6 +73,7 @@ class Stability:
     labels: NDArray[np.int64]
     converged: float
     space: NeuronSpace | None = None
+    n_iter: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def to_frame(self) -> pd.DataFrame:
         """One row a component: iq, iq_strict, recovered, size."""
@@ -259,7 +262,7 @@ def _icasso(reduced: GroupSpace, n_components: int, n_starts: int, resample: str
         for _ in range(n_starts):
             start = np.random.RandomState(seed) if resample == "bootstrap" else generator
             repeats.append(reduced.repeat(n_components, start=start, sample=sample))
-    estimates = np.concatenate([coordinates for coordinates, _ in repeats])
+    estimates = np.concatenate([coordinates for coordinates, _, _ in repeats])
     similarity = np.minimum(np.abs(estimates @ estimates.T), 1)
     np.fill_diagonal(similarity, 1)
     labels = _clusters(similarity, n_components)
@@ -277,8 +280,9 @@ def _icasso(reduced: GroupSpace, n_components: int, n_starts: int, resample: str
         r_index=r_index(similarity, labels),
         similarity=similarity,
         labels=labels,
-        converged=float(np.mean([converged for _, converged in repeats])),
+        converged=float(np.mean([converged for _, converged, _ in repeats])),
         space=reduced.space,
+        n_iter=np.array([steps for _, _, steps in repeats], dtype=np.int64),
     )
 
 

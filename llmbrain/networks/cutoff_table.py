@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmbrain._validation import InputError
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.networks.thresholds import METHODS, NullNetworks
 from llmbrain.stats.sparsity import overlap_matrix
@@ -36,7 +38,13 @@ def compare_thresholds(
 
     frames = []
     for method in METHODS if null is not None else METHODS[:3]:
-        other = networks.rethreshold(method, null=null, **options)
+        try:
+            other = networks.rethreshold(method, null=null, **options)
+        except InputError as error:
+            if "bulk of map" not in str(error):
+                raise
+            warnings.warn(f"left out: {error}", UserWarning, stacklevel=2)
+            continue
         rows = other.summary().reset_index()[["network", "size", "share", "low", "high"]]
         rows.insert(1, "method", method)
         rows["dice"] = np.diag(overlap_matrix(other.masks, networks.masks))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.exceptions import ConvergenceWarning
 
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_option, check_range, seed_of
@@ -18,6 +20,7 @@ from llmbrain.stats.tails import benjamini_hochberg
 
 METHODS = ("fixed", "auto", "mixture", "fdr", "fwe")
 Array = NDArray[np.float64]
+_LEAST_SD = 0.9  # of the robust SD of a map: the bulk is not smaller
 
 
 def cutoffs_for(
@@ -50,7 +53,7 @@ def cutoffs_for(
         high = np.maximum(high, 0)
     elif method == "mixture":
         check_range("probability", probability, 0, 1, open_low=True, open_high=True)
-        return np.array([fit_mixture(row).cutoffs(row, probability) for row in z], dtype=np.float32)
+        return np.array([_mixture_cutoffs(row, probability, k) for k, row in enumerate(z)], dtype=np.float32)
     else:
         check_range("alpha", alpha, 0, 1, open_low=True, open_high=True)
         if null is None:
@@ -73,6 +76,8 @@ class Mixture:
     shapes, scales : of the gammas of ``z`` and ``-z``
     log_likelihood : of the data it was fitted to, natural log
     n_iter : steps of EM
+    converged : bool
+    origin : where the gammas start: the median of the map, since a network of one sign moves the mean of a z map
     """
 
     weights: Array
@@ -82,6 +87,8 @@ class Mixture:
     scales: Array
     log_likelihood: float
     n_iter: int
+    converged: bool = True
+    origin: float = 0.0
 
     def posterior(self, z: ArrayLike) -> Array:
         """Probability of (bulk, positive, negative) for every value; ``(3, n)``."""
@@ -93,7 +100,9 @@ class Mixture:
 
         with np.errstate(divide="ignore"):
             log = np.log(self.weights)
-            tails = [gamma.logpdf(s * z, self.shapes[i], scale=self.scales[i]) for i, s in enumerate((1, -1))]
+            tails = [
+                gamma.logpdf(s * (z - self.origin), self.shapes[i], scale=self.scales[i]) for i, s in enumerate((1, -1))
+            ]
             return log[:, None] + np.stack([norm.logpdf(z, self.mean, self.sd), *tails])
 
     def cutoffs(self, z: ArrayLike, probability: float = 0.5) -> tuple[float, float]:
@@ -102,17 +111,38 @@ class Mixture:
         posterior = self.posterior(z)
         found = []
         for side, p in ((1, posterior[1]), (-1, posterior[2])):
-            unsure = side * z[(p <= probability) & (side * z > 0)]
-            sure = side * z[(p > probability) & (side * z > unsure.max(initial=0))]
-            found.append(float(unsure.max(initial=0)) if len(sure) else np.inf)
+            unsure = side * z[(p <= probability) & (side * (z - self.origin) > 0)]
+            edge = unsure.max(initial=side * self.origin)
+            sure = side * z[(p > probability) & (side * z > edge)]
+            found.append(float(edge) if len(sure) else np.inf)
         return -found[1], found[0]
 
 
-def fit_mixture(z: ArrayLike, *, max_iter: int = 500, tol: float = 1e-7) -> Mixture:
+def _mixture_cutoffs(z: Array, probability: float, index: int) -> tuple[float, float]:
+    """Cut-offs of one map, or a refusal where the mixture has no bulk to cut from."""
+    fit = fit_mixture(z)
+    if fit.weights[0] < 0.5:
+        raise InputError(
+            f"method='mixture': the Gaussian bulk of map {index} holds {100 * fit.weights[0]:.0f}% of its neurons, "
+            "below one half: such a map has no background for a network to stand out from. Use method='fixed', 'fdr' "
+            "or 'fwe'"
+        )
+    if not fit.converged:
+        warnings.warn(
+            f"method='mixture': map {index} did not converge in {fit.n_iter} steps: its cut-offs are not the best ones",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    return fit.cutoffs(z, probability)
+
+
+def fit_mixture(z: ArrayLike, *, max_iter: int = 2000, tol: float = 1e-7) -> Mixture:
     """Fit a Gaussian and two gammas to the values of one map, by expectation-maximisation.
 
     The gammas are fitted by moments, and the mode of each stays at least one bulk SD from zero: a gamma that explains
-    the middle of the bulk would make everything a network (Beckmann and Smith 2004; Woolrich et al. 2005).
+    the middle of the bulk would make everything a network (Beckmann and Smith 2004; Woolrich et al. 2005). For the same
+    reason the SD of the bulk stays above a share of the robust SD of the whole map (from the median absolute
+    deviation): on a map that is peaked like a Laplace distribution the bulk would else shrink into the peak.
 
     Parameters
     ----------
@@ -125,8 +155,10 @@ def fit_mixture(z: ArrayLike, *, max_iter: int = 500, tol: float = 1e-7) -> Mixt
     sd = float(spread if spread > 0 else x.std())
     if sd == 0:
         return Mixture(np.array([1.0, 0, 0]), float(x[0]), 1.0, np.full(2, 4.0), np.ones(2), 0.0, 0)
+    origin = float(np.median(x))
+    least = _LEAST_SD * sd if spread > 0 else 1e-6
     state = Mixture(
-        np.array([0.9, 0.05, 0.05]), float(np.median(x)), sd, np.full(2, 9.0), np.full(2, sd / 2.5), -np.inf, 0
+        np.array([0.9, 0.05, 0.05]), origin, sd, np.full(2, 9.0), np.full(2, sd / 2.5), -np.inf, 0, origin=origin
     )
     for step in range(1, max_iter + 1):
         joint = state._joint(x)
@@ -136,10 +168,10 @@ def fit_mixture(z: ArrayLike, *, max_iter: int = 500, tol: float = 1e-7) -> Mixt
         done = abs(likelihood - state.log_likelihood) < tol * len(x)
         mass = share.sum(axis=1)
         mean = float(share[0] @ x / mass[0])
-        sd = max(float(np.sqrt(share[0] @ (x - mean) ** 2 / mass[0])), 1e-6)
-        gammas = [_gamma_moments(side * x, w, sd) for side, w in ((1, share[1]), (-1, share[2]))]
+        sd = max(float(np.sqrt(share[0] @ (x - mean) ** 2 / mass[0])), least)
+        gammas = [_gamma_moments(side * (x - origin), w, sd) for side, w in ((1, share[1]), (-1, share[2]))]
         shapes, scales = np.array(gammas).T
-        state = Mixture(mass / mass.sum(), mean, sd, shapes, scales, likelihood, step)
+        state = Mixture(mass / mass.sum(), mean, sd, shapes, scales, likelihood, step, done, origin)
         if done:
             break
     return state
@@ -229,10 +261,6 @@ def null_networks(
     options
         Go to `GroupICA`; use those of the real decomposition.
     """
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
-
     from llmbrain.decomposition import GroupICA
     from llmbrain.decomposition.reproducibility import check_neighbours
     from llmbrain.imaging.brain_mask import split_mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -372,3 +373,55 @@ def test_unconverged_fit_warns_and_says_so(data):
 def test_layers_that_did_not_converge_are_named(data):
     with pytest.warns(ConvergenceWarning, match="fastica in layers 0-0, 1-1, 2-2 did not converge"):
         GroupICA(3, max_iter=1, scope="layer").fit(data[1], space=NeuronSpace(WIDTHS))
+
+
+# ---------------------------------------------------------------- starts, colour, volumes as CanICA has them
+
+
+def test_starts_that_failed_are_counted(data, tmp_path):
+    _, runs = data
+    with pytest.warns(ConvergenceWarning, match=r"fastica \(3 of 3 starts\) did not converge"):
+        ica = GroupICA(K, n_init=3, max_iter=2).fit(runs)
+    assert [start["converged"] for start in ica.convergence_] == [False] * 3
+    assert [start["n_iter"] for start in ica.convergence_] == [2] * 3
+    ica.save(tmp_path)
+    assert read_ica(tmp_path).convergence_ == ica.convergence_
+
+
+@pytest.mark.parametrize(("criterion", "ar"), [("auto", 0.9), ("parallel", 0.9), ("parallel", 0.0)])
+def test_coloured_noise_is_said_where_the_order_is_estimated(criterion, ar):
+    from scipy.signal import lfilter
+
+    rng = np.random.default_rng(0)
+    noise = lfilter([1], [1, -ar], rng.normal(size=(150, 400)), axis=0)
+    runs = [noise + 0.5 * rng.normal(size=(150, 2)) @ rng.laplace(size=(2, 400))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GroupICA(criterion, max_iter=20).fit(runs)
+    assert any("a token correlates with the next" in str(w.message) for w in caught) == (ar > 0.6)
+
+
+def test_subspace_of_canica_with_a_global_signal():
+    """Volumes of fMRI share a large mean: CanICA keeps it, and its subspace is another than that of centred volumes."""
+    from nilearn.decomposition import CanICA
+
+    rng = np.random.default_rng(2)
+    maps, uneven = rng.laplace(size=(3, 400)), 1 + 0.1 * rng.random(400)
+    runs = [
+        rng.normal(size=(60, 3)) @ maps + 3 * rng.normal(size=(60, 1)) * uneven + rng.normal(size=(60, 400))
+        for _ in range(4)
+    ]
+    images = [Nifti1Image(run.T.reshape(20, 20, 1, 60), np.eye(4)) for run in runs]
+    mask = Nifti1Image(np.ones((20, 20, 1), dtype=np.int8), np.eye(4))
+    theirs = CanICA(
+        n_components=4, mask=mask, smoothing_fwhm=None, detrend=False, standardize="zscore_sample",
+        standardize_confounds=False, threshold=None, n_init=1, random_state=0,
+    ).fit(images)  # fmt: skip
+
+    def lowest(**options):
+        ours = GroupICA(4, fun="cube", cca=True, dtype="float64", **options).fit(runs).components_
+        bases = [np.linalg.qr((m - m.mean(axis=1, keepdims=True)).T)[0] for m in (ours, theirs.components_)]
+        return np.linalg.svd(bases[0].T @ bases[1], compute_uv=False).min()
+
+    assert lowest(center_tokens=False) > 0.999
+    assert lowest() < 0.98

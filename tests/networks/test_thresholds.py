@@ -136,3 +136,45 @@ def test_maps_of_part_of_the_model_are_scored_within_it():
 def test_bad_input(options, message):
     with pytest.raises(InputError, match=message):
         FunctionalNetworks(RNG(0).normal(size=(2, 50))).rethreshold(**options)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mixture_on_peaked_maps_stays_sensible(seed):
+    """Maps of ICA are peaked: a bulk that shrank into the peak made everything a network."""
+    sizes = FunctionalNetworks(RNG(seed).laplace(size=(2, 4000))).rethreshold("mixture").sizes
+    assert (sizes < 0.2 * 4000).all()
+    assert (sizes > 0.02 * 4000).all()
+
+
+@pytest.mark.parametrize("sides", [[-1, 1], [1]])
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.2, 0.3])
+def test_mixture_finds_the_share_of_a_phantom(share, sides):
+    rng, n = RNG(3), 6000
+    active = int(share * n)
+    z = np.r_[rng.normal(size=n - active), (3 + rng.gamma(3, 1, size=active)) * rng.choice(sides, active)]
+    networks = FunctionalNetworks(z[None]).rethreshold("mixture")
+    truth = np.arange(n) >= n - active
+    assert (networks.masks[0] == truth).mean() > 0.985
+    assert networks.sizes[0] == pytest.approx(active, rel=0.05)
+
+
+def test_mixture_without_a_bulk_is_refused(monkeypatch):
+    from dataclasses import replace
+
+    from llmbrain.networks import thresholds
+
+    lost = replace(fit_mixture(RNG(0).normal(size=500)), weights=np.array([0.4, 0.3, 0.3]))
+    monkeypatch.setattr(thresholds, "fit_mixture", lambda z: lost)
+    networks = FunctionalNetworks(RNG(0).normal(size=(1, 500)))
+    with pytest.raises(InputError, match="bulk of map 0 holds 40%"):
+        networks.rethreshold("mixture")
+    with pytest.warns(UserWarning, match="left out"):
+        assert "mixture" not in set(compare_thresholds(networks).method)
+
+
+def test_mixture_that_did_not_converge_says_so(monkeypatch):
+    from llmbrain.networks import thresholds
+
+    monkeypatch.setattr(thresholds, "fit_mixture", lambda z: fit_mixture(z, max_iter=2))
+    with pytest.warns(UserWarning, match="map 0 did not converge in 2 steps"):
+        FunctionalNetworks(RNG(1).normal(size=(1, 500))).rethreshold("mixture")

@@ -28,10 +28,11 @@ def estimate_order(
     Returns
     -------
     dict
-        ``mdl`` and ``parallel`` (int), ``mdl_per_run``, ``parallel_per_run``, ``subsampling_per_run`` (lists of int).
+        ``mdl`` and ``parallel`` (int), ``mdl_per_run``, ``parallel_per_run``, ``subsampling_per_run`` (lists of int),
+        and ``autocorrelation`` of neighbouring tokens (float): both criteria find too many where it is high.
     """
     rng = check_random_state(random_state)
-    mdl, parallel, depths = [], [], []
+    mdl, parallel, depths, colour = [], [], [], []
     for run in runs:
         live = run.live[columns].cpu().numpy()
         data = run.matrix(columns)[:, run.live[columns]]
@@ -40,13 +41,23 @@ def estimate_order(
         mdl.append(order)
         depths.append(depth)
         parallel.append(parallel_order(data, rng))
+        colour.append(_autocorrelation(data))
     return {
         "mdl": int(np.median(mdl)),
         "parallel": int(np.median(parallel)),
         "mdl_per_run": mdl,
         "parallel_per_run": parallel,
         "subsampling_per_run": depths,
+        "autocorrelation": float(np.median(colour)),
     }
+
+
+def _autocorrelation(data: torch.Tensor) -> float:
+    """Median over neurons of the correlation of a token with the next."""
+    rows = data - data.mean(dim=0, keepdim=True)
+    power = rows.square().sum(dim=0)
+    used = power > 0
+    return float(((rows[1:] * rows[:-1]).sum(dim=0)[used] / power[used]).median()) if bool(used.any()) else 0.0
 
 
 def mdl_order(data: torch.Tensor, lattice: np.ndarray | None = None) -> tuple[int, int]:

@@ -158,8 +158,8 @@ class RunPCA:
     total: float
 
 
-def pca_of_run(run: PreparedRun, columns: slice, n_components: int | float) -> RunPCA:
-    """PCA of the kept tokens of one run over some neurons, each token centred over the live ones.
+def pca_of_run(run: PreparedRun, columns: slice, n_components: int | float, *, center: bool = True) -> RunPCA:
+    """PCA of the kept tokens of one run over some neurons, each token centred over the live ones (if `center`).
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def pca_of_run(run: PreparedRun, columns: slice, n_components: int | float) -> R
     """
     n_neurons, live = columns.stop - columns.start, run.live[columns]
     if n_neurons < run.n_kept:
-        return run_pca(run.matrix(columns), n_components)
+        return run_pca(run.matrix(columns, center=center), n_components)
 
     def block(part: slice) -> torch.Tensor:
         return run.kept_block(slice(columns.start + part.start, columns.start + part.stop))
@@ -179,10 +179,14 @@ def pca_of_run(run: PreparedRun, columns: slice, n_components: int | float) -> R
     # centring takes n * mean mean' from the Gram matrix: no centred copy is made
     matrix, sums = gram_of_blocks(block, run.n_kept, n_neurons, run.device)
     mean = sums / int(live.sum())
-    matrix -= torch.outer(mean, sums)
+    if center:
+        matrix -= torch.outer(mean, sums)
     values, vectors = leading_eigen(matrix, n_components)
     weights = vectors[:, : _size(values, n_components, run.dtype)].T.contiguous()
     rows = project_blocks(weights, block, n_neurons, run.dtype)
+    if not center:
+        rows *= live
+        return RunPCA(rows, values, float(matrix.trace()))
     rows -= (weights @ mean).to(run.dtype)[:, None] * live
     return RunPCA(rows, values, float(matrix.trace()))
 

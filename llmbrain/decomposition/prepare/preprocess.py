@@ -158,11 +158,12 @@ class PreparedRun:
         y = self.block(columns)
         return y if self._all_kept else y[self._kept]
 
-    def matrix(self, columns: slice) -> torch.Tensor:
-        """Kept tokens of many neurons at once, (n_kept, n_columns), centred over the live ones."""
+    def matrix(self, columns: slice, *, center: bool = True) -> torch.Tensor:
+        """Kept tokens of many neurons at once, (n_kept, n_columns), centred over the live ones (if `center`)."""
         live = self.live[columns]
         y = self.kept_block(columns)
-        y -= (y.sum(dim=1, keepdim=True, dtype=torch.float64) / int(live.sum())).to(y.dtype)
+        if center:
+            y -= (y.sum(dim=1, keepdim=True, dtype=torch.float64) / int(live.sum())).to(y.dtype)
         return y * live
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llmbrain._validation import InputError
-from llmbrain.decomposition.prepare.pca import GroupPCA, gram, pca_of_run, symmetric_eigen
+from llmbrain.decomposition.prepare.pca import GroupPCA, Whitened, gram, pca_of_run, symmetric_eigen, whiten
 from llmbrain.decomposition.prepare.preprocess import PreparedRun
 from llmbrain.decomposition.prepare.source import Source
 
@@ -86,13 +86,15 @@ def default_run_components(n_components: int, cca: bool) -> int:
     return n_components if cca else 3 * n_components
 
 
-def reduced_run(run: PreparedRun, columns: slice, n_components: int | float, cca: bool) -> tuple[torch.Tensor, float]:
+def reduced_run(
+    run: PreparedRun, columns: slice, n_components: int | float, cca: bool, center: bool = True
+) -> tuple[torch.Tensor, float]:
     """A run's leading principal components (k, n_columns), and its whole variance.
 
     Each is as long as its singular value, or with `cca` of unit length: only what runs share counts then (Varoquaux et
     al. 2010).
     """
-    pca = pca_of_run(run, columns, n_components)
+    pca = pca_of_run(run, columns, n_components, center=center)
     rows = pca.rows
     if cca:
         rows = rows / pca.eigenvalues[: len(rows)].sqrt()[:, None].to(rows.dtype)
@@ -100,7 +102,13 @@ def reduced_run(run: PreparedRun, columns: slice, n_components: int | float, cca
 
 
 def reduce_runs(
-    source: Source, windows: list[Window], run_components: int | None, cca: bool, *, max_rows: int | None = None
+    source: Source,
+    windows: list[Window],
+    run_components: int | None,
+    cca: bool,
+    *,
+    center: bool = True,
+    max_rows: int | None = None,
 ) -> Reduced:
     """First pass: every run to its leading components, stacked over runs (Smith et al. 2014), one stack a window.
 
@@ -110,6 +118,8 @@ def reduce_runs(
         Components kept of each run; None: see `default_run_components`.
     cca : bool
         See `reduced_run`.
+    center : bool
+        Whether every token is centred over neurons first.
     max_rows : int, optional
         Rows kept between runs; the default is enough for the windows' numbers of components.
     """
@@ -135,7 +145,7 @@ def reduce_runs(
         for i, window in enumerate(windows):
             if not bool(run.live[window.columns].any()):
                 continue  # nothing of this run in these layers
-            rows, total = reduced_run(run, window.columns, sizes[i], cca)
+            rows, total = reduced_run(run, window.columns, sizes[i], cca, center)
             variance[i] += total
             stacks[i].add(rows)
         del run  # before the next is read
@@ -150,6 +160,19 @@ def reduce_runs(
         if not bool(live[window.columns].any()):
             raise InputError(f"layers {window.layers} have no neuron that varies: leave them out with a mask and scope")
     return Reduced([stack.stack() for stack in stacks], variance, live, reports, n_tokens)
+
+
+def group_subspace(stack: torch.Tensor, k: int, live: torch.Tensor, *, center: bool = True) -> Whitened:
+    """The leading `k` components of a stack, white over the live neurons.
+
+    Where tokens were not centred (`center` False) the components are, once they are chosen, as ICA needs it.
+    """
+    n_live = int(live.sum())
+    group = whiten(stack, k, n_samples=n_live)
+    if center:
+        return group
+    rows = group.data - (group.data.sum(dim=1, keepdim=True, dtype=torch.float64) / n_live).to(group.data.dtype)
+    return whiten(rows * live, k, n_samples=n_live)
 
 
 def components_for_share(stack: torch.Tensor, variance: float, share: float) -> int:
