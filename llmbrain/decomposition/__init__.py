@@ -3,10 +3,11 @@
 from llmbrain.decomposition.back_reconstruction import back_reconstruct
 from llmbrain.decomposition.designs import ExchangeabilityWarning, read_fsl_matrix
 from llmbrain.decomposition.dual_regression import DualRegression, dual_regression
-from llmbrain.decomposition.group_ica import GroupICA, read_ica
+from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.permutation import permutation_test
 from llmbrain.decomposition.prepare.preprocess import Preprocessing
 from llmbrain.decomposition.reproducibility import SmoothMapsWarning, SplitHalf, split_half_reproducibility
+from llmbrain.decomposition.saved_fit import read_ica
 from llmbrain.decomposition.solvers.fastica import fastica
 from llmbrain.decomposition.stability import Stability, UnstableComponentsWarning, ica_stability, model_order_sweep
 

@@ -31,16 +31,16 @@ from llmbrain.decomposition.prepare.source import Source
 from llmbrain.decomposition.solvers import SOLVERS, Settings, Unmixed, unmix
 from llmbrain.decomposition.solvers.fastica import FUNCTIONS
 from llmbrain.decomposition.solvers.result import warn_not_converged
-from llmbrain.decomposition.store import read_fit, write_fit
+from llmbrain.decomposition.store import write_fit
 from llmbrain.decomposition.time_courses import Regressor, regress, standardize_maps
 from llmbrain.decomposition.workers import workers
-from llmbrain.imaging.brain_mask import BrainMask, split_mask
+from llmbrain.imaging.brain_mask import split_mask
 from llmbrain.imaging.nifti import maps_to_nifti
 from llmbrain.scanning.inputs import Runs
 
-_SAVED_VALUES = ("n_components_", "n_iter_", "converged_", "convergence_", "joint_explained_variance_ratio_",
+SAVED_VALUES = ("n_components_", "n_iter_", "converged_", "convergence_", "joint_explained_variance_ratio_",
                  "start_scores_", "order_estimates_", "preprocessing_report_")  # fmt: skip
-_SAVED_ARRAYS = ("components_", "explained_variance_ratio_", "constant_neurons_", "component_layers_")
+SAVED_ARRAYS = ("components_", "explained_variance_ratio_", "constant_neurons_", "component_layers_")
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
 
@@ -471,7 +471,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
 
     def _as_plain(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The fit as arrays and a record of JSON values, for the store."""
-        arrays = {name: getattr(self, name) for name in _SAVED_ARRAYS if getattr(self, name) is not None}
+        arrays = {name: getattr(self, name) for name in SAVED_ARRAYS if getattr(self, name) is not None}
         arrays |= {f"mixing_{index:05d}": part for index, part in enumerate(self.mixing_)}
         parameters = self.get_params()
         if not isinstance(parameters["random_state"], (int, type(None))):
@@ -487,45 +487,6 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             "mask_header": None if self.brain_mask_ is None else self.brain_mask_.header_facts(),
             "space": None if self.space_ is None else self.space_.to_dict(),
             "windows": [[columns.start, columns.stop, count] for columns, count in zip(self._columns, self._counts)],
-            **{name: getattr(self, name) for name in _SAVED_VALUES},
+            **{name: getattr(self, name) for name in SAVED_VALUES},
         }
         return arrays, record
-
-
-def read_ica(path: str | Path) -> GroupICA:
-    """Read a fit that `GroupICA.save` wrote.
-
-    Parameters
-    ----------
-    path : folder, or file ending in ``.safetensors``
-
-    Returns
-    -------
-    GroupICA
-        Fitted: `transform` and all attributes work. ``device`` is "auto" again.
-
-    Raises
-    ------
-    FileNotFoundError
-        When there is no fit at this place.
-    InputError
-        When the files are damaged or another program's.
-    """
-    arrays, record = read_fit(path)
-    ica = GroupICA(**record["parameters"] | {"device": "auto"})
-    for name in _SAVED_VALUES:
-        setattr(ica, name, record.get(name, []))  # a fit of an older version has no convergence_
-    for name in _SAVED_ARRAYS:
-        setattr(ica, name, arrays.get(name))
-    ica.n_features_in_ = ica.components_.shape[1]
-    ica.mixing_ = [arrays[name] for name in sorted(arrays) if name.startswith("mixing_")]
-    ica.space_ = None if record["space"] is None else NeuronSpace.from_dict(record["space"])
-    ica._columns = [slice(start, stop) for start, stop, _ in record["windows"]]
-    ica._counts = [count for _, _, count in record["windows"]]
-    ica.brain_mask_, ica.surface_ = None, None
-    if "mask_volume" in arrays:
-        ica.brain_mask_ = BrainMask.from_arrays(arrays["mask_volume"], arrays["mask_affine"], record.get("mask_header"))
-        ica.mask = ica.brain_mask_.image
-    elif "mask" in arrays:
-        ica.mask = arrays["mask"]
-    return ica

@@ -414,14 +414,14 @@ def test_subspace_of_canica_with_a_global_signal():
     images = [Nifti1Image(run.T.reshape(20, 20, 1, 60), np.eye(4)) for run in runs]
     mask = Nifti1Image(np.ones((20, 20, 1), dtype=np.int8), np.eye(4))
     theirs = CanICA(
-        n_components=4, mask=mask, smoothing_fwhm=None, detrend=False, standardize="zscore_sample",
+        n_components=4, mask=mask, smoothing_fwhm=None, detrend=False, standardize=None,
         standardize_confounds=False, threshold=None, n_init=1, random_state=0,
     ).fit(images)  # fmt: skip
 
     def lowest(**options):
-        ours = GroupICA(4, fun="cube", cca=True, dtype="float64", **options).fit(runs).components_
+        ours = GroupICA(4, fun="cube", cca=True, dtype="float64", standardize="center", **options).fit(runs).components_
         bases = [np.linalg.qr((m - m.mean(axis=1, keepdims=True)).T)[0] for m in (ours, theirs.components_)]
         return np.linalg.svd(bases[0].T @ bases[1], compute_uv=False).min()
 
-    assert lowest(center_tokens=False) > 0.999
-    assert lowest() < 0.98
+    assert lowest(center_tokens=False) > 0.99
+    assert lowest() < 0.7

@@ -1,0 +1,49 @@
+"""A `GroupICA` made again from what `GroupICA.save` wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.decomposition.group_ica import SAVED_ARRAYS, SAVED_VALUES, GroupICA
+from llmbrain.decomposition.store import read_fit
+from llmbrain.imaging.brain_mask import BrainMask
+
+
+def read_ica(path: str | Path) -> GroupICA:
+    """Read a fit that `GroupICA.save` wrote.
+
+    Parameters
+    ----------
+    path : folder, or file ending in ``.safetensors``
+
+    Returns
+    -------
+    GroupICA
+        Fitted: `transform` and all attributes work. ``device`` is "auto" again.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no fit at this place.
+    InputError
+        When the files are damaged or another program's.
+    """
+    arrays, record = read_fit(path)
+    ica = GroupICA(**record["parameters"] | {"device": "auto"})
+    for name in SAVED_VALUES:
+        setattr(ica, name, record.get(name, []))  # a fit of an older version has no convergence_
+    for name in SAVED_ARRAYS:
+        setattr(ica, name, arrays.get(name))
+    ica.n_features_in_ = ica.components_.shape[1]
+    ica.mixing_ = [arrays[name] for name in sorted(arrays) if name.startswith("mixing_")]
+    ica.space_ = None if record["space"] is None else NeuronSpace.from_dict(record["space"])
+    ica._columns = [slice(start, stop) for start, stop, _ in record["windows"]]
+    ica._counts = [count for _, _, count in record["windows"]]
+    ica.brain_mask_, ica.surface_ = None, None
+    if "mask_volume" in arrays:
+        ica.brain_mask_ = BrainMask.from_arrays(arrays["mask_volume"], arrays["mask_affine"], record.get("mask_header"))
+        ica.mask = ica.brain_mask_.image
+    elif "mask" in arrays:
+        ica.mask = arrays["mask"]
+    return ica
