@@ -15,6 +15,7 @@ from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_toke
 from llmbrain.hooks.listen import hear_outputs
 from llmbrain.hooks.text import batches, evaluating
 from llmbrain.pruning.calibrate.losses import last_states
+from llmbrain.pruning.calibrate.moments import gram
 
 
 def gradient_pass(
@@ -59,15 +60,13 @@ def gradient_pass(
         )
     probe = torch.Generator().manual_seed(0)
     grams: list[Any] = [0.0] * len(body.layers)
-    root: Tensor | None = None  # square root of the weights of the batch at hand
+    counts: Tensor | None = None  # weights of the tokens of the batch at hand
 
     def watch(i: int) -> Callable[[Tensor, Tensor], None]:
         def hook(entering: Tensor, output: Tensor) -> None:
             def take(g: Tensor) -> None:
                 g = g.detach().float().flatten(0, -2)
-                if root is not None:
-                    g = g * root.to(g.device)
-                grams[i] = grams[i] + (g.T @ g).double()
+                grams[i] = grams[i] + gram(g, None if counts is None else counts.to(g.device)).double()
 
             output.register_hook(take)
 
@@ -87,7 +86,7 @@ def gradient_pass(
         with evaluating(model, gradients=True), hear_outputs(model, places):
             for i, batch in enumerate(batches(windows)):
                 if weights is not None:
-                    root = batches(weights)[i].flatten().sqrt()[:, None]
+                    counts = batches(weights)[i].flatten()
                 if causal:
                     next_token_losses(model, batch).sum().backward()
                 else:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def gram(x: Tensor, weights: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    """``sum_t w_t y_t x_t^T`` over tokens t, ``(len y, len x)``; y is x where not given, weights are 1."""
+    y = x if y is None else y
+    return (y if weights is None else y * weights[:, None]).T @ x
+
+
 class Moments:
     """Means, covariance of signals x, and their covariance with targets t, of all tokens added so far.
 
@@ -52,8 +58,8 @@ class Moments:
         self.n += float(len(x) if weights is None else weights.sum())
         self._x += wx.sum(0, dtype=torch.float64)
         self._t += wt.sum(0, dtype=torch.float64)
-        self._xx += wx.T @ x
-        self._tx += wt.T @ x
+        self._xx += gram(x, weights)
+        self._tx += gram(x, weights, t)
         self._tt += (wt * t).sum(0, dtype=torch.float64)
 
     def __add__(self, other: Moments) -> Moments:
