@@ -102,7 +102,11 @@ def test_a_part_that_is_left_behind_is_found_though_it_is_alike(monkeypatch, cop
 def test_a_model_that_cannot_be_tried_is_refused_unless_asked_for():
     model = tiny("llama")
     plan = plan_pruning(model, ratio=0.5, method="random")
-    model.forward = lambda image: image
+
+    def forward(input_ids, **options):
+        raise ValueError("no picture")
+
+    model.forward = forward
     with pytest.raises(InputError, match=r"does not read a few tokens as it is.*verify=False cuts all the same"):
         prune(model, plan)
 
