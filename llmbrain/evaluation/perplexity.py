@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.hooks.probe import is_causal
 from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
@@ -93,13 +96,18 @@ def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     return losses.unflatten(0, (len(ids), -1))
 
 
+def window_losses(model: nn.Module, windows: Tensor, *, progress: bool = False) -> NDArray[np.float64]:
+    """Mean cross-entropy (nats a token) of each window of ``(n, window)``, positions 1 to its end; float64 ``(n,)``."""
+    found = []
+    with evaluating(model):
+        for ids in bar(batches(windows), desc="windows", show=progress, leave=False):
+            found.append(next_token_losses(model, ids).mean(dim=1, dtype=torch.float64).cpu().numpy())
+    losses = np.concatenate(found)
+    if np.isnan(losses).any():
+        raise InputError(f"model {type(model).__name__} gives NaN logits: its weights or dtype are broken")
+    return losses
+
+
 def mean_loss(model: nn.Module, windows: Tensor) -> float:
     """Mean cross-entropy (nats a token) over windows ``(n, window)``, positions 1 to the end of each."""
-    total = 0.0
-    with evaluating(model):
-        for ids in batches(windows):
-            total += next_token_losses(model, ids).sum(dtype=torch.float64).item()
-    mean = total / (len(windows) * (windows.shape[1] - 1))
-    if math.isnan(mean):
-        raise InputError(f"model {type(model).__name__} gives NaN logits: its weights or dtype are broken")
-    return mean
+    return float(window_losses(model, windows).mean())

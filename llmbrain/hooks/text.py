@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -158,6 +160,42 @@ def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
             part = []
     if part:
         yield part
+
+
+def cut_runs(runs: Sequence[Run], length: int | None) -> list[Run]:
+    """Runs of at most `length` tokens: a longer text becomes several of about equal length, one after another.
+
+    Each keeps its own ids, its part of the text and of the events. What has no name of its own is numbered anew.
+    """
+    if length is None or all(len(run.tokens) <= length for run in runs):
+        return list(runs)
+    cut: list[Run] = []
+    for run in runs:
+        n = len(run.tokens)
+        k = -(-n // length)
+        edges = [n * i // k for i in range(k + 1)]
+        for i, (start, stop) in enumerate(pairwise(edges)):
+            unnamed = re.fullmatch(r"run-\d+", run.name)
+            name = f"run-{len(cut) + 1:04d}" if unnamed else run.name if k == 1 else f"{run.name}-{i + 1}"
+            cut.append(_part(run, name, start, stop) if k > 1 else replace(run, name=name))
+    return cut
+
+
+def _part(run: Run, name: str, start: int, stop: int) -> Run:
+    """Tokens ``start..stop`` of a run, with their text and their events."""
+    text, offsets = "".join(run.tokens[start:stop]), None
+    if run.offsets is not None:
+        real = np.flatnonzero(run.offsets[:, 1] > run.offsets[:, 0])  # special tokens have no characters
+        begins = [*run.offsets[real, 0].tolist(), len(run.text)]
+        first, last = (begins[int(np.searchsorted(real, edge))] if edge else 0 for edge in (start, stop))
+        text, offsets = run.text[first:last], run.offsets[start:stop].copy()
+        offsets[offsets[:, 1] > offsets[:, 0]] -= first
+    events = run.events
+    if events is not None:
+        low, high = events["onset"].clip(lower=start), (events["onset"] + events["duration"]).clip(upper=stop)
+        inside = (low < high) | ((events["duration"] == 0) & (events["onset"] >= start) & (events["onset"] < stop))
+        events = events.assign(onset=low - start, duration=high - low)[inside].reset_index(drop=True)
+    return Run(name, text, run.token_ids[start:stop], run.tokens[start:stop], offsets, events)
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], NDArray[np.int64] | None, int]]:

@@ -20,7 +20,7 @@ from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import anatomy, context_length
 from llmbrain.hooks.listen import Kinds, Reader, Recorder, reading
 from llmbrain.hooks.sites import check_sites, find_taps
-from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, embeddings, read_texts
+from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, cut_runs, embeddings, read_texts
 from llmbrain.scanning.manifest import check_same, manifest_of, model_id, say_disk
 from llmbrain.scanning.scans import Scan
 from llmbrain.scanning.schedule import Schedule
@@ -39,6 +39,7 @@ def scan(
     block_size: int | None = None,
     batch_size: int = 8,
     n_tokens: int | None = None,
+    run_length: int | None = None,
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
 ) -> list[Scan]:
@@ -69,6 +70,8 @@ def scan(
         Blocks read at once; fewer where their signals would exceed 1 GiB.
     n_tokens : int, optional
         Read at most so many tokens of each text.
+    run_length : int, optional
+        Cut longer texts into several runs of at most so many tokens, each with its part of the text and the events.
     dtype : torch.dtype or str, optional
         ``float16``, ``bfloat16`` or ``float32``: what to keep the numbers in. Default: what the model computes in.
     verify : bool
@@ -78,7 +81,7 @@ def scan(
     Returns
     -------
     list of Scan
-        One a text, in order.
+        One a text, in order; several of a text that is cut.
 
     Raises
     ------
@@ -94,7 +97,9 @@ def scan(
         check_range("block_size", block_size, 1, limit)
     size = limit if block_size is None else int(block_size)
     recorder = Recorder(find_taps(anatomy(model), sites))
-    runs = read_texts(texts, tokenizer, n_tokens)
+    if run_length is not None:
+        check_range("run_length", run_length, 1)
+    runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
     _check_ids(model, runs)
     blocks = blocks_of(runs, size)
     _say_blocks(runs, size)

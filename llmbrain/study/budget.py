@@ -1,0 +1,80 @@
+"""Settings that fit a time: what is given up, one step after the other, until the job fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+from llmbrain._progress import span
+from llmbrain._validation import InputError
+from llmbrain.study.cost import Cost, plan_passes
+from llmbrain.study.settings import Settings
+
+SAFE = 0.8  # share of the time that may be planned: machines are not always idle
+LADDER: tuple[tuple[str, Any], ...] = (
+    ("eval_tokens", 16384), ("passes", 12.0), ("n_tokens", 16384), ("passes", 6.0), ("eval_tokens", 8192),
+    ("n_tokens", 8192), ("method", "obs-gradient"), ("eval_tokens", 4096), ("method", "flap"), ("n_tokens", 4096),
+    ("eval_tokens", 2048), ("n_tokens", 2048), ("n_tokens", 1024), ("eval_tokens", 1024), ("n_tokens", 512),
+)  # fmt: skip
+"""What is given up first: exactness of the perplexities, then of the search, then text, then the method."""
+
+
+def fit(
+    seconds: float, how: Settings, cost: Callable[[Settings], Cost], *, pinned: Collection[str] = (), least: int = 1
+) -> tuple[Settings, list[str]]:
+    """Settings whose cost fits a time, and what was given up for it.
+
+    Parameters
+    ----------
+    seconds : float
+    how : Settings
+        What is wanted.
+    cost : callable
+        Cost of settings, with a measured time.
+    pinned : names
+        Settings that were asked for, and stay.
+    least : int
+        Tokens that calibration needs.
+
+    Raises
+    ------
+    InputError
+        If nothing fits: the message says how long the least takes.
+    """
+    gave_up: list[str] = []
+    for name, value in LADDER:
+        if (cost(how).seconds or 0.0) <= SAFE * seconds:
+            return how, gave_up
+        if name in pinned or (name == "n_tokens" and value < least):
+            continue
+        changed = _smaller(how, name, value, pinned)
+        if changed is not None:
+            words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text"}
+            before = getattr(how, name)
+            shown = f"{before:,.0f}" if isinstance(before, (int, float)) else before or "all"
+            now = f"{value:,.0f}" if isinstance(value, (int, float)) else value
+            gave_up.append(f"{words.get(name, name)}: {now} instead of {shown}")
+            how = changed
+    needed = cost(how).seconds or 0.0
+    if needed <= SAFE * seconds:
+        return how, gave_up
+    raise InputError(
+        f"budget={span(seconds)!r} is too small: the least that can be done here (method {how.method}, {how.n_tokens} "
+        f"tokens of text) takes about {span(needed / SAFE)}; give at least that, or fewer things to do"
+    )
+
+
+def _smaller(how: Settings, name: str, value: Any, pinned: Collection[str]) -> Settings | None:
+    """The settings with less of one thing; None where that is no less."""
+    if name == "method":
+        if "allocation" in pinned or how.forget or how.keep:
+            return None
+        now = plan_passes(how.method, how.allocation, how.passes)
+        return replace(how, method=value, allocation=None) if plan_passes(value, None, how.passes) < now else None
+    before = getattr(how, name)
+    if name == "passes" and how.allocation not in (None, "search", "sensitivity"):
+        return None
+    if name == "passes" and how.allocation is None and how.method != "networks":
+        return None
+    return replace(how, **{name: value}) if before is None or value < before else None

@@ -1,0 +1,250 @@
+"""What a job will cost before it runs: passes over the text, tokens, disk, memory, and, from one measured batch, time.
+
+A *pass* is one forward pass of the whole model over the calibration text; a backward pass counts as two more. How many
+a criterion and an allocation take was counted (the test counts them again). Time is not passes alone: a walk through
+the layers also sums covariances, and group ICA multiplies runs with themselves. Both are counted in the multiplications
+they take, beside those of a token's forward pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmbrain._files import bytes_text
+from llmbrain._progress import span
+from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.hooks.text import evaluating, input_device
+from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.study.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Passes of a plan at one share everywhere, and of each way to spread it: counted on a small model.
+OF_METHOD = {"random": 0.0, "magnitude": 0.0, "wanda-sp": 1.1, "flap": 1.1, "taylor": 4.0, "published": 1.0, "obs": 2.0,
+             "obs-gradient": 5.0, "networks": 7.0}  # fmt: skip
+SEQUENTIAL = {"obs", "obs-gradient", "networks"}
+OF_REPAIR = 2.0  # of the sequential repair: what a block gave before, and what it gives now
+FIXED = 15.0  # seconds: loading, saving, figures, the report
+BASE_MEMORY = 0.6e9  # Python, torch and transformers themselves
+BATCH = 2048  # tokens in a forward pass of an evaluation or a scan
+
+
+def plan_passes(method: str, allocation: str | None, passes: float, head_ratio: float = 0.0) -> float:
+    """Forward passes over the calibration text that a plan takes."""
+    if allocation is None and method in CRITERIA:
+        allocation = {"published": "global", "networks": "search"}.get(method, "uniform")
+    found = OF_METHOD.get(method, 5.0)
+    if allocation in ("global", "clamped") and method in SEQUENTIAL:
+        found += 1.0
+    elif allocation == "sensitivity":
+        found += min(passes, 24) / 3 + 0.7
+    elif allocation == "search":
+        found += 0.92 * min(passes, 24)
+    return found + (1.0 if head_ratio else 0.0)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Sizes of a model that costs follow from.
+
+    Attributes
+    ----------
+    parameters : int
+        Of the whole model.
+    size : int
+        Bytes of its weights.
+    widths : tuple of int
+        MLP neurons of each layer.
+    hidden, vocabulary : int
+    itemsize : int
+        Bytes of what it computes in.
+    """
+
+    parameters: int
+    size: int
+    widths: tuple[int, ...]
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: nn.Module, body: Anatomy | None = None) -> Subject:
+        """Sizes of this model."""
+        body = body or anatomy(model)
+        parameters = list(model.parameters())
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        rows = int(getattr(embedding, "num_embeddings", 0) or 0)
+        return cls(
+            sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), body.widths,
+            int(getattr(embedding, "embedding_dim", 0) or max(body.widths)), rows, parameters[0].element_size(),
+        )  # fmt: skip
+
+    @property
+    def n_neurons(self) -> int:
+        """MLP neurons of all layers."""
+        return sum(self.widths)
+
+    def token_work(self, length: int) -> float:
+        """Multiplications of one token's forward pass in a text of `length` tokens."""
+        return self.parameters + len(self.widths) * self.hidden * length
+
+    def covariance_work(self) -> float:
+        """Multiplications that a token adds to a walk: covariances of all layers, in float64 (twice the time)."""
+        return 2.0 * sum(w * (w + self.hidden) for w in self.widths)
+
+    def ica_work(self, n_tokens: int, run_length: int, n_components: int) -> float:
+        """Multiplications of group ICA: each run with itself, twice, then components over neurons."""
+        return self.n_neurons * (2.0 * n_tokens * run_length + 4.0 * n_tokens * n_components + 400.0 * n_components**2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step of a job: how many tokens go through the model, and the work that comes on top."""
+
+    name: str
+    passes: float
+    tokens: int
+    extra: float = 0.0  # multiplications beside the forward passes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job takes.
+
+    Attributes
+    ----------
+    parts : tuple of Part
+    disk, memory : int
+        Bytes; memory is the peak of the process.
+    work : float
+        Multiplications of one token's forward pass.
+    per_token : float or None
+        Seconds that a token's forward pass takes here, once measured.
+    """
+
+    parts: tuple[Part, ...]
+    disk: int
+    memory: int
+    work: float
+    per_token: float | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Tokens through the model, passes counted."""
+        return sum(part.passes * part.tokens for part in self.parts)
+
+    @property
+    def seconds(self) -> float | None:
+        """Expected time, once a batch was measured."""
+        if self.per_token is None:
+            return None
+        work = sum(part.passes * part.tokens * self.work + part.extra for part in self.parts)
+        return FIXED + work / self.work * self.per_token
+
+    def lines(self) -> list[str]:
+        """What a user is told."""
+        said = [
+            f"cost: {self.tokens:,.0f} tokens through the model; {bytes_text(self.disk)} of disk, "
+            f"about {bytes_text(self.memory)} of memory"
+        ]
+        for part in self.parts:
+            if part.passes:
+                said.append(f"    {part.name}: {part.passes:.3g} passes over {part.tokens:,} tokens")
+        if self.seconds is not None and self.per_token:
+            said.append(f"measured: {1 / self.per_token:,.0f} tokens a second: about {span(self.seconds)} in all")
+        return said
+
+
+def seconds_per_token(model: nn.Module, ids: Tensor) -> float:
+    """Time of a token in one batch that is read, after a smaller one that warms up."""
+    device = input_device(model)
+    with evaluating(model):
+        model(input_ids=ids[:1, : max(2, ids.shape[1] // 8)].to(device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        model(input_ids=ids.to(device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / ids.numel()
+
+
+def measured_batch(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> float:
+    """`seconds_per_token` of the beginning of the texts."""
+    from llmbrain.hooks.text import TOKENIZING
+
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text[: 40 * length], **TOKENIZING)["input_ids"]
+        if len(ids) >= 4 * length:
+            break
+    length = min(length, max(2, len(ids)))
+    rows = max(1, min(4, len(ids) // length))
+    return seconds_per_token(model, torch.tensor((ids + [ids[0]] * length)[: rows * length]).reshape(rows, length))
+
+
+def scan_bytes(subject: Subject, n_tokens: int, site: str = "neuron", dtype: str | None = None, sites: int = 1) -> int:
+    """Disk that a recording takes."""
+    units = len(subject.widths) * subject.hidden if site in ("mlp_out", "block_out") else subject.n_neurons
+    return n_tokens * units * sites * ({"float32": 4, "float16": 2, "bfloat16": 2}.get(dtype or "", subject.itemsize))
+
+
+def memory_of(
+    subject: Subject, batch: int, run_length: int, n_tokens: int, *, method: str = "", copies: int = 2
+) -> int:
+    """Peak memory of a job: the model and its smaller copy, and the largest of its steps."""
+    widest = max(subject.widths)
+    scan = 2 * batch * subject.n_neurons * subject.itemsize
+    ica = 3 * run_length * subject.n_neurons * 4
+    reading = 3 * BATCH * max(subject.vocabulary, 1) * 4
+    streams = 3 * n_tokens * subject.hidden * 4 + 8 * widest * widest * 8
+    gradient = 0
+    if method in ("taylor", "obs-gradient", "networks"):
+        gradient = BATCH * len(subject.widths) * (12 * subject.hidden + 4 * widest) * 4 + reading
+    return int(BASE_MEMORY + copies * subject.size + max(scan, ica, reading, streams + gradient))
+
+
+def run_cost(
+    subject: Subject, how: Settings, *, n_tokens: int, eval_tokens: int, window: int, per_token: float | None = None,
+    todo: Sequence[str] = ("evaluate", "scan", "networks", "prune"),
+) -> Cost:  # fmt: skip
+    """Cost of `run`, or of those of its steps that are still to do."""
+    work = subject.token_work(window)
+    length = min(how.run_length or n_tokens, n_tokens)
+    k = how.n_components if isinstance(how.n_components, int) else 32
+    planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio)
+    repair = OF_REPAIR if how.compensate else 0.0
+    calibration = n_tokens + how.self_text * window
+    parts: dict[str, list[Part]] = {
+        "evaluate": [Part("perplexity of the dense model, and its speed", 1.0, eval_tokens + 6 * 1024)],
+        "scan": [Part("scan", 1.0, n_tokens)],
+        "networks": [Part("group ICA", 0.0, n_tokens, subject.ica_work(n_tokens, length, k))],
+        "prune": [
+            Part(f"plan ({how.method})", planning, calibration, planning * calibration * subject.covariance_work() / 2),
+            Part("cut and repair", repair, calibration, repair / 2 * calibration * subject.covariance_work()),
+            Part("perplexity of the smaller model, and its speed", 1.0, eval_tokens + 6 * 1024),
+        ],
+    }
+    if how.self_text:
+        parts["prune"].insert(0, Part("text of the model's own", 4.0, how.self_text * window))
+    sites = 3 if how.method == "published" else 1
+    disk = scan_bytes(subject, n_tokens, how.site, how.dtype, sites) + subject.size
+    batch = max(BATCH, length)
+    return Cost(
+        tuple(part for step in todo for part in parts[step]), disk,
+        memory_of(subject, batch, length, calibration, method=how.method), work, per_token,
+    )  # fmt: skip
+
+
+def told(cost: Cost, tell: Any) -> Cost:
+    """Say what it costs, and give it back."""
+    for line in cost.lines():
+        tell(line)
+    return cost

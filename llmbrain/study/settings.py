@@ -1,0 +1,175 @@
+"""The settings of the main job: one object, checked when it is made, and a TOML file that holds it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.checkpoints import FORMATS
+from llmbrain.hooks.sites import check_sites
+from llmbrain.pruning.allocate.search import PASSES
+from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.criteria.networks import BALANCE
+from llmbrain.pruning.prune import COMPENSATIONS
+from llmbrain.stats import PUBLISHED_Z
+
+SHORT = {"n_components": "components", "random_state": "seed"}  # fields that commands and files call by a shorter name
+NONE = {"compensate": "none", "n_tokens": 0, "run_length": 0, "eval_tokens": 0, "max_windows": 0}  # None, in a file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `run` does.
+
+    Attributes
+    ----------
+    n_components : int, float or str
+        Networks: their number, a share of variance below 1, or ``"auto"``.
+    site, dtype
+        What is recorded, and in which precision it is kept; see `scan`.
+    threshold : float
+        |z| above which a neuron belongs to a network.
+    n_tokens : int, optional
+        Tokens of the text that are scanned, and calibrated on; None is all.
+    run_length : int, optional
+        Longer texts are cut into runs of at most so many tokens; None never cuts.
+    eval_tokens : int, optional
+        Tokens of the sample that both perplexities are measured on; None is all of the text.
+    max_windows : int, optional
+        The same, in windows.
+    ratio, method, compensate, allocation, multiple_of, protect, head_ratio, passes, token_balance, keep, forget
+        See `plan_pruning` and `prune`.
+    self_text : int
+        Windows of calibration text that the model writes itself, beside the text.
+    format : str
+        See `save_pruned`.
+    random_state : int
+
+    Raises
+    ------
+    InputError
+        If a value cannot be.
+    """
+
+    n_components: int | float | str = 20
+    site: str = "neuron"
+    dtype: str | None = None
+    threshold: float = PUBLISHED_Z
+    n_tokens: int | None = 32768
+    run_length: int | None = 2048
+    eval_tokens: int | None = 32768
+    max_windows: int | None = None
+    ratio: float | None = None
+    method: str = "networks"
+    compensate: str | None = "least-squares"
+    allocation: str | None = None
+    multiple_of: int = 1
+    protect: tuple[int, ...] | None = None
+    head_ratio: float = 0.0
+    passes: float = PASSES
+    token_balance: float = BALANCE
+    self_text: int = 0
+    keep: tuple[str, ...] | None = None
+    forget: tuple[str, ...] | None = None
+    format: str = "per-layer"
+    random_state: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("protect", "keep", "forget"):  # lists of a file or a caller
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if value else None)
+        if self.ratio is None and not self.forget:
+            object.__setattr__(self, "ratio", 0.3)
+        check_option("method", self.method, CRITERIA)
+        check_option("compensate", self.compensate, COMPENSATIONS)
+        check_option("format", self.format, FORMATS)
+        check_option("dtype", self.dtype, (None, "float16", "bfloat16", "float32"))
+        check_sites(self.site)
+        check_components("n_components", self.n_components)
+        for name, low in (("n_tokens", 1), ("run_length", 2), ("eval_tokens", 2), ("max_windows", 1)):
+            if getattr(self, name) is not None:
+                check_range(name, _whole(name, getattr(self, name)), low)
+        for name, low in (("multiple_of", 1), ("self_text", 0), ("random_state", 0)):
+            check_range(name, _whole(name, getattr(self, name)), low)
+        check_range("random_state", self.random_state, 0, 2**32 - 1)
+        check_range("threshold", self.threshold, 0)
+        check_range("passes", self.passes, 0, open_low=True)
+        check_range("head_ratio", self.head_ratio, 0, 1, open_high=True)
+        check_range("token_balance", self.token_balance, 0, 1)
+        if self.ratio is not None:
+            check_range("ratio", self.ratio, 0, 1, open_low=True, open_high=True)
+
+    @classmethod
+    def of(cls, settings: Settings | None = None, /, **options: Any) -> Settings:
+        """Settings with some of them changed; a name that is none is an `InputError`."""
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            check_option("option", name, sorted(known))
+        return replace(settings, **options) if settings is not None else cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """By the names that commands and files use."""
+        return {SHORT.get(name, name): value for name, value in asdict(self).items()}
+
+    def to_toml(self, **more: str | None) -> str:
+        """What ``--config`` reads; `more` (model, text) goes first."""
+        entries = {k: v for k, v in more.items() if v is not None}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            value = NONE.get(f.name) if value is None else value
+            if value is not None:
+                entries[SHORT.get(f.name, f.name).replace("_", "-")] = value
+        return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in entries.items())
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Settings:
+        """Read the settings of a file; model and text in it are left to the caller."""
+        entries = {k: v for k, v in read_config(path).items() if k not in PLACES}
+        long = {short: name for name, short in SHORT.items()}
+        options = {long.get(k, k): v for k, v in entries.items()}
+        return cls.of(**{k: None if k in NONE and v == NONE[k] else v for k, v in options.items()})
+
+
+PLACES = ("model", "text", "field", "device", "budget")  # what a file may say beside the settings
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Entries of a TOML file of options, by names with underscores.
+
+    Raises
+    ------
+    InputError
+        If it is no TOML, or an entry is no option.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: no file at {path}")
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config={str(path)!r} is not TOML: {error}") from None
+    known = [*PLACES, *(SHORT.get(f.name, f.name) for f in fields(Settings))]
+    for name, value in found.items():
+        if name.replace("-", "_") not in known or isinstance(value, dict):
+            allowed = ", ".join(k.replace("_", "-") for k in known)
+            raise InputError(f"config={str(path)!r}: {name!r} is no option of a run: allowed are {allowed}")
+    return {name.replace("-", "_"): value for name, value in found.items()}
+
+
+def check_components(name: str, value: int | float | str) -> int | float | str:
+    """A number of components, a share of variance below 1, or ``"auto"``."""
+    if value == "auto":
+        return value
+    if isinstance(value, str) or isinstance(value, bool) or not 0 < value < float("inf") or (value > 1 and value % 1):
+        raise InputError(f"{name}={value!r} must be a whole number, a share below 1, or 'auto'")
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value % 1:
+        raise InputError(f"{name}={value!r} must be a whole number")
+    return int(value)
