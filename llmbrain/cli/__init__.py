@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from llmbrain._validation import InputError
 from llmbrain._version import __version__
 from llmbrain.cli import compare, demo, networks, pruning, run, serving, steps, view
 from llmbrain.cli.common import fail, is_expected
@@ -24,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the click that typer brings along
+CTRL_C = 130  # exit code of an interrupted command
 
 
 def _version(wanted: bool) -> None:
@@ -52,20 +57,16 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading: our own say what takes time
     warnings.showwarning = _warn  # a line a person can read, instead of the place in the code
     try:
-        app()
+        code = app(standalone_mode=False) or 0
+    except UsageError as error:  # one line, as for any other bad input
+        where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        fail(InputError(error.format_message().rstrip(".") + where))
+    except (KeyboardInterrupt, typer.Abort):
+        code = CTRL_C
     except Exception as error:
         if os.environ.get("LLMBRAIN_DEBUG") or not is_expected(error):
             raise
         fail(error)
-    except (KeyboardInterrupt, SystemExit) as stopped:
-        # typer makes an exit code of Ctrl-C: its word for it, or that of its older versions
-        if isinstance(stopped, SystemExit) and stopped.code != 130 and not _from_ctrl_c(stopped):
-            raise
+    if code == CTRL_C:
         typer.echo("interrupted: what was written is kept; the same command goes on from there", err=True)
-        sys.exit(130)
-
-
-def _from_ctrl_c(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+    sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,15 +11,24 @@ import typer
 
 from llmbrain._progress import say
 from llmbrain._validation import InputError
+from llmbrain.cli.lists import parts
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["say"]
 
+
+def path_of(value: str) -> Path:
+    """A path that says something: ``''`` would be the working folder."""
+    if not str(value).strip():
+        raise InputError(f"--out={value!r} is empty: name a folder or file")
+    return Path(value)
+
+
 MODEL = Annotated[str, typer.Argument(help="Folder or hub id of a transformers model; a pruned folder works too.")]
 TEXT = Annotated[Path, typer.Option("--text", help=".txt, .json (list of strings) or .jsonl (a field 'text' a line).")]
-OUT = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+OUT = Annotated[Path, typer.Option("--out", parser=path_of, metavar="PATH", help="Folder to write.")]
 COMPONENTS = Annotated[
     str, typer.Option("--components", help="Number of networks, a share of variance below 1, or 'auto'.")
 ]
@@ -28,7 +38,46 @@ METHOD = Annotated[str, typer.Option("--method", help="Pruning criterion: networ
 COMPENSATE = Annotated[str, typer.Option("--compensate", help="none, bias or least-squares.")]
 FIELD = Annotated[str, typer.Option("--field", help="Field of .json and .jsonl objects that holds the text.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Write over what --out holds.")]
-SEED = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+SEED = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
+DTYPE = Annotated[str, typer.Option("--dtype", help="Recorded as float16, bfloat16 or float32; default the model's.")]
+RUN_LENGTH = Annotated[
+    int, typer.Option("--run-length", min=0, help="Longer texts become several runs of so many tokens; 0 never cuts.")
+]
+DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost (one batch is read), and stop.")]
+FORMAT = Annotated[str, typer.Option("--format", help="per-layer, remote-code, uniform, padded, masked or gguf.")]
+ALLOCATION = Annotated[
+    str,
+    typer.Option("--allocation", help="uniform, global, clamped, sensitivity or search; default: the method's own."),
+]
+MULTIPLE = Annotated[int, typer.Option("--multiple-of", min=1, help="Widths are multiples of it (8 to 256).")]
+PROTECT = Annotated[
+    list[str] | None, typer.Option("--protect", help="Layers that are not cut; negative ones count from the end.")
+]
+HEADS = Annotated[
+    float,
+    typer.Option("--head-ratio", min=0.0, max=1.0, help="Share of the attention heads to remove, in key/value groups."),
+]
+PASSES = Annotated[
+    float, typer.Option("--passes", min=0.0, help="Forward passes over the calibration text that a search may take.")
+]
+BALANCE = Annotated[
+    float,
+    typer.Option(
+        "--token-balance", min=0.0, max=1.0, help="How much tokens that networks leave unexplained count more: 0 to 1."
+    ),
+]
+SELF_TEXT = Annotated[
+    int,
+    typer.Option(
+        "--self-text", min=0, help="Windows of calibration text that the model writes itself, beside the text."
+    ),
+]
+KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Conditions whose function stays.")]
+SHARE = Annotated[
+    float | None,
+    typer.Option("--ratio", help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes."),
+]
+FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
 
 
 # What readers and disks raise, by name: their packages are not imported for a message.
@@ -70,8 +119,17 @@ def parse_components(value: str) -> int | float | str:
     try:
         number = float(value)
     except ValueError:
-        raise InputError(f"--components={value!r} must be a whole number, a share below 1, or 'auto'") from None
-    return int(number) if number >= 1 and number == int(number) else number
+        number = math.nan
+    if not 0 < number < math.inf or (number > 1 and number % 1):
+        raise InputError(f"--components={value!r} must be a whole number, a share below 1, or 'auto'")
+    return int(number) if number >= 1 else number
+
+
+def parse_layers(protect: list[str] | None) -> list[int] | None:
+    try:
+        return [int(layer) for layer in parts(protect)] or None
+    except ValueError:
+        raise InputError(f"--protect={' '.join(protect or ())} must be whole numbers, layers of the model") from None
 
 
 def print_table(frame: pd.DataFrame, title: str | None = None, digits: int = 3) -> None:

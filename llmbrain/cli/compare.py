@@ -59,15 +59,15 @@ def compare_command(
     orientation: str = typer.Option(
         "auto", help="Of tables: volumes-first, regions-first; default told from the data."
     ),
-    n_volumes: int = typer.Option(0, help="Keep the first so many volumes of every subject; 0 is all."),
-    drop: int = typer.Option(0, help="Volumes to drop at the start."),
+    n_volumes: int = typer.Option(0, help="Keep the first so many volumes of every subject; 0 is all.", min=0),
+    drop: int = typer.Option(0, help="Volumes to drop at the start.", min=0),
     rule: str = typer.Option("offset", help="When in a word it counts: offset, onset, midpoint."),
     aggregate: str = typer.Option("mean", help="Tokens of a word: mean, last, sum."),
     hrf: str = typer.Option("spm", help="Response: spm or glover."),
-    high_pass: float = typer.Option(128.0, help="Cut-off period, seconds, of both sides; 0 is none."),
+    high_pass: float = typer.Option(128.0, help="Cut-off period, seconds, of both sides; 0 is none.", min=0),
     null: str = typer.Option("circular", help="circular (shifts) or phase (randomisation)."),
     n_permutations: int = typer.Option(
-        0, "--n-permutations", "--n-null", help="Null draws; 0 is every shift, or 1000 phases."
+        0, "--n-permutations", "--n-null", help="Null draws; 0 is every shift, or 1000 phases.", min=0
     ),
     correction: str = typer.Option("max", help="max (family-wise) or fdr."),
     encoding: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llmbrain.cli.common import COMPONENTS, DEVICE, SEED, parse_components, print_table, say
+from llmbrain.cli.common import COMPONENTS, DEVICE, SEED, parse_components, path_of, print_table, say
 
 if TYPE_CHECKING:
     from llmbrain.study import Study
@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Path = typer.Option(Path("demo-out"), "--out", help="Folder to write."),
+    out: Path = typer.Option(Path("demo-out"), "--out", parser=path_of, metavar="PATH", help="Folder to write."),
     components: COMPONENTS = "32",
     n_random: int = typer.Option(20, help="Random control lesions per network.", min=0),
     device: DEVICE = "auto",

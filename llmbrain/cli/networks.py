@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli.common import DEVICE, FIELD, MODEL, SEED, open_model, print_table, say
+from llmbrain.cli.common import DEVICE, FIELD, MODEL, SEED, open_model, path_of, print_table, say
 from llmbrain.cli.lists import ListCommand
 
 TEXTS = Annotated[list[Path], typer.Option("--text", help="One evaluation a file (.txt, .json, .jsonl).")]
@@ -22,8 +22,10 @@ def register(app: typer.Typer) -> None:
 
 def networks(
     study: Annotated[Path, typer.Argument(help="Folder that `llmbrain run` wrote, or a folder of networks.")],
-    out: Path | None = typer.Option(None, help="Folder to write; default: where the networks are."),
-    permutations: int = typer.Option(200, help="Draws of every null (conditions, connectivity); 0 for none."),
+    out: Path | None = typer.Option(
+        None, "--out", parser=path_of, metavar="PATH", help="Folder to write; default: where the networks are."
+    ),
+    permutations: int = typer.Option(200, help="Draws of every null (conditions, connectivity); 0 for none.", min=0),
     seed: SEED = 0,
 ) -> None:
     """Describe networks: layers, tokens, conditions, thresholds side by side, connectivity; tables and figures."""
@@ -39,11 +41,15 @@ def lesion(
     model: MODEL,
     text: TEXTS,
     networks: Annotated[Path, typer.Option("--networks", help="Folder of networks, or one that `llmbrain run` wrote.")],
-    out: Path | None = typer.Option(None, help="Folder for the table; an interrupted run goes on from it."),
-    n_random: int = typer.Option(20, help="Random control sets a network, and as many as active as the network."),
+    out: Path | None = typer.Option(
+        None, "--out", parser=path_of, metavar="PATH", help="Folder for the table; an interrupted run goes on from it."
+    ),
+    n_random: int = typer.Option(
+        20, help="Random control sets a network, and as many as active as the network.", min=0
+    ),
     value: str = typer.Option("zero", help="What lesioned neurons hold: zero or mean."),
-    window: int = typer.Option(0, help="Tokens of context; 0 is the model's own."),
-    max_windows: int = typer.Option(32, help="Windows of each text; 0 is all."),
+    window: int = typer.Option(0, help="Tokens of context; 0 is the model's own.", min=0),
+    max_windows: int = typer.Option(32, help="Windows of each text; 0 is all.", min=0),
     device: DEVICE = "auto",
     field: FIELD = "text",
     seed: SEED = 0,

@@ -9,16 +9,29 @@ import typer
 
 from llmbrain._validation import InputError
 from llmbrain.cli.common import (
+    ALLOCATION,
+    BALANCE,
     COMPENSATE,
     DEVICE,
     FIELD,
+    FORGET,
+    FORMAT,
+    HEADS,
+    KEEP,
     METHOD,
     MODEL,
+    MULTIPLE,
     OUT,
     OVERWRITE,
+    PASSES,
+    PROTECT,
     SEED,
+    SELF_TEXT,
+    SHARE,
     TEXT,
     open_model,
+    parse_layers,
+    path_of,
     print_table,
     say,
 )
@@ -28,33 +41,6 @@ CALIBRATION = Annotated[
     Path | None, typer.Option("--text", help="Calibration text (.txt, .json, .jsonl); default: that of the study.")
 ]
 STUDY = Annotated[Path | None, typer.Option("--study", help="Folder that `llmbrain run`, `scan` or `decompose` wrote.")]
-ALLOCATION = Annotated[
-    str,
-    typer.Option("--allocation", help="uniform, global, clamped, sensitivity or search; default: the method's own."),
-]
-MULTIPLE = Annotated[int, typer.Option("--multiple-of", help="Widths are multiples of it (8 to 256).")]
-PROTECT = Annotated[
-    list[str] | None, typer.Option("--protect", help="Layers that are not cut; negative ones count from the end.")
-]
-HEADS = Annotated[
-    float, typer.Option("--head-ratio", help="Share of the attention heads to remove, in key/value groups.")
-]
-PASSES = Annotated[
-    float, typer.Option("--passes", help="Forward passes over the calibration text that a search may take.")
-]
-BALANCE = Annotated[
-    float,
-    typer.Option("--token-balance", help="How much tokens that networks leave unexplained count more: 0 to 1."),
-]
-SELF_TEXT = Annotated[
-    int, typer.Option("--self-text", help="Windows of calibration text that the model writes itself, beside the text.")
-]
-KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Conditions whose function stays.")]
-SHARE = Annotated[
-    float | None,
-    typer.Option("--ratio", help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes."),
-]
-FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -63,18 +49,17 @@ def register(app: typer.Typer) -> None:
         app.command(command.__name__, cls=ListCommand)(command)
 
 
-def _layers(protect: list[str] | None) -> list[int] | None:
-    try:
-        return [int(layer) for layer in parts(protect)] or None
-    except ValueError:
-        raise InputError(f"--protect={' '.join(protect or ())} must be whole numbers, layers of the model") from None
-
-
 def plan(
     model: MODEL,
     text: CALIBRATION = None,
     study: STUDY = None,
-    out: Path = typer.Option(Path("plan.json"), "--out", help="Where to write the plan; a figure goes beside it."),
+    out: Path = typer.Option(
+        Path("plan.json"),
+        "--out",
+        parser=path_of,
+        metavar="PATH",
+        help="Where to write the plan; a figure goes beside it.",
+    ),
     ratio: SHARE = None,
     method: METHOD = "networks",
     allocation: ALLOCATION = "",
@@ -96,9 +81,9 @@ def plan(
     loaded, tokenizer = open_model(model, device)
     made = smaller.plan(
         loaded, tokenizer, load_texts(text, field) if text else None, study=study, out=out, self_text=self_text,
-        ratio=ratio, method=method, allocation=allocation or None, multiple_of=multiple_of, protect=_layers(protect),
-        head_ratio=head_ratio, passes=passes, token_balance=token_balance, keep=parts(keep) or None,
-        forget=parts(forget) or None, random_state=seed,
+        ratio=ratio, method=method, allocation=allocation or None, multiple_of=multiple_of,
+        protect=parse_layers(protect), head_ratio=head_ratio, passes=passes, token_balance=token_balance,
+        keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
     )  # fmt: skip
     print_table(made.to_frame())
     say(made.summary())
@@ -115,7 +100,7 @@ def prune(
     method: METHOD = "networks",
     allocation: ALLOCATION = "",
     compensate: COMPENSATE = "least-squares",
-    format: str = typer.Option("per-layer", help="per-layer, remote-code, uniform, padded, masked or gguf."),
+    format: FORMAT = "per-layer",
     gguf_type: str = typer.Option("f16", help="With --format gguf: f32, f16, bf16 or q8_0."),
     like: Path | None = typer.Option(None, help="With --format gguf: a GGUF of the dense model, for its tokenizer."),
     multiple_of: MULTIPLE = 1,
@@ -142,7 +127,7 @@ def prune(
         loaded, tokenizer, load_texts(text, field) if text else None, out=out, study=study, plan=given,
         compensate=None if compensate == "none" else compensate,
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
-        allocation=allocation or None, multiple_of=multiple_of, protect=_layers(protect), head_ratio=head_ratio,
+        allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         passes=passes, token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None,
         random_state=seed, overwrite=overwrite,
     )  # fmt: skip
@@ -154,8 +139,8 @@ def recover(
     model: MODEL,
     text: TEXT,
     out: OUT,
-    steps: int = typer.Option(100, help="Optimiser steps."),
-    rank: int = typer.Option(8, help="Rank of the updates (LoRA)."),
+    steps: int = typer.Option(100, help="Optimiser steps.", min=1),
+    rank: int = typer.Option(8, help="Rank of the updates (LoRA).", min=1),
     device: DEVICE = "auto",
     seed: SEED = 0,
     field: FIELD = "text",
@@ -180,12 +165,14 @@ def benchmark(
     text: TEXT,
     ratios: list[str] = typer.Option(["0.2", "0.3", "0.5"], help="Shares of the MLP neurons to remove."),
     methods: list[str] = typer.Option([], help="Criteria; default all."),
-    components: int = typer.Option(0, help="Networks to find for the method that uses them; 0: up to 64."),
-    draws: int = typer.Option(3, help="Calibration draws of the main rows, for intervals; 1 for none."),
-    window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context, at most 256."),
-    max_windows: int = typer.Option(128, help="Calibration windows."),
-    test_windows: int = typer.Option(96, help="Test windows."),
-    out: Path = typer.Option(Path("benchmark.csv"), "--out", help="Where to write the table."),
+    components: int = typer.Option(0, help="Networks to find for the method that uses them; 0: up to 64.", min=0),
+    draws: int = typer.Option(3, help="Calibration draws of the main rows, for intervals; 1 for none.", min=1),
+    window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context, at most 256.", min=0),
+    max_windows: int = typer.Option(128, help="Calibration windows.", min=1),
+    test_windows: int = typer.Option(96, help="Test windows.", min=1),
+    out: Path = typer.Option(
+        Path("benchmark.csv"), "--out", parser=path_of, metavar="PATH", help="Where to write the table."
+    ),
     device: DEVICE = "auto",
     seed: SEED = 0,
     field: FIELD = "text",

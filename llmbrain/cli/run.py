@@ -2,61 +2,138 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from llmbrain.cli.common import (
+    ALLOCATION,
+    BALANCE,
     COMPENSATE,
     COMPONENTS,
     DEVICE,
+    DRY_RUN,
+    DTYPE,
     FIELD,
+    FORGET,
+    FORMAT,
+    HEADS,
+    KEEP,
     METHOD,
     MODEL,
+    MULTIPLE,
     OUT,
     OVERWRITE,
-    RATIO,
+    PASSES,
+    PROTECT,
+    RUN_LENGTH,
     SEED,
+    SELF_TEXT,
+    SHARE,
     TEXT,
     open_model,
     parse_components,
+    parse_layers,
     print_table,
     say,
 )
+from llmbrain.cli.lists import ListCommand, parts
+from llmbrain.stats import PUBLISHED_Z
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("run")(run)
+    app.command("run", cls=ListCommand)(run)
+
+
+def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
+    """Options of a TOML file become the defaults of this call."""
+    if path is not None:
+        from llmbrain.study.settings import read_config
+
+        found = read_config(path)
+        context.default_map = {k: str(v) if k == "components" else v for k, v in found.items()}
+    return path
+
+
+CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", callback=read_defaults, is_eager=True,
+        help="TOML file of these options; those typed here go first. Every study holds the one that repeats it.",
+    ),
+]  # fmt: skip
+BUDGET = Annotated[
+    str, typer.Option("--budget", help="Time that the job may take (10m, 1h30m): gives up what does not fit.")
+]
 
 
 def run(
+    context: typer.Context,
     model: MODEL,
     text: TEXT,
     out: OUT,
     components: COMPONENTS = "20",
-    ratio: RATIO = 0.3,
+    ratio: SHARE = None,
     method: METHOD = "networks",
     compensate: COMPENSATE = "least-squares",
     site: str = typer.Option("neuron", help="What is recorded: neuron, gate, up, mlp_out, block_out or head."),
     device: DEVICE = "auto",
     seed: SEED = 0,
-    n_tokens: int = typer.Option(32768, help="Tokens to scan; 0 is all of the text."),
-    max_windows: int = typer.Option(0, help="Windows that the perplexities use; 0 is all of the text."),
+    n_tokens: int = typer.Option(32768, help="Tokens to scan and calibrate on; 0 is all of the text.", min=0),
+    run_length: RUN_LENGTH = 2048,
+    eval_tokens: int = typer.Option(32768, help="Tokens that the perplexities are measured on; 0 is all.", min=0),
+    max_windows: int = typer.Option(0, help="The same in windows; 0 is as --eval-tokens says.", min=0),
+    threshold: float = typer.Option(PUBLISHED_Z, help="|z| above which a neuron belongs to a network.", min=0),
+    dtype: DTYPE = "",
+    allocation: ALLOCATION = "",
+    multiple_of: MULTIPLE = 1,
+    protect: PROTECT = None,
+    head_ratio: HEADS = 0.0,
+    passes: PASSES = 24,
+    token_balance: BALANCE = 0.5,
+    self_text: SELF_TEXT = 0,
+    keep: KEEP = None,
+    forget: FORGET = None,
+    format: FORMAT = "per-layer",
     field: FIELD = "text",
+    budget: BUDGET = "",
+    config: CONFIG = None,
+    dry_run: DRY_RUN = False,
     overwrite: OVERWRITE = False,
 ) -> None:
     """Scan a model on a text, find its networks, prune it, and write a page that shows what happened."""
-    from llmbrain.study import job, load_texts
+    from llmbrain.study import Settings, forecast, job, load_texts
 
+    options: dict[str, Any] = {
+        "n_components": parse_components(components), "ratio": ratio, "method": method,
+        "compensate": None if compensate == "none" else compensate, "site": site, "random_state": seed,
+        "n_tokens": n_tokens or None, "run_length": run_length or None, "eval_tokens": eval_tokens or None,
+        "max_windows": max_windows or None, "threshold": threshold, "dtype": dtype or None,
+        "allocation": allocation or None, "multiple_of": multiple_of, "protect": parse_layers(protect),
+        "head_ratio": head_ratio, "passes": passes, "token_balance": token_balance, "self_text": self_text,
+        "keep": parts(keep), "forget": parts(forget), "format": format,
+    }  # fmt: skip
+    names = {"n_components": "components", "random_state": "seed"}
+    typed = {k: v for k, v in options.items() if is_given(context, names.get(k, k))}  # a budget leaves these alone
+    asked: dict[str, Any] = {"settings": Settings(**options), "budget": budget or None, **typed}
     texts = load_texts(text, field)
-    study = job.run(
-        *open_model(model, device), texts, out=out, name=model, n_components=parse_components(components), ratio=ratio,
-        method=method, compensate=None if compensate == "none" else compensate, site=site, random_state=seed,
-        n_tokens=n_tokens or None, max_windows=max_windows or None, overwrite=overwrite,
-    )  # fmt: skip
+    loaded, tokenizer = open_model(model, device)
+    if dry_run:
+        for line in forecast(loaded, tokenizer, texts, **asked).lines():
+            typer.echo(line)
+        return
+    source = {"model": model, "text": str(text.resolve()), "field": field}
+    study = job.run(loaded, tokenizer, texts, out=out, name=model, source=source, overwrite=overwrite, **asked)
     show_summary(study.summary)
     say(f"report: {out / 'report.html'}")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, or stands in the file of options."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
 
 
 def show_summary(summary: dict[str, Any]) -> None:
@@ -70,7 +147,9 @@ def show_summary(summary: dict[str, Any]) -> None:
     print_table(pd.DataFrame(rows))
     held_out = summary["held_out"]
     if "dense_perplexity" in held_out:
-        say(
-            f"held-out text ({held_out['characters']:,} characters): perplexity {held_out['dense_perplexity']:.4g} "
-            f"dense, {held_out['pruned_perplexity']:.4g} pruned"
+        dense, pruned = (
+            f"{held_out[f'{name}_perplexity']:.4g}"
+            + (f" +- {held_out[f'{name}_perplexity_se']:.2g}" if held_out[f"{name}_perplexity_se"] is not None else "")
+            for name in ("dense", "pruned")
         )
+        say(f"held-out text ({held_out['tokens']:,} tokens): perplexity {dense} dense, {pruned} pruned")

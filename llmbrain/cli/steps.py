@@ -19,6 +19,7 @@ from llmbrain.cli.common import (
     TEXT,
     open_model,
     parse_components,
+    path_of,
     print_table,
     say,
 )
@@ -39,9 +40,9 @@ def scan(
     text: TEXT,
     out: OUT,
     site: str = typer.Option("neuron", help="neuron, gate, up, mlp_out, block_out, head; several with commas."),
-    n_tokens: int = typer.Option(0, help="Tokens to read of each text; 0 is all."),
-    batch_size: int = typer.Option(8, help="Texts read at once."),
-    block_size: int = typer.Option(0, help="Tokens of context; 0 is the model's own."),
+    n_tokens: int = typer.Option(0, help="Tokens to read of each text; 0 is all.", min=0),
+    batch_size: int = typer.Option(8, help="Texts read at once.", min=1),
+    block_size: int = typer.Option(0, help="Tokens of context; 0 is the model's own.", min=0),
     dtype: str = typer.Option("", help="float16, bfloat16 or float32; default the model's own."),
     nifti: bool = typer.Option(False, help="Write every run as a 4D NIfTI too."),
     device: DEVICE = "auto",
@@ -68,10 +69,12 @@ def decompose(
     study: STUDY,
     components: COMPONENTS = "20",
     method: str = typer.Option("fastica", help="fastica, picard or dictlearning."),
-    runs: int = typer.Option(0, help="Use the first N runs; 0 is all."),
-    stability: int = typer.Option(0, help="Repeat R times and report how stable each network is; 0 is once."),
-    threshold: float = typer.Option(PUBLISHED_Z, help="|z| above which a neuron belongs to a network."),
-    out: Path | None = typer.Option(None, help="Folder to write; default STUDY/networks."),
+    runs: int = typer.Option(0, help="Use the first N runs; 0 is all.", min=0),
+    stability: int = typer.Option(0, help="Repeat R times and report how stable each network is; 0 is once.", min=0),
+    threshold: float = typer.Option(PUBLISHED_Z, help="|z| above which a neuron belongs to a network.", min=0),
+    out: Path | None = typer.Option(
+        None, "--out", parser=path_of, metavar="PATH", help="Folder to write; default STUDY/networks."
+    ),
     convention: str = typer.Option("bids", help="bids or fsl: names of the files."),
     device: DEVICE = "auto",
     seed: SEED = 0,
@@ -93,7 +96,9 @@ def decompose(
 def dualreg(
     study: STUDY,
     networks: Path | None = typer.Option(None, help="Folder of networks; default STUDY/networks."),
-    out: Path | None = typer.Option(None, help="Folder to write; default STUDY/dualreg."),
+    out: Path | None = typer.Option(
+        None, "--out", parser=path_of, metavar="PATH", help="Folder to write; default STUDY/dualreg."
+    ),
     normalize: bool = typer.Option(True, help="Unit-variance time courses in stage 2 (FSL's des_norm)."),
 ) -> None:
     """Dual regression: each run's own time courses and maps, in FSL's names."""
@@ -110,12 +115,15 @@ def evaluate(
     model: MODEL,
     text: Annotated[Path | None, typer.Option(help="Measure perplexity on this .txt, .json or .jsonl.")] = None,
     tasks: list[str] = typer.Option([], help="Tasks of lm-evaluation-harness: names, YAML files or folders."),
-    window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context."),
-    max_windows: int = typer.Option(0, help="Use the first N windows; 0 is all."),
-    batch_size: int = typer.Option(8, help="Sequences of a task that are read at once."),
-    limit: int = typer.Option(0, help="Documents of each task; 0 is all."),
-    num_fewshot: int = typer.Option(-1, help="Solved examples before each question; -1 is what the task says."),
-    out: Annotated[Path | None, typer.Option(help="Write the table of the tasks here (.csv).")] = None,
+    window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context.", min=0),
+    max_windows: int = typer.Option(0, help="Use the first N windows; 0 is all.", min=0),
+    batch_size: int = typer.Option(8, help="Sequences of a task that are read at once.", min=1),
+    limit: int = typer.Option(0, help="Documents of each task; 0 is all.", min=0),
+    num_fewshot: int = typer.Option(-1, help="Solved examples before each question; -1 is what the task says.", min=-1),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", parser=path_of, metavar="PATH", help="Write the table of the tasks here (.csv)."),
+    ] = None,
     device: DEVICE = "auto",
     field: FIELD = "text",
 ) -> None:

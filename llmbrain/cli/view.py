@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 def view(
     study: Annotated[Path, typer.Argument(help="Folder that `llmbrain run` or `scan` wrote.")],
-    port: int = typer.Option(0, help="Port on 127.0.0.1; 0 takes a free one."),
+    port: int = typer.Option(0, help="Port on 127.0.0.1; 0 takes a free one.", min=0, max=65535),
     browser: bool = typer.Option(True, help="Open the page in the browser."),
 ) -> None:
     """Serve the viewer of a study on this machine only, until Ctrl-C."""

@@ -11,6 +11,7 @@ from llmbrain._validation import InputError
 from llmbrain.study.cost import Cost, plan_passes
 from llmbrain.study.settings import Settings
 
+LITTLE = 0.01  # of the time: what saves less is not given up
 SAFE = 0.8  # share of the time that may be planned: machines are not always idle
 LADDER: tuple[tuple[str, Any], ...] = (
     ("eval_tokens", 16384), ("passes", 12.0), ("n_tokens", 16384), ("passes", 6.0), ("eval_tokens", 8192),
@@ -49,7 +50,7 @@ def fit(
         if name in pinned or (name == "n_tokens" and value < least):
             continue
         changed = _smaller(how, name, value, pinned)
-        if changed is not None:
+        if changed is not None and (cost(how).seconds or 0.0) - (cost(changed).seconds or 0.0) > LITTLE * seconds:
             words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text"}
             before = getattr(how, name)
             shown = f"{before:,.0f}" if isinstance(before, (int, float)) else before or "all"

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Passes of a plan at one share everywhere, and of each way to spread it: counted on a small model.
-OF_METHOD = {"random": 0.0, "magnitude": 0.0, "wanda-sp": 1.1, "flap": 1.1, "taylor": 4.0, "published": 1.0, "obs": 2.0,
+OF_METHOD = {"random": 0.0, "magnitude": 0.0, "wanda-sp": 1.1, "flap": 1.1, "taylor": 3.0, "published": 1.0, "obs": 2.0,
              "obs-gradient": 5.0, "networks": 7.0}  # fmt: skip
 SEQUENTIAL = {"obs", "obs-gradient", "networks"}
 OF_REPAIR = 2.0  # of the sequential repair: what a block gave before, and what it gives now
-FIXED = 15.0  # seconds: loading, saving, figures, the report
+FIXED, BYTES_A_SECOND = 4.0, 1e8  # seconds of figures and the report; how fast a model is copied, saved and checked
 BASE_MEMORY = 0.6e9  # Python, torch and transformers themselves
 BATCH = 2048  # tokens in a forward pass of an evaluation or a scan
 
@@ -44,7 +44,7 @@ def plan_passes(method: str, allocation: str | None, passes: float, head_ratio: 
     if allocation in ("global", "clamped") and method in SEQUENTIAL:
         found += 1.0
     elif allocation == "sensitivity":
-        found += min(passes, 24) / 3 + 0.7
+        found += min(passes, 24) / 3 + (0.8 if method in SEQUENTIAL else 0.0)
     elif allocation == "search":
         found += 0.92 * min(passes, 24)
     return found + (1.0 if head_ratio else 0.0)
@@ -125,6 +125,8 @@ class Cost:
         Bytes; memory is the peak of the process.
     work : float
         Multiplications of one token's forward pass.
+    fixed : float
+        Seconds of what does not depend on the text.
     per_token : float or None
         Seconds that a token's forward pass takes here, once measured.
     """
@@ -133,6 +135,7 @@ class Cost:
     disk: int
     memory: int
     work: float
+    fixed: float = 0.0
     per_token: float | None = None
 
     @property
@@ -146,7 +149,7 @@ class Cost:
         if self.per_token is None:
             return None
         work = sum(part.passes * part.tokens * self.work + part.extra for part in self.parts)
-        return FIXED + work / self.work * self.per_token
+        return self.fixed + work / self.work * self.per_token
 
     def lines(self) -> list[str]:
         """What a user is told."""
@@ -239,7 +242,8 @@ def run_cost(
     batch = max(BATCH, length)
     return Cost(
         tuple(part for step in todo for part in parts[step]), disk,
-        memory_of(subject, batch, length, calibration, method=how.method), work, per_token,
+        memory_of(subject, batch, length, calibration, method=how.method), work,
+        FIXED + subject.size / BYTES_A_SECOND, per_token,
     )  # fmt: skip
 
 

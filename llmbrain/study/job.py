@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmbrain._files import plain, write_json
-from llmbrain._progress import Say, speaker
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._files import plain, read_json, write_json, write_text
+from llmbrain._progress import Say, seconds_of, span, speaker, watched
+from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
 from llmbrain.decomposition import GroupICA
-from llmbrain.evaluation import perplexity, throughput
-from llmbrain.hooks.sites import check_sites
-from llmbrain.hooks.text import input_device
+from llmbrain.evaluation import throughput
+from llmbrain.evaluation.perplexity import window_losses
+from llmbrain.hooks.text import input_device, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning.criteria import CRITERIA
-from llmbrain.pruning.prune import COMPENSATIONS
 from llmbrain.reporting import report
 from llmbrain.scanning import scan
 from llmbrain.scanning.manifest import model_id
-from llmbrain.stats import PUBLISHED_Z
+from llmbrain.study.budget import fit
+from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, told
 from llmbrain.study.folder import Study, claim, provenance
-from llmbrain.study.smaller import Evidence, cut
+from llmbrain.study.sample import Array, Sample, count_tokens
+from llmbrain.study.settings import Settings
+from llmbrain.study.smaller import cut, evidence_of
 from llmbrain.study.texts import limit_tokens, split_texts
 
 if TYPE_CHECKING:
@@ -30,6 +35,91 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Extras = Callable[[Study, "nn.Module"], dict[str, Any]]
+SPEED = {"n_tokens": 1024, "repeats": 3}  # of the measurements of speed
+READ = 512  # tokens of the texts of the batch that is measured
+TOKENS_A_NEURON = 0.3  # that calibration needs at the very least
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job will do and take.
+
+    Attributes
+    ----------
+    settings : Settings
+        With a budget, those that fit it.
+    cost : Cost
+    gave_up : list of str
+        What the budget left no time for.
+    """
+
+    settings: Settings
+    cost: Cost
+    gave_up: list[str]
+
+    def lines(self) -> list[str]:
+        """What a user is told before anything runs."""
+        return [*self.cost.lines(), *(f"given up for the budget: {line}" for line in self.gave_up)]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model, what it reads, and sizes that costs follow from."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[str]
+    sizes: Subject
+    n_total: int
+    n_calibration: int
+    window: int
+    per_token: float
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> _Subject:
+        if isinstance(texts, str):
+            texts = [texts]
+        if not texts or not any(text.strip() for text in texts):
+            raise InputError("texts are empty: there is nothing to read")
+        calibration, _ = split_texts(texts)
+        n_total = count_tokens(tokenizer, texts)
+        n_calibration = count_tokens(tokenizer, calibration) if calibration else n_total
+        Sample.of_texts(model, tokenizer, texts, n_calibration=n_calibration, tokens=BATCH)  # or it says what is short
+        window = min(READ, window_length(model), n_total)
+        rate = measured_batch(model, tokenizer, texts, window)
+        return cls(model, tokenizer, texts, Subject.of(model), n_total, n_calibration, window, rate)
+
+    def cost(self, how: Settings, todo: Sequence[str] = ("evaluate", "scan", "networks", "prune")) -> Cost:
+        """What these settings take."""
+        tokens = min(how.n_tokens or self.n_calibration, self.n_calibration)
+        sample = self.n_total if how.eval_tokens is None else min(how.eval_tokens, self.n_total)
+        return run_cost(self.sizes, how, n_tokens=tokens, eval_tokens=sample, window=self.window,
+                        per_token=self.per_token, todo=todo)  # fmt: skip
+
+    def fit(self, how: Settings, seconds: float, pinned: Sequence[str], **more: Any) -> tuple[Settings, list[str]]:
+        """Settings that take no longer."""
+        how = replace(how, n_tokens=min(how.n_tokens or self.n_calibration, self.n_calibration),
+                      eval_tokens=min(how.eval_tokens or self.n_total, self.n_total))  # fmt: skip
+        least = int(TOKENS_A_NEURON * max(self.sizes.widths))
+        return fit(seconds, how, lambda s: self.cost(s, **more), pinned=pinned, least=least)
+
+
+def forecast(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, settings: Settings | None = None,
+    budget: float | str | None = None, **options: Any,
+) -> Forecast:  # fmt: skip
+    """What `run` with the same arguments would do and take; one batch is read, nothing is written.
+
+    Parameters
+    ----------
+    As for `run`.
+    """
+    how = Settings.of(settings, **options)
+    subject = _Subject.of(model, tokenizer, texts)
+    gave_up: list[str] = []
+    if budget is not None:
+        how, gave_up = subject.fit(how, seconds_of(budget), list(options))
+    return Forecast(how, subject.cost(how), gave_up)
 
 
 def run(
@@ -38,24 +128,20 @@ def run(
     texts: Sequence[str],
     *,
     out: str | Path,
-    n_components: int | float | str = 20,
-    ratio: float = 0.3,
-    method: str = "networks",
-    compensate: str | None = "least-squares",
-    site: str = "neuron",
-    threshold: float = PUBLISHED_Z,
-    random_state: int = 0,
-    n_tokens: int | None = 32768,
-    max_windows: int | None = None,
+    settings: Settings | None = None,
+    budget: float | str | None = None,
     name: str | None = None,
+    source: dict[str, str] | None = None,
     overwrite: bool = False,
     progress: bool | Say = True,
     extras: Extras | None = None,
+    **options: Any,
 ) -> Study:
     """Scan a model on texts, find its networks, prune it, and write a page that shows what happened.
 
-    The perplexities are those of all the text, as `llmbrain.perplexity` counts it, and of its last fifth
-    (``held_out``), which neither the networks nor the pruning have seen. The same call goes on where it was stopped.
+    Both perplexities are measured on the same windows, each read once: a sample of the text, and its part from the last
+    fifth (``held_out``), which neither the networks nor the pruning have seen; with standard errors over windows. The
+    same call goes on where it was stopped.
 
     Parameters
     ----------
@@ -64,30 +150,25 @@ def run(
     texts : sequence of str
         What the model reads; a `Stimulus` brings its events.
     out : path
-        Folder of the study: ``scan/``, ``networks/``, ``pruned/``, ``report.html``, ``summary.json``.
-    n_components : int, float or str
-        As for `GroupICA`: a number of networks, a share of variance below 1, or ``"auto"``.
-    ratio, method
-        Share of the MLP neurons to remove, and by which criterion; see `plan_pruning`.
-    compensate : {"least-squares", "bias", None}
-        See `prune`.
-    site : str
-        What is recorded; see `scan`.
-    threshold : float
-        |z| above which a neuron belongs to a network.
-    n_tokens : int, optional
-        How much of the text is scanned; None is all.
-    max_windows : int, optional
-        How much of the text the perplexities use; None is all.
+        Folder of the study: ``scan/``, ``networks/``, ``pruned/``, ``report.html``, ``summary.json``, ``config.toml``
+        (the settings that repeat it), ``log.txt``.
+    settings : Settings, optional
+        How; see `llmbrain.study.Settings`.
+    budget : float or str, optional
+        Seconds, or such as ``"10m"``: what does not fit is given up, and said; settings that are given as options stay.
     name : str, optional
         What the model is called; default where it was loaded from.
+    source : dict, optional
+        Entries ``model`` and ``text`` for ``config.toml``.
     overwrite : bool
         Write over another study in `out`.
     progress : bool or callable
-        Say what begins, on stderr or to a function of a line.
+        Say what it costs and what begins, on stderr or to a function of a line.
     extras : callable, optional
         Called with the study so far and the dense model; what it returns goes into the summary, and what is in its
         ``report`` into the report.
+    **options
+        Single settings, such as ``ratio=0.5, method="flap"``.
 
     Returns
     -------
@@ -98,51 +179,88 @@ def run(
     InputError
         If the input cannot be used, or `out` holds another study.
     """
-    check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
-    check_option("method", method, CRITERIA)
-    check_option("compensate", compensate, COMPENSATIONS)
-    check_sites(site)
-    if isinstance(texts, str):
-        texts = [texts]
-    if not texts or not any(text.strip() for text in texts):
-        raise InputError("texts are empty: there is nothing to read")
+    began = time.monotonic()
+    asked = Settings.of(settings, **options)
+    limit = None if budget is None else seconds_of(budget)
     name, out, tell = name or model_id(model), Path(out), speaker(progress)
-    settings = {
-        "components": n_components, "ratio": ratio, "method": method, "compensate": compensate, "site": site,
-        "threshold": threshold, "seed": random_state, "n_tokens": n_tokens, "max_windows": max_windows,
-    }  # fmt: skip
-    record = provenance(name, texts, **settings, device=str(input_device(model)))
-    with claim(out, {"model": name, "texts": record["texts"]["sha256"], **settings}, overwrite=overwrite):
+    subject = _Subject.of(model, tokenizer, texts)
+    record = provenance(name, subject.texts, **asked.to_dict(), device=str(input_device(model)))
+    mark = {"model": name, "texts": record["texts"]["sha256"], **asked.to_dict(), "budget": limit}
+    gave_up: list[str] = []
+    how = _same_as_before(out, mark) or asked
+    if limit is not None and how is asked:
+        how, gave_up = subject.fit(asked, limit, list(options))
+    sample = Sample.of_texts(
+        model, tokenizer, subject.texts, n_calibration=subject.n_calibration, tokens=how.eval_tokens,
+        max_windows=how.max_windows, wanted=not {"eval_tokens", "max_windows"}.isdisjoint(options) and limit is None,
+    )  # fmt: skip
+    with claim(out, mark, overwrite=overwrite), watched(out / "log.txt"):
+        told(subject.cost(how), tell)
+        for line in gave_up:
+            tell(f"given up for the budget: {line}")
+        write_text(out / "config.toml", how.to_toml(**(source or {})))
         study = Study(out)
-
-        tell("1/5 the model as it is: perplexity, size, speed")
-        calibration, held_out = split_texts(texts)
-        scanned = limit_tokens(calibration or texts, tokenizer, n_tokens)
-        dense = measure(model, tokenizer, texts, max_windows)
+        kept, sampled = len(sample.windows), sample.windows.shape[1]
+        tell(
+            f"1/5 the model as it is: perplexity of {kept} windows of {sampled} tokens ({sample.share:.0%} of the text)"
+        )
+        before = window_losses(model, sample.windows)
+        dense = _measured(model, sample, before)
 
         tell("2/5 scan: every neuron at every token")
-        sites = [site, *CRITERIA[method]().sites(anatomy(model))]
-        study.scans = scan(model, tokenizer, scanned, out=out / "scan", site=sites)
+        calibration, _ = split_texts(subject.texts)
+        scanned = limit_tokens(calibration or subject.texts, tokenizer, how.n_tokens)
+        sites = [how.site, *CRITERIA[how.method]().sites(anatomy(model))]
+        longest = min(how.run_length or BATCH, BATCH)
+        study.scans = scan(
+            model, tokenizer, scanned, out=out / "scan", site=sites, run_length=how.run_length, dtype=how.dtype,
+            batch_size=max(1, BATCH // longest) if how.run_length else 1,
+        )  # fmt: skip
 
         tell("3/5 functional networks: group ICA")
-        study.ica = GroupICA(n_components, random_state=random_state, device=str(input_device(model))).fit(study.scans)
-        study.networks = FunctionalNetworks.from_ica(study.ica, threshold=threshold)
+        study.ica = GroupICA(
+            how.n_components, random_state=how.random_state, device=str(input_device(model))
+        ).fit(study.scans)  # fmt: skip
+        study.networks = FunctionalNetworks.from_ica(study.ica, threshold=how.threshold)
         study.networks.save(out / "networks", overwrite=True)
 
-        tell(f"4/5 pruning: {ratio:.0%} of the MLP neurons, method {method}, compensation {compensate}")
+        if limit is not None:  # what is left may be less than was thought
+            left = limit - (time.monotonic() - began)
+            fixed = [*options, "eval_tokens", "n_tokens"]
+            try:
+                how, more = subject.fit(how, max(left, 1.0), fixed, todo=("prune",))
+            except InputError:
+                tell(f"the budget has only {span(left)} left: it will not be kept")
+                how, more = _cheapest(how, options), ["search of the widths"]
+            for line in more:
+                tell(f"given up for the budget: {line}")
+            gave_up += more
+            write_text(out / "config.toml", how.to_toml(**(source or {})))
+        share = "what is to be forgotten" if how.ratio is None else f"{how.ratio:.0%} of the MLP neurons"
+        tell(f"4/5 pruning: {share}, method {how.method}, compensation {how.compensate}")
+        evidence = evidence_of(
+            model, tokenizer, scanned, study=study, method=how.method, self_text=how.self_text,
+            random_state=how.random_state, progress=tell,
+        )  # fmt: skip
         small, study.plan = cut(
-            model, tokenizer, evidence=Evidence(study.networks, study.scans, scanned), out=out / "pruned", ratio=ratio,
-            method=method, compensate=compensate, random_state=random_state, report=False, overwrite=True,
+            model, tokenizer, evidence=evidence, out=out / "pruned", ratio=how.ratio, method=how.method,
+            compensate=how.compensate, allocation=how.allocation, multiple_of=how.multiple_of, protect=how.protect,
+            head_ratio=how.head_ratio, passes=how.passes, token_balance=how.token_balance, keep=how.keep,
+            forget=how.forget, format=how.format, random_state=how.random_state, report=False, overwrite=True,
         )  # fmt: skip
         study.plan.save(out / "plan.json")
         study.pruned = small, tokenizer
+        after = window_losses(small, sample.windows)
         summary: dict[str, Any] = {
             "dense": dense,
-            "pruned": measure(small, tokenizer, texts, max_windows),
+            "pruned": _measured(small, sample, after),
             "networks": {
                 "n_components": len(study.networks), "n_key_neurons": int(study.networks.masks.any(axis=0).sum())
             },
-            "held_out": _held_out(model, small, tokenizer, held_out, max_windows),
+            "held_out": _held_out(sample, before, after),
+            "sample": {"windows": kept, "window": sampled, "share_of_text": sample.share},
+            "seconds": round(time.monotonic() - began, 1),
+            "gave_up": gave_up,
             "provenance": record,
         }  # fmt: skip
         found = extras(study, model) if extras else {}
@@ -152,31 +270,43 @@ def run(
         tell("5/5 report")
         report(study, **in_report).save(out / "report.html")
         write_json(out / "summary.json", study.summary, default=plain)
-        return study
+    return study
 
 
-def measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_windows: int | None
-) -> dict[str, float]:
+def _same_as_before(out: Path, mark: dict[str, Any]) -> Settings | None:
+    """Settings that the same call chose when it began; None where there was none."""
+    there = (out / "study.json", out / "config.toml")
+    if mark["budget"] is None or not all(path.is_file() for path in there):
+        return None
+    same = read_json(there[0]) == {k: list(v) if isinstance(v, tuple) else v for k, v in mark.items()}
+    return Settings.from_toml(there[1]) if same else None
+
+
+def _cheapest(how: Settings, options: dict[str, Any]) -> Settings:
+    """Without a search, where none was asked for."""
+    return how if "allocation" in options or "passes" in options else replace(how, allocation="uniform")
+
+
+def _measured(model: nn.Module, sample: Sample, losses: Array) -> dict[str, float]:
     """Perplexity, size and speed of a model, as the summary keeps them."""
+    perplexity, error = sample.perplexity(losses)
     return {
-        "perplexity": perplexity(model, tokenizer, texts, max_windows=max_windows),
+        "perplexity": perplexity,
+        "perplexity_se": error,
         "parameters": sum(p.numel() for p in model.parameters()),
         "mlp_neurons": sum(anatomy(model).widths),
-        "tokens_per_second": throughput(model),
+        "tokens_per_second": throughput(model, **SPEED),
     }
 
 
-def _held_out(
-    model: nn.Module, small: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
-    max_windows: int | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Perplexity on the part that nothing was fitted to, or why there is none."""
-    try:
-        return {
-            "dense_perplexity": perplexity(model, tokenizer, texts, max_windows=max_windows),
-            "pruned_perplexity": perplexity(small, tokenizer, texts, max_windows=max_windows),
-            "characters": sum(map(len, texts)),
-        }
-    except InputError as error:  # a short text has no window to hold out: the rest of the run stands
-        return {"not_measured": str(error)}
+def _held_out(sample: Sample, before: Array, after: Array) -> dict[str, Any]:
+    """Perplexities of the part that nothing was fitted to, and what was lost there; or why there is none."""
+    n = int(sample.held_out.sum())
+    window = sample.windows.shape[1]
+    if not n:
+        return {"not_measured": f"the held-out part is shorter than one window of {window} tokens"}
+    found: dict[str, Any] = {"windows": n, "tokens": n * window}
+    for name, losses in (("dense", before), ("pruned", after)):
+        found[f"{name}_perplexity"], found[f"{name}_perplexity_se"] = sample.perplexity(losses, held_out=True)
+    found["loss_added"], found["loss_added_se"] = sample.estimate(after - before, held_out=True)
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}

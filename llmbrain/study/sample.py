@@ -72,8 +72,8 @@ class Sample:
             max_windows = max(2, tokens // window)
         if wanted and max_windows is not None and total // window < max_windows:
             raise InputError(
-                f"text of {total:,} tokens is shorter than the sample of {max_windows * window:,} that perplexity is to "
-                "be measured on: give more text, or a smaller eval_tokens (max_windows)"
+                f"text of {total:,} tokens is shorter than the sample of {max_windows * window:,} that perplexity is "
+                "to be measured on: give more text, or a smaller eval_tokens (max_windows)"
             )
         whole = as_windows(model, tokenizer, texts, window)
         first = min(len(whole), -(-n_calibration // window))

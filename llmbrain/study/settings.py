@@ -117,7 +117,7 @@ class Settings:
 
     def to_toml(self, **more: str | None) -> str:
         """What ``--config`` reads; `more` (model, text) goes first."""
-        entries = {k: v for k, v in more.items() if v is not None}
+        entries: dict[str, Any] = {k: v for k, v in more.items() if v is not None}
         for f in fields(self):
             value = getattr(self, f.name)
             value = NONE.get(f.name) if value is None else value
@@ -164,7 +164,7 @@ def check_components(name: str, value: int | float | str) -> int | float | str:
     """A number of components, a share of variance below 1, or ``"auto"``."""
     if value == "auto":
         return value
-    if isinstance(value, str) or isinstance(value, bool) or not 0 < value < float("inf") or (value > 1 and value % 1):
+    if isinstance(value, (str, bool)) or not 0 < value < float("inf") or (value > 1 and value % 1):
         raise InputError(f"{name}={value!r} must be a whole number, a share below 1, or 'auto'")
     return value
 

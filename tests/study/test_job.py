@@ -24,7 +24,7 @@ def made(subject, texts, tmp_path_factory):
     study = lb.run(
         model, tokenizer, texts, out=folder, n_components=4, method="flap", name="tiny", progress=said.append
     )
-    assert [line[:3] for line in said] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    assert [line[:3] for line in said if "/5 " in line] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     return study
 
 
