@@ -15,7 +15,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
 from llmbrain.decomposition import GroupICA
 from llmbrain.evaluation import throughput
-from llmbrain.evaluation.perplexity import window_losses
+from llmbrain.evaluation.perplexity import check_causal, window_losses
 from llmbrain.hooks.text import input_device, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning.criteria import CRITERIA
@@ -81,6 +81,7 @@ class _Subject:
             texts = [texts]
         if not texts or not any(text.strip() for text in texts):
             raise InputError("texts are empty: there is nothing to read")
+        check_causal(model)
         calibration, _ = split_texts(texts)
         n_total = count_tokens(tokenizer, texts)
         n_calibration = count_tokens(tokenizer, calibration) if calibration else n_total
