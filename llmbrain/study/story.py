@@ -25,17 +25,25 @@ from llmbrain.study.folder import Study, claim, provenance
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from llmbrain.decomposition import GroupICA
+    from llmbrain.networks import FunctionalNetworks
+    from llmbrain.scanning import Scan
+
+    Source = Study | Scan | Sequence[Scan] | tuple[nn.Module, PreTrainedTokenizerBase] | str | Path
 
 
 def compare(
-    scan_or_model: Any,
+    scan_or_model: Source,
     fmri: FMRI | str | Path,
     words: pd.DataFrame | str | Path,
     *,
     out: str | Path | None = None,
     tr: float | None = None,
     offset: float = 0.0,
-    networks: Any = None,
+    networks: FunctionalNetworks | GroupICA | Study | str | Path | None = None,
     controls: Mapping[str, Any] | Sequence[str] | None = None,
     reading: Mapping[str, Any] | None = None,
     device: str = "auto",
@@ -124,7 +132,7 @@ def compare(
     return result
 
 
-def _opened(source: Any) -> tuple[Any, str]:
+def _opened(source: Source) -> tuple[Any, str]:
     """Scans where it is a study, else what it is; and what it is called."""
     if isinstance(source, (str, os.PathLike)):
         is_study = Path(source).is_dir() and Study(source).has("scans")
