@@ -217,17 +217,8 @@ PARTS = {"scan": "manifest.json", "networks": "networks.json", "ica": "ica.json"
          "lesions": "lesions.json", "dualreg": "dual_regression.json"}  # fmt: skip
 MADE = (
     *("networks.safetensors", "networks.json", "desc-ICA_stat-z_components.nii.gz", "mixing.tsv", "key_neurons.tsv"),
-    *(
-        "summary.json",
-        "plan.json",
-        "report.html",
-        "comparison.json",
-        "config.toml",
-        "log.txt",
-        "table-*.tsv",
-        "figure-*.png",
-        "melodic_*",
-    ),
+    *("summary.json", "plan.json", "report.html", "comparison.json", "table-*.tsv", "figure-*.png", "melodic_*"),
+    *("config.toml", "log.txt"),
 )
 """What a study holds beside its settings: folders, with a file that shows that they are ours, and files."""
 

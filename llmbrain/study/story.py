@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llmbrain.networks import FunctionalNetworks
     from llmbrain.scanning import Scan
 
-    Source = Study | Scan | Sequence[Scan] | tuple[nn.Module, PreTrainedTokenizerBase] | str | Path
+    Source: TypeAlias = Study | Scan | Sequence[Scan] | tuple[nn.Module, PreTrainedTokenizerBase] | str | Path
 
 
 def compare(

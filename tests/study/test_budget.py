@@ -102,7 +102,7 @@ def test_repair_takes_two_passes():
     plan = lb.plan_pruning(model, ratio=0.3, method="magnitude")
     options = {"calibration": windows, "compensate": "least-squares", "inplace": True}
     took = counted(model, lambda: lb.prune(model, plan, **options)) / windows.numel()
-    assert took == pytest.approx(OF_REPAIR, rel=0.2)
+    assert took == pytest.approx(OF_REPAIR, rel=0.25)  # and a little to see that the stream is the model
 
 
 def test_a_budget_gives_up_what_does_not_fit_and_keeps_what_was_asked_for(subject):
@@ -192,6 +192,7 @@ def test_another_study_is_written_over_whole(subject, texts, tmp_path):
     options = {"out": tmp_path / "s", "n_components": 3, "method": "flap", "progress": False}
     lb.run(model, tokenizer, texts, **options)
     (tmp_path / "s" / "lesions").mkdir()
+    (tmp_path / "s" / "lesions" / "lesions.json").touch()
     study = lb.run(model, tokenizer, texts[:6], **options, overwrite=True)
     assert len(study.scans) < len(texts)
     assert not study.has("lesions")
