@@ -92,6 +92,8 @@ def save_pruned(
         If the format can not hold this model, it carries an adapter, cannot run, or what was written does not load as
         the same model; nothing is written.
     """
+    import transformers
+
     refuse_changed(model, "save_pruned")
     check_option("format", format, FORMATS)
     path = Path(path)
@@ -105,6 +107,11 @@ def save_pruned(
     if (path / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
     _check_saveable(model)
+    name = type(model).__name__
+    if format in ("per-layer", "remote-code") and not hasattr(transformers, name):
+        raise InputError(
+            f"format={format!r}: transformers loads no {name} by its name: save the model that it is part of"
+        )
     said = answer(model) if verify else None
     record_shapes(model)
     exported: Any = model
@@ -205,7 +212,8 @@ def _one_width(model: nn.Module) -> int:
             f"format='uniform' needs one width in all layers, this model has {widths[0]} to {widths[-1]}: plan with "
             "allocation='uniform' and nothing protected, or use 'per-layer', 'remote-code', 'padded' or 'masked'"
         )
-    if len({layer.out.units for layer in layers if layer.out is not None}) > 1:
+    cut = any(record.get("kept_heads") is not None for record in getattr(model, RECORD, []))
+    if cut and len({layer.out.units for layer in layers if layer.out is not None}) > 1:
         raise InputError(
             "format='uniform' needs the same heads in all layers: use 'per-layer', 'remote-code', 'padded' or 'masked'"
         )

@@ -95,11 +95,10 @@ def set_widths(model_class: type[nn.Module], config: Any, widths: Sequence[int])
         attempts: list[dict[str, Any]] = []
         if isinstance(value, (list, tuple)):
             attempts = [{key: list(widths)}]
-        elif len(set(widths)) == 1:
-            attempts = [{key: widths[0]}]
+        elif len(set(widths)) <= 2:  # some families have one layer in so many twice as wide
+            attempts = [{key: widths[0]}, *({key: min(widths) * times} for times in (1, 2, 3))]
             if hasattr(text, "block_auto_adjust_ff_dim"):
                 attempts.append({key: widths[0], "block_auto_adjust_ff_dim": False})
-            attempts += [{key: widths[0] * times} for times in (2, 3)]
         for attempt in attempts:
             old = {name: getattr(text, name) for name in attempt}
             _set(text, attempt)

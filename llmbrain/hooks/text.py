@@ -381,7 +381,9 @@ def input_device(model: nn.Module) -> torch.device:
 def pad_id(model: nn.Module) -> int:
     """A token id to pad with: the model's own, else 0."""
     found = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return found if isinstance(found, int) and found >= 0 else 0
+    rows = getattr(embeddings(model), "num_embeddings", None)
+    known = isinstance(found, int) and found >= 0 and (not isinstance(rows, int) or found < rows)
+    return found if known else 0
 
 
 def no_cache(model: nn.Module) -> dict[str, bool]:
