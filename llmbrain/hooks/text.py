@@ -382,8 +382,9 @@ def pad_id(model: nn.Module) -> int:
     """A token id to pad with: the model's own, else 0."""
     found = getattr(getattr(model, "config", None), "pad_token_id", None)
     rows = getattr(embeddings(model), "num_embeddings", None)
-    known = isinstance(found, int) and found >= 0 and (not isinstance(rows, int) or found < rows)
-    return found if known else 0
+    if not isinstance(found, int) or found < 0 or (isinstance(rows, int) and found >= rows):
+        return 0
+    return found
 
 
 def no_cache(model: nn.Module) -> dict[str, bool]:
