@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -82,8 +83,15 @@ class Clock:
         tr, n_volumes, offset = settings["tr"], settings["n_volumes"], settings["offset"]
         check_range("drop", drop, 0, n_volumes - 3)
         start, stop = int(drop), n_volumes
-        if window == "stimulus":
-            times = offset + tr * np.arange(n_volumes)
+        times = offset + tr * np.arange(n_volumes)
+        if window == "all":
+            before, after = float(words["onset"].min()) - times[start], times[-1] - float(words["offset"].max())
+            if max(before, after) > EDGE:
+                warnings.warn(
+                    f"window='all': {max(before, 0):.0f} s before the story and {max(after, 0):.0f} s after it are "
+                    "used: regions that answer to its beginning or end will seem to follow its words", stacklevel=3,
+                )  # fmt: skip
+        else:
             first, last = float(words["onset"].min()), float(words["offset"].max())
             first = first + RISE if first - times[start] > EDGE else times[start]
             inside = np.flatnonzero((times >= max(first, times[start])) & (times <= last + EDGE))

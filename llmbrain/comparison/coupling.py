@@ -15,7 +15,7 @@ from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.ceilings import noise_ceilings
 from llmbrain.stats.matching import best_pairs
-from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, sign_flip_test, surrogates
+from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, sign_flip_test, surrogates, warn_if_too_smooth
 from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 
 Array = NDArray[np.float64]
@@ -178,6 +178,7 @@ def couple(
             warnings.warn(f"{kind}: {int(dead.sum())} of {dead.size} are constant or NaN ({first}); their r is NaN",
                           DeadSeriesWarning, stacklevel=2)  # fmt: skip
 
+    warn_if_too_smooth(null, np.nan_to_num(x), np.nan_to_num(y))
     basis = None if nuisance is None else orthonormal(nuisance, n)
     xc, yc = _clean(x, basis), _clean(y, basis)
     r = xc.T @ yc

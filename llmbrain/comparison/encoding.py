@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from llmbrain._validation import InputError, check_option, check_range, seed_of, soft_import
 from llmbrain.brains.hrf import add_delays
 from llmbrain.brains.series import check_series, check_tr, slow_cosines
-from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, surrogates
+from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, surrogates, warn_if_too_smooth
 from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 
 Array = NDArray[np.float64]
@@ -212,6 +212,7 @@ def encode(
     r = fold_r.mean(axis=0)
     without = {name: model.r(parts.sum(axis=0) - part, y_live) for name, part in zip(bands, parts)}
 
+    warn_if_too_smooth(null, y_live)
     n_slow = missing_cosines(y_live)
     slow = slow_cosines(n, n_slow + 1)
 

@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
-from llmbrain.stats.nulls import NULLS, missing_cosines, surrogates
+from llmbrain.stats.nulls import NULLS, missing_cosines, surrogates, warn_if_too_smooth
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -154,6 +154,7 @@ def compare_similarity(
     check_option("null", null, NULLS)
     random_state = seed_of(random_state)
     a, b = _pair(x, y)
+    warn_if_too_smooth(null, a, b)
     whole, n_slow = a, missing_cosines(a, b)
     basis = None if nuisance is None else orthonormal(nuisance, len(a))
     if basis is not None:

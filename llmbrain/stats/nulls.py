@@ -6,6 +6,7 @@ Both nulls keep what makes series smooth and break only their alignment in time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,12 @@ Array = NDArray[np.float64]
 NULLS = ("circular", "phase")
 CORRECTIONS = ("max", "fdr")
 DEFAULT_PHASE_DRAWS = 1000
+SMOOTH = 30.0  # independent times below which circular shifts do not hold their level
 _COLUMNS = 8192  # whose spectra are held at once
+
+
+class SmoothSeriesWarning(UserWarning):
+    """Series are too smooth for the null that is asked for."""
 
 
 def circular_shifts(
@@ -98,6 +104,42 @@ def phase_randomize(series: ArrayLike, rng: np.random.Generator, *, shared: bool
             turn[-1] = 1.0
         out[:, part] = irfft(spectrum * turn.astype(spectrum.dtype), n=n, axis=0)
     return out
+
+
+def independent_times(*series: Array) -> float:
+    """How many independent times a correlation of these series is worth (Bartlett 1946), in the median column.
+
+    ``n / (1 + 2 sum rho_a(k) rho_b(k))`` with the autocorrelations of two sets (or of one with itself), summed until
+    they are lost in noise; about ``n (1 - a b) / (1 + a b)`` for AR(1) series.
+
+    Parameters
+    ----------
+    *series : arrays ``(n_times, n_columns)``
+        One or two; constant columns are left out.
+    """
+    n = len(series[0])
+    rho = []
+    for values in (series[0], series[-1]):
+        z = values - values.mean(axis=0)
+        z = z[:, np.ptp(z, axis=0) > 0]
+        power = np.abs(rfft(z, 2 * n, axis=0)) ** 2
+        auto = irfft(power, 2 * n, axis=0)[: n // 2]
+        rho.append(np.median(auto / auto[0], axis=1) if z.shape[1] else np.zeros(n // 2))
+    product = rho[0] * rho[1]
+    below = np.flatnonzero(product < 2.0 / n)
+    last = int(below[0]) if len(below) else len(product)
+    return float(n / (1 + 2 * product[1:last].sum()))
+
+
+def warn_if_too_smooth(null: str, *series: Array) -> None:
+    """Say that circular shifts are too few and too alike for series that change this slowly."""
+    worth = independent_times(*series)
+    if null == "circular" and worth < SMOOTH:
+        warnings.warn(
+            f"{len(series[0])} volumes are worth about {worth:.0f} independent ones, so smooth are the series: "
+            "p-values of circular shifts are too small here; take null='phase', a high-pass, or more volumes",
+            SmoothSeriesWarning, stacklevel=4,
+        )  # fmt: skip
 
 
 def missing_cosines(*series: Array) -> int:
