@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
@@ -29,6 +30,7 @@ MLPS = (
     ("w1", "w3", "w2"),
     ("", "up_proj", "down_proj"),
 )
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "num_selected_experts")
 GROUPS = ("n_group", "num_group", "n_groups", "num_expert_group")
 
@@ -220,9 +222,14 @@ def _layer(model: str, index: int, path: str, block: nn.Module, config: object) 
     mlps, known = _mlps(path, block, inside)
     routed, ours = _routed(path, block, *found[0], config) if found else (None, [])
     _refuse_rest(model, path, block, [*inside, *known, *ours])
-    if routed is None and len(mlps) != 1:
+    if len(mlps) > 1:
         raise InputError(
-            f"model {model}: {path} has {len(mlps)} MLPs and no routed experts: llmbrain needs neurons in every block"
+            f"model {model}: {path} has {len(mlps)} MLPs beside its experts ({', '.join(m.path for m in mlps)}): this "
+            "mixture of experts is of no known layout"
+        )
+    if routed is None and not mlps:
+        raise InputError(
+            f"model {model}: {path} has neither an MLP nor routed experts: llmbrain needs neurons in every block"
         )
     return ExpertLayer(index, path, block, tuple(mlps), routed)
 
@@ -265,6 +272,9 @@ def _routed(path: str, block: nn.Module, name: str, module: nn.Module, config: o
         raise InputError(
             f"{full}: weights of {tuple(rows.shape)} and {tuple(m.down_proj.shape)} are of no known layout"
         )
+    dtypes = {p.dtype for p in m.parameters()}
+    if not dtypes <= FLOATS:
+        raise InputError(f"{full} is quantized ({', '.join(map(str, dtypes))}): load the model in floating point")
     weights = tuple(ExpertTensor(m, n, 0, f"{full}.{n}") for n, p in m.named_parameters() if p.shape[:1] == (count,))
     if len(weights) != len(list(m.named_parameters())):
         raise InputError(f"{full} holds more than one entry an expert: it is of no known layout")

@@ -273,8 +273,8 @@ def _refuse(model: nn.Module) -> None:
     found = structure.experts(model)
     if found:
         raise InputError(
-            f"model {name} is a mixture of experts ({found}): its neurons lie in experts, which llmbrain neither reads "
-            "nor cuts yet (a shared expert beside them is not the whole MLP)"
+            f"model {name} is a mixture of experts ({found}): its neurons lie in experts, which this does not "
+            "take yet (a shared expert beside them is not the whole MLP)"
         )
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.hooks.experts import Visits, hearing_experts
 from llmbrain.hooks.probe import nearly_equal
 from llmbrain.hooks.sites import Tap
 from llmbrain.hooks.text import Block, Run, embeddings, evaluating, no_cache, pad_id
@@ -222,9 +224,26 @@ class Recorder:
         self._rows = slice(first_row, first_row + self.n_rows)
         self._heard, self._keep_on = Counter(), {}
 
-    def listening(self) -> Hooks:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
         """Hooks are there within the block, and gone afterwards whatever happens."""
-        return Hooks(None, [self._place(tap) for tap in self.taps])
+        by_visit: dict[nn.Module, list[Tap]] = {}
+        for tap in self.taps:
+            if tap.by_visit:
+                by_visit.setdefault(tap.module, []).append(tap)
+        experts = {module: partial(self._hear_visits, taps) for module, taps in by_visit.items()}
+        places = [self._place(tap) for tap in self.taps if not tap.by_visit]
+        with Hooks(None, places), hearing_experts(experts) if experts else nullcontext():
+            yield
+
+    def _hear_visits(self, taps: Sequence[Tap], visits: Visits) -> None:
+        heard = {
+            "visited": visits.experts.to(torch.int32),
+            "weight": visits.weights,
+            "routed": visits.neurons.flatten(1),
+        }
+        for tap in taps:
+            self._hear(tap, heard[tap.site])
 
     def _place(self, tap: Tap) -> Place:
         if tap.output:
@@ -320,7 +339,9 @@ class Reader:
         for (site, _), signal in heard.items():
             wide[site] = torch.promote_types(wide.get(site, signal.dtype), signal.dtype)
         keys = [(tap.site, tap.layer) for tap in self.recorder.taps]
-        return {key: (kept or wide[key[0]], heard[key].shape[1]) for key in keys}
+        return {
+            key: (wide[key[0]] if key[0] == "visited" else kept or wide[key[0]], heard[key].shape[1]) for key in keys
+        }
 
 
 @contextmanager

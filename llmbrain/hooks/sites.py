@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.anatomy.experts import ExpertAnatomy
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy
 
-SITES = ("neuron", "gate", "up", "mlp_out", "block_out", "head")
+SITES = ("neuron", "gate", "up", "mlp_out", "block_out", "head", "router")
 """Input of the down projection; its two factors (activated gate, up); output of the down projection; output of the
-block; L2 norm of each attention head's output (its slice of the output projection's input)."""
+block; L2 norm of each attention head's output (its slice of the output projection's input); of a mixture of experts,
+what the output of each routed expert is multiplied with (its gate, zero where it is not called)."""
+
+OF_EXPERTS = ("neuron", "router", "block_out")
+"""Sites that a mixture of experts has."""
+BY_VISIT = ("shared", "visited", "weight", "routed")
+"""How the neurons and gates of a mixture of experts are stored, by token: neurons of the MLP that every token passes;
+which experts were called (int32, -1: none); their gates; their neurons, one called expert after the other."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Tap:
     start: int = 0
     width: int | None = None
     heads: int = 0
+    by_visit: bool = False
 
     def read(self, value: Any) -> Tensor:
         """The signal in what the module got or gave; units on the last axis."""
@@ -66,6 +75,31 @@ def find_taps(anatomy: Anatomy, sites: Sequence[str]) -> list[Tap]:
     return [_tap(site, layer, anatomy.family) for site in sites for layer in anatomy.layers]
 
 
+def expert_taps(body: ExpertAnatomy, sites: Sequence[str]) -> list[Tap]:
+    """Where to listen in a mixture of experts; neurons and gates are heard as `BY_VISIT` says.
+
+    Raises
+    ------
+    InputError
+        If a site does not exist in it.
+    """
+    for site in sites:
+        if site not in OF_EXPERTS:
+            raise InputError(
+                f"site={site!r} is not recorded of a mixture of experts ({body.family}): allowed are "
+                f"{', '.join(map(repr, OF_EXPERTS))}"
+            )
+    taps = [
+        Tap("shared", layer.index, mlp.down.module, output=False)
+        for layer in body.layers for mlp in layer.shared if "neuron" in sites
+    ]  # fmt: skip
+    kinds = BY_VISIT[1:] if "neuron" in sites else BY_VISIT[1:3] if "router" in sites else ()
+    taps += [Tap(kind, i, routed.module, output=True, by_visit=True) for kind in kinds for i, routed in body.routed]
+    if "block_out" in sites:
+        taps += [Tap("block_out", layer.index, layer.block, output=True) for layer in body.layers]
+    return taps
+
+
 def _tap(site: str, layer: LayerAnatomy, family: str) -> Tap:
     i = layer.index
     if site == "neuron":
@@ -81,5 +115,7 @@ def _tap(site: str, layer: LayerAnatomy, family: str) -> Tap:
         return Tap(site, i, layer.act, output=True)
     if site == "head" and layer.out is not None and layer.n_heads:
         return Tap(site, i, layer.out.module, output=False, heads=layer.n_heads)
-    reason = "its MLP is not gated" if site == "gate" else "its attention heads could not be found"
+    reason = {"gate": "its MLP is not gated", "router": "it is no mixture of experts"}.get(
+        site, "its attention heads could not be found"
+    )
     raise InputError(f"site={site!r} does not exist in layer {i} of this model ({family}): {reason}")

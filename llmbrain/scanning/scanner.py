@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from llmbrain._files import owner
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_range
+from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import anatomy, context_length
 from llmbrain.hooks.listen import Kinds, Reader, Recorder, reading
-from llmbrain.hooks.sites import check_sites, find_taps
+from llmbrain.hooks.sites import check_sites, expert_taps, find_taps
 from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, cut_runs, embeddings, read_texts
 from llmbrain.scanning.manifest import check_same, manifest_of, model_id, say_disk
+from llmbrain.scanning.mixture import Mixture
 from llmbrain.scanning.scans import Scan
 from llmbrain.scanning.schedule import Schedule
 from llmbrain.scanning.store import FileShards, MemoryShards, Shards, key_of, open_study, scans_of
@@ -63,7 +65,9 @@ def scan(
     site : str or sequence of str
         ``"neuron"`` (what enters the MLP's down projection), its factors ``"gate"`` (activated) and ``"up"`` (output of
         the up or only input projection), ``"mlp_out"``, ``"block_out"``, ``"head"`` (L2 norm of each attention head's
-        output, float32), or several in one pass.
+        output, float32), or several in one pass. Of a mixture of experts: ``"neuron"`` (every neuron of every expert, 0
+        where it is not called), ``"router"`` (the gate of every routed expert, 0 where it is not called),
+        ``"block_out"``; stored by visit, see `Scan.visits`.
     block_size : int, optional
         Longest piece read at once, in tokens. Default: what the model's positions cover.
     batch_size : int
@@ -96,7 +100,8 @@ def scan(
     if block_size is not None:
         check_range("block_size", block_size, 1, limit)
     size = limit if block_size is None else int(block_size)
-    recorder = Recorder(find_taps(anatomy(model), sites))
+    body = expert_anatomy(model) if has_experts(model) else None
+    recorder = Recorder(expert_taps(body, sites) if body is not None else find_taps(anatomy(model), sites))
     if run_length is not None:
         check_range("run_length", run_length, 1)
     runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
@@ -107,13 +112,15 @@ def scan(
     alone = owner(out) if out is not None else nullcontext()
     with reading(model, recorder, runs) as reader, alone:
         kinds = reader.kinds(blocks[0], kept)
+        called = {layer: units for (kind, layer), (_, units) in kinds.items() if kind == "visited"}
+        mixture = None if body is None else Mixture.of(body, sites, called)
         per_token = sum(dtype.itemsize * units for dtype, units in kinds.values())
         schedule = Schedule.make(blocks, per_token, int(batch_size))
         shards: Shards
         if out is None:
             shards, todo = MemoryShards(schedule.rows), list(range(len(schedule.shards)))
         else:
-            manifest = manifest_of(model, tokenizer, runs, kinds, size, schedule)
+            manifest = manifest_of(model, tokenizer, runs, kinds, size, schedule, mixture)
             shards, manifest = open_study(Path(out), manifest, runs)
             schedule = Schedule(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
             todo = shards.resume()
@@ -124,7 +131,9 @@ def scan(
             schedule = replace(schedule, even=True)
         _record(reader, schedule, shards, todo, kinds, int(batch_size))
     widths = {name: [units for (site, _), (_, units) in kinds.items() if site == name] for name in sites}
-    return scans_of(shards, runs, widths, size, model_id(model))
+    if mixture is not None:
+        widths = {name: units for name, units in widths.items() if name == "block_out"}
+    return scans_of(shards, runs, widths, size, model_id(model), mixture)
 
 
 # -- before the first token ------------------------------------------------------------------------------------------

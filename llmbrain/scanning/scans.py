@@ -100,7 +100,9 @@ class Scan:
         block_size: int | None = None,
         events: pd.DataFrame | None = None,
         model_id: str = "",
+        visits: Signals | None = None,
     ) -> None:
+        self._visits = visits
         self._signals = dict(signals)
         self.sites = tuple(self._signals)
         self.site = self.sites[0]
@@ -267,6 +269,32 @@ class Scan:
         values = signals.read(chosen, start, stop)
         contiguous = len(rows) == stop - start and bool((np.diff(rows) == 1).all())
         return values if contiguous else values[rows - start]
+
+    def visits(self, layers: Layers = None, tokens: Tokens = None) -> NDArray[np.bool_]:
+        """Of a mixture of experts: which routed experts each token called.
+
+        Parameters
+        ----------
+        layers, tokens
+            As in `data`.
+
+        Returns
+        -------
+        bool array ``(n_tokens, n_experts)``
+            Of the chosen tokens and layers, in the order of site ``"router"``. Neurons of an expert that was not called
+            are 0 in `data`: silent by routing, not measured as 0.
+
+        Raises
+        ------
+        InputError
+            If this is no scan of a mixture of experts, or of its site ``"block_out"`` alone.
+        """
+        if self._visits is None:
+            raise InputError(f"scan {self.name!r} holds no visits: it is none of the experts of a mixture of experts")
+        chosen = self._layers(layers, self._visits.space)
+        if tokens is None:
+            return self._visits.read(chosen, 0, self.n_tokens) > 0
+        return self._visits.read(chosen, 0, self.n_tokens)[self._rows(tokens)] > 0
 
     def iter_data(
         self, max_tokens: int = 512, layers: Layers = None, *, site: str | None = None

@@ -44,7 +44,8 @@ from llmbrain._files import (
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.text import Run, ScanWarning
-from llmbrain.scanning.scans import Scan
+from llmbrain.scanning.mixture import Mixture, MixtureSignals, VisitSignals
+from llmbrain.scanning.scans import Scan, Signals
 
 FORMAT = "llmbrain-scan"
 FORMAT_VERSION = 1
@@ -208,16 +209,31 @@ class ShardSignals:
 
 
 def scans_of(
-    shards: Shards, runs: Sequence[Run], widths: Mapping[str, Sequence[int]], block_size: int | None, model_id: str
+    shards: Shards,
+    runs: Sequence[Run],
+    widths: Mapping[str, Sequence[int]],
+    block_size: int | None,
+    model_id: str,
+    mixture: Mixture | None = None,
 ) -> list[Scan]:
-    """One `Scan` a run over shards that hold them all; `widths` of each site."""
+    """One `Scan` a run over shards that hold them all; `widths` of each site that is stored."""
+    widths = {**widths, **(mixture.stored() if mixture is not None else {})}
     spaces = {site: NeuronSpace(units) for site, units in widths.items()}
     scans, first = [], 0
     for run in runs:
         n = len(run.tokens)
+        signals: dict[str, Signals] = {
+            site: ShardSignals(shards, site, space, first, n) for site, space in spaces.items()
+        }
+        visits: Signals | None = None
+        if mixture is not None:
+            parts, signals = signals, {}
+            for site in mixture.sites:
+                signals[site] = parts[site] if site == "block_out" else MixtureSignals(mixture, site, parts, n)
+            visits = VisitSignals(mixture, parts["visited"], n) if "visited" in parts else None
         scans.append(
             Scan(
-                {site: ShardSignals(shards, site, space, first, n) for site, space in spaces.items()},
+                signals,
                 name=run.name,
                 text=run.text,
                 token_ids=run.token_ids,
@@ -226,6 +242,7 @@ def scans_of(
                 block_size=block_size,
                 events=run.events,
                 model_id=model_id,
+                visits=visits,
             )
         )
         first += n
@@ -321,7 +338,8 @@ def load_scans(folder: str | Path) -> list[Scan]:
         )
     study = manifest["study"]
     widths = {site: facts["widths"] for site, facts in study["sites"].items()}
-    return scans_of(shards, runs, widths, study["block_size"], manifest["model"]["id"])
+    mixture = Mixture.from_record(study["mixture"]) if "mixture" in study else None
+    return scans_of(shards, runs, widths, study["block_size"], manifest["model"]["id"], mixture)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
