@@ -31,7 +31,7 @@ STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (scan, decompose, dualreg, evaluate, info):
+    for command in (scan, decompose, dualreg, evaluate, info, check):
         app.command(command.__name__, cls=ListCommand)(command)
 
 
@@ -119,6 +119,7 @@ def evaluate(
     max_windows: int = typer.Option(0, help="Use the first N windows; 0 is all.", min=0),
     batch_size: int = typer.Option(8, help="Sequences of a task that are read at once.", min=1),
     limit: int = typer.Option(0, help="Documents of each task; 0 is all.", min=0),
+    trust_tasks: Annotated[bool, typer.Option("--trust-tasks", help="Run code that task files carry.")] = False,
     num_fewshot: int = typer.Option(-1, help="Solved examples before each question; -1 is what the task says.", min=-1),
     out: Annotated[
         Path | None,
@@ -142,7 +143,7 @@ def evaluate(
     if tasks:
         table = evaluation.evaluate(
             loaded, tokenizer, parts(tasks), batch_size=batch_size, limit=limit or None,
-            num_fewshot=None if num_fewshot < 0 else num_fewshot,
+            num_fewshot=None if num_fewshot < 0 else num_fewshot, trust_tasks=trust_tasks,
         )  # fmt: skip
         print_table(table, digits=4)
         if out is not None:
@@ -155,3 +156,17 @@ def info(path: Annotated[Path, typer.Argument(help="Scan, networks, study, model
 
     for name, value in describe_path(path).items():
         typer.echo(f"{name}: {value}")
+
+
+def check(path: Annotated[Path, typer.Argument(help="Study, scan, networks, model, plan or NIfTI.")]) -> None:
+    """Compare every file with its checksum: what belongs together, what is damaged, and what makes it anew."""
+    from llmbrain.study import check as check_files
+
+    found = check_files(path)
+    for part, files in found.groupby("part", sort=False):
+        typer.echo(f"{part}: {len(files)} files, {int((files['state'] != 'ok').sum())} damaged")
+    damaged = found[found["state"] != "ok"]
+    for row in damaged.itertuples():
+        typer.echo(f"damaged: {row.file}: {row.state}. Make it anew: {row.anew}")
+    if len(damaged):
+        raise InputError(f"{len(damaged)} of {len(found)} files in {path} are damaged")

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from llmbrain._files import write_bytes
 from llmbrain._validation import InputError
 from llmbrain.datasets.alice_sums import SHA256
 
@@ -80,10 +81,7 @@ def _download(name: str, target: Path, expected: str) -> None:
         content = answer.read()
     if _sha256(content) != expected:
         raise InputError(f"{_url(name)} is not the published file (SHA-256 differs): nothing was written")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".part")
-    partial.write_bytes(content)
-    partial.replace(target)
+    write_bytes(target, content)
 
 
 def _sha256(content: bytes) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from llmbrain._validation import InputError, check_range, soft_import
 from llmbrain.evaluation.perplexity import predicts_next_token
+from llmbrain.evaluation.trust import refuse_code
 from llmbrain.hooks.text import evaluating
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def evaluate(
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     include_path: str | Path | Sequence[str | Path] | None = None,
+    trust_tasks: bool = False,
 ) -> pd.DataFrame:
     """Run tasks of the lm-evaluation-harness [1]_ on a model: dense or pruned, layers of different widths too.
 
@@ -60,6 +62,9 @@ def evaluate(
         Solved examples before each question; default what the task says. A task that says 0 keeps 0.
     include_path : folder or list of folders, optional
         Where more tasks lie, to be called by name.
+    trust_tasks : bool
+        Run code that task files carry (``!function``, templates that do more than name a field); else they are refused.
+        Tasks of the harness itself are trusted.
 
     Returns
     -------
@@ -99,7 +104,7 @@ def evaluate(
     from lm_eval import evaluator
 
     with _undisturbed(), evaluating(model, cache=True):
-        loaded = _load_tasks(specs, include_path)
+        loaded = _load_tasks(specs, include_path, trust_tasks)
         _set_fewshot(loaded["tasks"].values(), num_fewshot)
         found = evaluator.evaluate(
             lm=_as_harness_model(model, tokenizer, batch_size),
@@ -128,7 +133,7 @@ def _as_harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
         del model.tie_weights
 
 
-def _load_tasks(specs: Sequence[Any], include_path: Any) -> Any:
+def _load_tasks(specs: Sequence[Any], include_path: Any, trust_tasks: bool) -> Any:
     """Task objects by name. The harness's own index, thousands of files, is read only for a name found nowhere else."""
     from lm_eval.tasks import TaskManager
 
@@ -136,6 +141,9 @@ def _load_tasks(specs: Sequence[Any], include_path: Any) -> Any:
     for path in paths:
         if not Path(path).is_dir():
             raise InputError(f"include_path={str(path)!r} is not a folder")
+    if not trust_tasks:
+        own = [Path(spec) for spec in specs if not isinstance(spec, Mapping) and Path(spec).exists()]
+        refuse_code([*map(Path, paths), *own])
     manager = TaskManager(include_path=paths, include_defaults=False)
     wanted: list[Any] = []
     for spec in specs:

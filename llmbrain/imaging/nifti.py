@@ -109,7 +109,7 @@ def write_nifti(
     needed = 4 * volumes * int(np.prod(space.shape)) if suffix == ".nii" else None
     with writing(path, needed=needed) as temporary:
         _stream(temporary, header, pieces, space, volumes)
-        record |= {"image": path.name, IMAGE_SUM: file_sha256(temporary)}
+        record[IMAGE_SUM] = _sums_beside(path, space) | {path.name: file_sha256(temporary)}
         discard_file(sidecar_of(path))  # an image without one is whole; beside another's it would count as altered
     write_json(sidecar_of(path), record, seal=True)
     return path
@@ -232,10 +232,23 @@ def _sums_of(path: Path) -> dict[Path, str]:
             if _is_ours(sidecar):
                 raise
             record = {}
-        if record.get("image") == path.name and isinstance(record.get(IMAGE_SUM), str):
-            return {path: record[IMAGE_SUM]}
+        own = record.get(IMAGE_SUM)
+        if isinstance(own, dict) and isinstance(own.get(path.name), str):
+            return {path: own[path.name]}
     sums = read_sums(path.parent, strict=False)
     return {path: sums[path.name]} if path.name in sums else {}
+
+
+def _sums_beside(path: Path, space: NeuronSpace) -> dict[str, str]:
+    """Checksums of an image of the other ending, which shares the sidecar."""
+    sidecar = sidecar_of(path)
+    try:
+        record = read_json(sidecar)
+        sums = {name: str(digest) for name, digest in record[IMAGE_SUM].items()}
+    except (InputError, FileNotFoundError, KeyError, AttributeError):
+        return {}
+    same = record.get("space") == space.to_dict()
+    return {n: d for n, d in sums.items() if same and n != path.name and (path.parent / n).is_file()}
 
 
 def _is_ours(sidecar: Path) -> bool:

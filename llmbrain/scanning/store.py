@@ -277,7 +277,7 @@ def open_study(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> t
     """
     path = folder / "manifest.json"
     if path.exists():
-        known = _read_manifest(folder)
+        known = read_manifest(folder)
         for what, value in manifest["study"].items():
             there = known["study"].get(what)
             if there != value:
@@ -314,7 +314,7 @@ def load_scans(folder: str | Path) -> list[Scan]:
         If a file does not match its checksum. Shards are verified when they are first read.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     path = folder / "runs.jsonl"
     try:
         text = path.read_bytes()
@@ -342,7 +342,14 @@ def load_scans(folder: str | Path) -> list[Scan]:
     return scans_of(shards, runs, widths, study["block_size"], manifest["model"]["id"], mixture)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What was scanned and how.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no scan, or its manifest is damaged.
+    """
     path = folder / "manifest.json"
     if not path.is_file():
         raise InputError(f"{str(folder)!r} holds no scan: there is no manifest.json")

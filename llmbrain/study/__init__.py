@@ -1,7 +1,8 @@
 """The folder of a study and the jobs that fill it: what each command does, as one call.
 
 Public: `run` (the main job), `Study` (what is in a folder, read when asked for), `compare`; `decompose`,
-`describe_networks`, `plan`, `cut`, `benchmark`, `demo` (what commands do); `load_texts`, `describe_path`.
+`describe_networks`, `plan`, `cut`, `benchmark`, `demo` (what commands do); `load_texts`, `describe_path`,
+`check` (whether every file is what was written).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "checking": ["check"],
         "contents": ["describe_path"],
         "demonstration": ["demo"],
         "folder": ["Study"],
