@@ -13,6 +13,7 @@ from llmbrain.cli.common import (
     BALANCE,
     COMPENSATE,
     DEVICE,
+    DRY_RUN,
     FIELD,
     FORGET,
     FORMAT,
@@ -74,13 +75,23 @@ def plan(
     device: DEVICE = "auto",
     seed: SEED = 0,
     field: FIELD = "text",
+    dry_run: DRY_RUN = False,
 ) -> None:
     """Say what a cut would remove, layer by layer; nothing is cut."""
     from llmbrain.study import load_texts, smaller
 
     loaded, tokenizer = open_model(model, device)
+    texts = load_texts(text, field) if text else None
+    costs = smaller.plan_cost(
+        loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
+        head_ratio=head_ratio,
+    )  # fmt: skip
+    for line in costs.lines() if costs else ():
+        say(line)
+    if dry_run:
+        return
     made = smaller.plan(
-        loaded, tokenizer, load_texts(text, field) if text else None, study=study, out=out, self_text=self_text,
+        loaded, tokenizer, texts, study=study, out=out, self_text=self_text,
         ratio=ratio, method=method, allocation=allocation or None, multiple_of=multiple_of,
         protect=parse_layers(protect), head_ratio=head_ratio, passes=passes, token_balance=token_balance,
         keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
@@ -114,6 +125,7 @@ def prune(
     device: DEVICE = "auto",
     seed: SEED = 0,
     field: FIELD = "text",
+    dry_run: DRY_RUN = False,
     overwrite: OVERWRITE = False,
 ) -> None:
     """Cut neurons out of a model and save the smaller one."""
@@ -123,8 +135,17 @@ def prune(
     smaller.check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device)
     given = PruningPlan.load(from_plan) if from_plan else None
+    texts = load_texts(text, field) if text else None
+    costs = smaller.plan_cost(
+        loaded, tokenizer, texts, study=study, method="magnitude" if given else method, allocation=allocation or None,
+        passes=passes, head_ratio=head_ratio, repair=compensate != "none",
+    )  # fmt: skip
+    for line in costs.lines() if costs else ():
+        say(line)
+    if dry_run:
+        return
     _, made = smaller.cut(
-        loaded, tokenizer, load_texts(text, field) if text else None, out=out, study=study, plan=given,
+        loaded, tokenizer, texts, out=out, study=study, plan=given,
         compensate=None if compensate == "none" else compensate,
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,

@@ -53,7 +53,8 @@ def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
         from llmbrain.study.settings import read_config
 
         found = read_config(path)
-        context.default_map = {k: str(v) if k == "components" else v for k, v in found.items()}
+        typed = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in found.items()}
+        context.default_map = {k: str(v) if k == "components" else v for k, v in typed.items()}
     return path
 
 

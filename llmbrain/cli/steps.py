@@ -11,10 +11,12 @@ from llmbrain._validation import InputError
 from llmbrain.cli.common import (
     COMPONENTS,
     DEVICE,
+    DRY_RUN,
     FIELD,
     MODEL,
     OUT,
     OVERWRITE,
+    RUN_LENGTH,
     SEED,
     TEXT,
     open_model,
@@ -45,19 +47,26 @@ def scan(
     block_size: int = typer.Option(0, help="Tokens of context; 0 is the model's own.", min=0),
     dtype: str = typer.Option("", help="float16, bfloat16 or float32; default the model's own."),
     nifti: bool = typer.Option(False, help="Write every run as a 4D NIfTI too."),
+    run_length: RUN_LENGTH = 2048,
+    dry_run: DRY_RUN = False,
     device: DEVICE = "auto",
     field: FIELD = "text",
 ) -> None:
     """Record every neuron of a model at every token of a text."""
     from llmbrain.scanning import scan as scan_model
     from llmbrain.study import load_texts
+    from llmbrain.study.cost import step_cost, told
 
     texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device)
     sites = site.split(",")
+    most = n_tokens * len(texts) or None
+    told(step_cost(loaded, tokenizer, texts, n_tokens=most, site=sites[0], dtype=dtype or None, disk=True), say)
+    if dry_run:
+        return
     scans = scan_model(
         loaded, tokenizer, texts, out=out, site=sites if len(sites) > 1 else sites[0], batch_size=batch_size,
-        block_size=block_size or None, n_tokens=n_tokens or None, dtype=dtype or None,
+        block_size=block_size or None, n_tokens=n_tokens or None, dtype=dtype or None, run_length=run_length or None,
     )  # fmt: skip
     if nifti:
         for run in scans:

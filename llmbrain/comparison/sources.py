@@ -72,7 +72,7 @@ def _story(scans: Sequence[Scan], words: pd.DataFrame, where: str) -> Scan:
     if shares[best] < 0.5:
         raise InputError(
             f"{where}: no run reads this story: {scans[best].name!r} holds {shares[best]:.0%} of the words, the most "
-            f"of {len(scans)} runs; scan the story, or pass the model"
+            f"of {len(scans)} runs; scan the story (as one run: --run-length 0), or pass the model"
         )
     return scans[best]
 

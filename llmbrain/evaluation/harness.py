@@ -6,6 +6,7 @@ import copy
 import difflib
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ def _load_tasks(specs: Sequence[Any], include_path: Any, trust_tasks: bool) -> A
     for spec in specs:
         if isinstance(spec, Mapping):
             wanted.append(dict(spec))
-        elif Path(spec).is_dir() and spec not in manager.all_tasks:
+        elif Path(spec).is_dir() and not _names_a_task(spec, manager, paths):
             names = TaskManager(include_path=[spec], include_defaults=False).all_subtasks
             if not names:
                 raise InputError(f"tasks={str(spec)!r}: the folder holds no YAML file of a task")
@@ -171,6 +172,15 @@ def _load_tasks(specs: Sequence[Any], include_path: Any, trust_tasks: bool) -> A
     except (OSError, KeyError, TypeError, ValueError) as error:
         names = [w if isinstance(w, str) else w.get("task", "dict") for w in wanted]
         raise InputError(f"tasks={names} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _names_a_task(spec: str | Path, manager: Any, paths: Sequence[str | Path]) -> bool:
+    """Whether a word without a separator is a task's name: that goes before a folder of the same name."""
+    from lm_eval.tasks import TaskManager
+
+    if not isinstance(spec, str) or {"/", os.sep} & set(spec):
+        return False
+    return spec in manager.all_tasks or spec in TaskManager(include_path=list(paths)).all_tasks
 
 
 def _set_fewshot(tasks: Any, num_fewshot: int | None) -> None:

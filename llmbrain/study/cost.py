@@ -33,6 +33,8 @@ SEQUENTIAL = {"obs", "obs-gradient", "networks"}
 OF_REPAIR = 2.0  # of the sequential repair: what a block gave before, and what it gives now
 FIXED, BYTES_A_SECOND = 4.0, 1e8  # seconds of figures and the report; how fast a model is copied, saved and checked
 BASE_MEMORY = 0.6e9  # Python, torch and transformers themselves
+SPEED_TOKENS = 4 * 512  # read to measure the speed of a model
+SLOW = 5.0  # seconds of one text: then no larger batch is measured
 BATCH = 2048  # tokens in a forward pass of an evaluation or a scan
 
 
@@ -168,15 +170,20 @@ class Cost:
 def seconds_per_token(model: nn.Module, ids: Tensor) -> float:
     """Time of a token in one batch that is read, after a smaller one that warms up."""
     device = input_device(model)
-    with evaluating(model):
-        model(input_ids=ids[:1, : max(2, ids.shape[1] // 8)].to(device))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+
+    def timed(batch: Tensor) -> float:
         start = time.perf_counter()
-        model(input_ids=ids.to(device))
+        model(input_ids=batch.to(device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / ids.numel()
+        return time.perf_counter() - start
+
+    with evaluating(model):
+        timed(ids[:1, : max(2, ids.shape[1] // 8)])
+        first = timed(ids[:1])
+        if first > SLOW or len(ids) == 1:
+            return first / ids.shape[1]
+        return min(timed(ids) / ids.numel(), first / ids.shape[1])
 
 
 def measured_batch(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> float:
@@ -226,13 +233,13 @@ def run_cost(
     repair = OF_REPAIR if how.compensate else 0.0
     calibration = n_tokens + how.self_text * window
     parts: dict[str, list[Part]] = {
-        "evaluate": [Part("perplexity of the dense model, and its speed", 1.0, eval_tokens + 6 * 1024)],
+        "evaluate": [Part("perplexity of the dense model, and its speed", 1.0, eval_tokens + SPEED_TOKENS)],
         "scan": [Part("scan", 1.0, n_tokens)],
         "networks": [Part("group ICA", 0.0, n_tokens, subject.ica_work(n_tokens, length, k))],
         "prune": [
             Part(f"plan ({how.method})", planning, calibration, planning * calibration * subject.covariance_work() / 2),
             Part("cut and repair", repair, calibration, repair / 2 * calibration * subject.covariance_work()),
-            Part("perplexity of the smaller model, and its speed", 1.0, eval_tokens + 6 * 1024),
+            Part("perplexity of the smaller model, and its speed", 1.0, eval_tokens + SPEED_TOKENS),
         ],
     }
     if how.self_text:
@@ -252,3 +259,37 @@ def told(cost: Cost, tell: Any) -> Cost:
     for line in cost.lines():
         tell(line)
     return cost
+
+
+def step_cost(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, n_tokens: int | None = None,
+    passes: float = 1.0, name: str = "scan", site: str = "neuron", dtype: str | None = None, disk: bool = False,
+    method: str = "",
+) -> Cost:  # fmt: skip
+    """Cost of one step of the job by itself; a batch of the texts is read.
+
+    Parameters
+    ----------
+    n_tokens : int, optional
+        Tokens that are read; default all of the texts.
+    passes : float
+        How often.
+    name : str
+        What it is called.
+    site, dtype, disk
+        What is recorded; whether to disk.
+    method : str
+        Criterion, whose memory counts.
+    """
+    from llmbrain.hooks.text import window_length
+    from llmbrain.study.sample import count_tokens
+
+    subject, total = Subject.of(model), count_tokens(tokenizer, texts)
+    tokens = min(n_tokens or total, total)
+    window = min(512, window_length(model), total)
+    extra = passes * tokens * subject.covariance_work() / 2 if method in SEQUENTIAL | {"flap", "wanda-sp"} else 0.0
+    return Cost(
+        (Part(name, passes, tokens, extra),), scan_bytes(subject, tokens, site, dtype) if disk else 0,
+        memory_of(subject, BATCH, min(BATCH, total), tokens, method=method, copies=2 if method else 1),
+        subject.token_work(window), FIXED, measured_batch(model, tokenizer, texts, window),
+    )  # fmt: skip

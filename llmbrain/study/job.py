@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Extras = Callable[[Study, "nn.Module"], dict[str, Any]]
-SPEED = {"n_tokens": 1024, "repeats": 3}  # of the measurements of speed
+SPEED = {"n_tokens": 512, "repeats": 3}  # of the measurements of speed
 READ = 512  # tokens of the texts of the batch that is measured
 TOKENS_A_NEURON = 0.3  # that calibration needs at the very least
 

@@ -15,7 +15,7 @@ from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import save_pruned
 from llmbrain.checkpoints.gguf_reading import is_gguf
 from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
-from llmbrain.hooks.text import as_windows
+from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune
@@ -25,6 +25,7 @@ from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
+from llmbrain.study.cost import OF_REPAIR, Cost, plan_passes, step_cost
 from llmbrain.study.folder import Study
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
 from llmbrain.study.texts import split_texts
@@ -99,6 +100,21 @@ def evidence_of(
             found = signals_of_windows(model, anatomy(model), first, ("neuron",))
         networks = find_networks(model, tokenizer, texts, scans=found, random_state=random_state, progress=progress)
     return Evidence(networks, scans, texts or None, windows)
+
+
+def plan_cost(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *,
+    study: Study | str | Path | None = None, method: str = "networks", allocation: str | None = None,
+    passes: float = 24, head_ratio: float = 0.0, repair: bool = False,
+) -> Cost | None:  # fmt: skip
+    """What a plan (and the repair after it) will take; None where there is no text to measure on."""
+    if texts is None and study is not None:
+        texts = [run.text for run in (study if isinstance(study, Study) else Study(study)).scans if run.text]
+    if not texts:
+        return None
+    often = plan_passes(method, allocation, passes, head_ratio) + (OF_REPAIR if repair else 0.0)
+    most = TEXT_WINDOWS * window_length(model)
+    return step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
 
 
 def plan(

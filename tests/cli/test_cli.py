@@ -252,3 +252,52 @@ def test_lists_of_the_benchmark_command(separate, model_folder, text_file, tmp_p
     table = pd.read_csv(out)
     assert set(table["ratio"].dropna()) >= {0.2, 0.4}
     assert set(table["method"].dropna()) >= {"random", "magnitude"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["decompose", "study", "--runs", "-1"], "--runs"),
+        (["run", "MODEL", "--text", "TEXT", "--out", "s", "--seed", "-1"], "--seed"),
+        (["run", "MODEL", "--text", "TEXT", "--out", "s", "--components", "inf"], "--components"),
+        (["run", "MODEL", "--text", "TEXT", "--out", ""], "--out"),
+        (["run", "MODEL", "--text", "TEXT"], "--out"),
+        (["run", "MODEL", "--text", "TEXT", "--out", "s", "--budget", "soon"], "budget='soon'"),
+        (["run", "MODEL", "--text", "TEXT", "--out", "s", "--budget", "0.2s"], "is too small"),
+        (["run", "MODEL", "--text", "TEXT", "--out", "s", "--eval-tokens", "100000"], "shorter than the sample"),
+        (["run", "MODEL", "--text", "TEXT", "--out", "s", "--config", "none.toml"], "none.toml"),
+        (["prune", "MODEL", "--text", "TEXT", "--out", "s", "--head-ratio", "2"], "--head-ratio"),
+    ],
+)
+def test_options_have_their_range(monkeypatch, capsys, tmp_path, model_folder, text_file, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(
+        monkeypatch, capsys, *({"MODEL": model_folder, "TEXT": text_file}.get(word, word) for word in arguments)
+    )
+    assert code == 2
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, err
+    assert "Traceback" not in err
+    assert named in said[0]
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "scan", "prune"])
+def test_a_dry_run_says_its_cost_and_writes_nothing(monkeypatch, capsys, tmp_path, model_folder, text_file, command):
+    out = tmp_path / "s"
+    code, said, err = call(monkeypatch, capsys, command, model_folder, "--text", text_file, "--out", out, "--dry-run")
+    assert code == 0, err
+    assert "tokens through the model" in said + err
+    assert "tokens a second" in said + err
+    assert not out.exists()
+
+
+def test_a_study_is_repeated_by_its_own_file(monkeypatch, capsys, tmp_path, model_folder, text_file):
+    first, again = tmp_path / "a", tmp_path / "b"
+    arguments = ["run", model_folder, "--text", text_file, "--out", first, "--components", 3, "--method", "flap"]
+    assert call(monkeypatch, capsys, *arguments, "--ratio", 0.5, "--protect", 0)[0] == 0
+    code, _, err = call(monkeypatch, capsys, "run", "--config", first / "config.toml", "--out", again)
+    assert code == 0, err
+    plans = [json.loads((folder / "plan.json").read_text())["kept"] for folder in (first, again)]
+    assert plans[0] == plans[1]
+    assert len(plans[0][0]) == 40

@@ -166,3 +166,17 @@ def test_the_command_prints_and_writes_the_table(piqa, shared_data, monkeypatch,
     assert done.value.code in (0, None)
     assert "piqa_here" in capsys.readouterr().out
     assert list(pd.read_csv(table)["metric"]) == ["acc", "acc_norm"]
+
+
+def test_a_word_names_a_task_before_a_folder(piqa, monkeypatch, tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    from llmbrain.evaluation.harness import _names_a_task
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "piqa").mkdir()
+    bare = TaskManager(include_defaults=False)
+    assert _names_a_task("piqa", bare, [])
+    assert not _names_a_task("./piqa", bare, [])
+    assert not _names_a_task(tmp_path / "piqa", bare, [])
+    assert not _names_a_task("no_such_task", bare, [])
