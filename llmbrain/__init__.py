@@ -43,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluation": ["evaluate", "perplexity"],
         "imaging": ["NeuronMasker", "export_bids", "maps_to_nifti", "read_nifti"],
         "intervention": [
+            "Experts",
             "Heads",
             "TokenEvaluation",
             "amplification_curve",

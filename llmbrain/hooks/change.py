@@ -8,7 +8,7 @@ several devices, half precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.hooks.experts import EditNeurons, EditRoute, changed, changing_experts
 from llmbrain.hooks.listen import Call, Hook, Hooks, Place
 
 Edit = Callable[[Tensor], Tensor]
@@ -53,25 +54,31 @@ class Intervention(AbstractContextManager):
         How many neurons (or inputs that belong to heads) are changed.
     verify : bool
         Whether a forward pass that runs past one of the modules is an error.
+    neurons, routes : dict
+        What happens to neurons of routed experts, and to their gates, by experts module.
     """
 
     model: nn.Module
     edits: list[tuple[nn.Module, Edit]]
     n_units: int
     verify: bool = True
-    _entered: list[Hooks] = field(default_factory=list, repr=False)
+    neurons: dict[nn.Module, EditNeurons] = field(default_factory=dict, repr=False)
+    routes: dict[nn.Module, EditRoute] = field(default_factory=dict, repr=False)
+    _entered: list[ExitStack] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> nn.Module:
         for _, edit in self.edits:
             if isinstance(edit, Resample):
                 edit.restart()
-        hooks = change_inputs(self.model, self.edits, verify=self.verify)
-        hooks.__enter__()
-        self._entered.append(hooks)
+        with ExitStack() as stack:
+            stack.enter_context(change_inputs(self.model, self.edits, verify=self.verify))
+            if self.neurons or self.routes:
+                stack.enter_context(changing_experts(self.neurons, self.routes))
+            self._entered.append(stack.pop_all())
         return self.model
 
     def __exit__(self, *error: object) -> None:
-        self._entered.pop().__exit__(*error)
+        self._entered.pop().close()
 
 
 def refuse_changed(model: nn.Module, what: str) -> None:
@@ -82,6 +89,8 @@ def refuse_changed(model: nn.Module, what: str) -> None:
     InputError
         If the model is within a ``with lesion(...)`` or the like.
     """
+    if changed(model):
+        raise InputError(f"{what}: experts of the model are changed by an intervention now: leave its with block first")
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Hook) and hook.active and hook.place.changes:

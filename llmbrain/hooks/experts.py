@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmbrain._validation import InputError
-from llmbrain.anatomy.experts import ExpertAnatomy, Routed
 from llmbrain.hooks.probe import nearly_equal
 
 NAME = "llmbrain"  # what our implementation is called in transformers
@@ -240,6 +239,10 @@ def scaled(chosen: Tensor, gain: float) -> EditNeurons:
     return lambda h, expert: torch.where(chosen[expert].to(h.device), h * gain, h)
 
 
-def routed_modules(body: ExpertAnatomy) -> dict[int, Routed]:
-    """Routed experts by layer."""
-    return dict(body.routed)
+def unweighted(experts: Tensor) -> EditRoute:
+    """What these routed experts (int64) give does not count, biases included; the others' gates stay as they are."""
+
+    def edit(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return index, weights.masked_fill(torch.isin(index, experts.to(index.device)), 0)
+
+    return edit

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.change import Edit, Intervention, Resample, constant, scale, zero
 from llmbrain.hooks.listen import hear_inputs
 from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
+from llmbrain.intervention.experts import change_mixture
 from llmbrain.intervention.targets import Part, find_parts
 from llmbrain.scanning.inputs import Runs
 
@@ -40,7 +42,8 @@ def lesion(
     model : module
         Any model that `llmbrain.anatomy.families.anatomy` knows.
     what : Network, FunctionalNetworks, list of Network, bool mask, flat indices, (layer, neuron) pairs, table or Heads
-        See `llmbrain.intervention.targets.neuron_mask`; several networks mean their union.
+        See `llmbrain.intervention.targets.neuron_mask`; several networks mean their union. Of a mixture of experts
+        also `llmbrain.intervention.experts.Experts`; its units are set to "zero" only.
     value : {"zero", "mean", "resample"}
         What the units hold instead. "zero" equals zero columns in the weight they enter; "mean" is each unit's mean
         over the reference; "resample" is what the units of a layer held together at a random token of the reference,
@@ -73,6 +76,8 @@ def lesion(
     ``with lesion(model, networks[4]): model.generate(...)``
     """
     check_option("value", value, VALUES)
+    if has_experts(model):
+        return _of_mixture(model, what, value, verify)
     return _replace(model, find_parts(model, what), value, reference, random_state, verify)
 
 
@@ -90,6 +95,8 @@ def keep_only(
     Parameters are those of `lesion`.
     """
     check_option("value", value, VALUES)
+    if has_experts(model):
+        return _of_mixture(model, what, value, verify, complement=True)
     return _replace(model, find_parts(model, what, complement=True), value, reference, random_state, verify)
 
 
@@ -104,9 +111,17 @@ def amplify(model: nn.Module, what: Any, gain: float, *, verify: bool = True) ->
         Must be finite.
     """
     gain = float(check_range("gain", gain))
+    if has_experts(model):
+        return change_mixture(model, what, gain=gain, verify=verify)
     parts = find_parts(model, what)
     edits = [(p.module, scale(_near(p), gain)) for p in parts]
     return Intervention(model, edits, _count(parts), verify)
+
+
+def _of_mixture(model: nn.Module, what: Any, value: str, verify: bool, *, complement: bool = False) -> Intervention:
+    if value != "zero":
+        raise InputError(f"value={value!r}: units of a mixture of experts are set to 'zero' only")
+    return change_mixture(model, what, complement=complement, verify=verify)
 
 
 def _replace(
