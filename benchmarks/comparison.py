@@ -110,8 +110,8 @@ def markdown(record: dict[str, Any]) -> str:
         "beyond word rate, sound power, position and log frequency, and beyond an untrained copy?",
         answer,
         f"{k} networks a model, {seeds} seeds; mean (smallest to largest) over seeds. FWE: the largest of all pairs, "
-        f"or regions, in each null draw ({record['n_null']} circular shifts for coupling, "
-        f"{record['n_null_encoding']} for encoding).",
+        f"or regions, in each null draw ({record['n_permutations']} circular shifts for coupling, "
+        f"{record['n_permutations_encoding']} for encoding).",
         pd.DataFrame(models).to_markdown(index=False),
         "What the trained networks add to held-out prediction in each region. Single listener: mean over seeds, with "
         "the 95% interval over listeners, who all heard the same story: it says nothing about other stories, the p "
@@ -146,8 +146,8 @@ def main() -> None:
     known, mirrored = result.tables["controls"], result.tables["mirrored"]
     rate = known[known["network"] == "word rate"].merge(result.tables["ceilings"][["region", "isc"]], on="region")
     record = {
-        "components": arguments.components, "n_null": result.report["n_null"],
-        "n_null_encoding": len(result.encoding.null_max) if result.encoding is not None else 0, "models": rows,
+        "components": arguments.components, "n_permutations": result.report["n_permutations"],
+        "n_permutations_encoding": len(result.encoding.null_max) if result.encoding is not None else 0, "models": rows,
         "regions": pd.concat(regions).to_dict("records"),
         "controls": rate[["region", "r", "p_corrected", "isc", "ceiling"]].to_dict("records"),
         "mirrored": {"largest_r": float(mirrored["r"].abs().max()), "p": float(mirrored["p_corrected"].min())},

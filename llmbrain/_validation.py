@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -71,6 +72,17 @@ def seed_of(random_state: Any) -> int:
             f"random_state={random_state!r} must be a whole number of at least 0, a numpy generator, or None"
         )
     return int(random_state)
+
+
+def legacy_generator(random_state: Any) -> np.random.RandomState:
+    """What scikit-learn's algorithms draw from, of all that `seed_of` takes; a `RandomState` is itself."""
+    import numpy as np
+
+    return (
+        random_state
+        if isinstance(random_state, np.random.RandomState)
+        else np.random.RandomState(seed_of(random_state))
+    )
 
 
 def check_whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:

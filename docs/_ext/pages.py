@@ -72,10 +72,16 @@ def api_page(room: str, title: str, more: tuple[str, ...] = ()) -> str:
 
 
 def _is_documented(module: Any, name: str) -> bool:
+    """Whether a name has a page here: classes and functions have one, in the room that they are written in."""
     value = module
     for part in name.split("."):
         value = getattr(value, part, None) or import_module(f"{value.__name__}.{part}")
-    return inspect.isclass(value) or inspect.isfunction(value)
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return False
+    home = value.__module__.split(".")[1] if value.__module__.startswith("llmbrain.") else ""
+    room = module.__name__.split(".")[1]
+    documented = {other for other, _, _ in ROOMS}
+    return home == room or home not in documented or name not in import_module(f"llmbrain.{home}").__all__
 
 
 def commands_page() -> str:

@@ -164,7 +164,7 @@ def anatomy(model: nn.Module) -> Anatomy:
                     f"({', '.join(p for p, _ in fits)}): pass the one to look at, "
                     f"e.g. model.get_submodule('{fits[0][0].rpartition('.')[0]}')"
                 )
-    found = [recognised for path, blocks in stacks if (recognised := structure.recognise(path, blocks))]
+    found = [recognized for path, blocks in stacks if (recognized := structure.recognize(path, blocks))]
     if len(found) == 1:
         return Anatomy("recognised by structure", found[0])
     raise InputError(_why_not(model, stacks))

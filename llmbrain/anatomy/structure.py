@@ -79,7 +79,7 @@ def mixing(block: nn.Module, paths: Sequence[str], width: int) -> str:
 # -- recognition -----------------------------------------------------------------------------------------------------
 
 
-def recognise(path: str, blocks: list[nn.Module]) -> list[LayerAnatomy] | None:
+def recognize(path: str, blocks: list[nn.Module]) -> list[LayerAnatomy] | None:
     """The layers of a stack whose blocks have one MLP each, by shape."""
     layers = [mlp_by_shape(i, f"{path}.{i}", block) for i, block in enumerate(blocks)]
     known = next((layer for layer in layers if layer is not None), None)

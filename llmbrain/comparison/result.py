@@ -116,8 +116,8 @@ def cautions(report: Mapping[str, Any]) -> list[str]:
         said.append(f"{report['n_volumes']} volumes: only strong coupling can be seen")
     if report["n_subjects"] < 2:
         said.append("one subject: no noise ceiling, and nothing about other people")
-    if report["n_null"] < 99:
-        said.append(f"{report['n_null']} null draws: no p is below {1 / (report['n_null'] + 1):.3f}")
+    if report["n_permutations"] < 99:
+        said.append(f"{report['n_permutations']} null draws: no p is below {1 / (report['n_permutations'] + 1):.3f}")
     if report["controls_missing"]:
         said.append(f"without the controls {' and '.join(report['controls_missing'])}: coupling may be theirs")
     return said

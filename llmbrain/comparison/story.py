@@ -170,7 +170,7 @@ def compare(
         "n_subjects": len(brain.subjects), "n_regions": len(brain.regions), "excluded": brain.excluded,
         "dead": brain.dead, "n_volumes": len(nuisance), "words": side.counts, "controls": list(known),
         "controls_missing": missing, "threshold": coupling.threshold, "threshold_controls":
-        controls_coupling.threshold, "n_null": coupling.n_permutations, "null": tests["null"], "correction":
+        controls_coupling.threshold, "n_permutations": coupling.n_permutations, "null": tests["null"], "correction":
         tests["correction"], "left_out": clock.left_out,
         "settings": {**clock.settings(), "window": chosen["window"], "drop": chosen["drop"], "random_state": seed},
     }  # fmt: skip
@@ -255,7 +255,7 @@ class _Job:
             found = compare_similarity(
                 *pair, nuisance=known, exclude=near, null=self.tests["null"], n_permutations=199, random_state=seed
             )
-            rows.append({"measure": "cka", "beyond": name, "value": found.value, "p": found.p, "n_null":
+            rows.append({"measure": "cka", "beyond": name, "value": found.value, "p": found.p, "n_permutations":
                          len(found.null)})  # fmt: skip
         encoded = None
         if self.draws:

@@ -31,7 +31,7 @@ def compare_structure(
 
     Both are brought to the same number of nodes: of the larger set, `n_samples` random subsets of the smaller one's
     size are measured and averaged. Graphs are binary, positive, of equal density; see `llmbrain.networks.graphs` for
-    the measures and their null graphs. Raw values depend on size and density: compare the normalised ones.
+    the measures and their null graphs. Raw values depend on size and density: compare the normalized ones.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def compare_structure(
     -------
     DataFrame
         One row a side ("a" or "b"), density and measure: ``side``, ``n_nodes``, ``density``, ``measure``, ``value`` and
-        ``normalised`` (by rewired graphs).
+        ``normalized`` (by rewired graphs).
     """
     check_range("n_samples", n_samples, 1)
     random_state = seed_of(random_state)
@@ -69,9 +69,9 @@ def compare_structure(
             )
             for i, pick in enumerate(picks)
         ]
-        mean = pd.concat(measured).groupby(["density", "measure"], sort=False)[["value", "normalised"]].mean()
+        mean = pd.concat(measured).groupby(["density", "measure"], sort=False)[["value", "normalized"]].mean()
         rows.append(mean.reset_index().assign(side=side, n_nodes=n))
-    return pd.concat(rows, ignore_index=True)[["side", "n_nodes", "density", "measure", "value", "normalised"]]
+    return pd.concat(rows, ignore_index=True)[["side", "n_nodes", "density", "measure", "value", "normalized"]]
 
 
 def sparsity(maps: ArrayLike, *, threshold: float = PUBLISHED_Z) -> pd.DataFrame:

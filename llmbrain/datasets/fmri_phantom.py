@@ -66,7 +66,7 @@ def make_paired_phantom(
     ar: float = 0.9,
     timing_error: float = 0.0,
     n_neurons: int = 240,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> PairedPhantom:
     """Make a model and a brain that share `n_pairs` time courses, through the HRF.
 

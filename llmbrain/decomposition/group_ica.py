@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from llmbrain._validation import InputError, check_option, check_range, resolve_device
+from llmbrain._validation import InputError, check_option, check_range, legacy_generator, resolve_device
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition.prepare.order import estimate_order
 from llmbrain.decomposition.prepare.pca import project, whiten
@@ -93,7 +92,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         Precision of the large products. Small matrices are always float64.
     device : str, default="auto"
         CUDA when it is there, else the CPU.
-    random_state : int, RandomState or None, default=0
+    random_state : int, Generator, RandomState or None, default=0
     progress : bool, default=False
         Show a progress bar over runs.
 
@@ -169,7 +168,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         tol: float = 1e-5,
         dtype: str = "float32",
         device: str = "auto",
-        random_state: int | np.random.RandomState | None = 0,
+        random_state: int | np.random.Generator | np.random.RandomState | None = 0,
         progress: bool = False,
     ) -> None:
         self.n_components = n_components
@@ -354,13 +353,13 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
                     random_state=self.random_state,
                     lattice=source.runs.lattice(),
                 )
-                self._warn_of_colour(estimates)
+                self._warn_of_color(estimates)
                 self.order_estimates_["model" if layers is None else f"layers {layers[0]}-{layers[1]}"] = estimates
                 k = int(estimates["mdl" if k == "auto" else "parallel"])
             windows.append(Window(columns, layers, k))
         return windows
 
-    def _warn_of_colour(self, estimates: dict[str, Any]) -> None:
+    def _warn_of_color(self, estimates: dict[str, Any]) -> None:
         limit, seen = (0.3 if self.n_components == "auto" else 0.6), estimates["autocorrelation"]
         if seen > limit:
             warnings.warn(
@@ -383,7 +382,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
 
     def _decompose(self, source: Source, windows: list[Window], reduced: Reduced) -> list[torch.Tensor]:
         """ICA of every window: standardised maps, (k, n_columns) each."""
-        random_state = check_random_state(self.random_state)
+        random_state = legacy_generator(self.random_state)
         maps, fits = [], []
         for window, stack, variance in zip(windows, reduced.stacks, reduced.variance):
             live = reduced.live[window.columns]

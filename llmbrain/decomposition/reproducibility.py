@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.utils import check_random_state
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, legacy_generator
 from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.group_space import estimator, unmix_once
 from llmbrain.decomposition.prepare.pca import project
@@ -60,7 +59,7 @@ def split_half_reproducibility(
     *,
     n_splits: int = 5,
     n_permutations: int = 19,
-    random_state: int | np.random.RandomState | None = 0,
+    random_state: int | np.random.Generator | np.random.RandomState | None = 0,
     **options: Any,
 ) -> SplitHalf:
     """Decompose two halves of the runs and compare the maps.
@@ -105,8 +104,8 @@ def split_half_reproducibility(
     if len(reader) < 2:
         raise InputError(f"split halves need at least 2 runs, got {len(reader)}")
     if n_permutations:
-        check_neighbours(reader)
-    generator = check_random_state(random_state)
+        check_neighbors(reader)
+    generator = legacy_generator(random_state)
     orders = [generator.permutation(len(reader)) for _ in range(n_splits)]
     with workers(source.device):
         maps, r = _halves(ica, source, orders, generator)
@@ -121,7 +120,7 @@ def split_half_reproducibility(
     return SplitHalf(maps, r, np.array(null).reshape(n_permutations, n_components), p)
 
 
-def check_neighbours(runs: Runs) -> None:
+def check_neighbors(runs: Runs) -> None:
     """Refuse a null of unrelated neurons for brain images, and warn where neighbouring columns resemble each other.
 
     Raises

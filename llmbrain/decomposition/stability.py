@@ -16,9 +16,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
-from sklearn.utils import check_random_state
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, legacy_generator
 from llmbrain.decomposition.group_space import GroupSpace
 from llmbrain.decomposition.workers import workers
 
@@ -94,7 +93,7 @@ def ica_stability(
     resample: str = "both",
     threshold: float = 0.8,
     n_subspace: int | None = None,
-    random_state: int | np.random.RandomState | None = 0,
+    random_state: int | np.random.Generator | np.random.RandomState | None = 0,
     **options: Any,
 ) -> Stability:
     """Repeat group ICA and see which components come back (ICASSO).
@@ -254,7 +253,7 @@ def r_index(similarity: ArrayLike, labels: ArrayLike) -> float:
 
 
 def _icasso(reduced: GroupSpace, n_components: int, n_starts: int, resample: str, random_state: Any) -> Stability:
-    generator = check_random_state(random_state)
+    generator = legacy_generator(random_state)
     seed = generator.randint(2**31 - 1)
     sample = None if resample == "starts" else generator
     repeats = []

@@ -178,7 +178,7 @@ class LayerFlow:
     Attributes
     ----------
     depth : DataFrame
-        Of each network: centre (mean layer of its neurons), spread (SD over layers), first, last.
+        Of each network: center (mean layer of its neurons), spread (SD over layers), first, last.
     flow : DataFrame ``(n_layers, n_layers)``
         Coupling of layer (row) with layer (column): ``sum_ij |c_ij| share_i(row) share_j(column)`` over pairs i != j,
         with share_i the shares of network i's neurons over layers. Above the diagonal is what feeds forward.
@@ -220,19 +220,19 @@ def layer_flow(
     coupling = coupling[np.ix_(keep, keep)]
     layers = np.arange(counts.shape[1])
     share = counts.to_numpy()[keep] / counts.to_numpy()[keep].sum(axis=1, keepdims=True)
-    centre = share @ layers
+    center = share @ layers
     depth = pd.DataFrame(
         {
-            "centre": centre,
-            "spread": np.sqrt(np.maximum(share @ layers**2 - centre**2, 0)),
+            "center": center,
+            "spread": np.sqrt(np.maximum(share @ layers**2 - center**2, 0)),
             "first": (share > 0).argmax(axis=1),
             "last": len(layers) - 1 - (share > 0)[:, ::-1].argmax(axis=1),
         },
         index=counts.index[keep],
     )
     flow = pd.DataFrame(share.T @ coupling @ share, index=layers, columns=layers)
-    upper = np.triu_indices(len(centre), 1)
-    distance = np.abs(centre[:, None] - centre)
+    upper = np.triu_indices(len(center), 1)
+    distance = np.abs(center[:, None] - center)
 
     def mantel(order: NDArray[np.int64]) -> float:
         moved = distance[np.ix_(order, order)][upper]
@@ -241,8 +241,8 @@ def layer_flow(
         return float(np.corrcoef(coupling[upper], moved)[0, 1])
 
     rng = np.random.default_rng(random_state)
-    r = mantel(np.arange(len(centre)))
-    null = np.array([mantel(rng.permutation(len(centre))) for _ in range(n_permutations)])
+    r = mantel(np.arange(len(center)))
+    null = np.array([mantel(rng.permutation(len(center))) for _ in range(n_permutations)])
     p = ((np.abs(null) >= abs(r) * (1 - 1e-12)).sum() + 1) / (n_permutations + 1)
     return LayerFlow(depth, flow, r, float(p))
 

@@ -1,6 +1,6 @@
 """Graph measures of a connectivity matrix, beside random graphs of the same degrees, and its hubs.
 
-Raw values depend on the number of nodes and edges more than on anything else: only the normalised ones compare.
+Raw values depend on the number of nodes and edges more than on anything else: only the normalized ones compare.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def graph_measures(
     -------
     DataFrame
         One row a density and measure (clustering, path_length, global_efficiency, modularity, participation, sigma):
-        value, null_mean, null_sd, normalised = value / null_mean, z, p (two-sided, ``(b + 1) / (n + 1)``). sigma is
+        value, null_mean, null_sd, normalized = value / null_mean, z, p (two-sided, ``(b + 1) / (n + 1)``). sigma is
         ``(C / C_null) / (L / L_null)``, with no null of its own. Path length is nan where the graph is in pieces.
     """
     import pandas as pd
@@ -181,7 +181,7 @@ def graph_measures(
             rows.append(
                 {
                     "density": density, "measure": name, "value": own, "null_mean": mean, "null_sd": sd,
-                    "normalised": own / mean if mean else np.nan,
+                    "normalized": own / mean if mean else np.nan,
                     "z": (own - mean) / sd if sd > 0 else np.nan, "p": p,
                 }
             )  # fmt: skip

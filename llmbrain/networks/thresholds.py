@@ -262,7 +262,7 @@ def null_networks(
         Go to `GroupICA`; use those of the real decomposition.
     """
     from llmbrain.decomposition import GroupICA
-    from llmbrain.decomposition.reproducibility import check_neighbours
+    from llmbrain.decomposition.reproducibility import check_neighbors
     from llmbrain.imaging.brain_mask import split_mask
     from llmbrain.scanning.inputs import Runs
 
@@ -270,7 +270,7 @@ def null_networks(
     random_state = seed_of(random_state)
     _, image = split_mask(options.get("mask"))
     runs = Runs(scans, mask_img=image)
-    check_neighbours(runs)
+    check_neighbors(runs)
     draws = []
     for draw in bar(range(n_permutations), desc="null networks", show=progress):
         rng = np.random.default_rng([random_state, draw])

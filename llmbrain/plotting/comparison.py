@@ -14,8 +14,8 @@ from llmbrain.plotting.style import (
     CATEGORIES,
     GRID,
     QUIET,
-    centred,
-    colourbar,
+    centered,
+    colorbar,
     diverging,
     ink_on,
     legend,
@@ -64,14 +64,14 @@ def plot_coupling(
     left = [plain(name) for name in (frame.index if rows is None else rows)]
     below = [plain(name) for name in (frame.columns if columns is None else columns)]
     figure, ax = one_axes(ax, figure, (1.9 + 0.34 * min(len(below), 40), 1.2 + 0.24 * len(left)))
-    scale = centred(values, vmax)
+    scale = centered(values, vmax)
     drawn = ax.imshow(values, cmap=diverging(), norm=scale, aspect="auto", interpolation="nearest")
     for i, j in np.argwhere(marks):
         ax.text(j, i, "*", ha="center", va="center_baseline", fontsize=10, color=ink_on(values[i, j], scale))
     step = max(1, -(-len(below) // 40))
     ax.set_xticks(range(0, len(below), step), below[::step], rotation=40, ha="right")
     ax.set_yticks(range(len(left)), left)
-    colourbar(figure, drawn, ax, "r")
+    colorbar(figure, drawn, ax, "r")
     return figure
 
 

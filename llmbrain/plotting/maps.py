@@ -17,8 +17,8 @@ from llmbrain.plotting.style import (
     NEGATIVE,
     POSITIVE,
     QUIET,
-    centred,
-    colourbar,
+    centered,
+    colorbar,
     diverging,
     legend,
     new_figure,
@@ -116,7 +116,7 @@ def plot_network(
     if not -len(maps) <= index < len(maps):
         raise InputError(f"index={index} does not exist: allowed are 0 to {len(maps) - 1}")
     values = maps[index].astype(float)
-    scale = centred(values, vmax)
+    scale = centered(values, vmax)
     if threshold is not None:
         values = np.where(np.abs(values) >= threshold, values, 0)
     chosen = list(range(space.n_layers)) if layers is None else [int(layer) for layer in layers]
@@ -129,7 +129,7 @@ def plot_network(
         drawn = ax.imshow(image, cmap=diverging(), norm=scale, aspect="auto", interpolation="nearest")
         ax.set(title=name, xlabel="neuron" if order == "index" else "neuron, sorted by similarity", ylabel="layer")
         ax.set_yticks(*_layer_ticks(chosen))
-        colourbar(figure, drawn, ax, "z")
+        colorbar(figure, drawn, ax, "z")
         return figure
     if ax is not None:
         raise InputError("ax is for kind='flat': slices need several axes, pass figure=")
@@ -153,7 +153,7 @@ def _slices(values: Any, space: NeuronSpace, layers: list[int], scale: Any, titl
         for spine in cell.spines.values():
             spine.set(visible=cell.images != [], color=QUIET, linewidth=0.5)
     figure.suptitle(title, color=INK, fontsize=10)
-    colourbar(figure, drawn, list(axes.flat), "z", shrink=0.6)
+    colorbar(figure, drawn, list(axes.flat), "z", shrink=0.6)
     return figure
 
 
@@ -292,5 +292,5 @@ def plot_layer_profile(
     ax.set_yticks(range(len(names)), [plain(name) for name in names])
     ax.set(xlabel="layer")
     style(ax)
-    colourbar(figure, drawn, ax, "% of key neurons")
+    colorbar(figure, drawn, ax, "% of key neurons")
     return figure

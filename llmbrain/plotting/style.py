@@ -31,7 +31,7 @@ def diverging() -> Colormap:
     return LinearSegmentedColormap.from_list("llmbrain", colours).with_extremes(bad="#8a97a340")
 
 
-def centred(values: ArrayLike, vmax: float | None = None) -> Normalize:
+def centered(values: ArrayLike, vmax: float | None = None) -> Normalize:
     """Colour scale with zero in the middle; `vmax` defaults to the 99.9th percentile of ``|values|``."""
     from matplotlib.colors import Normalize
 
@@ -86,7 +86,7 @@ def plain(text: Any) -> str:
     return shown.replace("\\", "\\\\").replace("$", r"\$") if "$" in shown else shown
 
 
-def colourbar(figure: Any, artist: Any, ax: Any, label: str, **options: Any) -> None:
+def colorbar(figure: Any, artist: Any, ax: Any, label: str, **options: Any) -> None:
     """A slim colour bar."""
     bar = figure.colorbar(artist, ax=ax, label=label, shrink=options.pop("shrink", 0.8), pad=0.02, **options)
     bar.outline.set_visible(False)

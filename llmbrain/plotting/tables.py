@@ -17,8 +17,8 @@ from llmbrain.plotting.style import (
     NEGATIVE,
     POSITIVE,
     QUIET,
-    centred,
-    colourbar,
+    centered,
+    colorbar,
     diverging,
     ink_on,
     legend,
@@ -83,7 +83,7 @@ def plot_connectivity(
     if len(labels) != len(values):
         raise InputError(f"names has {len(labels)} entries for {len(values)} networks")
     off = np.where(np.eye(len(values), dtype=bool), np.nan, values)
-    scale = centred(off, vmax)
+    scale = centered(off, vmax)
     panels = 2 if kind == "both" else 1
     figure = new_figure((4.3 * panels + 0.4, 3.9)) if figure is None else figure
     axes = np.atleast_1d(figure.subplots(1, panels))
@@ -94,7 +94,7 @@ def plot_connectivity(
         ax.set_xticks(range(0, len(labels), step), labels[::step], rotation=90)
         ax.set_yticks(range(0, len(labels), step), labels[::step])
         ax.tick_params(labelsize=7)
-        colourbar(figure, drawn, ax, "r")
+        colorbar(figure, drawn, ax, "r")
     if kind != "matrix":
         _graph(axes[-1], off, labels, density, scale)
     return figure
@@ -226,7 +226,7 @@ def plot_lesion_table(
         values, marks, effects = values[index], marks[index], effects.iloc[index]
     n_rows, n_columns = values.shape
     figure, ax = one_axes(ax, figure, (2.2 + 0.62 * n_columns, 1.2 + 0.24 * n_rows))
-    scale = centred(values, vmax)
+    scale = centered(values, vmax)
     drawn = ax.imshow(values, cmap=diverging(), norm=scale, aspect="auto", interpolation="nearest")
     for i, j in np.argwhere(marks > 0):
         text = f"{values[i, j]:.2g}{'*' if marks[i, j] > 1 else ''}"
@@ -234,7 +234,7 @@ def plot_lesion_table(
     ax.set_xticks(range(n_columns), [plain(name) for name in effects.columns], rotation=35, ha="right")
     ax.set_yticks(range(n_rows), [plain(name) for name in effects.index])
     ax.set_ylabel("lesioned network")
-    colourbar(figure, drawn, ax, label)
+    colorbar(figure, drawn, ax, label)
     return figure
 
 

@@ -15,8 +15,8 @@ from llmbrain.plotting.style import (
     GRID,
     INK,
     QUIET,
-    centred,
-    colourbar,
+    centered,
+    colorbar,
     diverging,
     legend,
     new_figure,
@@ -113,7 +113,7 @@ def plot_carpet(
     axes = np.atleast_1d(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     ax = style(axes[0])
     drawn = ax.imshow(
-        carpet, cmap=diverging(), norm=centred(carpet, vmax), aspect="auto", interpolation="nearest",
+        carpet, cmap=diverging(), norm=centered(carpet, vmax), aspect="auto", interpolation="nearest",
         extent=(start - 0.5, stop - 0.5, len(carpet) - 0.5, -0.5),
     )  # fmt: skip
     for border in borders[1:-1]:
@@ -128,7 +128,7 @@ def plot_carpet(
     axes[-1].set_xlabel("token")
     axes[-1].xaxis.label.set(color=INK, fontsize=9)
     axes[-1].tick_params(colors=INK, labelsize=8)
-    colourbar(figure, drawn, list(axes), "z" if normalize else "activation")
+    colorbar(figure, drawn, list(axes), "z" if normalize else "activation")
     return figure
 
 
@@ -200,7 +200,7 @@ def plot_time_courses(
     figure = new_figure((9, body + (1.0 if written else 0.4))) if figure is None else figure
     ratios = [body / n] * n + ([0.9] if written else [])
     axes = np.atleast_1d(figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios))
-    scale = centred(part[:, chosen])
+    scale = centered(part[:, chosen])
     if kind == "heat":
         ax = style(axes[0])
         drawn = ax.imshow(
@@ -208,7 +208,7 @@ def plot_time_courses(
             extent=(start - 0.5, stop - 0.5, len(chosen) - 0.5, -0.5),
         )  # fmt: skip
         ax.set_yticks(range(len(chosen)), [plain(labels[k]) for k in chosen])
-        colourbar(figure, drawn, ax, "activity")
+        colorbar(figure, drawn, ax, "activity")
     else:
         for i, (ax, k) in enumerate(zip(axes, chosen)):
             style(ax)
@@ -217,7 +217,7 @@ def plot_time_courses(
             ax.grid(axis="x", color=GRID, linewidth=0.4)
             ax.set_ylabel(plain(labels[k]), rotation=0, ha="right", va="center")
     if written:
-        _strip(axes[-1], words, start, part[:, chosen[0]], centred(part[:, chosen[0]]))
+        _strip(axes[-1], words, start, part[:, chosen[0]], centered(part[:, chosen[0]]))
     axes[-1].set_xlabel("token")
     axes[-1].xaxis.label.set(color=INK, fontsize=9)
     axes[-1].tick_params(colors=INK, labelsize=8)

@@ -15,7 +15,7 @@ from llmbrain._validation import InputError
 from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.page.text import shown_tokens
 from llmbrain.reporting.brain import Brain
-from llmbrain.reporting.effects import condition_effects, standardised, token_types
+from llmbrain.reporting.effects import condition_effects, standardized, token_types
 
 ALPHA = 0.05
 SAME = 0.5  # |r| of two maps that counts as the same component
@@ -100,7 +100,7 @@ class Contents:
         courses = list(own) if own is not None and len(own) else list(getattr(self.ica, "mixing_", None) or [])
         if not courses or self.n_networks == 0 or any(np.shape(c)[1] != self.n_networks for c in courses):
             return None
-        return standardised(courses)
+        return standardized(courses)
 
     @cached_property
     def runs(self) -> list[Any]:

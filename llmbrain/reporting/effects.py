@@ -15,7 +15,7 @@ BLOCK = 16  # networks whose shifts are held at once
 MIN_SHIFT = 10  # tokens; a smaller shift leaves the labels where they were
 
 
-def standardised(courses: Sequence[Any]) -> list[NDArray[np.float32]]:
+def standardized(courses: Sequence[Any]) -> list[NDArray[np.float32]]:
     """Time courses in standard deviations over all runs together, so that runs can be compared.
 
     Parameters
@@ -62,7 +62,7 @@ def condition_effects(courses: Sequence[NDArray[np.float32]], scans: Sequence[An
     """
     columns = ["network", "condition", "tokens", "effect", "control", "p"]
     labels = np.concatenate([labels_of(scan) for scan in scans])
-    series = np.concatenate(standardised(courses)).astype(np.float64)
+    series = np.concatenate(standardized(courses)).astype(np.float64)
     kinds = sorted({kind for kind in labels if kind is not None})
     if len(kinds) < 2 or len(series) < 4 * MIN_SHIFT:
         return pd.DataFrame(columns=columns)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmbrain._files.errors import bytes_text
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
 from llmbrain.hooks.listen import Kinds, Reader
@@ -136,18 +137,12 @@ def say_disk(folder: Path, schedule: Schedule, todo: Sequence[int]) -> None:
     tokens = sum(rows[i + 1] - rows[i] for i in todo)
     need = tokens * schedule.per_token
     done = f" ({rows[-1] - tokens:,} of {rows[-1]:,} are there already)" if tokens < rows[-1] else ""
-    print(f"scan: {tokens:,} tokens need {_bytes(need)} of disk in {folder}{done}", file=sys.stderr)
+    print(f"scan: {tokens:,} tokens need {bytes_text(need)} of disk in {folder}{done}", file=sys.stderr)
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise InputError(f"out={str(folder)!r}: the scan needs {_bytes(need)}, but only {_bytes(free)} are free there")
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
+        raise InputError(
+            f"out={str(folder)!r}: the scan needs {bytes_text(need)}, but only {bytes_text(free)} are free there"
+        )
 
 
 def _sha256(text: str) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from llmbrain._files import write_figure
 from llmbrain._progress import Say, speaker
-from llmbrain._validation import resolve_device
+from llmbrain._validation import resolve_device, seed_of
 from llmbrain.datasets import Demo, load_demo
 from llmbrain.intervention import TokenEvaluation, lesion_table
 from llmbrain.intervention.table import LesionTable
@@ -36,7 +36,7 @@ def demo(
     n_components: int | float | str = 32,
     n_random: int = 20,
     device: str = "auto",
-    random_state: int = 0,
+    random_state: int | None = 0,
     overwrite: bool = True,
     progress: bool | Say = True,
 ) -> Study:
@@ -55,7 +55,7 @@ def demo(
         ``.lesions`` are scored on held-out lines of each ability; ``.summary["abilities"]`` has the share of exact
         answers, dense and pruned.
     """
-    tell, out = speaker(progress), Path(out)
+    tell, out, random_state = speaker(progress), Path(out), seed_of(random_state)
     brain = load_demo()
     model = brain.model.to(resolve_device(device))
     tell(

@@ -10,7 +10,7 @@ import pandas as pd
 
 from llmbrain._files import file_sha256, write_figure, write_table
 from llmbrain._progress import Say, speaker
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
 from llmbrain.imaging import write_melodic
 from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
@@ -37,7 +37,7 @@ def find_networks(
     *,
     scans: Sequence[Scan] | None = None,
     n_components: int | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
     device: str = "auto",
     progress: bool | Say = True,
 ) -> FunctionalNetworks:
@@ -68,7 +68,7 @@ def decompose(
     out: str | Path | None = None,
     convention: str = "bids",
     device: str = "auto",
-    random_state: int = 0,
+    random_state: int | None = 0,
     overwrite: bool = False,
     progress: bool | Say = True,
 ) -> dict[str, Any]:
@@ -109,6 +109,8 @@ def decompose(
     scans = study.scans[:n_runs]
     target = Path(out) if out is not None else study.folder / "networks"
     digest = file_sha256(store / "manifest.json")
+    if random_state is not None:
+        random_state = seed_of(random_state)  # a generator has no lasting name
     settings = {
         "components": n_components, "method": method, "runs": len(scans), "seed": random_state, "scan": digest
     }  # fmt: skip
@@ -139,7 +141,7 @@ def describe_networks(
     out: str | Path | None = None,
     *,
     n_permutations: int = 200,
-    random_state: int = 0,
+    random_state: int | None = 0,
     progress: bool | Say = True,
 ) -> dict[str, pd.DataFrame]:
     """Layers, tokens, conditions, thresholds side by side and connectivity of networks, as tables and figures.

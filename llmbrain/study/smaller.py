@@ -64,7 +64,7 @@ def evidence_of(
     study: Study | str | Path | None = None,
     method: str = "networks",
     self_text: int = 0,
-    random_state: int = 0,
+    random_state: int | None = 0,
     progress: bool | Say = True,
 ) -> Evidence:
     """Texts, scans and networks: those of the study, or found now where the method uses networks.
@@ -127,7 +127,7 @@ def plan(
     out: str | Path | None = None,
     self_text: int = 0,
     format: str = "per-layer",
-    random_state: int = 0,
+    random_state: int | None = 0,
     progress: bool | Say = True,
     **options: Any,
 ) -> PruningPlan:
@@ -204,7 +204,7 @@ def cut(
     gguf_type: str = "f16",
     like: str | Path | None = None,
     report: bool = True,
-    random_state: int = 0,
+    random_state: int | None = 0,
     overwrite: bool = False,
     progress: bool | Say = True,
     **options: Any,
@@ -281,7 +281,7 @@ def benchmark(
     methods: Sequence[str] | None = None,
     n_components: int | None = None,
     out: str | Path | None = None,
-    random_state: int = 0,
+    random_state: int | None = 0,
     device: str = "auto",
     progress: bool | Say = True,
     **options: Any,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmbrain import InputError
+from llmbrain import GroupICA, InputError
 from llmbrain._validation import seed_of
 from llmbrain.comparison import compare, compare_similarity, compare_structure, couple, noise_ceilings
 from llmbrain.datasets.fmri_phantom import make_paired_phantom
@@ -18,6 +18,20 @@ def test_none_is_a_seed_of_its_own():
             seed_of(bad)
 
 
+def test_seeds_of_every_kind_start_the_decomposition():
+    run = np.random.default_rng(0).laplace(size=(60, 2)) @ np.random.default_rng(1).laplace(size=(2, 30))
+    runs = [run + 0.1 * np.random.default_rng(i).normal(size=run.shape) for i in (2, 3)]
+
+    def maps(seed):
+        return GroupICA(2, random_state=seed).fit(runs).components_
+
+    np.testing.assert_array_equal(maps(np.random.RandomState(3)), maps(3))
+    np.testing.assert_array_equal(maps(np.random.default_rng(3)), maps(np.random.default_rng(3)))
+    assert maps(None).shape == (2, 30)
+    with pytest.raises(InputError, match="random_state='three'"):
+        maps("three")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_everything_in_comparison_takes_none():
     rng = np.random.default_rng(0)
@@ -29,7 +43,7 @@ def test_everything_in_comparison_takes_none():
     few = {"densities": [0.2], "n_permutations": 3, "n_seeds": 2, "random_state": None}
     assert len(compare_structure(x, y[0], **few))
     assert len(graph_measures(np.corrcoef(x.T), **few))
-    phantom = make_paired_phantom(n_networks=3, n_regions=4, n_volumes=120, n_neurons=20)
+    phantom = make_paired_phantom(n_networks=3, n_regions=4, n_volumes=120, n_neurons=20, random_state=None)
     result = compare(phantom.scan, phantom.fmri, phantom.words, tr=2.0, series=phantom.time_courses, encoding=False,
                      n_permutations=19, random_state=None)  # fmt: skip
     assert result.report["settings"]["random_state"] >= 0

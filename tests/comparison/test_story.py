@@ -115,7 +115,7 @@ def test_structure_at_equal_size_and_density():
     noise = rng.normal(size=(150, 26))
     table = compare_structure(modules, noise, densities=[0.2], n_permutations=10, n_samples=3, n_seeds=5)
     assert (table["n_nodes"] == 20).all()
-    q = table[table["measure"] == "modularity"].set_index("side")["normalised"]
+    q = table[table["measure"] == "modularity"].set_index("side")["normalized"]
     assert q["a"] > 1.3 * q["b"]
     with pytest.raises(InputError, match="at least 10"):
         compare_structure(modules[:, :5], noise)

@@ -178,7 +178,7 @@ def test_layer_flow():
     networks = FunctionalNetworks(maps, space, threshold=5, standardize=False)
     distance = np.abs(np.subtract.outer(np.arange(6), np.arange(6)))
     found = layer_flow(networks, np.exp(-distance / 2.0), n_permutations=300)
-    assert found.depth.centre.tolist() == [0.5, 1, 2, 3, 4, 5]
+    assert found.depth.center.tolist() == [0.5, 1, 2, 3, 4, 5]
     assert found.depth["last"].tolist() == [1, 1, 2, 3, 4, 5]
     assert found.r < -0.8
     assert found.p < 0.05

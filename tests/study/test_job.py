@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 import llmbrain as lb
 from llmbrain import InputError
 from llmbrain.study.folder import claim
+
+prune_module = sys.modules[lb.prune.__module__]
 
 pytestmark = pytest.mark.filterwarnings("ignore::llmbrain.hooks.text.ScanWarning")
 
@@ -55,6 +58,25 @@ def test_the_report_of_a_study_holds_what_is_there(made, subject, tmp_path):
     np.testing.assert_allclose(again.lesions.matrix("effect"), table.matrix("effect"))
     assert again.lesions.provenance == table.provenance
     assert "letters" in lb.report(again).html()
+
+
+def test_networks_and_calibration_read_the_same_ids(subject, texts, tmp_path, monkeypatch):
+    """What repairs the weights is the text that the networks were found in, token by token."""
+    model, tokenizer = subject
+    calibrated, repair = [], prune_module.repair
+
+    def listening(*args, **kwargs):
+        calibrated.extend(a for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor) and a.dtype == torch.long)
+        return repair(*args, **kwargs)
+
+    monkeypatch.setattr(prune_module, "repair", listening)
+    made = lb.run(model, tokenizer, texts, out=tmp_path / "s", n_components=3, name="tiny", progress=False)
+    scanned = np.concatenate([scan.token_ids for scan in made.scans])
+    assert len(calibrated) == 1
+    read = calibrated[0].flatten().numpy()
+    assert len(scanned) - calibrated[0].shape[1] < len(read) <= len(scanned)  # whole windows
+    np.testing.assert_array_equal(read, scanned[: len(read)])
+    assert made.plan.details["calibration"]["shape"] == list(calibrated[0].shape)
 
 
 def test_parts_alone_are_a_study(made):

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils import check_random_state
 
+from llmbrain._validation import legacy_generator
 from llmbrain.decomposition.prepare.pca import gram
 from llmbrain.decomposition.prepare.preprocess import PreparedRun
 
@@ -20,7 +20,7 @@ def estimate_order(
     runs: Iterator[PreparedRun],
     columns: slice,
     *,
-    random_state: int | np.random.RandomState | None = 0,
+    random_state: int | np.random.Generator | np.random.RandomState | None = 0,
     lattice: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Number of components of some neurons by both criteria: the median over runs, and each run's own.
@@ -31,7 +31,7 @@ def estimate_order(
         ``mdl`` and ``parallel`` (int), ``mdl_per_run``, ``parallel_per_run``, ``subsampling_per_run`` (lists of int),
         and ``autocorrelation`` of neighbouring tokens (float): both criteria find too many where it is high.
     """
-    rng = check_random_state(random_state)
+    rng = legacy_generator(random_state)
     mdl, parallel, depths, colour = [], [], [], []
     for run in runs:
         live = run.live[columns].cpu().numpy()

@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.utils import check_random_state
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, legacy_generator
 from llmbrain.decomposition.solvers.result import Unmixed, warn_not_converged
 from llmbrain.decomposition.workers import workers
 
@@ -44,9 +43,11 @@ FUNCTIONS = tuple(_FUNCTIONS)
 _NORMAL_MEAN = {"logcosh": 0.37456720, "exp": -1 / math.sqrt(2), "cube": 0.75}
 
 
-def random_start(n_components: int, random_state: int | np.random.RandomState | None) -> np.ndarray:
+def random_start(
+    n_components: int, random_state: int | np.random.Generator | np.random.RandomState | None
+) -> np.ndarray:
     """A (k, k) standard normal start, as scikit-learn draws it."""
-    return check_random_state(random_state).normal(size=(n_components, n_components))
+    return legacy_generator(random_state).normal(size=(n_components, n_components))
 
 
 def _nearest_orthogonal(matrix: torch.Tensor) -> torch.Tensor:
@@ -60,7 +61,7 @@ def fastica(
     *,
     fun: str = "logcosh",
     w_init: np.ndarray | None = None,
-    random_state: int | np.random.RandomState | None = 0,
+    random_state: int | np.random.Generator | np.random.RandomState | None = 0,
     max_iter: int = 200,
     tol: float = 1e-4,
     n_samples: int | None = None,

@@ -123,7 +123,7 @@ def published_scores(
     n_groups: int = 1,
     max_iter: int = 300,
     tol: float = 1e-4,
-    random_state: int = 0,
+    random_state: int | None = 0,
 ) -> PublishedScores:
     """Score neurons by the published rule.
 
@@ -142,7 +142,7 @@ def published_scores(
         The scans are dealt into so many groups in order, each with its own ICA.
     max_iter, tol : int, float
         Of FastICA.
-    random_state : int
+    random_state : int or None
         Of FastICA's start.
 
     Returns
@@ -196,7 +196,7 @@ def _reader(group: Sequence[Any], layers: list[int], sites: Sequence[str]) -> Ca
 
 
 def _maps(
-    signals: torch.Tensor, n_components: int, max_iter: int, tol: float, random_state: int
+    signals: torch.Tensor, n_components: int, max_iter: int, tol: float, random_state: int | None
 ) -> tuple[NDArray[np.float64], bool]:
     """z-scored spatial maps ``(k, signals)`` of tokens x signals, and whether FastICA converged."""
     x = signals.double()
