@@ -123,6 +123,7 @@ REFUSED = {
     "squeezebert": "its layers are grouped convolutions",
     "perceiver": "its rows are latents, not tokens",
     **dict.fromkeys(("idefics", "kosmos-2", "pix2struct", "udop", "pp_formulanet"), "it reads images with every text"),
+    **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), "it reads several codebooks of sound at once"),
     "voxtral_realtime": "it reads speech with every text",
     "hrm_text": "its layers run several times for one token",
 }

@@ -120,8 +120,10 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
             tables["configs"][name] = dict(config.own)
     dropped = [n for n in stock if n not in names and n.rpartition(".")[0] in names and _has_weights(stock[n])]
     bases = {base: ""} | _inner(model)
+    # Where the family itself tells layers apart (Gemma 4's head_dim), the standard names are its own.
+    ours_here = OURS if own_layers(model.config) is not None else (*OURS, *STANDARD)
     code = CODE.substitute(
-        base=base, imported=", ".join(sorted(bases)), ours=repr((*OURS, *STANDARD)), dropped=repr(dropped),
+        base=base, imported=", ".join(sorted(bases)), ours=repr(ours_here), dropped=repr(dropped),
         classes="".join(CLASS.substitute(base=n, prefix=repr(prefix)) for n, prefix in bases.items()),
         **{k: _literal(table) for k, table in tables.items()},
     )  # fmt: skip

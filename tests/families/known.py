@@ -2,35 +2,4 @@
 
 from __future__ import annotations
 
-KNOWN: dict[str, dict[str, str]] = {
-    "BertGenerationDecoder": {"causal": "perplexity"},
-    "BertLMHeadModel": {"causal": "perplexity"},
-    "BigBirdForCausalLM": {"causal": "perplexity"},
-    "Blip2ForConditionalGeneration": {"batch": "texts in a batch", "causal": "perplexity"},
-    "BlipForConditionalGeneration": {"batch": "texts in a batch", "causal": "perplexity"},
-    "CamembertForCausalLM": {"causal": "perplexity"},
-    "ConvBertForMaskedLM": {"batch": "texts in a batch"},
-    "CpmAntForCausalLM": {"causal": "perplexity"},
-    "Data2VecTextForCausalLM": {"causal": "perplexity"},
-    "ElectraForCausalLM": {"causal": "perplexity"},
-    "ErnieForCausalLM": {"causal": "perplexity"},
-    "FNetForMaskedLM": {"batch": "texts in a batch"},
-    "FlaubertWithLMHeadModel": {"causal": "perplexity"},
-    "Idefics3ForConditionalGeneration": {"batch": "texts in a batch"},
-    "LEDForConditionalGeneration": {"moments": "calibration", "causal": "perplexity"},
-    "MegatronBertForCausalLM": {"causal": "perplexity"},
-    "MobileBertForMaskedLM": {"batch": "texts in a batch"},
-    "NystromformerForMaskedLM": {"batch": "texts in a batch"},
-    "PaliGemmaForConditionalGeneration": {"batch": "texts in a batch", "causal": "perplexity"},
-    "RemBertForCausalLM": {"causal": "perplexity"},
-    "RoCBertForCausalLM": {"causal": "perplexity"},
-    "RoFormerForCausalLM": {"causal": "perplexity"},
-    "RobertaForCausalLM": {"causal": "perplexity"},
-    "RobertaPreLayerNormForCausalLM": {"causal": "perplexity"},
-    "SmolVLMForConditionalGeneration": {"batch": "texts in a batch"},
-    "XLMRobertaForCausalLM": {"causal": "perplexity"},
-    "XLMRobertaXLForCausalLM": {"causal": "perplexity"},
-    "XLMWithLMHeadModel": {"causal": "perplexity"},
-    "XLNetLMHeadModel": {"batch": "texts in a batch"},
-    "YosoForMaskedLM": {"batch": "texts in a batch"},
-}
+KNOWN: dict[str, dict[str, str]] = {}

@@ -78,7 +78,11 @@ class Stream:
             caught.append((entering.detach().flatten(0, -2), out.detach().flatten(0, -2).clone()))
 
         def attended(entering: Any, out: Any) -> None:
-            self._attended[batch] = out.clone() if isinstance(out, Tensor) else (out[0].clone(), *[None] * len(out[1:]))
+            if isinstance(out, Tensor):
+                self._attended[batch] = out.clone()
+                return
+            parts = [out[0].clone(), *[None] * len(out[1:])]
+            self._attended[batch] = parts if isinstance(out, list) else tuple(parts)  # the first GPT gives a list
 
         layer = self.layers[self.at]
         self._attended.pop(batch, None)
