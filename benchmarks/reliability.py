@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "reliability")]
 
+import campaign  # noqa: E402
 import pandas as pd  # noqa: E402
-from reliability import campaign  # noqa: E402
 from tiny_models import tiny  # noqa: E402
 
 import llmbrain as lb  # noqa: E402

@@ -117,8 +117,24 @@ class Study:
 
     @cached_property
     def networks(self) -> FunctionalNetworks:
-        """The functional networks."""
-        return FunctionalNetworks.load(self.place("networks"))
+        """The functional networks.
+
+        Raises
+        ------
+        InputError
+            If they were found in another scan than this study's.
+        """
+        folder = self.place("networks")
+        found = FunctionalNetworks.load(folder)
+        if found.time_courses and self.has("scans"):
+            there = [len(run) for run in found.time_courses]
+            here = [run.n_tokens for run in self.scans[: len(there)]]
+            if there != here:
+                raise InputError(
+                    f"networks in {folder} are of another study: time courses of {_few(there)} tokens, the scan has "
+                    f"{_few(here)}. Find them again: llmbrain decompose {self.folder} --overwrite"
+                )
+        return found
 
     @cached_property
     def plan(self) -> PruningPlan:
@@ -185,7 +201,7 @@ def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = Fal
     mark = folder / "study.json"
     settings = json.loads(json.dumps(settings, default=plain))
     with clear_errors(folder):
-        strange = folder.is_dir() and any(p.name not in (LOCK, COMMIT) for p in folder.iterdir())
+        strange = folder.is_dir() and any(not _is_passing(p.name) for p in folder.iterdir())
     with owner(folder):
         if mark.is_file():
             try:
@@ -213,6 +229,11 @@ def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = Fal
         yield
 
 
+def _is_passing(name: str) -> bool:
+    """Whether a file is a lock, or what a killed process left: the next writer removes or finishes it."""
+    return name in (LOCK, COMMIT) or name.startswith(".tmp-")
+
+
 PARTS = {"scan": "manifest.json", "networks": "networks.json", "ica": "ica.json", "pruned": "config.json",
          "lesions": "lesions.json", "dualreg": "dual_regression.json"}  # fmt: skip
 MADE = (
@@ -221,6 +242,10 @@ MADE = (
     *("config.toml", "log.txt"),
 )
 """What a study holds beside its settings: folders, with a file that shows that they are ours, and files."""
+
+
+def _few(values: list[int]) -> str:
+    return ", ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "")
 
 
 def _remove_parts(folder: Path) -> None:

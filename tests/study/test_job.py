@@ -116,6 +116,10 @@ def test_a_folder_is_claimed(tmp_path):
     assert (tmp_path / "s" / "scan").is_dir()
     # what other settings made is gone, and nothing else
     assert held("s", settings=[{"a": 2}], overwrite=True) == [".llmbrain-lock", "SHA256SUMS", "mine.txt", "study.json"]
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".tmp-000000-1-0-set").mkdir()
+    (tmp_path / "killed" / ".llmbrain-lock").touch()
+    assert "study.json" in held("killed", settings=[{"a": 1}])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(InputError, match="no study"):
