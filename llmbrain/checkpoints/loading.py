@@ -90,7 +90,7 @@ def load_pruned(
     with _verified(path) as names:
         source = _source(path)
         model = _load(source, dtype, device, False)
-        saved = any(name.startswith("tokenizer") for name in names or (p.name for p in Path(path).iterdir()))
+        saved = any(name.startswith("tokenizer") for name in {*names, *(p.name for p in Path(path).iterdir())})
         return model, _tokenizer(source, False) if saved else None
 
 
@@ -117,6 +117,9 @@ def _verified(path_or_id: str | Path) -> Iterator[list[str]]:
         return
     with reading(folder, anew=ANEW) as files:
         sums = {folder / name: digest for name, digest in files.sums.items() if name.endswith(READ)}
+        for name in sorted(p.name for p in folder.iterdir()):
+            if name not in files.sums and (name in ("config.json", PROVENANCE) or name.endswith(".safetensors")):
+                files.path(name)  # says that it is not listed
         for path, digest in sums.items():
             if path.suffix != ".safetensors":
                 verify(path, digest, anew=ANEW)
