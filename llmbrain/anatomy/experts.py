@@ -94,8 +94,12 @@ class Routed:
         Of the experts themselves.
     router : tuple of ExpertTensor
         Rows of the router and correction biases.
+    parent : module
+        What holds the experts and their router.
     fixed : str
         Why experts can not be cut; "" where they can.
+    groups_visited : int
+        Groups that a token may visit.
     """
 
     path: str
@@ -110,7 +114,9 @@ class Routed:
     has_bias: bool
     weights: tuple[ExpertTensor, ...]
     router: tuple[ExpertTensor, ...]
+    parent: nn.Module
     fixed: str = ""
+    groups_visited: int = 1
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ def _routed(path: str, block: nn.Module, name: str, module: nn.Module, config: o
     prefix = f"{parent_name}." if parent_name else ""
     routed = Routed(
         full, m, count, width, top_k, _whole(owners, GROUPS) or 1, gated, transposed, not bool(m.is_concatenated),
-        bool(m.has_bias), weights, router, fixed,
+        bool(m.has_bias), weights, router, parent, fixed, _whole(owners, ("topk_group", "n_limited_groups")) or 1,
     )  # fmt: skip
     return routed, [f"{prefix}{n}" for n in ours]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmbrain._files import read_json, transaction, write_json
 from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain._version import __version__
+from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
 from llmbrain.anatomy.surgery import check_no_adapter
 from llmbrain.checkpoints.gguf_writing import write_gguf
@@ -33,6 +34,7 @@ from llmbrain.hooks.change import refuse_changed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OF_EXPERTS = ("per-layer", "uniform")
 FORMATS = ("per-layer", "remote-code", "uniform", "padded", "masked", "gguf")
 
 
@@ -112,10 +114,17 @@ def save_pruned(
         raise InputError(
             f"format={format!r}: transformers loads no {name} by its name: save the model that it is part of"
         )
+    mixture = has_experts(model)
+    if mixture and format not in OF_EXPERTS:
+        raise InputError(
+            f"format={format!r} is not written for a mixture of experts yet: use one of {', '.join(OF_EXPERTS)} (all "
+            "layers have as many experts: an ordinary checkpoint, which stock transformers loads)"
+        )
     said = answer(model) if verify else None
-    record_shapes(model)
+    if not mixture:
+        record_shapes(model)
     exported: Any = model
-    if format == "uniform":
+    if format == "uniform" and not mixture:
         exported = _stock_copy(model, format, width=_one_width(model))
     elif format == "padded":
         exported = _stock_copy(model, format, width=-(-max(anatomy(model).widths) // multiple_of) * multiple_of)
@@ -151,6 +160,8 @@ def _save_gguf(
     if path.exists() and (path.is_dir() or not overwrite):
         raise FileExistsError(f"{path} exists already: give another name that ends in .gguf, or overwrite=True")
     _check_saveable(model)
+    if has_experts(model):
+        raise InputError("format='gguf' is not written for a mixture of experts yet: use 'uniform'")
     record_shapes(model)
     record = _provenance(model, "gguf")
     for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use
@@ -198,7 +209,7 @@ def _provenance(model: nn.Module, format: str) -> dict[str, Any]:
     return {
         "format": format,
         "class": type(model).__name__,
-        "widths": list(anatomy(model).widths),
+        "widths": list((expert_anatomy(model) if has_experts(model) else anatomy(model)).widths),
         "versions": {"llmbrain": __version__, **packages},
         "cuts": getattr(model, RECORD, []),
     }

@@ -8,8 +8,8 @@ loop gives something else than the model's own implementation, its experts are o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmbrain._validation import InputError
+from llmbrain.anatomy.expert_surgery import cut_router
+from llmbrain.anatomy.experts import Routed
 from llmbrain.hooks.probe import nearly_equal
 
 NAME = "llmbrain"  # what our implementation is called in transformers
@@ -227,6 +229,32 @@ def _compare(module: Any, state: _State, x: Tensor, index: Tensor, weights: Tens
             "projection, gate of the router): its experts are of no known layout"
         )
     state.compared = True
+
+
+@contextmanager
+def rerouted(routed: Mapping[int, Routed], kept: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """Within the block routers choose among the experts `kept` only, by layer; no weight of an expert is touched.
+
+    That is what a model does whose other experts are cut out. Whether routers can choose so is for
+    `llmbrain.anatomy.expert_surgery.check_kept` to say, before.
+    """
+
+    def numbered(stays: Sequence[int]) -> EditRoute:
+        table = torch.tensor(list(stays))
+
+        def edit(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            return table.to(index.device)[index], weights
+
+        return edit
+
+    routes = {routed[layer].module: numbered(stays) for layer, stays in kept.items()}
+    with ExitStack() as stack:
+        for layer, stays in kept.items():
+            stack.callback(cut_router(routed[layer], stays))
+        stack.enter_context(changing_experts(routes=routes))
+        for module in routes:
+            vars(module)[STATE].compared = True  # experts are numbered otherwise here than in the model's own loop
+        yield
 
 
 def silenced(chosen: Tensor) -> EditNeurons:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from llmbrain.pruning.calibrate.windows import Calibration, scans_with_tokens
 from llmbrain.pruning.criteria import Material, criterion
 from llmbrain.pruning.criteria.networks import BALANCE
 from llmbrain.pruning.criteria.scorer import Scorer
+from llmbrain.pruning.experts import ExpertPlan, plan_experts
 from llmbrain.pruning.forget.conditions import condition_numbers, condition_weights, token_conditions
 from llmbrain.pruning.forget.neurons import LEVEL, neurons_to_forget
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_digest
@@ -70,6 +71,20 @@ class PlanOptions:
 CALIBRATION_OPTIONS = ("window", "max_windows", "weights")  # fields of `Calibration` that are taken as keywords too
 
 
+@overload
+def plan_pruning(
+    model: nn.Module, networks: FunctionalNetworks | None = None, scans: Sequence[Scan] | None = None, *,
+    expert_ratio: float, **options: Any,
+) -> ExpertPlan: ...  # fmt: skip
+
+
+@overload
+def plan_pruning(
+    model: nn.Module, networks: FunctionalNetworks | None = None, scans: Sequence[Scan] | None = None, *,
+    expert_ratio: None = None, **options: Any,
+) -> PruningPlan: ...  # fmt: skip
+
+
 def plan_pruning(
     model: nn.Module,
     networks: FunctionalNetworks | None = None,
@@ -84,9 +99,10 @@ def plan_pruning(
     head_ratio: float = 0.0,
     keep: Sequence[str] | None = None,
     forget: Sequence[str] | None = None,
+    expert_ratio: float | None = None,
     random_state: int | None = 0,
     **options: Any,
-) -> PruningPlan:
+) -> PruningPlan | ExpertPlan:
     """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
 
     Parameters
@@ -118,6 +134,9 @@ def plan_pruning(
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.forget`. Both
         take the scans as calibration; `forget` first removes the neurons of
         `llmbrain.pruning.forget.neurons.neurons_to_forget`; with ``ratio=None`` no more than those.
+    expert_ratio : float, optional
+        Of a mixture of experts: share of each layer's routed experts to remove, in (0, 1); `ratio` is left out. Methods
+        are those of `llmbrain.pruning.experts`; the plan is an `ExpertPlan`.
     random_state : int, optional
         Of random scores and of FastICA.
     **options
@@ -133,6 +152,12 @@ def plan_pruning(
     InputError
         If the ratio is impossible, the method unknown, or what it needs is missing or too short.
     """
+    if expert_ratio is not None:
+        beside = {"ratio": ratio, "allocation": None if allocation == "uniform" else allocation, "protect": protect,
+                  "head_ratio": head_ratio or None, "keep": keep, "forget": forget}  # fmt: skip
+        return _plan_experts(
+            model, expert_ratio, method, beside, networks, tokenizer, calibration, random_state, options
+        )
     criterion(method)
     text = {name: options.pop(name) for name in CALIBRATION_OPTIONS if name in options}
     given = Calibration.of(calibration, tokenizer, **text)
@@ -171,6 +196,26 @@ def plan_pruning(
         ratio, allocation=allocation, protect=protect, multiple_of=how.multiple_of, sequential=how.sequential,
         head_ratio=head_ratio,
     )  # fmt: skip
+
+
+def _plan_experts(
+    model: nn.Module, expert_ratio: float, method: str, beside: dict[str, Any], networks: FunctionalNetworks | None,
+    tokenizer: PreTrainedTokenizerBase | None, calibration: Any, random_state: int | None, options: dict[str, Any],
+) -> ExpertPlan:  # fmt: skip
+    given = [name for name, value in beside.items() if value is not None]
+    if given:
+        raise InputError(
+            f"expert_ratio={expert_ratio} together with {', '.join(given)}: whole experts are removed alone, and as "
+            "many of every layer (no uneven allocation, no heads or neurons in the same plan)"
+        )
+    text = {name: options.pop(name) for name in CALIBRATION_OPTIONS if name in options}
+    plan_options(options)  # an unknown name is a TypeError
+    if options or text.get("weights") is not None:
+        raise InputError(f"expert_ratio={expert_ratio} takes no {', '.join(options) or 'weights'}")
+    windows = (
+        None if method in ("random", "networks") else Calibration.of(calibration, tokenizer, **text).windows(model)
+    )
+    return plan_experts(model, expert_ratio, method, windows, networks=networks, random_state=random_state)
 
 
 def plan_options(options: dict[str, Any]) -> PlanOptions:

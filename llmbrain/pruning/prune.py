@@ -20,6 +20,7 @@ from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.text import digest
 from llmbrain.pruning.calibrate.windows import Calibration, check_enough, check_weights
+from llmbrain.pruning.experts import ExpertPlan, prune_experts
 from llmbrain.pruning.forget.conditions import condition_weights
 from llmbrain.pruning.forget.unlearning import unlearn
 from llmbrain.pruning.plan import Kept, PruningPlan
@@ -36,7 +37,7 @@ COMPENSATIONS = (None, "bias", "least-squares")
 
 def prune(
     model: nn.Module,
-    plan: PruningPlan,
+    plan: PruningPlan | ExpertPlan,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: Calibration | Sequence[str] | Sequence[Scan] | Tensor | None = None,
@@ -93,6 +94,10 @@ def prune(
     check_option("compensate", compensate, COMPENSATIONS)
     if ridge is not None:
         check_range("ridge", ridge, 0)
+    if isinstance(plan, ExpertPlan):
+        if compensate is not None:
+            raise InputError(f"compensate={compensate!r}: there is no repair for experts that were cut yet: pass None")
+        return prune_experts(model, plan, inplace=inplace, verify=verify)
     refuse_changed(model, "prune")
     body, kept = plan.check_model(model), plan.kept_units
     for units in kept:

@@ -1,0 +1,378 @@
+"""Prune whole experts of a mixture of experts: plan, then cut.
+
+Every layer keeps as many experts (uniform), so that stock transformers loads what is left. Scores, from calibration
+text: ``frequency`` (share of tokens that call the expert), ``reap`` (mean over its tokens of gate times L2 norm of its
+output: Lasby et al., arXiv 2510.13999), ``man`` (the same without the gate); without: ``random``, and ``networks`` (how
+much of the networks lies in it: the sum over networks of the share of ``|z|`` above the cut-off).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmbrain._files import read_json, write_json
+from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain._version import __version__
+from llmbrain.anatomy.expert_surgery import check_kept, cut_experts, tell_count
+from llmbrain.anatomy.experts import ExpertAnatomy, Routed, expert_anatomy
+from llmbrain.checkpoints.shapes import RECORD, build_empty, text_config
+from llmbrain.hooks.change import refuse_changed
+from llmbrain.hooks.experts import Visits, changing_experts, hearing_experts, rerouted
+from llmbrain.hooks.probe import nearly_equal, ordinary_ids
+from llmbrain.hooks.text import batches, digest, evaluating, input_device
+from llmbrain.networks import FunctionalNetworks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METHODS = ("reap", "man", "frequency", "random", "networks")
+PROBE = 48  # tokens on which the cut model is held against the dense one that may not choose what was cut
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """Which routed experts of a model stay.
+
+    Attributes
+    ----------
+    method : str
+    ratio : float
+        Share of the routed experts that was asked to be removed; `removed` is what the plan removes.
+    kept : tuple of tuple of int
+        For each layer the experts that stay, ascending; empty in dense layers.
+    before : tuple of int
+        Routed experts of each layer before.
+    fingerprint : str
+        Of the weights the plan was made for.
+    parameters, parameters_removed : int
+    details : dict
+        Scores of every expert, how often each was called, calibration; plain JSON values.
+    """
+
+    method: str
+    ratio: float
+    kept: tuple[tuple[int, ...], ...]
+    before: tuple[int, ...]
+    fingerprint: str
+    parameters: int = 0
+    parameters_removed: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kept = tuple(tuple(int(e) for e in layer) for layer in self.kept)
+        before = tuple(int(n) for n in self.before)
+        fits = len(kept) == len(before) and all(
+            list(k) == sorted(set(k)) and (not k or (k[0] >= 0 and k[-1] < n)) for k, n in zip(kept, before)
+        )
+        if not fits or any(n and not k for k, n in zip(kept, before)):
+            raise InputError("kept of this plan must hold, for each layer, experts that it had: ascending, each once")
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "before", before)
+
+    @property
+    def removed(self) -> float:
+        """Share of the routed experts that goes."""
+        return 1 - sum(map(len, self.kept)) / sum(self.before)
+
+    @property
+    def parameters_share(self) -> float:
+        """Share of all parameters that goes."""
+        return self.parameters_removed / max(self.parameters, 1)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer: routed experts before, kept, removed, share removed."""
+        import pandas as pd
+
+        frame = pd.DataFrame({"layer": range(len(self.before)), "before": self.before})
+        frame["kept"] = [len(k) for k in self.kept]
+        frame["removed"] = frame["before"] - frame["kept"]
+        frame["share_removed"] = frame["removed"] / frame["before"].clip(lower=1)
+        return frame
+
+    def summary(self) -> str:
+        """What the plan does, in a few lines."""
+        return "\n".join([
+            f"{self.method}: {sum(map(len, self.kept))} of {sum(self.before)} routed experts stay "
+            f"({self.removed:.1%} removed, {self.ratio:.1%} asked)",
+            f"{self.parameters_removed:,} of {self.parameters:,} parameters go ({self.parameters_share:.1%})",
+            f"experts per layer {[len(k) for k in self.kept]} (before {list(self.before)})",
+        ])  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**record, "kept": [list(k) for k in self.kept], "before": list(self.before)}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, whole or not at all."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return write_json(path, {"llmbrain": "expert plan", **self.to_dict()}, seal=True, indent=None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpertPlan:
+        """Read a plan that `save` wrote."""
+        record = read_json(path, anew="make the plan again")
+        if record.pop("llmbrain", None) != "expert plan":
+            raise InputError(f"{path} is not a plan of experts")
+        try:
+            return cls(**record)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: this is not a plan of experts: {error}") from error
+
+    def check_model(self, model: nn.Module) -> ExpertAnatomy:
+        """The anatomy of a model that this plan was made for; another model is an `InputError`."""
+        body = expert_anatomy(model)
+        counts = _counts(body)
+        if counts != self.before:
+            raise InputError(
+                f"plan was made for layers of {list(self.before)} routed experts, this model has {list(counts)}"
+            )
+        own = _fingerprint(body)
+        if own != self.fingerprint:
+            raise InputError(f"plan was made for weights {self.fingerprint}, this model has {own}: make a new plan")
+        return body
+
+
+def plan_experts(
+    model: nn.Module,
+    expert_ratio: float,
+    method: str,
+    windows: Tensor | None = None,
+    *,
+    networks: FunctionalNetworks | None = None,
+    random_state: int | None = 0,
+) -> ExpertPlan:
+    """Choose which routed experts go, as many of every layer; nothing is cut yet.
+
+    Parameters
+    ----------
+    model : transformers model
+        A mixture of experts; not changed.
+    expert_ratio : float
+        Share of each layer's routed experts to remove, in (0, 1), to the nearest whole expert (where the router chooses
+        among groups: as many of each group).
+    method : str
+        One of `METHODS`.
+    windows : (n, window) int64, optional
+        Calibration text.
+    networks : FunctionalNetworks, optional
+        Found in scans of this model; for ``"networks"``.
+    random_state : int, optional
+        Of ``"random"``.
+
+    Raises
+    ------
+    InputError
+        If the ratio leaves fewer experts than a token visits or removes none, the router can not be cut, what the
+        method needs is missing, or an expert is never called in the calibration text.
+    """
+    check_option("method", method, METHODS)
+    check_range("expert_ratio", expert_ratio, 0, 1, open_low=True, open_high=True)
+    refuse_changed(model, "plan_pruning")
+    body = expert_anatomy(model)
+    stay = {layer: _how_many(layer, routed, expert_ratio) for layer, routed in body.routed}
+    for layer, routed in body.routed:  # fails before any work
+        size = routed.count // routed.n_groups
+        first = [g * size + e for g in range(routed.n_groups) for e in range(stay[layer] // routed.n_groups)]
+        check_kept(body, {**{i: list(range(r.count)) for i, r in body.routed}, layer: first})
+    details: dict[str, Any] = {}
+    if method == "random":
+        rng = np.random.default_rng(seed_of(random_state))
+        scores = {layer: rng.random(routed.count) for layer, routed in body.routed}
+    elif method == "networks":
+        scores = _by_networks(body, networks)
+    else:
+        if windows is None:
+            raise InputError(f"method={method!r} needs calibration texts (and their tokenizer)")
+        scores, calls = _measured(model, body, windows, method)
+        details["calls"] = {str(layer): of.tolist() for layer, of in calls.items()}
+        details["calibration"] = {"hash": digest(windows), "shape": list(windows.shape)}
+    details["scores"] = {str(layer): [float(s) for s in of] for layer, of in scores.items()}
+    kept = {layer: _best(routed, scores[layer], stay[layer]) for layer, routed in body.routed}
+    check_kept(body, kept)
+    removed = sum((routed.count - len(kept[layer])) * _of_one(routed) for layer, routed in body.routed)
+    return ExpertPlan(
+        method, float(expert_ratio), tuple(tuple(kept.get(i, ())) for i in range(len(body.layers))), _counts(body),
+        _fingerprint(body), sum(p.numel() for p in model.parameters()), removed, details,
+    )  # fmt: skip
+
+
+def prune_experts(model: Any, plan: ExpertPlan, *, inplace: bool = False, verify: bool = True) -> Any:
+    """Cut the experts that a plan removes; parameters as in `llmbrain.prune`.
+
+    The result equals the model whose routers may choose only among the experts that stay.
+    """
+    refuse_changed(model, "prune")
+    body = plan.check_model(model)
+    kept = {layer: list(plan.kept[layer]) for layer, _ in body.routed}
+    check_kept(body, kept)
+    config = _config_after(model, body, kept)
+    wanted = None
+    if verify:
+        with rerouted(dict(body.routed), kept):
+            wanted = _answer(model)
+    small = model if inplace and not verify else copy.deepcopy(model)
+    _cut(small, kept, config)
+    if wanted is not None:
+        routes = {routed.module: lambda i, w: (i, w) for _, routed in expert_anatomy(small).routed}
+        with changing_experts(routes=routes):  # both are computed the same way
+            got = _answer(small)
+        if not nearly_equal(got, wanted):
+            raise InputError(
+                f"model {type(model).__name__}: without these experts it says something else than with a router that "
+                "may not choose them: its experts cannot be cut"
+            )
+    if inplace and verify:
+        del small
+        small = model
+        _cut(small, kept, config)
+    record = {
+        "experts_before": list(plan.before), "kept_experts": [list(k) for k in plan.kept], "plan": plan.to_dict(),
+        "compensate": None, "versions": {"llmbrain": __version__, "torch": version("torch")},
+    }  # fmt: skip
+    setattr(small, RECORD, [*getattr(small, RECORD, []), record])
+    return small
+
+
+def _cut(model: Any, kept: dict[int, list[int]], config: Any) -> None:
+    text = text_config(model.config)
+    for layer, routed in expert_anatomy(model).routed:
+        cut_experts(routed, kept[layer])
+        tell_count(text, routed.count, len(kept[layer]))
+    assert _counts(expert_anatomy(model)) == _counts(expert_anatomy(build_empty(type(model), config)))
+
+
+def _config_after(model: Any, body: ExpertAnatomy, kept: dict[int, list[int]]) -> Any:
+    """A config that builds the cut model; an `InputError` where none can say it."""
+    config = copy.deepcopy(model.config)
+    for layer, routed in body.routed:
+        tell_count(text_config(config), routed.count, len(kept[layer]))
+    try:
+        built = expert_anatomy(build_empty(type(model), config))
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"model {type(model).__name__}: its config cannot say how many experts stay: {error}"
+        ) from None
+    found = {layer: (r.count, r.width, r.top_k, r.n_groups) for layer, r in built.routed}
+    wanted = {layer: (len(kept[layer]), r.width, r.top_k, r.n_groups) for layer, r in body.routed}
+    if found != wanted:
+        raise InputError(f"model {type(model).__name__}: its config cannot say how many experts stay: {found}")
+    return config
+
+
+def _answer(model: Any) -> Tensor:
+    ids = ordinary_ids(model, PROBE)[None].to(input_device(model))
+    with evaluating(model):
+        out = model(input_ids=ids)
+    value = getattr(out, "logits", None)
+    return (out[0] if value is None else value).detach()
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def _measured(
+    model: nn.Module, body: ExpertAnatomy, windows: Tensor, method: str
+) -> tuple[dict[int, NDArray[np.float64]], dict[int, NDArray[np.int64]]]:
+    """Score of every expert, and how many tokens called it."""
+    routed = dict(body.routed)
+    sums = {layer: np.zeros(r.count) for layer, r in routed.items()}
+    calls = {layer: np.zeros(r.count, dtype=np.int64) for layer, r in routed.items()}
+
+    def listener(layer: int) -> Any:
+        def listen(visits: Visits) -> None:
+            assert visits.outputs is not None
+            norms = torch.linalg.vector_norm(visits.outputs.double(), dim=-1)
+            weighted = norms * visits.weights.double() if method == "reap" else norms
+            called = visits.experts >= 0
+            index = visits.experts[called].cpu().numpy()
+            np.add.at(sums[layer], index, weighted[called].cpu().numpy())
+            np.add.at(calls[layer], index, 1)
+
+        return listen
+
+    with hearing_experts({r.module: listener(i) for i, r in routed.items()}, outputs=True), evaluating(model):
+        for ids in batches(windows):
+            model(input_ids=ids.to(input_device(model)))
+    if method == "frequency":
+        return {layer: of / windows.numel() for layer, of in calls.items()}, calls
+    never = {layer: np.flatnonzero(of == 0).tolist() for layer, of in calls.items() if (of == 0).any()}
+    if never:
+        named = ", ".join(f"{of} of layer {layer}" for layer, of in list(never.items())[:4])
+        raise InputError(
+            f"calibration calls some experts never (experts {named}): method={method!r} is a mean over the tokens of "
+            "an expert, and says nothing of these: give other text, or method='frequency' (for which they count 0)"
+        )
+    return {layer: sums[layer] / calls[layer] for layer in sums}, calls
+
+
+def _by_networks(body: ExpertAnatomy, networks: FunctionalNetworks | None) -> dict[int, NDArray[np.float64]]:
+    if networks is None:
+        raise InputError("method='networks' needs networks of this model")
+    space = body.space
+    if networks.space != space:
+        raise InputError(f"the networks lie in {networks.space}, the model has {space}: find them in a scan of it")
+    size = np.abs(networks.maps).astype(np.float64) * networks.masks
+    total = size.sum(axis=1)
+    if not total.any():
+        raise InputError("the networks hold no neuron at their threshold: choose another")
+    share = (size[total > 0] / total[total > 0, None]).sum(axis=0)
+    scores = {}
+    for layer, routed in body.routed:
+        first = len(body.layers[layer].shared)
+        parts = [space.expert_slice(layer, first + e) for e in range(routed.count)]
+        scores[layer] = np.array([share[part].sum() for part in parts])
+    return scores
+
+
+def _how_many(layer: int, routed: Routed, ratio: float) -> int:
+    size = routed.count // routed.n_groups
+    stay = routed.n_groups * (size - round(ratio * size))
+    if stay < routed.top_k:
+        raise InputError(
+            f"expert_ratio={ratio} leaves {stay} of {routed.count} experts in layer {layer}, but its router calls "
+            f"{routed.top_k} for every token"
+        )
+    if stay == routed.count:
+        raise InputError(f"expert_ratio={ratio} removes none of the {routed.count} experts of layer {layer}")
+    return stay
+
+
+def _best(routed: Routed, scores: NDArray[np.float64], stay: int) -> list[int]:
+    """Experts with the highest scores, as many of each group; of equal ones those that come first."""
+    size, chosen = routed.count // routed.n_groups, list[int]()
+    for group in range(routed.n_groups):
+        order = np.argsort(-scores[group * size : (group + 1) * size], kind="stable")
+        chosen += (group * size + order[: stay // routed.n_groups]).tolist()
+    return sorted(chosen)
+
+
+def _counts(body: ExpertAnatomy) -> tuple[int, ...]:
+    routed = dict(body.routed)
+    return tuple(routed[i].count if i in routed else 0 for i in range(len(body.layers)))
+
+
+def _of_one(routed: Routed) -> int:
+    """Parameters that go with one expert, its row of the router included."""
+    parts = [t.value for t in (*routed.weights, *routed.router) if isinstance(t.value, nn.Parameter)]
+    return sum(value.numel() // routed.count for value in parts)
+
+
+def _fingerprint(body: ExpertAnatomy) -> str:
+    """Hash of a sample of the weights of all experts and routers, independent of device: 16 hexadecimal digits."""
+    found = sha256()
+    for _, routed in body.routed:
+        for tensor in (*routed.weights, *routed.router):
+            flat = tensor.value.detach().reshape(-1)
+            found.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
