@@ -193,7 +193,7 @@ def run(
         how, gave_up = subject.fit(asked, limit, list(options))
     sample = Sample.of_texts(
         model, tokenizer, subject.texts, n_calibration=subject.n_calibration, tokens=how.eval_tokens,
-        max_windows=how.max_windows, wanted=limit is None and (how.max_windows is not None or how.eval_tokens not in (None, Settings.eval_tokens)),
+        max_windows=how.max_windows, wanted=limit is None and how.is_sample_asked,
     )  # fmt: skip
     with claim(out, mark, overwrite=overwrite), watched(out / "log.txt"):
         told(subject.cost(how), tell)

@@ -111,6 +111,11 @@ class Settings:
             check_option("option", name, sorted(known))
         return replace(settings, **options) if settings is not None else cls(**options)
 
+    @property
+    def is_sample_asked(self) -> bool:
+        """Whether the size of the sample is another than the default: then a text must have as much."""
+        return self.max_windows is not None or self.eval_tokens not in (None, Settings.eval_tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """By the names that commands and files use."""
         return {SHORT.get(name, name): value for name, value in asdict(self).items()}
