@@ -63,7 +63,7 @@ if ready:
 if ready:
     held_out = stories[900:904]
     for name, one in (("dense", model), ("pruned", small)):
-        print(f"{name}: perplexity {lb.perplexity(one, tokenizer, held_out):.2f}")
+        print(f"{name}: perplexity {lb.perplexity(one, tokenizer, held_out, window=256):.2f}")
 
 # %%
 # Serve it
