@@ -57,6 +57,10 @@ HEADS = Annotated[
     float,
     typer.Option("--head-ratio", min=0.0, max=1.0, help="Share of the attention heads to remove, in key/value groups."),
 ]
+EXPERTS = Annotated[
+    float | None,
+    typer.Option("--expert-ratio", help="Of a mixture of experts: share of each layer's routed experts to remove."),
+]
 PASSES = Annotated[
     float, typer.Option("--passes", min=0.0, help="Forward passes over the calibration text that a search may take.")
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from llmbrain.cli.common import (
     COMPENSATE,
     DEVICE,
     DRY_RUN,
+    EXPERTS,
     FIELD,
     FORGET,
     FORMAT,
@@ -67,6 +68,7 @@ def plan(
     multiple_of: MULTIPLE = 1,
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
+    expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
     self_text: SELF_TEXT = 0,
@@ -79,9 +81,20 @@ def plan(
 ) -> None:
     """Say what a cut would remove, layer by layer; nothing is cut."""
     from llmbrain.study import load_texts, smaller
+    from llmbrain.study.experts import plan_fewer
 
     loaded, tokenizer = open_model(model, device)
     texts = load_texts(text, field) if text else None
+    if expert_ratio is not None:
+        only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
+        fewer = plan_fewer(
+            loaded, tokenizer, texts, expert_ratio=expert_ratio, method=method, study=study, out=out, random_state=seed,
+            **only,
+        )  # fmt: skip
+        print_table(fewer.to_frame())
+        say(fewer.summary())
+        say(f"plan: {out}")
+        return
     costs = smaller.plan_cost(
         loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
         head_ratio=head_ratio,
@@ -101,6 +114,19 @@ def plan(
     say(f"plan: {out}")
 
 
+def _of_experts(
+    dry_run: bool, ratio: float | None, allocation: str, protect: list[str] | None, head_ratio: float,
+    keep: list[str] | None, forget: list[str] | None, self_text: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Options that `plan_pruning` takes with ``expert_ratio`` or refuses; those it can not know of are refused here."""
+    if dry_run or self_text:
+        raise InputError("--expert-ratio takes no --dry-run and no --self-text")
+    return {
+        "ratio": ratio, "allocation": allocation or None, "protect": parse_layers(protect), "head_ratio": head_ratio,
+        "keep": parts(keep) or None, "forget": parts(forget) or None,
+    }  # fmt: skip
+
+
 def prune(
     model: MODEL,
     out: OUT,
@@ -117,6 +143,7 @@ def prune(
     multiple_of: MULTIPLE = 1,
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
+    expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
     self_text: SELF_TEXT = 0,
@@ -131,11 +158,24 @@ def prune(
     """Cut neurons out of a model and save the smaller one."""
     from llmbrain.pruning import PruningPlan
     from llmbrain.study import load_texts, smaller
+    from llmbrain.study.experts import cut_fewer
 
     smaller.check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device)
     given = PruningPlan.load(from_plan) if from_plan else None
     texts = load_texts(text, field) if text else None
+    if expert_ratio is not None:
+        if given is not None:
+            raise InputError("--expert-ratio and --plan exclude each other")
+        only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
+        fewer = cut_fewer(
+            loaded, tokenizer, texts, out=out, format=format, overwrite=overwrite, expert_ratio=expert_ratio,
+            method=method, study=study, random_state=seed, **only,
+        )  # fmt: skip
+        say(fewer.summary())
+        say("experts are cut without repair")
+        say(f"saved: {out}")
+        return
     costs = smaller.plan_cost(
         loaded, tokenizer, texts, study=study, method="magnitude" if given else method, allocation=allocation or None,
         passes=passes, head_ratio=head_ratio, repair=compensate != "none",

@@ -60,8 +60,12 @@ def _nifti(path: Path) -> dict[str, Any]:
 
 
 def _plan(path: Path) -> dict[str, Any]:
+    from llmbrain._files import read_json
     from llmbrain.pruning import PruningPlan
+    from llmbrain.pruning.experts import ExpertPlan
 
+    if read_json(path, anew="make the plan again").get("llmbrain") == "expert plan":
+        return {"what": "plan of experts", "summary": ExpertPlan.load(path).summary()}
     return {"what": "pruning plan", "summary": PruningPlan.load(path).summary()}
 
 

@@ -1,0 +1,46 @@
+"""``--expert-ratio`` as a person types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+import llmbrain as lb
+from llmbrain.anatomy.experts import expert_anatomy
+from llmbrain.cli import main
+from tests.tiny_models import tiny, tiny_tokenizer
+
+
+def call(monkeypatch: Any, capsys: Any, *arguments: Any) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["llmbrain", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr()
+    return int(stop.value.code or 0), said.out, said.err
+
+
+def test_plan_info_and_prune(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    model, text, plan, small = (tmp_path / name for name in ("model", "text.json", "plan.json", "small"))
+    tiny("mixtral").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    text.write_text(json.dumps(["abc cab bca the cat sat on a mat and ran", "zyx wvu tsr qpo nml kji"] * 12))
+    how = ["--text", text, "--expert-ratio", 0.5, "--method", "reap", "--device", "cpu"]
+    code, out, err = call(monkeypatch, capsys, "plan", model, *how, "--out", plan)
+    assert code == 0, err
+    assert "4 of 8 routed experts stay" in out + err
+    code, out, err = call(monkeypatch, capsys, "info", plan)
+    assert code == 0, err
+    assert "4 of 8 routed experts stay" in out
+    code, out, err = call(monkeypatch, capsys, "prune", model, *how, "--out", small)
+    assert code == 0, err
+    assert "without repair" in out + err
+    assert [routed.count for _, routed in expert_anatomy(lb.load_model(small)[0]).routed] == [2, 2]
+    code, out, err = call(monkeypatch, capsys, "plan", model, *how, "--out", plan, "--ratio", 0.3)
+    assert code != 0
+    assert "together with ratio" in err
+    code, out, err = call(monkeypatch, capsys, "prune", model, *how, "--out", tmp_path / "other", "--dry-run")
+    assert code != 0
+    assert "takes no --dry-run" in err
