@@ -84,6 +84,15 @@ def decompose(
     out: Path | None = typer.Option(
         None, "--out", parser=path_of, metavar="PATH", help="Folder to write; default STUDY/networks."
     ),
+    images: list[Path] = typer.Option(
+        [], help="Runs of a brain in place of a scan: NIfTI, CIFTI, GIFTI, parcel tables."
+    ),
+    mask: Path | None = typer.Option(None, help="Brain mask, for --images that are NIfTI."),
+    confounds: list[Path] = typer.Option([], help="Tables of confounds, one for each of --images."),
+    confound_columns: list[str] = typer.Option(
+        [], help="Their columns: names or patterns; default motion, CSF, white matter, cosines, outliers."
+    ),
+    scrub: float = typer.Option(0, help="Leave volumes out whose framewise displacement (mm) exceeds this; 0 is none."),
     convention: str = typer.Option("bids", help="bids or fsl: names of the files."),
     device: DEVICE = "auto",
     seed: SEED = 0,
@@ -92,6 +101,18 @@ def decompose(
     """Group ICA of a scan: its functional networks. The same command goes on where it was stopped."""
     from llmbrain.study import networks
 
+    if images:
+        from llmbrain.study.images import decompose_images
+
+        found = decompose_images(
+            images, out or study / "networks", mask=mask, n_components=parse_components(components),
+            confounds=confounds,
+            columns=parts(confound_columns), scrub=scrub or None, method=method, threshold=threshold,
+            convention=convention, device=device, random_state=seed, overwrite=overwrite,
+        )  # fmt: skip
+        print_table(found["networks"].summary().reset_index())
+        say(f"networks: {found['folder']}")
+        return
     made = networks.decompose(
         study, parse_components(components), method=method, n_runs=runs or None, stability=stability,
         threshold=threshold, out=out, convention=convention, device=device, random_state=seed, overwrite=overwrite,
@@ -109,11 +130,27 @@ def dualreg(
         None, "--out", parser=path_of, metavar="PATH", help="Folder to write; default STUDY/dualreg."
     ),
     normalize: bool = typer.Option(True, help="Unit-variance time courses in stage 2 (FSL's des_norm)."),
+    images: list[Path] = typer.Option(
+        [], help="Runs of a brain in place of a scan: NIfTI, CIFTI, GIFTI, parcel tables."
+    ),
+    mask: Path | None = typer.Option(None, help="Brain mask; default the one in the folder of networks."),
+    confounds: list[Path] = typer.Option([], help="Tables of confounds, one for each of --images."),
+    confound_columns: list[str] = typer.Option([], help="Their columns: names or patterns."),
+    scrub: float = typer.Option(0, help="Leave volumes out whose framewise displacement (mm) exceeds this; 0 is none."),
 ) -> None:
     """Dual regression: each run's own time courses and maps, in FSL's names."""
     from llmbrain.decomposition import dual_regression
     from llmbrain.study import Study
 
+    if images:
+        from llmbrain.study.images import dualreg_images
+
+        made = dualreg_images(
+            images, networks or study / "networks", out or study / "dualreg", mask=mask, confounds=confounds,
+            columns=parts(confound_columns), scrub=scrub or None, normalize=normalize,
+        )  # fmt: skip
+        say(f"{made}: {out or study / 'dualreg'}")
+        return
     scans, group = Study(study).scans, Study(networks or study).networks
     target = out or study / "dualreg"
     dual_regression(group, scans, normalize=normalize, out=target)

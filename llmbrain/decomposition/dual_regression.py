@@ -5,6 +5,7 @@ Runs are read one at a time and never kept; all sums are float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from llmbrain._validation import InputError, resolve_device
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens, standardize_option
 from llmbrain.decomposition.workers import Workers, workers
 from llmbrain.imaging.brain_mask import split_mask
+from llmbrain.imaging.confounds import Confounds
 from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
 from llmbrain.scanning.inputs import Runs
@@ -95,6 +97,7 @@ def dual_regression(
     drop_first: int = 0,
     drop_positions: int = 1,
     mask_img: Any = None,
+    confounds: Sequence[Confounds] | None = None,
     out: str | Path | None = None,
     progress: bool = False,
     device: str | torch.device = "auto",
@@ -124,6 +127,8 @@ def dual_regression(
         others' would decide every map. As in `GroupICA`.
     mask_img : NIfTI image or path, optional
         Brain mask, where `mask` already says which of its voxels take part.
+    confounds : sequence, optional
+        One a run, regressed out of it first: as for `GroupICA.fit`.
     out : path, optional
         Folder to write run by run, with the files that `DualRegression.save` names, and the maps memory-mapped
         (``dr_maps.npy``, ``dr_z_maps.npy``) for more runs than memory holds. The same call on the same folder goes on
@@ -157,7 +162,7 @@ def dual_regression(
             raise InputError("mask and mask_img are both images: pass one of them")
         mask_img = mask_img if image is None else image
     zscored = standardize_option(standardize) == "zscore"
-    runs = Runs(scans, mask_img=mask_img)
+    runs = Runs(scans, mask_img=mask_img, confounds=confounds)
     group = _as_maps(maps)
     settings = Preprocessing(drop_first=drop_first, drop_positions=drop_positions)
     keep_neurons = _as_mask(mask, runs, group.shape[1])
@@ -166,6 +171,9 @@ def dual_regression(
     names = [runs.name(i) for i in range(len(runs))]
     chosen: dict[str, Any] = {"normalize": normalize, "standardize": zscored}
     chosen |= {"drop_first": drop_first, "drop_positions": drop_positions, "runs": names}
+    if confounds is not None:
+        tables = [None if own is None else np.asarray(own, dtype=np.float64) for own in confounds]
+        chosen["confounds"] = [array_digest(table) for table in tables]
     chosen |= {"maps": array_digest(group), "mask": array_digest(keep_neurons)}
     with owner(out) if out is not None else nullcontext():
         store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from llmbrain.decomposition.store import write_fit
 from llmbrain.decomposition.time_courses import Regressor, regress, standardize_maps
 from llmbrain.decomposition.workers import workers
 from llmbrain.imaging.brain_mask import split_mask
+from llmbrain.imaging.confounds import Confounds
 from llmbrain.imaging.nifti import maps_to_nifti
 from llmbrain.scanning.inputs import Runs
 
@@ -196,7 +198,14 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
 
     # ------------------------------------------------------------------ public
 
-    def fit(self, runs: Any, y: Any = None, *, space: NeuronSpace | None = None) -> GroupICA:
+    def fit(
+        self,
+        runs: Any,
+        y: Any = None,
+        *,
+        space: NeuronSpace | None = None,
+        confounds: Sequence[Confounds] | None = None,
+    ) -> GroupICA:
         """Find the components that `runs` have in common.
 
         Parameters
@@ -207,6 +216,9 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             Ignored.
         space : NeuronSpace, optional
             Where the neurons of plain arrays lie.
+        confounds : sequence, optional
+            One a run: array ``(n_volumes, n_confounds)``, table or path (`llmbrain.imaging.read_confounds`), or None;
+            regressed out before anything else.
 
         Raises
         ------
@@ -215,7 +227,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             components, rank-deficient data (the rank is named), a mask that removes everything.
         """
         self._check_parameters()
-        source = self._source(runs, space)
+        source = self._source(runs, space, confounds)
         with workers(source.device):
             windows = self._windows(source)
             reduced = reduce_runs(source, windows, self.run_components, self.cca, center=self.center_tokens)
@@ -233,14 +245,14 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         """Fit, and return ``mixing_``."""
         return self.fit(runs, y, **fit_params).mixing_
 
-    def transform(self, runs: Any) -> list[np.ndarray]:
+    def transform(self, runs: Any, confounds: Sequence[Confounds] | None = None) -> list[np.ndarray]:
         """Time courses of the fitted maps in other runs: a list of (n_tokens, n_components_) float32 arrays.
 
         Runs are preprocessed as in `fit`, each with its own statistics, then regressed on the maps.
         """
         check_is_fitted(self, "components_")
         self._check_parameters()
-        source = self._source(runs, None)
+        source = self._source(runs, None, confounds)
         source.n_features = self.components_.shape[1]
         if self.brain_mask_ is not None and source.runs.mask is not None:
             source.runs.mask.set_t_r(self.brain_mask_.t_r)
@@ -319,10 +331,10 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             raise InputError(f"n_components={self.n_components!r} is a share of variance, which cca=True leaves out")
         self._preprocessing()
 
-    def _source(self, runs: Any, space: NeuronSpace | None) -> Source:
+    def _source(self, runs: Any, space: NeuronSpace | None, confounds: Sequence[Confounds] | None = None) -> Source:
         neurons, image = split_mask(self.mask)
         return Source(
-            runs=Runs(runs, mask_img=image, space=space),
+            runs=Runs(runs, mask_img=image, space=space, confounds=confounds),
             settings=self._preprocessing(),
             device=resolve_device(self.device),
             dtype=getattr(torch, self.dtype),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.decomposition.arrangements import Arrangements, labels_of, members, reorderings, sign_flips
@@ -59,15 +59,15 @@ class PermutationTest:
 def permutation_test(
     maps: Any,
     *,
-    groups: Sequence[Any] | None = None,
-    pairs: Sequence[Any] | None = None,
-    subjects: Sequence[Any] | None = None,
-    blocks: Sequence[Any] | None = None,
-    design: Any = None,
-    contrast: Any = None,
-    covariates: Any = None,
+    groups: Sequence[object] | None = None,
+    pairs: Sequence[object] | None = None,
+    subjects: Sequence[object] | None = None,
+    blocks: Sequence[object] | None = None,
+    design: ArrayLike | str | Path | None = None,
+    contrast: ArrayLike | str | Path | None = None,
+    covariates: ArrayLike | None = None,
     statistic: str = "pooled",
-    variance_groups: Sequence[Any] | None = None,
+    variance_groups: Sequence[object] | None = None,
     n_permutations: int = 5000,
     two_sided: bool = True,
     family: str = "network",

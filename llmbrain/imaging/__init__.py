@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "bids": ["export_bids"],
+        "confounds": ["read_confounds"],
         "interchange": [
             "ComponentMaps",
             "read_dual_regression",

@@ -127,7 +127,8 @@ def _write_run(stem: Path, scan: Any, registry: dict[str, Any], folder: Path, im
     write_table(events, scan.events, na_rep="n/a")
     write_json(
         events.with_suffix(".json"),
-        {"onset": {"Units": "token (1 token = 1 volume = 1 s)"}, "duration": {"Units": "token"},
+        {"onset": {"Units": "s", "Description": "a token is one volume and counts as one second"},
+         "duration": {"Units": "s", "Description": "tokens, of one second each"},
          "trial_type": {"Description": "condition of the text"}},
     )  # fmt: skip
     _register(registry, folder, events, "which tokens belong to which condition")
@@ -147,6 +148,8 @@ def _write_run(stem: Path, scan: Any, registry: dict[str, Any], folder: Path, im
             "StartTime": 0.0,
             "Description": meaning,
             "Sources": [scan.model_id],
+            "SkullStripped": False,  # there is no skull; the standard wants to know
+            "SpatialReference": "neurons of the model: desc-llmbrain_registry.json says which voxel is which",
         }
         write_nifti(path, blocks, scan.space, scan.n_tokens, facts)
         _register(registry, folder, path, meaning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from llmbrain._files import verify_listed
 from llmbrain._validation import InputError
 from llmbrain.imaging.grid import load_image, places_in, read_voxels, readable, seconds_between_volumes, spatial_shape
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _SAME_TR = 1e-3  # relative
 
@@ -87,6 +90,22 @@ class BrainMask:
     def image_of(self, maps: ArrayLike) -> Any:
         """Maps ``(n_voxels,)`` or ``(K, n_voxels)`` as a 3D or 4D float32 image in the grid of the mask."""
         return brain_image(maps, self.image)
+
+    def coordinates(self, networks: Any) -> pd.DataFrame:
+        """Where networks peak: place in millimetres (by the affine), z, voxel; by falling ``|z|`` in each."""
+        import pandas as pd
+
+        voxels = np.argwhere(self.volume)
+        where = voxels @ self.image.affine[:3, :3].T + self.image.affine[:3, 3]
+        frames = []
+        for name, row, inside in zip(networks.names, networks.maps, networks.masks):
+            order = np.flatnonzero(inside)[np.argsort(-np.abs(row[inside]), kind="stable")]
+            frame = pd.DataFrame(where[order].round(2), columns=["x_mm", "y_mm", "z_mm"])
+            frame.insert(0, "network", name)
+            frame["z"] = row[order]
+            frame[["i", "j", "k"]] = voxels[order]
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
 
     def read(self, image: Any, name: str, *, run: bool = True) -> NDArray[np.float32]:
         """The voxels inside the mask of a 4D image, or a 5D one ``(x, y, z, 1, t)``: float32 (n_volumes, n_voxels).

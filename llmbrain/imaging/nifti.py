@@ -181,6 +181,7 @@ def _header(shape: tuple[int, ...], space: NeuronSpace, facts: Mapping[str, Any]
     header.set_data_shape(shape)
     header.set_data_dtype(np.float32)
     header.set_sform(space.affine, code="aligned")
+    header.set_xyzt_units("mm", "sec")  # there are no millimetres; validators ask for a unit, and a token is a second
     header["descrip"] = b"llmbrain: a voxel is a neuron"
     content = json.dumps(_record(space, facts)).encode("utf-8")
     header.extensions.append(Nifti1Extension("comment", content))

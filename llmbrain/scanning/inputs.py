@@ -14,6 +14,7 @@ from scipy.sparse import issparse
 from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 from llmbrain.imaging.brain_mask import BrainMask
+from llmbrain.imaging.confounds import as_confounds, without_confounds
 from llmbrain.imaging.nifti import read_nifti
 from llmbrain.imaging.surface import Grayordinates, is_surface, read_surface
 
@@ -83,6 +84,9 @@ class Runs(Sequence[np.ndarray]):
         Voxels to read from NIfTI images of a brain; images written by llmbrain carry their own space and need none.
     space : NeuronSpace, optional
         Where the neurons lie, for arrays; taken from the runs where they know it.
+    confounds : sequence, optional
+        One a run: a table, an array ``(n_volumes, n_confounds)``, a path, or None. They are regressed out of the run
+        when it is read; its means stay.
 
     Attributes
     ----------
@@ -105,6 +109,7 @@ class Runs(Sequence[np.ndarray]):
         *,
         mask_img: SpatialImage | str | Path | None = None,
         space: NeuronSpace | None = None,
+        confounds: Sequence[Any] | None = None,
     ) -> None:
         if runs is None or not (hasattr(runs, "__iter__") or hasattr(runs, "__array__") or _is_single(runs)):
             raise InputError(f"runs={runs!r}: pass a scan, an array, a NIfTI image, or a sequence of them")
@@ -119,6 +124,9 @@ class Runs(Sequence[np.ndarray]):
         if not items:
             raise InputError("runs is empty: pass at least one scan, array or NIfTI image")
         self._items = items
+        self._confounds = None if confounds is None else list(confounds)
+        if self._confounds is not None and len(self._confounds) != len(items):
+            raise InputError(f"confounds has {len(self._confounds)} tables for {len(items)} runs: one each is needed")
         self.space = space
         self.n_neurons: int | None = space.n_neurons if space is not None else None
         self.mask = None if mask_img is None else BrainMask(mask_img)
@@ -151,6 +159,9 @@ class Runs(Sequence[np.ndarray]):
         data, space = self._read(self._items[index], self.name(index))
         data = _as_float(data, self.name(index))
         self._check_space(index, data.shape[1], space)
+        own = None if self._confounds is None else self._confounds[index]
+        if own is not None:
+            data = without_confounds(data, as_confounds(own, len(data), self.name(index)), self.name(index))
         if check:
             find_non_finite(data, self.name(index), self.space)
         return data
@@ -232,4 +243,6 @@ def _as_float(data: object, name: str) -> np.ndarray:
         raise InputError(what)
     if data.dtype not in (np.float32, np.float64):
         data = data.astype(np.float32)
+    if min(data.strides) < 0:
+        data = data.copy()  # torch takes no view that runs backwards
     return data if data.flags.writeable else np.require(data, requirements="W")  # torch refuses read-only memory
