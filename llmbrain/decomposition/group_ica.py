@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from llmbrain._validation import InputError, check_option, check_range, legacy_generator, resolve_device
 from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.decomposition.prepare.order import estimate_order
+from llmbrain.decomposition.prepare.order import estimate_order, warn_of_color
 from llmbrain.decomposition.prepare.pca import project, whiten
 from llmbrain.decomposition.prepare.preprocess import Preprocessing
 from llmbrain.decomposition.prepare.reduce import (
@@ -199,13 +199,9 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     # ------------------------------------------------------------------ public
 
     def fit(
-        self,
-        runs: Any,
-        y: Any = None,
-        *,
-        space: NeuronSpace | None = None,
+        self, runs: Any, y: Any = None, *, space: NeuronSpace | None = None,
         confounds: Sequence[Confounds] | None = None,
-    ) -> GroupICA:
+    ) -> GroupICA:  # fmt: skip
         """Find the components that `runs` have in common.
 
         Parameters
@@ -365,21 +361,11 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
                     random_state=self.random_state,
                     lattice=source.runs.lattice(),
                 )
-                self._warn_of_color(estimates)
+                warn_of_color(estimates, k)
                 self.order_estimates_["model" if layers is None else f"layers {layers[0]}-{layers[1]}"] = estimates
                 k = int(estimates["mdl" if k == "auto" else "parallel"])
             windows.append(Window(columns, layers, k))
         return windows
-
-    def _warn_of_color(self, estimates: dict[str, Any]) -> None:
-        limit, seen = (0.3 if self.n_components == "auto" else 0.6), estimates["autocorrelation"]
-        if seen > limit:
-            warnings.warn(
-                f"n_components={self.n_components!r}: a token correlates with the next by {seen:.2f}, and this "
-                f"criterion finds too many components above {limit}. Give a number; model_order_sweep helps to choose",
-                UserWarning,
-                stacklevel=5,
-            )
 
     def _note_constant(self, live: torch.Tensor, mask: np.ndarray | None) -> None:
         dead = ~live.cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,18 @@ def estimate_order(
         "subsampling_per_run": depths,
         "autocorrelation": float(np.median(colour)),
     }
+
+
+def warn_of_color(estimates: dict[str, Any], criterion: str) -> None:
+    """Warn where neighbouring tokens are more alike than `criterion` ("auto" or "parallel") can take."""
+    limit, seen = (0.3 if criterion == "auto" else 0.6), estimates["autocorrelation"]
+    if seen > limit:
+        warnings.warn(
+            f"n_components={criterion!r}: a token correlates with the next by {seen:.2f}, and this criterion finds too "
+            f"many components above {limit}. Give a number; model_order_sweep helps to choose",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _autocorrelation(data: torch.Tensor) -> float:
