@@ -61,6 +61,7 @@ def compare_command(
     ),
     n_volumes: int = typer.Option(0, help="Keep the first so many volumes of every subject; 0 is all.", min=0),
     drop: int = typer.Option(0, help="Volumes to drop at the start.", min=0),
+    window: str = typer.Option("stimulus", help="Volumes of the story only (stimulus), or all."),
     rule: str = typer.Option("offset", help="When in a word it counts: offset, onset, midpoint."),
     aggregate: str = typer.Option("mean", help="Tokens of a word: mean, last, sum."),
     hrf: str = typer.Option("spm", help="Response: spm or glover."),
@@ -92,7 +93,8 @@ def compare_command(
         source, fmri, words, out=out, reading=reading, tr=tr, offset=offset,
         text=None if text is None else read_plain(text, "--text"), networks=networks,
         n_components=parse_components(components), controls=controls, rule=rule, aggregate=aggregate, hrf=hrf,
-        high_pass=high_pass or None, drop=drop, null=null, n_permutations=n_permutations or None, correction=correction,
+        high_pass=high_pass or None, drop=drop, window=window, null=null,
+        n_permutations=n_permutations or None, correction=correction,
         encoding=encoding, untrained=untrained, random_state=seed, device=device, overwrite=overwrite,
     )  # fmt: skip
     show(result)

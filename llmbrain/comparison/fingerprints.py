@@ -24,6 +24,7 @@ from llmbrain.stats.nulls import phase_randomize
 Array = NDArray[np.float64]
 PUBLISHED_SEED = 666
 PUBLISHED_CUT = 0.5
+RELATED = "related, or both follow the text better than the references do"
 
 
 @dataclass
@@ -121,8 +122,9 @@ def fingerprint(
     Returns
     -------
     Fingerprint
-        The verdict is "related" if ``p <= alpha``, else "not told apart from unrelated models"; without a reference
-        it is "undecided".
+        The verdict is "related, or both follow the text better than the references do" if ``p <= alpha`` (two good
+        models of one language are alike in what the text makes them do: take references that are as good), else
+        "not told apart from unrelated models"; without a reference it is "undecided".
     """
     check_range("alpha", alpha, 0, 1, open_low=True, open_high=True)
     random_state = seed_of(random_state)
@@ -144,7 +146,7 @@ def fingerprint(
     elif 1 / (1 + len(drawn)) > alpha:
         verdict = f"undecided: {len(drawn)} pairs of unrelated models cannot give p <= {alpha:g}"
     else:
-        verdict = "related" if p <= alpha else "not told apart from unrelated models"
+        verdict = RELATED if p <= alpha else "not told apart from unrelated models"
     matches = pd.DataFrame({"network_a": rows, "network_b": columns, "rho": rho[rows, columns]})
     published = published_correlations(a, b)
     best = float(np.nanmax(published)) if np.isfinite(published).any() else float("nan")

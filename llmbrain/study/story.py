@@ -20,6 +20,7 @@ from llmbrain.checkpoints import load_model
 from llmbrain.comparison import Comparison
 from llmbrain.comparison import compare as compare_brains
 from llmbrain.comparison.sources import expected_volumes
+from llmbrain.datasets.demo import demo_folder
 from llmbrain.reporting import comparison_figures, comparison_report
 from llmbrain.study.folder import Study, claim, provenance
 
@@ -56,6 +57,7 @@ def compare(
     Parameters
     ----------
     scan_or_model : Study, Scan, list of Scan, (model, tokenizer), or path of a model, a scan or a study
+        "demo" is the demo brain.
     fmri : FMRI or path
         A file or a folder of subjects; see `load_fmri`.
     words : DataFrame or path
@@ -134,6 +136,8 @@ def compare(
 
 def _opened(source: Source) -> tuple[Any, str]:
     """Scans where it is a study, else what it is; and what it is called."""
+    if source == "demo" and not Path(source).exists():
+        return os.fspath(demo_folder()), "demo"
     if isinstance(source, (str, os.PathLike)):
         is_study = Path(source).is_dir() and Study(source).has("scans")
         return (Study(source).scans if is_study else source), os.fspath(source)

@@ -234,6 +234,15 @@ def test_scan_of_a_study_controls_and_untrained(monkeypatch, capsys, tmp_path, m
     assert "already holds another study" in err
 
 
+def test_the_demo_brain_goes_by_its_name(monkeypatch, capsys, tmp_path, story, listeners):
+    table, _ = write_words("csv", story, tmp_path)
+    brains = write_brains("regions-first", listeners[:, :, :6], tmp_path)
+    code, printed, err = call(monkeypatch, capsys, "demo", "--fmri", brains, "--words", table, "--tr", TR, "--offset",
+                              OFFSET, "--out", tmp_path / "out", *FAST)  # fmt: skip
+    assert code == 0, err
+    assert "3 subjects, 190 volumes, 6 regions" in printed
+
+
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, model_folder, story, listeners):
     brains = write_brains("regions-first", listeners[:, :, :6], tmp_path)
     table, _ = write_words("csv", story, tmp_path)

@@ -135,7 +135,7 @@ def test_verdicts_find_copies_and_keep_their_level_with_strangers(families):
         others = [families[k]["original"] for k in range(N_SEEDS) if k not in (i, j)][:3]
         found = fingerprint(families[i]["original"], families[j][name], reference=others, alpha=ALPHA, n_permutations=1)
         assert len(found.reference) == 9
-        return found.verdict == "related"
+        return found.verdict.startswith("related, or both follow the text better")
 
     assert all(verdict(i, i, name) for i in range(N_SEEDS) for name in ("pruned", "fine-tuned", "permuted"))
     for name in families[0]:
