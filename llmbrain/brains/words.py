@@ -236,7 +236,7 @@ def _by_content(table: Mapping[str | int, list[str]], path: Path) -> dict[str, s
         rising = rising[1:]
     if len(text) != 1 or not rising or len(rising) > 2 or (len(rising) == 1 and len(spans) != 1):
         raise InputError(
-            f"{path.name} has no header, and its columns do not tell what they are ({_first_row(table)}): {HOW}"
+            f"{path.name} has no header, and its columns do not say what they are ({_first_row(table)}): {HOW}"
         )
     found: dict[str, str | int] = {"word": text[0], "onset": rising[0]}
     if len(rising) == 2:
