@@ -56,6 +56,8 @@ class Intervention(AbstractContextManager):
         Whether a forward pass that runs past one of the modules is an error.
     neurons, routes : dict
         What happens to neurons of routed experts, and to their gates, by experts module.
+    around : function, optional
+        Gives a further context that is in force with it (routers that choose among fewer experts).
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class Intervention(AbstractContextManager):
     verify: bool = True
     neurons: dict[nn.Module, EditNeurons] = field(default_factory=dict, repr=False)
     routes: dict[nn.Module, EditRoute] = field(default_factory=dict, repr=False)
+    around: Callable[[], AbstractContextManager[None]] | None = field(default=None, repr=False)
     _entered: list[ExitStack] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> nn.Module:
@@ -74,6 +77,8 @@ class Intervention(AbstractContextManager):
             stack.enter_context(change_inputs(self.model, self.edits, verify=self.verify))
             if self.neurons or self.routes:
                 stack.enter_context(changing_experts(self.neurons, self.routes))
+            if self.around is not None:
+                stack.enter_context(self.around())
             self._entered.append(stack.pop_all())
         return self.model
 

@@ -19,7 +19,7 @@ from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.change import Edit, Intervention, Resample, constant, scale, zero
 from llmbrain.hooks.listen import hear_inputs
 from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
-from llmbrain.intervention.experts import change_mixture
+from llmbrain.intervention.experts import change_mixture, reroute
 from llmbrain.intervention.targets import Part, find_parts
 from llmbrain.scanning.inputs import Runs
 
@@ -43,7 +43,8 @@ def lesion(
         Any model that `llmbrain.anatomy.families.anatomy` knows.
     what : Network, FunctionalNetworks, list of Network, bool mask, flat indices, (layer, neuron) pairs, table or Heads
         See `llmbrain.intervention.targets.neuron_mask`; several networks mean their union. Of a mixture of experts
-        also `llmbrain.intervention.experts.Experts`; its units are set to "zero" only.
+        also `llmbrain.intervention.experts.Experts`; its units are set to "zero", or, with "reroute", its routers may
+        not choose these experts, so that their tokens go to others.
     value : {"zero", "mean", "resample"}
         What the units hold instead. "zero" equals zero columns in the weight they enter; "mean" is each unit's mean
         over the reference; "resample" is what the units of a layer held together at a random token of the reference,
@@ -75,9 +76,10 @@ def lesion(
     --------
     ``with lesion(model, networks[4]): model.generate(...)``
     """
-    check_option("value", value, VALUES)
     if has_experts(model):
+        check_option("value", value, (*VALUES, "reroute"))
         return _of_mixture(model, what, value, verify)
+    check_option("value", value, VALUES)
     return _replace(model, find_parts(model, what), value, reference, random_state, verify)
 
 
@@ -94,9 +96,10 @@ def keep_only(
 
     Parameters are those of `lesion`.
     """
-    check_option("value", value, VALUES)
     if has_experts(model):
+        check_option("value", value, (*VALUES, "reroute"))
         return _of_mixture(model, what, value, verify, complement=True)
+    check_option("value", value, VALUES)
     return _replace(model, find_parts(model, what, complement=True), value, reference, random_state, verify)
 
 
@@ -119,8 +122,10 @@ def amplify(model: nn.Module, what: Any, gain: float, *, verify: bool = True) ->
 
 
 def _of_mixture(model: nn.Module, what: Any, value: str, verify: bool, *, complement: bool = False) -> Intervention:
+    if value == "reroute":
+        return reroute(model, what, complement=complement, verify=verify)
     if value != "zero":
-        raise InputError(f"value={value!r}: units of a mixture of experts are set to 'zero' only")
+        raise InputError(f"value={value!r}: units of a mixture of experts are set to 'zero' only (or 'reroute')")
     return change_mixture(model, what, complement=complement, verify=verify)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llmbrain._validation import InputError, seed_of
+from llmbrain.anatomy.expert_surgery import check_kept
 from llmbrain.anatomy.experts import ExpertAnatomy, expert_anatomy
 from llmbrain.hooks.change import Edit, Intervention, scale, zero
-from llmbrain.hooks.experts import EditNeurons, EditRoute, scaled, silenced, unweighted
+from llmbrain.hooks.experts import EditNeurons, EditRoute, rerouted, scaled, silenced, unweighted
 from llmbrain.intervention.targets import Heads, neuron_mask
 from llmbrain.scanning.scans import Scan
 
@@ -103,6 +105,28 @@ def _whole(
     _say_empty(what, not experts)
     n = sum(len(of) * routed[layer].width for layer, of in experts.items())
     return Intervention(model, [], n, verify, {}, routes)
+
+
+def reroute(model: nn.Module, what: Any, *, complement: bool = False, verify: bool = True) -> Intervention:
+    """A lesion of routing: routers may not choose these experts, so that their tokens go to others.
+
+    That is what the model does once they are cut out (`llmbrain.prune` of an `ExpertPlan`).
+
+    Raises
+    ------
+    InputError
+        If `what` is no `Experts`, or a router could not choose among what is left.
+    """
+    body = expert_anatomy(model)
+    if not isinstance(what, Experts):
+        raise InputError("value='reroute' is for Experts: neurons have no router")
+    routed, gone = dict(body.routed), what.by_layer(body)
+    inside = {layer: set(gone.get(layer, ())) for layer in routed}
+    kept = {layer: [e for e in range(r.count) if (e in inside[layer]) == complement] for layer, r in routed.items()}
+    check_kept(body, kept)
+    n = sum((r.count - len(kept[layer])) * r.width for layer, r in routed.items())
+    _say_empty(what, n == 0)
+    return Intervention(model, [], n, verify, around=partial(rerouted, routed, kept))
 
 
 def _say_empty(what: object, empty: bool) -> None:

@@ -70,6 +70,23 @@ def test_experts_give_nothing(name: str) -> None:
     assert not torch.allclose(got, logits(model), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rerouted_equals_cut(name: str) -> None:
+    model = build(name, rows()[name])
+    before = logits(model)
+    plan = lb.plan_pruning(model, expert_ratio=0.5, method="random", random_state=1)
+    gone = [(i, e) for i, n in enumerate(plan.before) for e in range(n) if e not in plan.kept[i]]
+    with lb.lesion(model, Experts(gone), "reroute"):
+        got = logits(model)
+        with pytest.raises(InputError, match="changed by an intervention"):
+            lb.prune(model, plan)
+    torch.testing.assert_close(got, logits(lb.prune(model, plan)), atol=1e-5, rtol=1e-5)
+    with lb.keep_only(model, Experts([(i, e) for i, k in enumerate(plan.kept) for e in k]), "reroute"):
+        assert torch.equal(logits(model), got)
+    assert torch.equal(logits(model), before)
+    assert not torch.allclose(got, before, atol=1e-4)
+
+
 def test_controls() -> None:
     model = tiny("mixtral")
     scans = lb.scan(model, tiny_tokenizer(), ["abc cab bca abcab", "cab b"], site="router")
@@ -96,6 +113,12 @@ def test_bad_input() -> None:
         lb.lesion(model, Experts([(1, 4)]))
     with pytest.raises(InputError, match="'zero' only"):
         lb.lesion(model, Experts([(1, 0)]), "mean", reference=IDS)
+    with pytest.raises(InputError, match="1 experts would stay, but a token visits 2"):
+        lb.lesion(model, Experts([(1, 0), (1, 1), (1, 2)]), "reroute")
+    with pytest.raises(InputError, match="neurons have no router"):
+        lb.lesion(model, [0, 1], "reroute")
+    with pytest.raises(InputError, match="value='reroute'"):
+        lb.lesion(tiny("llama"), [0, 1], "reroute")
     with pytest.raises(InputError, match="heads of a mixture"):
         lb.lesion(model, lb.Heads([(1, 0)]))
     with pytest.raises(InputError, match="whole experts are lesioned"):
