@@ -19,6 +19,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TOO_LONG = 500  # lines of a file
 
 MOST_ANY = 68
+MOST_UNSAID = 70
 
 
 def name_of(path: Path) -> str:
@@ -154,6 +155,77 @@ def test_any_does_not_spread() -> None:
     """`MOST_ANY` is how many there were when it was last counted: lower it, never raise it."""
     found = any_in_signatures()
     assert len(found) <= MOST_ANY, "\n".join(found)
+
+
+def signatures() -> Iterator[tuple[str, ast.FunctionDef, str]]:
+    """Public functions (and ``__init__`` of public classes), with the docstring that speaks for them."""
+    for room in rooms():
+        for name, module in public(room).items():
+            for node in sources().get(module, ast.Module([], [])).body:
+                if getattr(node, "name", None) != name:
+                    continue
+                if isinstance(node, ast.FunctionDef):
+                    yield f"{module}.{name}", node, ast.get_docstring(node) or ""
+                elif isinstance(node, ast.ClassDef):
+                    made = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+                    for f in made:
+                        yield f"{module}.{name}", f, ast.get_docstring(node) or ""
+
+
+def documented(text: str) -> set[str]:
+    """Names of the parameters that a numpydoc docstring describes."""
+    found: set[str] = set()
+    lines = text.splitlines()
+    for i, line in enumerate(lines[1:], 1):
+        if set(line) == {"-"} and lines[i - 1] in ("Parameters", "Other Parameters"):
+            for entry, below in zip(lines[i + 1 :], [*lines[i + 2 :], ""]):
+                if set(below) == {"-"}:  # the next heading
+                    break
+                if re.match(r"[*\w]", entry):
+                    found |= {name.strip().lstrip("*") for name in entry.split(" :")[0].split(",")}
+    return found
+
+
+def parameters(f: ast.FunctionDef) -> list[ast.arg]:
+    return [a for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "cls")]
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    silent = [
+        f"{module}.{name}"
+        for room in rooms()
+        for name, module in public(room).items()
+        for node in sources().get(module, ast.Module([], [])).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name and not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+def test_docstrings_describe_parameters() -> None:
+    """None that is gone; and those that mean the same everywhere are never left out where others are described.
+
+    `MOST_UNSAID` is how many functions leave out another one: lower it, never raise it.
+    """
+    gone, shared, unsaid = [], [], []
+    for where, f, text in signatures():
+        has, said = {a.arg for a in parameters(f)}, documented(text)
+        extra = {a.arg for a in (f.args.vararg, f.args.kwarg) if a}
+        gone += [f"{where}({name})" for name in said - has - extra if name.isidentifier()]
+        shared += [f"{where}({name})" for name in (has - said) & {"random_state", "progress"} if said]
+        inner = where.startswith(("llmbrain._files.", "llmbrain.cli."))
+        unsaid += [where] if has - said and not inner else []
+    assert gone == []
+    assert shared == []
+    assert len(unsaid) <= MOST_UNSAID, "\n".join(unsaid)
+
+
+def test_random_state_takes_none_everywhere() -> None:
+    assert [
+        where
+        for where, f, _ in signatures()
+        for a in parameters(f)
+        if a.arg == "random_state" and "None" not in ast.unparse(a.annotation or ast.Constant(0))
+    ] == []
 
 
 def test_files_are_short() -> None:

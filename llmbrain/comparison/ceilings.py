@@ -25,6 +25,8 @@ def noise_ceilings(
         Filtered alike; standardised here. At least 2 subjects.
     n_splits : int
         Random splits into two halves of ``S // 2`` subjects.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

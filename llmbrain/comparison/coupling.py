@@ -149,6 +149,8 @@ def couple(
         Volumes for the lag profile.
     networks, regions : sequence of str, optional
         Names.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

@@ -182,6 +182,8 @@ def encode(
         Draws; None: all shifts, or 1000 random phases.
     ceiling : array ``(R,)``, optional
         From `noise_ceilings`, for `to_frame`.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

@@ -145,6 +145,8 @@ def compare_similarity(
         See `couple`.
     nuisance : array ``(T, C)``, optional
         Regressed out of both sides, and of every surrogate; see `couple`.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

@@ -37,6 +37,10 @@ def compare_structure(
     ----------
     a, b : arrays ``(T, K)`` and ``(U, R)``
         Time courses of networks, of regions; at least 10 of each. Dead columns are left out.
+    n_permutations : int
+        Null draws.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

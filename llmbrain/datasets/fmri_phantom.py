@@ -80,6 +80,8 @@ def make_paired_phantom(
         Autocorrelation of the noise from volume to volume, and of the networks over the time of one volume.
     timing_error : float
         Seconds by which the brain is later than the words say.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
     """
     check_range("n_pairs", n_pairs, 0, min(n_networks, n_regions))
     check_range("ar", ar, 0, 1, open_high=True)

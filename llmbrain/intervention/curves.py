@@ -48,6 +48,12 @@ def keep_only_curve(
         Shares of all neurons, in (0, 1].
     n_random : int
         Controls a share: as many neurons in every layer, at random.
+    window : int, optional
+        Tokens in a window of text; default what the model can read at once.
+    max_windows : int, optional
+        Windows that are read; default all.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------
@@ -113,6 +119,12 @@ def amplification_curve(
     Parameters
     ----------
     what : anything that `amplify` takes, but heads
+    window : int, optional
+        Tokens in a window of text; default what the model can read at once.
+    max_windows : int, optional
+        Windows that are read; default all.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

@@ -202,6 +202,10 @@ def lesion_table(
         Folder that finished networks are kept in; the same call goes on where it was stopped.
     progress : bool
         Show a bar (only on a terminal).
+    window : int, optional
+        Tokens in a window of text; default what the model can read at once.
+    max_windows : int, optional
+        Windows that are read; default all.
 
     Returns
     -------

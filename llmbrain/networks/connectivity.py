@@ -78,6 +78,8 @@ def connectivity(
     min_shift : int
         Tokens that any two networks move against each other at least; less where there are so many networks that they
         do not fit into a run.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Raises
     ------
@@ -205,6 +207,10 @@ def layer_flow(
     networks : FunctionalNetworks with a space
     matrix : array ``(n_networks, n_networks)``
         Connectivity. Networks without neurons are left out.
+    n_permutations : int
+        Null draws.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
     """
     import pandas as pd
 

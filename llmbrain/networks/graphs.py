@@ -150,6 +150,8 @@ def graph_measures(
         Rewired graphs, 10 tried exchanges an edge each.
     n_seeds : int
         Louvain starts for the modularity of the graph, and a fifth of them (at least one) for each rewired one.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

@@ -129,6 +129,8 @@ def localizer(
         Null: conditions are shifted in a circle against each run by at least `min_shift` tokens (keeps the
         autocorrelation of both), or the events of a run exchange their conditions (block permutation: keeps when events
         are; right where a response does not outlast its event).
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

@@ -34,6 +34,8 @@ def match_networks(
         position, so two models must share their weights' origin for this to mean anything).
     n_permutations : int
         Draws of the null: the neurons of `b` change places at random within their layer, the same way in all its maps.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------
@@ -125,6 +127,8 @@ def recurrence(
     kind, threshold
         As in `template_matches`.
     n_permutations : int
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------
@@ -204,6 +208,10 @@ def split_half(
     scans : list of Scan or arrays
     by : {"runs", "tokens"}
         Every second run, or the first against the second half of every run's tokens.
+    n_permutations : int
+        Null draws.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

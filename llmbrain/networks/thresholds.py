@@ -260,6 +260,10 @@ def null_networks(
         that look like one get a warning (see `split_half_reproducibility`).
     options
         Go to `GroupICA`; use those of the real decomposition.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
+    progress : bool
+        Show a bar.
     """
     from llmbrain.decomposition import GroupICA
     from llmbrain.decomposition.reproducibility import check_neighbors

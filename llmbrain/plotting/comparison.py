@@ -49,6 +49,10 @@ def plot_coupling(
     significant : bool array of the same shape, optional
         By the null model of the coupling, not by a parametric test.
     rows, columns : sequences of str, optional
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -96,6 +100,10 @@ def plot_lag_profile(
         ``|r|`` that the null model exceeds in 5% of its draws; shaded.
     tr : float, optional
         Seconds per volume; the axis is in seconds then.
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -139,6 +147,10 @@ def plot_ceilings(
         From `llmbrain.comparison.noise_ceilings`.
     r : array ``(n_regions,)``, optional
         Largest ``|r|`` of a model with each region.
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------

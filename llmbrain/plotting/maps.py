@@ -199,6 +199,8 @@ def plot_glass_model(
         Only the strongest so many of a network are drawn.
     columns : int, optional
         Panels side by side.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -262,6 +264,10 @@ def plot_layer_profile(
         Default: the networks' own masks, ``|z| > 3.6`` for arrays.
     kind : {"heat", "lines"}
         Share of each network's key neurons in each layer as a heat map, or as lines (at most 8 networks).
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------

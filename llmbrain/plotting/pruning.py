@@ -48,6 +48,10 @@ def plot_widths(
     plan : PruningPlan, or sequence of int (neurons kept per layer)
     widths : sequence of int, optional
         Widths before the cut; default: the plan's.
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -94,6 +98,10 @@ def plot_tradeoff(
         `x` and `y` of the model before pruning; drawn as a star and a line across.
     log : bool, optional
         Logarithmic y; default: when values span more than a factor of 4.
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -151,6 +159,10 @@ def plot_latency(
     ----------
     table : DataFrame
         One row a measurement; columns `group`, `model`, `value`, and `spread` (half length of the error bar).
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------

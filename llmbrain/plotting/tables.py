@@ -69,6 +69,8 @@ def plot_connectivity(
     kind : {"both", "matrix", "graph"}
     density : float
         Share of all pairs that the graph shows, strongest ``|r|`` first.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -208,6 +210,10 @@ def plot_lesion_table(
         See `long_lesions`.
     order : {"given", "similarity"}
         "similarity" puts networks together that hurt the same evaluation.
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -253,6 +259,10 @@ def plot_stability(
     stability : array ``(n_components,)``, or an object, mapping or DataFrame with ``iq``
     limit : float
         Components below it are called unstable.
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -309,6 +319,10 @@ def plot_model_order(
         Marked with a line.
     null : str, optional
         Column drawn dashed, as the control.
+    ax : Axes, optional
+        Where to draw.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------

@@ -84,6 +84,8 @@ def plot_carpet(
         z-score each neuron over the tokens shown.
     vmax : float, optional
         End of the colour scale; default 3 where normalised, else the 99.9th percentile of ``|values|``.
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------
@@ -174,6 +176,8 @@ def plot_time_courses(
     span : slice, optional
         Which tokens; default all.
     kind : {"lines", "heat"}
+    figure : Figure, optional
+        Where to draw; default a new one.
 
     Returns
     -------

@@ -177,6 +177,8 @@ def surrogates(
         the null gets too narrow, and false positives double (measured: .10 for .05 at AR .9 and 362 volumes). So the
         missing part is filled in before the move with that next to the cut-off, mirrored and with random signs (the
         same for all columns); the caller filters again.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Yields
     ------
@@ -209,6 +211,10 @@ def sign_flip_test(
     ----------
     subject_r : array ``(S, ...)``
         Correlations; NaN where a subject lacks the region.
+    n_permutations : int
+        Null draws.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------

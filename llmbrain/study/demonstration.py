@@ -48,6 +48,14 @@ def demo(
         Folder of the study; ``lesions/`` and ``networks.png`` beside what `run` writes.
     n_random : int
         Random control lesions a network.
+    device : str
+        ``"auto"`` is CUDA where there is one.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
+    overwrite : bool
+        Write over what is there.
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
 
     Returns
     -------

@@ -47,6 +47,12 @@ def find_networks(
     ----------
     n_components : int, optional
         Default: up to 64, with at least 10 neurons and 50 tokens for each.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
+    device : str
+        ``"auto"`` is CUDA where there is one.
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
     """
     if n_components is not None:
         check_range("n_components", n_components, 1)
@@ -92,6 +98,8 @@ def decompose(
         ``"fsl"`` writes MELODIC's names beside ours.
     overwrite : bool
         Write over networks that were found with other settings.
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
 
     Returns
     -------
@@ -154,6 +162,10 @@ def describe_networks(
         Default: where the networks are.
     n_permutations : int
         Draws of every null (conditions, connectivity); 0 for none.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
 
     Returns
     -------

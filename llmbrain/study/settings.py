@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.checkpoints import FORMATS
 from llmbrain.hooks.sites import check_sites
 from llmbrain.pruning.allocate.search import PASSES
@@ -47,7 +47,8 @@ class Settings:
         Windows of calibration text that the model writes itself, beside the text.
     format : str
         See `save_pruned`.
-    random_state : int
+    random_state : int or None
+        None draws a number, which is recorded.
 
     Raises
     ------
@@ -76,12 +77,14 @@ class Settings:
     keep: tuple[str, ...] | None = None
     forget: tuple[str, ...] | None = None
     format: str = "per-layer"
-    random_state: int = 0
+    random_state: int | None = 0
 
     def __post_init__(self) -> None:
         for name in ("protect", "keep", "forget"):  # lists of a file or a caller
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if value else None)
+        if self.random_state is None:  # drawn once and recorded: the study can be repeated
+            object.__setattr__(self, "random_state", seed_of(None))
         if self.ratio is None and not self.forget:
             object.__setattr__(self, "ratio", 0.3)
         check_option("method", self.method, CRITERIA)
@@ -95,7 +98,7 @@ class Settings:
                 check_range(name, _whole(name, getattr(self, name)), low)
         for name, low in (("multiple_of", 1), ("self_text", 0), ("random_state", 0)):
             check_range(name, _whole(name, getattr(self, name)), low)
-        check_range("random_state", self.random_state, 0, 2**32 - 1)
+        check_range("random_state", int(self.random_state or 0), 0, 2**32 - 1)
         check_range("threshold", self.threshold, 0)
         check_range("passes", self.passes, 0, open_low=True)
         check_range("head_ratio", self.head_ratio, 0, 1, open_high=True)

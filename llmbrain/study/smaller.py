@@ -78,6 +78,10 @@ def evidence_of(
         Networks are looked for only for ``"networks"``.
     self_text : int
         Windows of calibration text that the model writes itself, beside the text.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
     """
     check_range("self_text", self_text, 0)
     study = study if study is None or isinstance(study, Study) else Study(study)
@@ -144,6 +148,8 @@ def plan(
     **options
         As for `plan_pruning`: ``ratio`` (default 0.3, with `forget` as many as it takes), ``method``, ``allocation``,
         ``multiple_of``, ``protect``, ``head_ratio``, ``keep``, ``forget``, ...
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
     """
     method = options.setdefault("method", "networks")
     if evidence is None:
@@ -222,6 +228,12 @@ def cut(
         Write ``report.html`` beside the model.
     **options
         Others as for `plan`.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
+    overwrite : bool
+        Write over what is there.
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
 
     Returns
     -------
@@ -298,6 +310,12 @@ def benchmark(
         Where to write the table (.csv).
     **options
         As for `llmbrain.pruning.benchmark.compare_methods`: ``ratios``, ``draws``, ``window``, ``max_windows``, ...
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
+    device : str
+        ``"auto"`` is CUDA where there is one.
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
     """
     before, test = split_texts(texts, 0.3)
     calibration, _ = split_texts(before, 1 / 7)

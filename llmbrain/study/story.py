@@ -79,6 +79,8 @@ def compare(
         Write over another comparison in `out`.
     **options
         As for `llmbrain.comparison.compare`: ``text``, ``n_components``, ``rule``, ``hrf``, ``null``, ...
+    progress : bool or callable
+        Say what is done, on stderr or to a function of a line.
 
     Returns
     -------

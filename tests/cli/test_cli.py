@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from cli_calls import call
 from tiny_models import CHARACTERS, tiny, tiny_tokenizer
 
-from llmbrain.cli import main
 from llmbrain.cli.common import parse_components
 from llmbrain.cli.lists import spread
 
@@ -33,15 +33,6 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "texts.json"
     path.write_text(json.dumps(["".join(rng.choice(letters, 300)) for _ in range(8)]))
     return path
-
-
-def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``llmbrain ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["llmbrain", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 def test_help_answers_at_once():

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from cli_calls import call as call_command
 from tiny_models import tiny, tiny_tokenizer
 
 from llmbrain.brains import load_words, word_regressor
 from llmbrain.brains.tables import load_controls
 from llmbrain.checkpoints import load_model
-from llmbrain.cli import main
 from llmbrain.cli.compare import parse_columns
 from llmbrain.datasets.fmri_phantom import ar_noise
 from llmbrain.decomposition import GroupICA
@@ -60,12 +59,7 @@ def listeners(story):
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``llmbrain compare ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["llmbrain", "compare", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
+    return call_command(monkeypatch, capsys, "compare", *arguments)
 
 
 def write_words(kind, story, folder):

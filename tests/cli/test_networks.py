@@ -1,15 +1,14 @@
 """`llmbrain networks` and `llmbrain lesion`, as a person types them."""
 
 import json
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from cli_calls import call
 from tiny_models import tiny, tiny_tokenizer
 
 import llmbrain as lb
-from llmbrain.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +28,6 @@ def study(tmp_path_factory):
     (folder / "words.txt").write_text("the cat and the dog ran home and sat. " * 20)
     (folder / "more.json").write_text(json.dumps(["who is it? it is the cat! "] * 20))
     return folder
-
-
-def call(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["llmbrain", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 def test_networks_writes_tables_and_figures(study, monkeypatch, capsys, tmp_path):

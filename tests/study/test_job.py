@@ -12,6 +12,7 @@ import torch
 import llmbrain as lb
 from llmbrain import InputError
 from llmbrain.study.folder import claim
+from llmbrain.study.settings import Settings
 
 prune_module = sys.modules[lb.prune.__module__]
 
@@ -99,6 +100,12 @@ def test_the_model_comes_back_untouched_and_the_same_call_goes_on(made, subject,
         lb.run(model, tokenizer, texts, method="random", **options)
     with pytest.raises(InputError, match="texts are empty"):
         lb.run(model, tokenizer, [" "], method="flap", **options)
+
+
+def test_a_seed_that_is_drawn_is_recorded():
+    drawn = Settings(random_state=None)
+    assert drawn.random_state != Settings(random_state=None).random_state
+    assert drawn.to_dict()["seed"] == Settings.of(drawn, ratio=0.5).random_state == drawn.random_state
 
 
 def test_a_folder_is_claimed(tmp_path):

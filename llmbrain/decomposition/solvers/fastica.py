@@ -82,6 +82,8 @@ def fastica(
         Columns that are not constant 0, when some are.
     warn : bool
         Whether to warn when `max_iter` is reached.
+    random_state : int, Generator or None
+        What is drawn starts from it; None draws anew.
 
     Returns
     -------
