@@ -157,18 +157,24 @@ def test_any_does_not_spread() -> None:
     assert len(found) <= MOST_ANY, "\n".join(found)
 
 
+def defined(module: str, name: str) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """A function or class of a module, without its overloads."""
+    for node in sources().get(module, ast.Module([], [])).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            if "overload" not in [ast.unparse(decorator) for decorator in node.decorator_list]:
+                yield node
+
+
 def signatures() -> Iterator[tuple[str, ast.FunctionDef, str]]:
     """Public functions (and ``__init__`` of public classes), with the docstring that speaks for them."""
     for room in rooms():
         for name, module in public(room).items():
-            for node in sources().get(module, ast.Module([], [])).body:
-                if getattr(node, "name", None) != name:
-                    continue
+            for node in defined(module, name):
                 if isinstance(node, ast.FunctionDef):
                     yield f"{module}.{name}", node, ast.get_docstring(node) or ""
-                elif isinstance(node, ast.ClassDef):
-                    made = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-                    for f in made:
+                    continue
+                for f in node.body:
+                    if isinstance(f, ast.FunctionDef) and f.name == "__init__":
                         yield f"{module}.{name}", f, ast.get_docstring(node) or ""
 
 
@@ -195,8 +201,8 @@ def test_every_public_name_says_what_it_is() -> None:
         f"{module}.{name}"
         for room in rooms()
         for name, module in public(room).items()
-        for node in sources().get(module, ast.Module([], [])).body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name and not ast.get_docstring(node)
+        for node in defined(module, name)
+        if not ast.get_docstring(node)
     ]
     assert silent == []
 
