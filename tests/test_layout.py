@@ -160,9 +160,10 @@ def test_any_does_not_spread() -> None:
 def defined(module: str, name: str) -> Iterator[ast.FunctionDef | ast.ClassDef]:
     """A function or class of a module, without its overloads."""
     for node in sources().get(module, ast.Module([], [])).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
-            if "overload" not in [ast.unparse(decorator) for decorator in node.decorator_list]:
-                yield node
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name != name:
+            continue
+        if "overload" not in [ast.unparse(decorator) for decorator in node.decorator_list]:
+            yield node
 
 
 def signatures() -> Iterator[tuple[str, ast.FunctionDef, str]]:
