@@ -52,7 +52,7 @@ class ExpertPlan:
         For each layer the experts that stay, ascending; empty in dense layers.
     before : tuple of int
         Routed experts of each layer before.
-    fingerprint : str
+    digest : str
         Of the weights the plan was made for.
     parameters, parameters_removed : int
     details : dict
@@ -63,7 +63,7 @@ class ExpertPlan:
     ratio: float
     kept: tuple[tuple[int, ...], ...]
     before: tuple[int, ...]
-    fingerprint: str
+    digest: str
     parameters: int = 0
     parameters_removed: int = 0
     details: dict[str, Any] = field(default_factory=dict)
@@ -137,9 +137,9 @@ class ExpertPlan:
             raise InputError(
                 f"plan was made for layers of {list(self.before)} routed experts, this model has {list(counts)}"
             )
-        own = _fingerprint(body)
-        if own != self.fingerprint:
-            raise InputError(f"plan was made for weights {self.fingerprint}, this model has {own}: make a new plan")
+        own = _weights_digest(body)
+        if own != self.digest:
+            raise InputError(f"plan was made for weights {self.digest}, this model has {own}: make a new plan")
         return body
 
 
@@ -203,7 +203,7 @@ def plan_experts(
     removed = sum((routed.count - len(kept[layer])) * _of_one(routed) for layer, routed in body.routed)
     return ExpertPlan(
         method, float(expert_ratio), tuple(tuple(kept.get(i, ())) for i in range(len(body.layers))), _counts(body),
-        _fingerprint(body), sum(p.numel() for p in model.parameters()), removed, details,
+        _weights_digest(body), sum(p.numel() for p in model.parameters()), removed, details,
     )  # fmt: skip
 
 
@@ -368,7 +368,7 @@ def _of_one(routed: Routed) -> int:
     return sum(value.numel() // routed.count for value in parts)
 
 
-def _fingerprint(body: ExpertAnatomy) -> str:
+def _weights_digest(body: ExpertAnatomy) -> str:
     """Hash of a sample of the weights of all experts and routers, independent of device: 16 hexadecimal digits."""
     found = sha256()
     for _, routed in body.routed:

@@ -40,7 +40,7 @@ class PruningPlan:
     kept : tuple of int64 arrays
         Per layer, ascending indices of the neurons that stay.
     widths_before : tuple of int
-    fingerprint : str
+    digest : str
         Of the weights the plan was made for.
     kept_heads : tuple of int64 arrays, optional
         Per layer, the key/value groups of heads that stay; None where heads are not touched.
@@ -59,7 +59,7 @@ class PruningPlan:
     ratio: float
     kept: Kept
     widths_before: tuple[int, ...]
-    fingerprint: str
+    digest: str
     kept_heads: Kept | None = None
     groups_before: tuple[int, ...] = ()
     protect: tuple[int, ...] = ()
@@ -84,7 +84,7 @@ class PruningPlan:
         check_range("ratio", self.ratio, 0, 1)
         for name in ("parameters", "parameters_removed"):
             checked[name] = _counts(name, [getattr(self, name)], 0)[0]
-        for name in ("method", "allocation", "fingerprint"):
+        for name in ("method", "allocation", "digest"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}={getattr(self, name)!r} of this plan is no text")
         if not isinstance(self.details, dict):
@@ -206,8 +206,8 @@ class PruningPlan:
                 f"plan was made for {_runs(self.groups_before)} groups of heads, this model has {_runs(groups)}"
             )
         own = weights_digest(body)
-        if own != self.fingerprint:
-            raise InputError(f"plan was made for weights {self.fingerprint}, this model has {own}: make a new plan")
+        if own != self.digest:
+            raise InputError(f"plan was made for weights {self.digest}, this model has {own}: make a new plan")
         return body
 
 

@@ -368,7 +368,7 @@ class Planner:
             ratio=float(ratio),
             kept=kept[NEURONS],
             widths_before=body.widths,
-            fingerprint=weights_digest(body),
+            digest=weights_digest(body),
             kept_heads=kept.get(HEADS),
             groups_before=HEADS.counts(body),
             protect=protected,
