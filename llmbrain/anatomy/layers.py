@@ -159,7 +159,9 @@ def is_linear(module: nn.Module | None) -> bool:
 def sizes(module: nn.Module) -> tuple[int, int]:
     """``(in, out)`` of a linear module: torch keeps (out, in), GPT-2's Conv1D (in, out)."""
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(inputs, int) and isinstance(outputs, int):  # packed weights have other shapes
+    weight = module.weight
+    packed = not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2
+    if packed and isinstance(inputs, int) and isinstance(outputs, int):  # of quantized layers
         return inputs, outputs
     a, b = module.weight.shape  # type: ignore[union-attr, misc]
     return (int(a), int(b)) if is_conv1d(module) else (int(b), int(a))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from llmbrain._files import read_json, write_json, write_text
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.surgery import ConfigOfLayer
-from llmbrain.checkpoints.shapes import OURS, STANDARD, build_empty, own_layers, stock_config
+from llmbrain.checkpoints.shapes import OURS, STANDARD, build_empty, own_layers, stock_config, text_config
 
 FILE = "modeling_pruned.py"
 
@@ -143,8 +143,14 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
 
 def _inner(model: Any) -> dict[str, str]:
     """Class of the model without its head, and where it lies."""
+    import transformers
+
     inner = getattr(model, "base_model", model)
-    return {} if inner is model else {type(inner).__name__: f"{model.base_model_prefix}."}
+    return (
+        {}
+        if inner is model or not hasattr(transformers, type(inner).__name__)
+        else {type(inner).__name__: f"{model.base_model_prefix}."}
+    )
 
 
 def _say_standard(model: nn.Module, config: dict[str, Any]) -> None:
@@ -158,8 +164,9 @@ def _say_standard(model: nn.Module, config: dict[str, Any]) -> None:
         entry["intermediate_size"] = layer.width
         if layer.out is not None and layer.n_kv_heads:
             for name, value in zip(STANDARD, (layer.n_heads, layer.n_kv_heads, layer.head_dim)):
-                entry[name] = value
-                text.setdefault(name, value)  # Qwen2 has no head_dim of its own
+                if not isinstance(getattr(type(text_config(model.config)), name, None), property):  # Falcon's head_dim
+                    entry[name] = value
+                    text.setdefault(name, value)  # Qwen2 has no head_dim of its own
     text["allow_global_per_layer_attribute_access"] = True  # stock code reads the model's own, as it always did
 
 

@@ -368,7 +368,10 @@ def digest(windows: Tensor) -> str:
 def embeddings(model: nn.Module) -> nn.Module | None:
     """The table of token embeddings, where the model says which it is."""
     get = getattr(model, "get_input_embeddings", None)
-    found = get() if callable(get) else None
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:  # a wrapper that leaves the table to its only child (BART's decoder)
+        found = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return found if isinstance(found, nn.Module) else None
 
 

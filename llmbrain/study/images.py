@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmbrain._files import write_image, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option
 from llmbrain.decomposition import DualRegression, GroupICA, dual_regression, read_ica
@@ -100,9 +101,9 @@ def decompose_images(
         networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
         networks.save(target, overwrite=True)
         if ica.brain_mask_ is not None:
-            ica.components_img().to_filename(target / "desc-ICA_stat-z_components.nii.gz")
-            ica.brain_mask_.image.to_filename(target / "mask.nii.gz")
-            ica.brain_mask_.coordinates(networks).to_csv(target / "coordinates.tsv", sep="\t", index=False)
+            write_image(target / "desc-ICA_stat-z_components.nii.gz", ica.components_img())
+            write_image(target / "mask.nii.gz", ica.brain_mask_.image)
+            write_table(target / "coordinates.tsv", ica.brain_mask_.coordinates(networks))
             if convention == "fsl":
                 write_melodic(ica, target)
         return {"ica": ica, "networks": networks, "folder": target}

@@ -314,8 +314,11 @@ def test_bad_input_is_named(texts: list[Any], options: dict[str, Any], message: 
 def test_a_site_that_the_model_lacks() -> None:
     with pytest.raises(InputError, match=r"site='gate' does not exist in layer 0 .*not gated"):
         lb.scan(tiny("gpt2"), tiny_tokenizer(), ["ab"], site="gate")
+    from transformers import FNetConfig, FNetModel
+
+    sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     with pytest.raises(InputError, match="site='head' does not exist"):
-        lb.scan(tiny("mpt"), tiny_tokenizer(), ["ab"], site="head")
+        lb.scan(FNetModel(FNetConfig(**sizes)), tiny_tokenizer(), ["ab"], site="head")  # it has no attention
 
 
 def test_a_text_without_tokens() -> None:
