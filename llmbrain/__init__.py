@@ -54,7 +54,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "lesion_table",
         ],
         "networks": ["FunctionalNetworks", "describe", "localizer", "match_networks", "top_tokens"],
-        "pruning": ["PruningPlan", "plan_pruning", "prune", "recover"],
+        "pruning": ["PruningPlan", "plan_pruning", "prune", "prune_offloaded", "recover"],
         "reporting": ["report", "write_report"],
         "study": ["Study", "check", "compare", "load_texts", "run"],
         "scanning": ["Scan", "Stimulus", "load_scans", "scan"],

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import ExpertAnatomy, ExpertTensor, Routed
+from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.surgery import check_no_adapter
 
 # What modules and configs call the number of routed experts.
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_routed_experts", "n_experts")
 
 
-def check_kept(body: ExpertAnatomy, kept: Mapping[int, Sequence[int]]) -> None:
+def check_kept(body: ExpertAnatomy, kept: Mapping[int, Sequence[int]], *, planned: bool = False) -> None:
     """Refuse what no router could choose from, or weights that can not be cut; nothing is changed.
+
+    Where a cut is only `planned`, the weights may be offloaded.
 
     Raises
     ------
@@ -35,7 +38,7 @@ def check_kept(body: ExpertAnatomy, kept: Mapping[int, Sequence[int]]) -> None:
             raise InputError(f"{routed.path}: {len(stays)} experts would stay, but a token visits {routed.top_k}")
         _check_groups(routed, stays)
         for tensor in (*routed.weights, *routed.router):
-            if tensor.value.is_meta:
+            if tensor.value.is_meta and not (planned and is_away(tensor.owner)):
                 raise InputError(f"{tensor.path} is not in memory (offloaded): load the model whole to cut it")
 
 

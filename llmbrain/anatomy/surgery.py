@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy import structure
 from llmbrain.anatomy.layers import Anatomy, LayerAnatomy, PerHead, Projection
+from llmbrain.anatomy.offload import entries, is_away, put_back
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 
 
@@ -33,7 +34,7 @@ def check_no_adapter(model: nn.Module) -> None:
 
 
 def check_cuttable(anatomy: Anatomy, units: Units = NEURONS) -> None:
-    """Refuse weights that can not be cut: with an adapter, mixed, quantized, offloaded, or shared between layers.
+    """Refuse weights that can not be cut: with an adapter, mixed, quantized, without values, or shared between layers.
 
     Raises
     ------
@@ -53,10 +54,8 @@ def check_cuttable(anatomy: Anatomy, units: Units = NEURONS) -> None:
                 raise InputError(
                     f"{projection.path}.weight ({kind}) is quantised or not a plain matrix: it cannot be cut"
                 )
-            if weight.device.type == "meta":
-                raise InputError(
-                    f"{projection.path}.weight is not in memory (offloaded): load the model whole to cut it"
-                )
+            if weight.device.type == "meta" and not is_away(projection.module):
+                raise InputError(f"{projection.path}.weight has no values (meta device): load the model to cut it")
             if id(weight) in seen:
                 raise InputError(
                     f"{projection.path}.weight is tied to {seen[id(weight)]}.weight: it cannot be cut alone"
@@ -247,10 +246,15 @@ def write(output: Projection, change: Change) -> None:
 def restored(layers: Sequence[LayerAnatomy], kinds: Sequence[Units] = (NEURONS,)) -> Iterator[None]:
     """Within the block output projections may be written to; afterwards they are as before, whatever happened."""
     modules: list[Any] = [p.module for layer in layers for units in kinds if (p := units.output(layer)) is not None]
-    saved = [(module, *(_copy(getattr(module, name, None)) for name in ("weight", "bias"))) for module in modules]
+    away = [(m, entries(m), getattr(m, "bias", None) is None) for m in modules if is_away(m)]
+    saved = [(m, *(_copy(getattr(m, n, None)) for n in ("weight", "bias"))) for m in modules if not is_away(m)]
     try:
         yield
     finally:
+        for module, before, plain in away:
+            put_back(module, before)
+            if plain:
+                module.bias = None
         with torch.no_grad():
             for module, weight, bias in saved:
                 module.weight.copy_(weight)

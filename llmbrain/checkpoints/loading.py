@@ -12,8 +12,9 @@ from torch import nn
 
 from llmbrain._files import SUMS, DamagedError, clear_damage, read_json, reading, verify, verifying
 from llmbrain._files.sets import COMMIT
-from llmbrain._validation import InputError, resolve_device
+from llmbrain._validation import InputError
 from llmbrain.checkpoints.gguf_reading import is_gguf, load_gguf
+from llmbrain.checkpoints.placing import DeviceMap, Placement
 from llmbrain.checkpoints.shapes import (
     RECORD,
     apply_shapes,
@@ -42,6 +43,9 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
+    offload: bool = False,
+    offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model, in evaluation mode, and its tokenizer.
@@ -54,6 +58,15 @@ def load_model(
         Default: as saved; float32 for a GGUF file.
     device : str or device, optional
         Default: CPU. ``"auto"`` takes CUDA where there is one.
+    device_map : str or mapping, optional
+        For models larger than a device, in place of `device`: ``"auto"`` spreads the blocks over all GPUs, then the
+        CPU's memory, then the disk (accelerate); a mapping names modules and their devices (``0``, ``"cpu"``,
+        ``"disk"``). Such a model can be scanned, lesioned, evaluated and planned for.
+    offload : bool
+        The blocks stay in the checkpoint's files and each is read when it runs; all else goes to `device`. For models
+        of which only a block fits.
+    offload_folder : path, optional
+        For weights that can not be read from the checkpoint as they are; default a temporary folder.
     trust_remote_code : bool
         Run code that comes with the model. Pruned folders never need it here.
 
@@ -67,14 +80,16 @@ def load_model(
     FileNotFoundError
         If a folder, or what must be in it, is not there.
     InputError
-        If the checkpoint does not fit its config: a tensor that is missing, left over or of another shape is named.
+        If the checkpoint does not fit its config: a tensor that is missing, left over or of another shape is named; or
+        if `device`, `device_map` and `offload` exclude each other.
     """
+    where = Placement(device, device_map, offload, offload_folder)
     if is_gguf(path_or_id):
-        model, tokenizer = load_gguf(path_or_id, dtype=dtype)
-        return (model if device is None else model.to(resolve_device(device))), tokenizer
+        model, tokenizer = load_gguf(path_or_id, dtype=_checked(dtype))
+        return where.dispatch(model), tokenizer
     with _verified(path_or_id):
         source = _source(path_or_id)
-        model = _load(source, dtype, device, trust_remote_code)
+        model = _load(source, _checked(dtype), where, trust_remote_code)
         return model, _tokenizer(source, trust_remote_code)
 
 
@@ -89,7 +104,7 @@ def load_pruned(
         raise FileNotFoundError(f"{path} is not a folder")
     with _verified(path) as names:
         source = _source(path)
-        model = _load(source, dtype, device, False)
+        model = _load(source, _checked(dtype), Placement(device), False)
         saved = any(name.startswith("tokenizer") for name in {*names, *(p.name for p in Path(path).iterdir())})
         return model, _tokenizer(source, False) if saved else None
 
@@ -140,7 +155,16 @@ def _source(path_or_id: str | Path) -> str:
     return str(path_or_id)
 
 
-def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.Module:
+def _checked(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if known is not None and known != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise InputError(f"dtype={dtype!r} is no type that a model computes in: float32, bfloat16, float16 or float64")
+    if isinstance(dtype, str) and known is None:
+        raise InputError(f"dtype={dtype!r} is not known: float32, bfloat16, float16 or float64")
+    return known
+
+
+def _load(source: str, dtype: Any, where: Placement, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoConfig
 
     try:
@@ -169,6 +193,7 @@ def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.M
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the names come back; any that does is refused below
             **extra,
+            **where.options(loader, config, **extra),
         )
     except OSError as error:
         raise FileNotFoundError(f"{source}: {_first_line(error)}") from error
@@ -181,9 +206,7 @@ def _load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> nn.M
     record = _provenance(source)
     if record is not None:
         setattr(model, RECORD, record["cuts"])
-    if device is not None:
-        model = model.to(resolve_device(device))
-    return evaluation_mode(model)
+    return evaluation_mode(where.finish(model))
 
 
 def _refuse_foreign_code(source: str, config: Any) -> None:

@@ -14,6 +14,7 @@ from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain._version import __version__
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
+from llmbrain.anatomy.offload import check_in_memory
 from llmbrain.anatomy.surgery import check_no_adapter
 from llmbrain.checkpoints.gguf_writing import write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
@@ -132,12 +133,12 @@ def save_pruned(
         exported = _stock_copy(model, format, width=None)
     needed = sum(p.numel() * p.element_size() for p in exported.parameters())
     with transaction(path, replaces=OLD, needed=needed) as new:
-        _write(exported, new, format, max_shard_size)
+        write_model(exported, new, format, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         if format == "remote-code":
             write_remote_code(model, new)
-        write_json(new / PROVENANCE, _provenance(model, format))
+        write_json(new / PROVENANCE, provenance(model, format))
         if said is not None:
             check_loads(model, said, new, format)
     return path
@@ -146,6 +147,7 @@ def save_pruned(
 def _check_saveable(model: nn.Module) -> None:
     if not hasattr(model, "save_pretrained"):
         raise InputError(f"model {type(model).__name__} is not a transformers model: it cannot be saved")
+    check_in_memory(model, "save_pruned")
     check_no_adapter(model)
 
 
@@ -163,7 +165,7 @@ def _save_gguf(
     if has_experts(model):
         raise InputError("format='gguf' is not written for a mixture of experts yet: use 'uniform'")
     record_shapes(model)
-    record = _provenance(model, "gguf")
+    record = provenance(model, "gguf")
     for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use
         cut.get("plan", {}).pop("scores", None)
     return write_gguf(model, tokenizer, path, gguf_type=gguf_type, like=like, record=record)
@@ -177,15 +179,19 @@ OLD = (
 )
 
 
-def _write(exported: Any, folder: Path, format: str, max_shard_size: int | str) -> None:
-    """Config, weights and generation config; transformers notes in the config what it wrote, which is undone."""
+def write_model(
+    exported: Any, folder: Path, format: str, max_shard_size: int | str, state: dict[str, Tensor] | None = None
+) -> None:
+    """Config, weights (or those of `state`) and generation config; what is noted in the config thereby is undone."""
     config, generation = exported.config, getattr(exported, "generation_config", None)
     before = {name: getattr(config, name, None) for name in ("dtype", "architectures")}
     try:
         if generation is not None:  # transformers refuses to write what it read (no sampling, but a temperature)
             exported.generation_config = type(generation)()
         # Stock code renames old keys by the name of its class: what the folder's own class loads must have the new.
-        exported.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=format != "remote-code")
+        exported.save_pretrained(
+            folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=format != "remote-code"
+        )
     finally:
         if generation is not None:
             exported.generation_config = generation
@@ -204,7 +210,7 @@ def _rename(file: Path) -> None:
     write_json(file, record, indent=2)
 
 
-def _provenance(model: nn.Module, format: str) -> dict[str, Any]:
+def provenance(model: nn.Module, format: str) -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {
         "format": format,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -34,6 +35,16 @@ COMPONENTS = Annotated[
 ]
 RATIO = Annotated[float, typer.Option("--ratio", help="Share of the MLP neurons to remove, in (0, 1).")]
 DEVICE = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda', 'cuda:0', ...")]
+DEVICE_MAP = Annotated[
+    str,
+    typer.Option(
+        "--device-map",
+        help="For models larger than a device: 'auto' (all GPUs, then CPU, then disk), JSON, or a .json file.",
+    ),
+]
+MODEL_DTYPE = Annotated[
+    str, typer.Option("--dtype", "--model-dtype", help="What the model computes in: float32, bfloat16, float16.")
+]
 METHOD = Annotated[str, typer.Option("--method", help="Pruning criterion: networks, published, magnitude, random, ...")]
 COMPENSATE = Annotated[str, typer.Option("--compensate", help="none, bias or least-squares.")]
 FIELD = Annotated[str, typer.Option("--field", help="Field of .json and .jsonl objects that holds the text.")]
@@ -107,13 +118,35 @@ def fail(error: BaseException) -> None:
     sys.exit(2)
 
 
-def open_model(model: str, device: str) -> tuple[Any, Any]:
-    """Load a model on a device, in evaluation mode, with its tokenizer."""
+def open_model(
+    model: str, device: str, *, dtype: str = "", device_map: str = "", offload: bool = False
+) -> tuple[Any, Any]:
+    """Load a model on a device (or several), in evaluation mode, with its tokenizer."""
     from llmbrain._validation import resolve_device
     from llmbrain.checkpoints import load_model
 
-    where = resolve_device(device)
-    return load_model(model, device=where)
+    if device_map:
+        if device != "auto" or offload:
+            raise InputError(
+                f"--device-map {device_map} and {'--offload' if offload else '--device'} exclude each other"
+            )
+        return load_model(model, dtype=dtype or None, device_map=_device_map(device_map))
+    return load_model(model, dtype=dtype or None, device=resolve_device(device), offload=offload)
+
+
+def _device_map(value: str) -> str | dict[str, int | str]:
+    """A name, or modules and their devices as JSON."""
+    if value.endswith(".json"):
+        from llmbrain._files import read_json
+
+        return read_json(value)
+    if not value.lstrip().startswith("{"):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise InputError(f"--device-map={value!r} is not JSON: {error}") from None
+    return {str(name): where for name, where in found.items()}
 
 
 def parse_components(value: str) -> int | float | str:

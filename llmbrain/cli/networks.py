@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli.common import DEVICE, FIELD, MODEL, SEED, open_model, path_of, print_table, say
+from llmbrain.cli.common import (
+    DEVICE,
+    DEVICE_MAP,
+    FIELD,
+    MODEL,
+    MODEL_DTYPE,
+    SEED,
+    open_model,
+    path_of,
+    print_table,
+    say,
+)
 from llmbrain.cli.lists import ListCommand
 
 TEXTS = Annotated[list[Path], typer.Option("--text", help="One evaluation a file (.txt, .json, .jsonl).")]
@@ -51,6 +62,8 @@ def lesion(
     window: int = typer.Option(0, help="Tokens of context; 0 is the model's own.", min=0),
     max_windows: int = typer.Option(32, help="Windows of each text; 0 is all.", min=0),
     device: DEVICE = "auto",
+    device_map: DEVICE_MAP = "",
+    dtype: MODEL_DTYPE = "",
     field: FIELD = "text",
     seed: SEED = 0,
 ) -> None:
@@ -63,7 +76,7 @@ def lesion(
         raise InputError(f"--text: two files have the same name ({', '.join(names)}), which names the evaluation")
     texts = {name: load_texts(path, field) for name, path in zip(names, text)}
     group = Study(networks).networks
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map)
     table = lesion_table(
         loaded,
         group,

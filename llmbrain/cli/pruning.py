@@ -13,6 +13,7 @@ from llmbrain.cli.common import (
     BALANCE,
     COMPENSATE,
     DEVICE,
+    DEVICE_MAP,
     DRY_RUN,
     EXPERTS,
     FIELD,
@@ -22,6 +23,7 @@ from llmbrain.cli.common import (
     KEEP,
     METHOD,
     MODEL,
+    MODEL_DTYPE,
     MULTIPLE,
     OUT,
     OVERWRITE,
@@ -43,6 +45,12 @@ CALIBRATION = Annotated[
     Path | None, typer.Option("--text", help="Calibration text (.txt, .json, .jsonl); default: that of the study.")
 ]
 STUDY = Annotated[Path | None, typer.Option("--study", help="Folder that `llmbrain run`, `scan` or `decompose` wrote.")]
+
+
+OFFLOAD = Annotated[
+    bool,
+    typer.Option("--offload", help="The blocks stay in the checkpoint; one at a time is in memory, and is cut there."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -75,6 +83,9 @@ def plan(
     keep: KEEP = None,
     forget: FORGET = None,
     device: DEVICE = "auto",
+    device_map: DEVICE_MAP = "",
+    offload: OFFLOAD = False,
+    dtype: MODEL_DTYPE = "",
     seed: SEED = 0,
     field: FIELD = "text",
     dry_run: DRY_RUN = False,
@@ -83,7 +94,7 @@ def plan(
     from llmbrain.study import load_texts, smaller
     from llmbrain.study.experts import plan_fewer
 
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     texts = load_texts(text, field) if text else None
     if expert_ratio is not None:
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
@@ -150,6 +161,9 @@ def prune(
     keep: KEEP = None,
     forget: FORGET = None,
     device: DEVICE = "auto",
+    device_map: DEVICE_MAP = "",
+    offload: OFFLOAD = False,
+    dtype: MODEL_DTYPE = "",
     seed: SEED = 0,
     field: FIELD = "text",
     dry_run: DRY_RUN = False,
@@ -161,7 +175,7 @@ def prune(
     from llmbrain.study.experts import cut_fewer
 
     smaller.check_free(out, overwrite)
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     given = PruningPlan.load(from_plan) if from_plan else None
     texts = load_texts(text, field) if text else None
     if expert_ratio is not None:
@@ -190,7 +204,7 @@ def prune(
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         passes=passes, token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None,
-        random_state=seed, overwrite=overwrite,
+        random_state=seed, overwrite=overwrite, offload=offload or bool(device_map),
     )  # fmt: skip
     say(made.summary())
     say(f"saved: {out}")

@@ -11,9 +11,11 @@ from llmbrain._validation import InputError
 from llmbrain.cli.common import (
     COMPONENTS,
     DEVICE,
+    DEVICE_MAP,
     DRY_RUN,
     FIELD,
     MODEL,
+    MODEL_DTYPE,
     OUT,
     OVERWRITE,
     RUN_LENGTH,
@@ -50,6 +52,8 @@ def scan(
     run_length: RUN_LENGTH = 2048,
     dry_run: DRY_RUN = False,
     device: DEVICE = "auto",
+    device_map: DEVICE_MAP = "",
+    model_dtype: str = typer.Option("", help="What the model computes in: float32, bfloat16, float16."),
     field: FIELD = "text",
 ) -> None:
     """Record every neuron of a model at every token of a text."""
@@ -58,7 +62,7 @@ def scan(
     from llmbrain.study.cost import step_cost, told
 
     texts = load_texts(text, field)
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, dtype=model_dtype, device_map=device_map)
     sites = site.split(",")
     most = n_tokens * len(texts) or None
     told(step_cost(loaded, tokenizer, texts, n_tokens=most, site=sites[0], dtype=dtype or None, disk=True), say)
@@ -172,6 +176,8 @@ def evaluate(
         typer.Option("--out", parser=path_of, metavar="PATH", help="Write the table of the tasks here (.csv)."),
     ] = None,
     device: DEVICE = "auto",
+    device_map: DEVICE_MAP = "",
+    dtype: MODEL_DTYPE = "",
     field: FIELD = "text",
 ) -> None:
     """Perplexity of a model (or of a pruned one) on a text, or its score on tasks."""
@@ -182,7 +188,7 @@ def evaluate(
     if text is None and not tasks:
         raise InputError("give --text FILE for perplexity, --tasks NAMES for tasks, or both")
     texts = None if text is None else load_texts(text, field)
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map)
     if texts is not None:
         value = evaluation.perplexity(loaded, tokenizer, texts, window=window or None, max_windows=max_windows or None)
         typer.echo(f"perplexity {value:.4f}")

@@ -119,6 +119,33 @@ def saying(module: nn.Module, output: Any) -> Iterator[None]:
             vars(module)["forward"] = before
 
 
+@contextmanager
+def recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block these modules keep nothing for a backward pass but what entered: they run again in it.
+
+    The hooks inside them are called in both runs. Weights that accelerate brings in are let go after each.
+    """
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+
+    saved = [(module, vars(module).get("forward")) for module in modules]
+    try:
+        for module, _ in saved:
+            vars(module)["forward"] = again(module.forward)
+        with set_checkpoint_early_stop(False):  # a run that is broken off leaves weights behind
+            yield
+    finally:
+        for module, before in saved:
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = before
+
+
 # -- edits -------------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain._version import __version__
 from llmbrain.anatomy.expert_surgery import check_kept, cut_experts, tell_count
 from llmbrain.anatomy.experts import ExpertAnatomy, Routed, expert_anatomy
+from llmbrain.anatomy.offload import check_in_memory, present
 from llmbrain.checkpoints.shapes import RECORD, build_empty, text_config
 from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.experts import Visits, changing_experts, hearing_experts, rerouted
@@ -184,7 +185,7 @@ def plan_experts(
     for layer, routed in body.routed:  # fails before any work
         size = routed.count // routed.n_groups
         first = [g * size + e for g in range(routed.n_groups) for e in range(stay[layer] // routed.n_groups)]
-        check_kept(body, {**{i: list(range(r.count)) for i, r in body.routed}, layer: first})
+        check_kept(body, {**{i: list(range(r.count)) for i, r in body.routed}, layer: first}, planned=True)
     details: dict[str, Any] = {}
     if method == "random":
         rng = np.random.default_rng(seed_of(random_state))
@@ -199,7 +200,7 @@ def plan_experts(
         details["calibration"] = {"hash": digest(windows), "shape": list(windows.shape)}
     details["scores"] = {str(layer): [float(s) for s in of] for layer, of in scores.items()}
     kept = {layer: _best(routed, scores[layer], stay[layer]) for layer, routed in body.routed}
-    check_kept(body, kept)
+    check_kept(body, kept, planned=True)
     removed = sum((routed.count - len(kept[layer])) * _of_one(routed) for layer, routed in body.routed)
     return ExpertPlan(
         method, float(expert_ratio), tuple(tuple(kept.get(i, ())) for i in range(len(body.layers))), _counts(body),
@@ -213,6 +214,7 @@ def prune_experts(model: Any, plan: ExpertPlan, *, inplace: bool = False, verify
     The result equals the model whose routers may choose only among the experts that stay.
     """
     refuse_changed(model, "prune")
+    check_in_memory(model, "prune")
     body = plan.check_model(model)
     kept = {layer: list(plan.kept[layer]) for layer, _ in body.routed}
     check_kept(body, kept)
@@ -373,6 +375,7 @@ def _weights_digest(body: ExpertAnatomy) -> str:
     found = sha256()
     for _, routed in body.routed:
         for tensor in (*routed.weights, *routed.router):
-            flat = tensor.value.detach().reshape(-1)
-            found.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
+            with present(tensor.owner):
+                flat = tensor.value.detach().reshape(-1)
+                found.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
     return found.hexdigest()[:16]

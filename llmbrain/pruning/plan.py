@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmbrain._files import read_json, write_json
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.offload import present
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.text import digest
@@ -248,9 +249,10 @@ def weights_digest(body: Anatomy) -> str:
     digest = sha256()
     for layer in body.layers:
         for projection in layer.neuron_projections:
-            weight = projection.weight().detach()
-            flat = weight.reshape(-1)[:: max(1, weight.numel() // 4096)]
-            digest.update(flat.float().cpu().numpy().tobytes())
+            with present(projection.module):
+                weight = projection.weight().detach()
+                flat = weight.reshape(-1)[:: max(1, weight.numel() // 4096)]
+                digest.update(flat.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

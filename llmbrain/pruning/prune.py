@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain._version import __version__
 from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.offload import check_in_memory
 from llmbrain.anatomy.surgery import check_cuttable, cut
 from llmbrain.anatomy.units import Units
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
@@ -99,12 +100,13 @@ def prune(
             raise InputError(f"compensate={compensate!r}: there is no repair for experts that were cut yet: pass None")
         return prune_experts(model, plan, inplace=inplace, verify=verify)
     refuse_changed(model, "prune")
+    check_in_memory(model, "prune")
     body, kept = plan.check_model(model), plan.kept_units
     for units in kept:
         check_cuttable(body, units)
     given, windows, token_weights = Calibration.of(calibration, tokenizer, **text), None, None
     if compensate is not None:
-        windows, token_weights = _text(model, plan, given, compensate)
+        windows, token_weights = repair_text(model, plan, given, compensate)
     if verify:
         check_cut_is_zeroing(model, body, kept, windows)
     small = model if inplace else copy.deepcopy(model)
@@ -139,7 +141,7 @@ def prune(
         if inplace:
             error.add_note("the model was being cut in place when this happened: part of it is cut, load it again")
         raise
-    setattr(small, RECORD, [*getattr(small, RECORD, []), _record(plan, compensate, forgetting, windows)])
+    setattr(small, RECORD, [*getattr(small, RECORD, []), record_of(plan, compensate, forgetting, windows)])
     return small
 
 
@@ -164,7 +166,9 @@ def _undone_on_error(body: Anatomy, kept: Mapping[Units, Kept]) -> Iterator[None
         raise
 
 
-def _text(model: nn.Module, plan: PruningPlan, given: Calibration, compensate: str) -> tuple[Tensor, Tensor | None]:
+def repair_text(
+    model: nn.Module, plan: PruningPlan, given: Calibration, compensate: str
+) -> tuple[Tensor, Tensor | None]:
     """Windows to repair on, and how much their tokens count: as said, as conditions tell, or as in the plan."""
     windows = given.windows(model)
     if windows is None:
@@ -182,7 +186,7 @@ def _text(model: nn.Module, plan: PruningPlan, given: Calibration, compensate: s
     return windows, weights
 
 
-def _record(
+def record_of(
     plan: PruningPlan, compensate: str | None, forgetting: dict[str, Any] | None, windows: Tensor | None
 ) -> dict[str, Any]:
     """What was done, as plain JSON values."""

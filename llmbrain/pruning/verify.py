@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, anatomy
+from llmbrain.anatomy.offload import copied, is_away
 from llmbrain.anatomy.surgery import cut
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.change import change_inputs, zero
@@ -59,7 +60,7 @@ def check_cut_is_zeroing(model: nn.Module, body: Anatomy, kept: Kept, windows: T
     if not kinds:
         return
     ids = _tokens(model, windows)
-    if sum(p.numel() for p in model.parameters()) <= WHOLE:
+    if sum(p.numel() for p in model.parameters()) <= WHOLE and not is_away(model):
         _try_whole(model, kept, kinds, ids)
     else:
         _try_blocks(model, body, kept, kinds, ids)
@@ -133,7 +134,7 @@ def _try_blocks(model: nn.Module, body: Anatomy, kept: Kept, kinds: Sequence[Uni
         _first(model, lambda: model(input_ids=ids.to(input_device(model))))
     for layer in chosen:
         wide = _runs_in_32_bits(model)
-        trial = copy.deepcopy(layer)  # its projections hold the modules of the copied block
+        trial = copied(layer)  # its projections hold the modules of the copied block
         _shake(trial.block, wide)
         call = calls[layer.index]
         args, kwargs = (_without_cache(_as(x, wide)) for x in (call.args, call.kwargs))

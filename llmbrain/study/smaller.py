@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from llmbrain._files import write_figure, write_table
 from llmbrain._progress import Say, speaker
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.families import anatomy
-from llmbrain.checkpoints import save_pruned
+from llmbrain.checkpoints import load_model, save_pruned
 from llmbrain.checkpoints.gguf_reading import is_gguf
 from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
+from llmbrain.checkpoints.parts import FORMATS_BY_PART
 from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
-from llmbrain.pruning import PruningPlan, plan_pruning, prune
+from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
 from llmbrain.pruning.benchmark import compare_methods
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.criteria import CRITERIA
@@ -212,6 +213,7 @@ def cut(
     report: bool = True,
     random_state: int | None = 0,
     overwrite: bool = False,
+    offload: bool = False,
     progress: bool | Say = True,
     **options: Any,
 ) -> tuple[nn.Module, PruningPlan]:
@@ -232,12 +234,16 @@ def cut(
         What is drawn starts from it; None draws anew.
     overwrite : bool
         Write over what is there.
+    offload : bool
+        Cut block by block, from the files of a model that was loaded with ``offload=True`` or a device map to those of
+        the smaller one: see `llmbrain.prune_offloaded`.
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
 
     Returns
     -------
     (model, plan)
+        With `offload` the model is the smaller one, opened with ``offload=True``.
 
     Raises
     ------
@@ -245,6 +251,8 @@ def cut(
         If `out` holds a model already and `overwrite` is not set, before anything is done.
     """
     check_free(out, overwrite)
+    if offload:
+        check_option("format", format, FORMATS_BY_PART)
     if format == "gguf":
         check_gguf_path(out)
         demands(model)  # whether there is a place for it: before the work
@@ -260,13 +268,18 @@ def cut(
         )
     calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
     intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
-    small = prune(model, plan, tokenizer=tokenizer, compensate=compensate, intercept=intercept, **calibration)
-    if format == "gguf":
-        source = Path(model_id(model))
-        like = like or (source if is_gguf(source) and source.is_file() else None)
-        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, gguf_type=gguf_type, like=like)
+    how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept, **calibration}
+    if offload:
+        prune_offloaded(model, plan, out, format=format, overwrite=overwrite, **how)
+        small, _ = load_model(out, offload=True)
     else:
-        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
+        small = prune(model, plan, **how)
+        of_gguf: dict[str, Any] = {}
+        if format == "gguf":
+            source = Path(model_id(model))
+            like = like or (source if is_gguf(source) and source.is_file() else None)
+            of_gguf = {"gguf_type": gguf_type, "like": like}
+        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, **of_gguf)
     if report:
         title = f"{model_id(model)}, pruned"
         page = Path(out).with_suffix(".html") if format == "gguf" else Path(out) / "report.html"

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
+from llmbrain.hooks.change import recomputing
 from llmbrain.hooks.listen import hear_outputs
-from llmbrain.hooks.text import batches, evaluating
+from llmbrain.hooks.text import batches, embeddings, evaluating
 from llmbrain.pruning.calibrate.losses import last_states
 from llmbrain.pruning.calibrate.moments import gram
 
@@ -58,6 +60,12 @@ def gradient_pass(
         raise InputError(
             f"model {type(model).__name__} predicts no next token, as method='taylor' needs: use another one"
         )
+    away = is_away(model)
+    if taylor and away:
+        raise InputError(
+            "method='taylor' sums gradients of all weights, and those of this model are offloaded: use another method, "
+            "or load the model whole"
+        )
     probe = torch.Generator().manual_seed(0)
     grams: list[Any] = [0.0] * len(body.layers)
     counts: Tensor | None = None  # weights of the tokens of the batch at hand
@@ -76,14 +84,19 @@ def gradient_pass(
     projections = [units.projections(layer) for layer in body.layers]
     wanted = {id(p) for of in projections for j in of for p in j.module.parameters(recurse=False)}
     before = [(p, p.requires_grad) for p in model.parameters()]
-    places = [(out.module, watch(i)) for i, out in enumerate(outputs) if out is not None]
+    places: list[tuple[nn.Module, Any]] = [(out.module, watch(i)) for i, out in enumerate(outputs) if out is not None]
+    table: Any = embeddings(model)
+    leaf = None if taylor or table is None or table.weight.is_meta else table.weight
+    if not taylor and leaf is None:  # the table is offloaded, too: what comes out of it is the leaf
+        places.append((table, lambda entering, output: (output.requires_grad_(True), None)[1]))
+    # Blocks run again in the backward pass where their weights would else pile up in memory until then.
+    once = [layer.block for layer in body.layers] if away else []
     try:
         for p, _ in before:
             p.requires_grad_(taylor and id(p) in wanted)
-        if not taylor:  # one leaf is enough for gradients to reach every layer
-            embeddings = model.get_input_embeddings()  # type: ignore[operator]
-            embeddings.weight.requires_grad_(True)
-        with evaluating(model, gradients=True), hear_outputs(model, places):
+        if leaf is not None:  # one leaf is enough for gradients to reach every layer
+            leaf.requires_grad_(True)
+        with evaluating(model, gradients=True), recomputing(once), hear_outputs(model, places):
             for i, batch in enumerate(batches(windows)):
                 if weights is not None:
                     counts = batches(weights)[i].flatten()
@@ -92,8 +105,8 @@ def gradient_pass(
                 else:
                     states = last_states(model, batch)
                     states.backward(torch.randn(states.shape, generator=probe).to(states.device))
-                if not taylor:
-                    embeddings.weight.grad = None
+                if leaf is not None:
+                    leaf.grad = None
         n = windows.numel()
         found: dict[str, list[Tensor]] = {}
         if metric:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
+from llmbrain.anatomy.offload import present, store
 from llmbrain.anatomy.surgery import Change, write
 from llmbrain.anatomy.units import KINDS, Units
 from llmbrain.hooks.change import saying
@@ -34,6 +35,7 @@ from llmbrain.pruning.calibrate.moments import Moments
 from llmbrain.pruning.verify import FAILURES, check_reads
 
 LEAST_BATCHES = 8
+TOO_CLOSE = "they get more than the block before gives, and need the whole model: load it whole"
 HELD_OUT = 8  # one batch in so many is held out to choose the ridge
 
 
@@ -272,6 +274,7 @@ def walk(
     sequential: bool = True,
     weights: Tensor | None = None,
     progress: str | None = None,
+    done: Callable[[LayerAnatomy], None] | None = None,
 ) -> None:
     """Visit every layer in order, with the moments of its signals and outputs over calibration tokens.
 
@@ -289,29 +292,54 @@ def walk(
         Whether later layers see the changes to earlier ones.
     weights : (n, window) float, optional
         How much each token counts.
+    done : function, optional
+        Gets each layer when the text has gone through it, with its weights in memory, to do with them what it likes
+        (cut and save them): they are not looked at again.
     """
     with evaluating(model):
         stream = stream_of(model, body, windows)
+        if done is not None and not isinstance(stream, Stream):
+            raise InputError(f"the blocks of {type(model).__name__} cannot be pruned one by one: {TOO_CLOSE}")
         sizes = [len(h) for h in stream.hidden]
         token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
         late: list[tuple[Projection, Change]] = []
         for layer in bar(body.layers, desc=progress or "layers", show=bool(progress), leave=False):
-            unchanged = None
-            for units in (kind for kind in KINDS if kind in steps):
-                output = units.output(layer)
-                if output is None:
-                    continue
-                measured, after = _measure(stream, units, output, token_weights)
-                change = steps[units](measured)
-                unchanged = after if change is None else None
-                if change is not None and sequential:
-                    write(output, change)
-                elif change is not None:
-                    late.append((output, change))
-                    unchanged = after
-            stream.advance(unchanged)
+            unchanged, changed = None, []
+            with present(layer.block):
+                for units in (kind for kind in KINDS if kind in steps):
+                    output = units.output(layer)
+                    if output is None:
+                        continue
+                    measured, after = _measure(stream, units, output, token_weights)
+                    change = steps[units](measured)
+                    unchanged = after if change is None else None
+                    if change is not None and sequential:
+                        write(output, change)
+                        changed.append(output)
+                    elif change is not None:
+                        late.append((output, change))
+                        unchanged = after
+                stream.advance(unchanged)
+                if isinstance(stream, Stream):  # it does not come back here; whole passes do
+                    changed += _write_all(late)
+                if done is not None:
+                    done(layer)
+                else:
+                    for output in changed:
+                        store(output.module)
         for output, change in late:
-            write(output, change)
+            with present(output.module):
+                write(output, change)
+                store(output.module)
+
+
+def _write_all(late: list[tuple[Projection, Change]]) -> list[Projection]:
+    """Write changes that waited; none waits then."""
+    for output, change in late:
+        write(output, change)
+    written = [output for output, _ in late]
+    late.clear()
+    return written
 
 
 def is_held_out(batch: int, n: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import Projection
+from llmbrain.anatomy.offload import present
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import Change, check_cuttable
 from llmbrain.anatomy.units import NEURONS, Units
@@ -88,16 +89,17 @@ class Scorer:
         self.learn(units)
         output = self.output(layer, units)
         metric = self._metric.get(units)
-        evidence = Evidence(
-            layer=self.material.body.layers[layer],
-            units=units,
-            output=output,
-            weight=output.weight().detach().double() if measured is None else measured.weight,
-            generator=self._generator,
-            moments=None if measured is None else measured.all,
-            metric=None if metric is None else metric[layer],
-        )
-        scores = torch.as_tensor(self.criterion.score(evidence)).detach().cpu().numpy().astype(float)
+        with present(self.material.body.layers[layer].block):
+            evidence = Evidence(
+                layer=self.material.body.layers[layer],
+                units=units,
+                output=output,
+                weight=output.weight().detach().double() if measured is None else measured.weight,
+                generator=self._generator,
+                moments=None if measured is None else measured.all,
+                metric=None if metric is None else metric[layer],
+            )
+            scores = torch.as_tensor(self.criterion.score(evidence)).detach().cpu().numpy().astype(float)
         if scores.shape != (output.units,):
             raise InputError(
                 f"method={self.criterion.name!r} gave scores of shape {scores.shape} for {output.units} {units.name}"

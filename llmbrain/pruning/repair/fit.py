@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.families import Anatomy, LayerAnatomy
 from llmbrain.anatomy.surgery import Change
 from llmbrain.anatomy.units import Units
 from llmbrain.pruning.calibrate.moments import Moments
@@ -29,6 +29,7 @@ def repair(
     intercept: bool = True,
     sequential: bool = True,
     weights: Tensor | None = None,
+    done: Callable[[LayerAnatomy], None] | None = None,
 ) -> None:
     """Write refitted output projections into a model, with zeros where units go; shapes stay.
 
@@ -41,6 +42,8 @@ def repair(
         ``"bias"`` or ``"least-squares"``.
     ridge, intercept, sequential, weights
         As in `llmbrain.prune`.
+    done : function, optional
+        Gets each layer once it is repaired: see `llmbrain.pruning.calibrate.stream.walk`.
     """
     removed = any(len(k) < n for units, of in kept.items() for k, n in zip(of, units.counts(body)))
 
@@ -54,7 +57,7 @@ def repair(
         return at
 
     steps = {units: step(units) for units in kept}
-    walk(model, body, windows, steps, sequential=sequential, weights=weights, progress="repair")
+    walk(model, body, windows, steps, sequential=sequential, weights=weights, progress="repair", done=done)
 
 
 def fit(

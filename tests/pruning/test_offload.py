@@ -1,0 +1,230 @@
+"""Models of which only a block is in memory: scanned, lesioned, measured, planned and cut as if they were whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny, tiny_tokenizer
+
+import llmbrain as lb
+from llmbrain import InputError
+from llmbrain.anatomy.offload import is_away, present
+from llmbrain.pruning.criteria import CRITERIA
+
+TEXTS = ["the cat sat on the mat, and the dog ran away. " * 3, "who is there? nobody, said the bird in the tree. " * 3]
+WINDOWS = torch.randint(2, 40, (24, 16), generator=torch.Generator().manual_seed(0))
+
+
+def saved(name: str, folder: Path, **changes: object) -> Path:
+    """A tiny model in a folder."""
+    model = tiny(name, num_hidden_layers=3, **changes)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+ALL_ON_DISK = {"model.embed_tokens": "disk", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
+               "lm_head": "disk"}  # fmt: skip
+PLACES = {
+    "offload": {"offload": True},
+    "disk": {"device_map": ALL_ON_DISK},
+    "cpu": {"device_map": {"": "cpu"}},
+    "auto": {"device_map": "auto"},
+}
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def pair(request: pytest.FixtureRequest, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, object]:
+    """The model in memory, and the same placed otherwise."""
+    whole, tokenizer = lb.load_model(folder)
+    placed, _ = lb.load_model(folder, **PLACES[request.param])
+    assert is_away(placed) == (request.param in ("offload", "disk"))
+    return whole, placed, tokenizer
+
+
+def test_scan_lesion_and_evaluation_are_the_same(pair) -> None:
+    whole, placed, tokenizer = pair
+    scans = [lb.scan(model, tokenizer, TEXTS) for model in (whole, placed)]
+    for one, other in zip(*scans):
+        assert np.array_equal(one.data(), other.data())
+    assert lb.perplexity(placed, tokenizer, TEXTS, window=16) == lb.perplexity(whole, tokenizer, TEXTS, window=16)
+    networks = lb.FunctionalNetworks.from_ica(lb.GroupICA(3, random_state=0).fit(scans[0]), threshold=1.0)
+    for value, more in (("zero", {}), ("mean", {"reference": WINDOWS})):
+        said = []
+        for model in (whole, placed):
+            with lb.lesion(model, networks[0], value=value, **more), torch.no_grad():
+                said.append(model(input_ids=WINDOWS[:2]).logits)
+        assert torch.equal(*said)
+        assert not torch.equal(said[0], whole(input_ids=WINDOWS[:2]).logits)
+    tables = [
+        lb.lesion_table(model, networks, {"text": TEXTS}, tokenizer=tokenizer, n_random=2, window=16, random_state=0)
+        for model in (whole, placed)
+    ]
+    np.testing.assert_allclose(tables[1].frame["effect"], tables[0].frame["effect"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(tables[1].frame["random_effect"], tables[0].frame["random_effect"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", sorted(set(CRITERIA) - {"published", "taylor"}))
+def test_plans_are_the_same(folder: Path, method: str) -> None:
+    whole, _ = lb.load_model(folder)
+    for place in ("offload",) if method == "networks" else ("offload", "disk"):
+        placed, _ = lb.load_model(folder, **PLACES[place])
+        plans = [
+            lb.plan_pruning(
+                m, ratio=0.4, method=method, calibration=WINDOWS, random_state=0, passes=7,
+                head_ratio=0.5 if method in ("flap", "networks") else 0.0,
+            )
+            for m in (whole, placed)
+        ]  # fmt: skip
+        assert plans[0].to_dict() == plans[1].to_dict()
+        assert is_away(placed)
+        with torch.no_grad():  # nothing that was tried is left behind
+            assert torch.equal(placed(input_ids=WINDOWS[:2]).logits, whole(input_ids=WINDOWS[:2]).logits)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(lb.load_pruned(folder)[0].state_dict())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "falcon", "bert"])
+@pytest.mark.parametrize(("compensate", "sequential"), [(None, True), ("bias", True), ("least-squares", False),
+                                                        ("least-squares", True)])  # fmt: skip
+def test_pruning_block_by_block_equals_pruning_in_memory(
+    tmp_path: Path, name: str, compensate: str | None, sequential: bool
+) -> None:
+    if name != "llama" and compensate != "least-squares":
+        pytest.skip("of the other families one repair is tried")
+    changes = {"n_layer": 3} if name == "gpt2" else {}
+    model = tiny(name, **(changes or {"num_hidden_layers": 3}))
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    whole, tokenizer = lb.load_model(tmp_path / "m")
+    placed, _ = lb.load_model(tmp_path / "m", offload=True)
+    heads = {"head_ratio": 0.5} if name == "llama" else {}
+    plan = lb.plan_pruning(whole, ratio=0.4, method="flap", allocation="global", calibration=WINDOWS, **heads)
+    how = {"calibration": WINDOWS, "compensate": compensate, "sequential": sequential}
+    lb.save_pruned(lb.prune(whole, plan, **how), tokenizer, tmp_path / "a")
+    lb.prune_offloaded(placed, plan, tmp_path / "b", tokenizer=tokenizer, **how)
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for file in ("config.json", "generation_config.json"):
+        if (tmp_path / "a" / file).is_file():
+            assert json.loads((tmp_path / "a" / file).read_text()) == json.loads((tmp_path / "b" / file).read_text())
+    with torch.no_grad():  # the model that was cut is as it was
+        assert torch.equal(placed(input_ids=WINDOWS[:2])[0], whole(input_ids=WINDOWS[:2])[0])
+    if name != "llama":
+        return
+    again, _ = lb.load_model(tmp_path / "b", offload=True)  # what was cut is read block by block too, and cut again
+    lb.prune_offloaded(
+        again, lb.plan_pruning(again, ratio=0.3, method="magnitude"), tmp_path / "c", tokenizer=tokenizer
+    )
+    assert sum(p.numel() for p in lb.load_pruned(tmp_path / "c")[0].parameters()) < sum(
+        v.numel() for v in other.values()
+    )
+
+
+def test_stock_transformers_loads_what_is_uniform(tmp_path: Path, folder: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    placed, tokenizer = lb.load_model(folder, offload=True)
+    plan = lb.plan_pruning(placed, ratio=0.5, method="wanda-sp", calibration=WINDOWS)
+    lb.prune_offloaded(placed, plan, tmp_path / "u", tokenizer=tokenizer, calibration=WINDOWS,
+                       compensate="least-squares", intercept=False, format="uniform")  # fmt: skip
+    stock, found = LlamaForCausalLM.from_pretrained(tmp_path / "u", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    small = lb.prune(lb.load_model(folder)[0], plan, calibration=WINDOWS, compensate="least-squares", intercept=False)
+    with torch.no_grad():
+        assert torch.equal(stock(input_ids=WINDOWS[:2]).logits, small(input_ids=WINDOWS[:2]).logits)
+
+
+def test_only_a_block_is_ever_in_memory(tmp_path: Path) -> None:
+    """Of the blocks' weights never more than one block's and those of its smaller copy hold values."""
+    folder = saved("llama", tmp_path / "m", intermediate_size=64)
+    placed, tokenizer = lb.load_model(folder, offload=True)
+    blocks = [layer.block for layer in lb.anatomy.families.anatomy(placed).layers]
+    one = sum(p.numel() for p in blocks[0].parameters())
+    most = 0
+
+    def count(*_: object) -> None:
+        nonlocal most
+        held = sum(p.numel() for block in blocks for p in block.parameters() if not p.is_meta)
+        most = max(most, held)
+
+    handles = [part.register_forward_hook(count) for block in blocks for part in block.modules()]
+    options = {"calibration": WINDOWS, "compensate": "least-squares"}
+    plan = lb.plan_pruning(placed, ratio=0.4, method="obs-gradient", calibration=WINDOWS)
+    lb.prune_offloaded(placed, plan, tmp_path / "b", tokenizer=tokenizer, **options)
+    for handle in handles:
+        handle.remove()
+    assert 0 < most <= one
+    assert not any(not p.is_meta for block in blocks for p in block.parameters())
+
+
+def test_offloaded_models_are_not_cut_in_place(folder: Path, tmp_path: Path) -> None:
+    placed, tokenizer = lb.load_model(folder, offload=True)
+    plan = lb.plan_pruning(placed, ratio=0.4, method="magnitude")
+    with pytest.raises(InputError, match=r"model.layers.0.* offloaded.*llmbrain prune --offload"):
+        lb.prune(placed, plan)
+    with pytest.raises(InputError, match=r"save_pruned.*offloaded"):
+        lb.save_pruned(placed, tokenizer, tmp_path / "s")
+    with pytest.raises(InputError, match=r"taylor.*offloaded"):
+        lb.plan_pruning(placed, ratio=0.4, method="taylor", calibration=WINDOWS)
+    with pytest.raises(InputError, match="gguf"):
+        lb.prune_offloaded(placed, plan, tmp_path / "s", format="gguf")
+    lb.prune_offloaded(placed, plan, tmp_path / "s", tokenizer=tokenizer)
+    with pytest.raises(FileExistsError, match="holds a model already"):
+        lb.prune_offloaded(placed, plan, tmp_path / "s", tokenizer=tokenizer)
+
+
+def test_a_failure_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmbrain.checkpoints.parts import Parts
+
+    placed, tokenizer = lb.load_model(folder, offload=True)
+    plan = lb.plan_pruning(placed, ratio=0.4, method="magnitude")
+    monkeypatch.setattr(Parts, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lb.prune_offloaded(placed, plan, tmp_path / "s", tokenizer=tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    with torch.no_grad():
+        whole, _ = lb.load_model(folder)
+        assert torch.equal(placed(input_ids=WINDOWS[:2])[0], whole(input_ids=WINDOWS[:2])[0])
+
+
+def test_present_is_nested_and_leaves_nothing(folder: Path) -> None:
+    placed, _ = lb.load_model(folder, offload=True)
+    block = lb.anatomy.families.anatomy(placed).layers[1].block
+    with present(block):
+        with present(block):
+            pass
+        assert not is_away(block)
+        with torch.no_grad():
+            placed(input_ids=WINDOWS[:1])
+        assert not any(p.is_meta for p in block.parameters())
+    assert all(p.is_meta for p in block.parameters())
+    assert is_away(block)
+
+
+def test_mixtures_of_experts(tmp_path: Path) -> None:
+    folder = saved("mixtral", tmp_path / "m")
+    whole, tokenizer = lb.load_model(folder)
+    placed, _ = lb.load_model(folder, offload=True)
+    assert is_away(placed)
+    for one, other in zip(*(lb.scan(model, tokenizer, TEXTS) for model in (whole, placed))):
+        assert np.array_equal(one.data(), other.data())
+    plans = [lb.plan_pruning(m, expert_ratio=0.5, method="reap", calibration=WINDOWS) for m in (whole, placed)]
+    assert plans[0].kept == plans[1].kept
+    with pytest.raises(InputError, match="offloaded"):
+        lb.prune(placed, plans[0])
+    with pytest.raises(InputError, match="block by block"):
+        lb.prune_offloaded(placed, plans[0], tmp_path / "s")
