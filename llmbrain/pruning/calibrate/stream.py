@@ -35,7 +35,6 @@ from llmbrain.pruning.calibrate.moments import Moments
 from llmbrain.pruning.verify import FAILURES, check_reads
 
 LEAST_BATCHES = 8
-TOO_CLOSE = "they get more than the block before gives, and need the whole model: load it whole"
 HELD_OUT = 8  # one batch in so many is held out to choose the ridge
 
 
@@ -299,7 +298,10 @@ def walk(
     with evaluating(model):
         stream = stream_of(model, body, windows)
         if done is not None and not isinstance(stream, Stream):
-            raise InputError(f"the blocks of {type(model).__name__} cannot be pruned one by one: {TOO_CLOSE}")
+            raise InputError(
+                f"the blocks of {type(model).__name__} cannot be pruned one by one: they get more than the block before "
+                "gives, and need the whole model: load it whole"
+            )
         sizes = [len(h) for h in stream.hidden]
         token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
         late: list[tuple[Projection, Change]] = []
