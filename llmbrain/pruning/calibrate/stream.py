@@ -299,8 +299,8 @@ def walk(
         stream = stream_of(model, body, windows)
         if done is not None and not isinstance(stream, Stream):
             raise InputError(
-                f"the blocks of {type(model).__name__} cannot be pruned one by one: they get more than the block before "
-                "gives, and need the whole model: load it whole"
+                f"the blocks of {type(model).__name__} cannot be pruned one by one: they get more than the block "
+                "before gives, and need the whole model: load it whole"
             )
         sizes = [len(h) for h in stream.hidden]
         token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
