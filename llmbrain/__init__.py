@@ -17,6 +17,7 @@ ROOMS = [
     "comparison",
     "datasets",
     "decomposition",
+    "distributed",
     "evaluation",
     "hooks",
     "imaging",
@@ -57,7 +58,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pruning": ["PruningPlan", "plan_pruning", "prune", "prune_offloaded", "recover"],
         "reporting": ["report", "write_report"],
         "study": ["Study", "check", "compare", "load_texts", "run"],
-        "scanning": ["Scan", "Stimulus", "load_scans", "scan"],
+        "scanning": ["Scan", "Stimulus", "load_scans", "merge", "scan"],
     },
 )
 __all__ = ["__version__", *__all__]

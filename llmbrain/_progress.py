@@ -51,12 +51,13 @@ class _Desk:
         self.bars: list[bar[Any]] = []
         self.last = time.monotonic()
         self.watchers = 0
+        self.muted = 0
 
     def tell(self, message: str, *, aloud: bool = True) -> None:
         """A line on stderr and in the logs."""
         with self.lock:
             self.last = time.monotonic()
-            if aloud:
+            if aloud and not self.muted:
                 print(message, file=sys.stderr, flush=True)
             stamp = time.strftime("%H:%M:%S")
             for path in self.logs:
@@ -73,6 +74,16 @@ class _Desk:
 
 
 _desk = _Desk()
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """While the block runs nothing is said and no bar is shown: another process speaks for this one."""
+    _desk.muted += 1
+    try:
+        yield
+    finally:
+        _desk.muted -= 1
 
 
 @contextmanager
@@ -124,7 +135,7 @@ class bar(Generic[T]):
         self.iterable, self.desc, self.n, self.start = iterable, desc, 0.0, time.monotonic()
         self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.shown: Any = None
-        if show and sys.stderr.isatty():
+        if show and not _desk.muted and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
             self.shown = tqdm(total=self.total, desc=desc, unit=unit, unit_scale=unit == "token", leave=leave)

@@ -32,6 +32,7 @@ ROOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("datasets", "Data sets", ("phantom.Phantom", "abilities.Example")),
     ("plotting", "Figures", ()),
     ("stats", "Statistics", ()),
+    ("distributed", "Ranks", ()),
     ("hooks", "Hooks", ()),
     ("page", "Report pages", ()),
     ("reporting", "Report and viewer", ("viewer.serve",)),

@@ -28,8 +28,9 @@ Reading
 Owning
 ------
 ``owner(folder)``
-    One process at a time writes into a folder step by step (a scan, a dual regression, a table of lesions); a second
-    one is told who does. ``append_sum`` adds a file that is whole to such a folder's ``SHA256SUMS``.
+    One process at a time writes into a folder step by step (a scan, a dual regression, a table of lesions), or the
+    ranks of one job together; a second one is told who does. ``append_sum`` adds a file that is whole to such a
+    folder's ``SHA256SUMS``.
 
 Failing
 -------
@@ -54,7 +55,7 @@ from llmbrain._files.one import (
     writing,
 )
 from llmbrain._files.owner import LOCK, BusyError, owner
-from llmbrain._files.parts import SUMS, append_sum, discard_sum, read_sums, replace_sums, sweep
+from llmbrain._files.parts import SUMS, append_sum, discard_sum, locked, read_sums, replace_sums, sweep
 from llmbrain._files.reading import (
     StoredFiles,
     UnverifiedWarning,
@@ -88,6 +89,7 @@ __all__ = [
     "discard_file",
     "discard_sum",
     "file_sha256",
+    "locked",
     "owner",
     "plain",
     "read_json",

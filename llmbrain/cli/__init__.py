@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import typer
@@ -29,6 +31,7 @@ app = typer.Typer(
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the click that typer brings along
 CTRL_C = 130  # exit code of an interrupted command
+SHARED = ("scan", "decompose", "dualreg", "lesion", "plan", "prune")  # commands that ranks share
 
 
 def _version(wanted: bool) -> None:
@@ -39,9 +42,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    pass
+    from llmbrain.distributed import RankError, ranks
+
+    if ranks().size > 1 and context.invoked_subcommand not in SHARED:
+        raise RankError(
+            f"llmbrain {context.invoked_subcommand} is one process: start it without torchrun (ranks share "
+            f"{', '.join(SHARED)})"
+        )
 
 
 for module in (demo, run, steps, networks, pruning, serving, compare, view):
@@ -53,9 +63,27 @@ def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: 
 
 
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2; `LLMBRAIN_DEBUG=1` shows the traceback."""
+    """Entry point: bad input is one line on stderr and exit code 2; `LLMBRAIN_DEBUG=1` shows the traceback.
+
+    Where torchrun started several processes, they are ranks; rank 0 speaks for all, but each says its own errors.
+    """
+    from llmbrain.distributed import joined
+
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading: our own say what takes time
     warnings.showwarning = _warn  # a line a person can read, instead of the place in the code
+    try:
+        with joined() as team:
+            if not team.leads:
+                warnings.showwarning = lambda message, *_, **__: _warn(f"rank {team.rank}: {message}", UserWarning)
+            with nullcontext() if team.leads else redirect_stdout(io.StringIO()):
+                _run()
+    except InputError as error:  # a rank that never came, a port in use
+        if os.environ.get("LLMBRAIN_DEBUG"):
+            raise
+        fail(error)
+
+
+def _run() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:  # one line, as for any other bad input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (scan, decompose, dualreg, evaluate, info, check):
+    for command in (scan, merge, decompose, dualreg, evaluate, info, check):
         app.command(command.__name__, cls=ListCommand)(command)
 
 
@@ -50,17 +51,24 @@ def scan(
     dtype: str = typer.Option("", help="float16, bfloat16 or float32; default the model's own."),
     nifti: bool = typer.Option(False, help="Write every run as a 4D NIfTI too."),
     run_length: RUN_LENGTH = 2048,
+    rank: int | None = typer.Option(None, "--rank", help="Number of this process, from 0, of several (see --of)."),
+    of: int | None = typer.Option(None, "--of", help="How many processes share the scan; torchrun needs neither."),
     dry_run: DRY_RUN = False,
     device: DEVICE = "auto",
     device_map: DEVICE_MAP = "",
     model_dtype: str = typer.Option("", help="What the model computes in: float32, bfloat16, float16."),
     field: FIELD = "text",
 ) -> None:
-    """Record every neuron of a model at every token of a text."""
+    """Record every neuron of a model at every token of a text; several processes may share it (torchrun, --rank)."""
+    from llmbrain.distributed import ranks
     from llmbrain.scanning import scan as scan_model
+    from llmbrain.scanning import taking
+    from llmbrain.scanning.store import unfinished
     from llmbrain.study import load_texts
     from llmbrain.study.cost import step_cost, told
 
+    if (rank is None) != (of is None):
+        raise InputError(f"--rank={rank} --of={of}: give both, or neither")
     texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device, dtype=model_dtype, device_map=device_map)
     sites = site.split(",")
@@ -68,13 +76,29 @@ def scan(
     told(step_cost(loaded, tokenizer, texts, n_tokens=most, site=sites[0], dtype=dtype or None, disk=True), say)
     if dry_run:
         return
-    scans = scan_model(
-        loaded, tokenizer, texts, out=out, site=sites if len(sites) > 1 else sites[0], batch_size=batch_size,
-        block_size=block_size or None, n_tokens=n_tokens or None, dtype=dtype or None, run_length=run_length or None,
-    )  # fmt: skip
-    if nifti:
+    with taking(rank, of) if rank is not None and of is not None else nullcontext():
+        scans = scan_model(
+            loaded, tokenizer, texts, out=out, site=sites if len(sites) > 1 else sites[0], batch_size=batch_size,
+            block_size=block_size or None, n_tokens=n_tokens or None, dtype=dtype or None,
+            run_length=run_length or None,
+        )  # fmt: skip
+    if missing := unfinished(out):
+        say(f"rank {rank} of {of} is done; the study still lacks {missing}: {out}")
+        return
+    if nifti and ranks().leads:
         for run in scans:
             run.to_nifti(out / f"{run.name}.nii")
+    say(f"{len(scans)} runs, {sum(s.n_tokens for s in scans):,} tokens x {scans[0].n_neurons:,} units in {out}")
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that ranks of one scan wrote.")],
+    out: OUT,
+) -> None:
+    """Join the folders of a scan whose ranks wrote apart (`llmbrain scan --rank I --of N` on several machines)."""
+    from llmbrain.scanning import merge as merge_folders
+
+    scans = merge_folders(folders, out)
     say(f"{len(scans)} runs, {sum(s.n_tokens for s in scans):,} tokens x {scans[0].n_neurons:,} units in {out}")
 
 

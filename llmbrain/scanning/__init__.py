@@ -1,6 +1,7 @@
 """The scanner: a model reads texts, and what every neuron did is kept.
 
-Public: `scan`, `load_scans`, `Scan` (one run), `Stimulus` (a text with conditions).
+Public: `scan`, `load_scans`, `Scan` (one run), `Stimulus` (a text with conditions); `taking` and `merge` where several
+machines share a scan.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "merging": ["merge"],
         "scanner": ["scan"],
         "scans": ["Scan"],
+        "shares": ["taking"],
         "stimuli": ["Stimulus"],
         "store": ["CorruptStoreError", "load_scans"],
     },

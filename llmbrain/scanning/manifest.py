@@ -20,6 +20,7 @@ from llmbrain.hooks.listen import Kinds, Reader
 from llmbrain.hooks.text import Run
 from llmbrain.scanning.mixture import Mixture
 from llmbrain.scanning.schedule import Schedule
+from llmbrain.scanning.shares import Share
 from llmbrain.scanning.store import FORMAT, FORMAT_VERSION, FileShards, key_of, runs_sha256
 
 # How far a second reading of the same block may lie from what is stored (relative): rounding, not another model.
@@ -125,8 +126,13 @@ def check_same(reader: Reader, schedule: Schedule, shards: FileShards, done: int
             )
 
 
-def say_disk(folder: Path, schedule: Schedule, todo: Sequence[int]) -> None:
-    """Print what the shards still to be made will take.
+def say_disk(folder: Path, schedule: Schedule, todo: Sequence[int], share: Share) -> None:
+    """Print what the shards still to be made will take; in a process group rank 0 does so for all.
+
+    Parameters
+    ----------
+    todo : sequence of int
+        Shards that this process will make, in a process group those of all ranks.
 
     Raises
     ------
@@ -134,10 +140,14 @@ def say_disk(folder: Path, schedule: Schedule, todo: Sequence[int]) -> None:
         If the disk has less.
     """
     rows = schedule.rows
-    tokens = sum(rows[i + 1] - rows[i] for i in todo)
+    together = share.team.size == share.size
+    among = range(len(rows) - 1) if together else share.mine(len(rows) - 1)
+    tokens, total = (sum(rows[i + 1] - rows[i] for i in of) for of in (todo, among))
     need = tokens * schedule.per_token
-    done = f" ({rows[-1] - tokens:,} of {rows[-1]:,} are there already)" if tokens < rows[-1] else ""
-    print(f"scan: {tokens:,} tokens need {bytes_text(need)} of disk in {folder}{done}", file=sys.stderr)
+    done = f" ({total - tokens:,} of {total:,} are there already)" if tokens < total else ""
+    who = f", {share.size} ranks" if share.team.size > 1 else "" if together else f", rank {share.rank} of {share.size}"
+    if share.team.leads:
+        print(f"scan: {tokens:,} tokens need {bytes_text(need)} of disk in {folder}{who}{done}", file=sys.stderr)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise InputError(

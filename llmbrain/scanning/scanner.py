@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmbrain._files import owner
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import anatomy, context_length
+from llmbrain.distributed import ALONE
 from llmbrain.hooks.listen import Kinds, Reader, Recorder, reading
 from llmbrain.hooks.sites import check_sites, expert_taps, find_taps
 from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, cut_runs, embeddings, read_texts
@@ -26,6 +26,7 @@ from llmbrain.scanning.manifest import check_same, manifest_of, model_id, say_di
 from llmbrain.scanning.mixture import Mixture
 from llmbrain.scanning.scans import Scan
 from llmbrain.scanning.schedule import Schedule
+from llmbrain.scanning.shares import Share
 from llmbrain.scanning.store import FileShards, MemoryShards, Shards, key_of, open_study, scans_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,6 +47,9 @@ def scan(
     verify: bool = True,
 ) -> list[Scan]:
     """Let a model read texts, and keep what every neuron did at every token.
+
+    In a process group (or within `taking`) each rank makes its own part of the study in `out`; all get all of it. A
+    scan that is kept in memory each rank makes by itself.
 
     What is kept equals what the model's own modules compute in that forward pass, to the bit (unless `dtype` is
     narrower). Texts of a batch are padded on the right; padding is never recorded. A text longer than `block_size` is
@@ -93,47 +97,53 @@ def scan(
         Empty texts, an unknown site or one this model does not have, a block longer than the context, NaN or infinite
         signals (named by layer, neuron, run and token), too little disk, a folder that holds another study.
     """
-    sites = check_sites(site)
-    kept = _check_dtype(dtype)
-    check_range("batch_size", batch_size, 1)
-    limit = context_length(model)
-    if block_size is not None:
-        check_range("block_size", block_size, 1, limit)
-    size = limit if block_size is None else int(block_size)
-    body = expert_anatomy(model) if has_experts(model) else None
-    recorder = Recorder(expert_taps(body, sites) if body is not None else find_taps(anatomy(model), sites))
-    if run_length is not None:
-        check_range("run_length", run_length, 1)
-    runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
-    _check_ids(model, runs)
-    blocks = blocks_of(runs, size)
-    _say_blocks(runs, size)
+    share = Share() if out is None else Share.now()
+    with share.team.job("scan"):
+        sites = check_sites(site)
+        kept = _check_dtype(dtype)
+        check_range("batch_size", batch_size, 1)
+        limit = context_length(model)
+        if block_size is not None:
+            check_range("block_size", block_size, 1, limit)
+        size = limit if block_size is None else int(block_size)
+        body = expert_anatomy(model) if has_experts(model) else None
+        recorder = Recorder(expert_taps(body, sites) if body is not None else find_taps(anatomy(model), sites))
+        if run_length is not None:
+            check_range("run_length", run_length, 1)
+        runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
+        _check_ids(model, runs)
+        blocks = blocks_of(runs, size)
+        _say_blocks(runs, size)
 
-    alone = owner(out) if out is not None else nullcontext()
-    with reading(model, recorder, runs) as reader, alone:
-        kinds = reader.kinds(blocks[0], kept)
-        called = {layer: units for (kind, layer), (_, units) in kinds.items() if kind == "visited"}
-        mixture = None if body is None else Mixture.of(body, sites, called)
-        per_token = sum(dtype.itemsize * units for dtype, units in kinds.values())
-        schedule = Schedule.make(blocks, per_token, int(batch_size))
-        shards: Shards
-        if out is None:
-            shards, todo = MemoryShards(schedule.rows), list(range(len(schedule.shards)))
-        else:
-            manifest = manifest_of(model, tokenizer, runs, kinds, size, schedule, mixture)
-            shards, manifest = open_study(Path(out), manifest, runs)
-            schedule = Schedule(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
-            todo = shards.resume()
-            if done := sorted(set(range(len(schedule.shards))) - set(todo)):
-                check_same(reader, schedule, shards, done[0], kinds)
-            say_disk(Path(out), schedule, todo)
-        if todo and verify and not reader.pads_well(schedule.most_padded(int(batch_size))):
-            schedule = replace(schedule, even=True)
-        _record(reader, schedule, shards, todo, kinds, int(batch_size))
-    widths = {name: [units for (site, _), (_, units) in kinds.items() if site == name] for name in sites}
-    if mixture is not None:
-        widths = {name: units for name, units in widths.items() if name == "block_out"}
-    return scans_of(shards, runs, widths, size, model_id(model), mixture)
+        with reading(model, recorder, runs) as reader, ExitStack() as owned:
+            kinds = reader.kinds(blocks[0], kept)
+            called = {layer: units for (kind, layer), (_, units) in kinds.items() if kind == "visited"}
+            mixture = None if body is None else Mixture.of(body, sites, called)
+            per_token = sum(dtype.itemsize * units for dtype, units in kinds.values())
+            schedule = Schedule.make(blocks, per_token, int(batch_size))
+            shards: Shards
+            if out is None:
+                shards, todo = MemoryShards(schedule.rows), list(range(len(schedule.shards)))
+            else:
+                manifest = manifest_of(model, tokenizer, runs, kinds, size, schedule, mixture)
+                share.team.agree("scan", **manifest["study"], batch_size=int(batch_size), verify=bool(verify))
+                owned.enter_context(share.owning(out))
+                shards, manifest = open_study(Path(out), manifest, runs, share)
+                schedule = Schedule(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
+                todo = shards.resume()
+                share.note(Path(out), len(shards.sums), batch_size=int(batch_size), verify=bool(verify))
+                if done := sorted(set(share.mine(len(schedule.shards))) - set(todo)):
+                    check_same(reader, schedule, shards, done[0], kinds)
+                say_disk(Path(out), schedule, todo if share.team is ALONE else shards.missing, share)
+            if todo and verify and not reader.pads_well(schedule.most_padded(int(batch_size))):
+                schedule = replace(schedule, even=True)
+            _record(reader, schedule, shards, todo, kinds, int(batch_size))
+            if isinstance(shards, FileShards):
+                shards.finish()
+        widths = {name: [units for (site, _), (_, units) in kinds.items() if site == name] for name in sites}
+        if mixture is not None:
+            widths = {name: units for name, units in widths.items() if name == "block_out"}
+        return scans_of(shards, runs, widths, size, model_id(model), mixture)
 
 
 # -- before the first token ------------------------------------------------------------------------------------------

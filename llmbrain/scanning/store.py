@@ -7,6 +7,7 @@
       runs.jsonl          one line a run: text, token ids, tokens, character spans, events
       SHA256SUMS          one line a finished shard, as `sha256sum -c` reads it
       shards/0000.safetensors ...
+      ranks/              while several ranks write it: see `llmbrain.scanning.shares`
 
 The tokens of all runs, one after another, are cut into shards. A shard holds one tensor ``(n_tokens, units)`` for each
 site and layer, named ``site.layer``. It is whole or absent: written under a temporary name, flushed to disk, renamed.
@@ -34,6 +35,7 @@ from llmbrain._files import (
     append_sum,
     clear_errors,
     file_sha256,
+    locked,
     read_json,
     read_sums,
     replace_sums,
@@ -46,6 +48,7 @@ from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.text import Run, ScanWarning
 from llmbrain.scanning.mixture import Mixture, MixtureSignals, VisitSignals
 from llmbrain.scanning.scans import Scan, Signals
+from llmbrain.scanning.shares import RANKS, Share, known_sums, say_missing, settle_ranks
 
 FORMAT = "llmbrain-scan"
 FORMAT_VERSION = 1
@@ -87,9 +90,9 @@ class MemoryShards:
 class FileShards:
     """Shards in a folder; each is verified against its checksum before it is first read."""
 
-    def __init__(self, folder: Path, rows: Sequence[int]) -> None:
-        self.folder, self.rows = folder, np.asarray(rows)
-        self.sums = read_sums(folder, strict=False)
+    def __init__(self, folder: Path, rows: Sequence[int], share: Share | None = None) -> None:
+        self.folder, self.rows, self.share = folder, np.asarray(rows), share or Share()
+        self.sums = known_sums(folder)
         self._verified: set[int] = set()
 
     @property
@@ -100,6 +103,11 @@ class FileShards:
     def name(self, index: int) -> str:
         """Path of a shard within the folder."""
         return f"shards/{index:04d}.safetensors"
+
+    @property
+    def missing(self) -> list[int]:
+        """Shards that are not there, of any rank, as far as is known."""
+        return [index for index in range(self.n_shards) if not self.is_done(index)]
 
     def is_done(self, index: int) -> bool:
         """Whether a shard was finished."""
@@ -118,7 +126,7 @@ class FileShards:
             save_file(dict(tensors), temporary)
             digest = file_sha256(temporary)
         with clear_errors(self.folder, stands=stands):
-            append_sum(self.folder, self.name(index), digest)
+            append_sum(self.share.folder(self.folder), self.name(index), digest)
         self.sums[self.name(index)] = digest
         self._verified.discard(index)
 
@@ -162,11 +170,13 @@ class FileShards:
         """Shards still to be made. Left-over temporary files go; a damaged shard is made anew, and that is said."""
         if (self.folder / "shards").is_dir():
             sweep(self.folder / "shards")
-        if self.sums:  # without a last line that a kill cut short, or lines twice
+        own = self.share.folder(self.folder)
+        known = self.sums if own == self.folder else read_sums(own, strict=False)
+        if known:  # without a last line that a kill cut short, or lines twice
             with clear_errors(self.folder):
-                replace_sums(self.folder, self.sums)
+                replace_sums(own, known)
         missing = []
-        for index in range(self.n_shards):
+        for index in self.share.mine(self.n_shards):
             if self.is_done(index):
                 try:
                     self.verify(index)
@@ -175,6 +185,26 @@ class FileShards:
                     warnings.warn(f"{str(error).partition('. ')[0]}: it is made anew", ScanWarning, stacklevel=3)
             missing.append(index)
         return missing
+
+    def finish(self) -> None:
+        """Where other ranks write too: see what they have made, and settle the study once all is there.
+
+        In a process group, ranks wait for each other here.
+
+        Raises
+        ------
+        InputError
+            If the folder was taken by another study meanwhile.
+        """
+        if self.share.size == 1:
+            if (self.folder / RANKS).is_dir() and not self.missing:
+                settle_ranks(self.folder, [self.name(i) for i in range(self.n_shards)], self.sums)
+            return
+        self.share.team.meet("scan: shards")
+        self.sums = known_sums(self.folder)
+        if not self.missing and self.share.team.leads:
+            settle_ranks(self.folder, [self.name(i) for i in range(self.n_shards)], self.sums)
+        self.share.team.meet("scan: whole")
 
 
 Shards = MemoryShards | FileShards
@@ -267,35 +297,61 @@ def _write_runs(folder: Path, runs: Sequence[Run]) -> None:
             file.writelines(run.to_json())
 
 
-def open_study(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> tuple[FileShards, dict[str, Any]]:
+def open_study(
+    folder: Path, manifest: dict[str, Any], runs: Sequence[Run], share: Share | None = None
+) -> tuple[FileShards, dict[str, Any]]:
     """Begin a study in `folder`, or go on with the same one; returns its shards and the manifest that holds.
+
+    In a process group rank 0 does so, and the others find it.
 
     Raises
     ------
     InputError
         If the folder holds another study; says what differs.
     """
+    share = share or Share()
+    if share.team.leads:
+        manifest = _begun(folder, manifest, runs)
+    share.team.meet("scan: folder")
+    if not share.team.leads:
+        if not (folder / "manifest.json").exists():
+            raise InputError(
+                f"out={str(folder)!r}: rank {share.rank} does not see what rank 0 wrote there: give a folder that all "
+                "machines share, or scan with --rank and --of on each and join the folders with llmbrain merge"
+            )
+        manifest = read_manifest(folder)
+    return FileShards(folder, manifest["rows"], share), manifest
+
+
+def _begun(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """The manifest that holds in a folder: what is there already, or a new one."""
     path = folder / "manifest.json"
-    if path.exists():
-        known = read_manifest(folder)
-        for what, value in manifest["study"].items():
-            there = known["study"].get(what)
-            if there != value:
-                raise InputError(
-                    f"out={str(folder)!r} already holds another study: its {what} is {_short(there)}, not "
-                    f"{_short(value)}. Give another folder"
-                )
-        manifest = known
-        # The same as what the manifest's checksum says: a damaged file is put right.
-        there = folder / "runs.jsonl"
-        if not there.is_file() or file_sha256(there) != manifest["study"]["runs_sha256"]:
-            _write_runs(folder, runs)
-    else:
-        with clear_errors(folder):
-            (folder / SUMS).unlink(missing_ok=True)
+    if not path.exists():
+        with locked(folder, exclusive=True):
+            if not path.exists():  # ranks may begin at the same time
+                with clear_errors(folder):
+                    (folder / SUMS).unlink(missing_ok=True)
+                _write_runs(folder, runs)
+                write_json(path, manifest, seal=True)
+                return manifest
+    known = read_manifest(folder)
+    check_same_study(folder, known, manifest)
+    # The same as what the manifest's checksum says: a damaged file is put right.
+    there = folder / "runs.jsonl"
+    if not there.is_file() or file_sha256(there) != known["study"]["runs_sha256"]:
         _write_runs(folder, runs)
-        write_json(path, manifest, seal=True)
-    return FileShards(folder, manifest["rows"]), manifest
+    return known
+
+
+def check_same_study(folder: Path, known: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Refuse a folder that holds another study; says what differs."""
+    for what, value in manifest["study"].items():
+        there = known["study"].get(what)
+        if there != value:
+            raise InputError(
+                f"out={str(folder)!r} already holds another study: its {what} is {_short(there)}, not "
+                f"{_short(value)}. Give another folder"
+            )
 
 
 def load_scans(folder: str | Path) -> list[Scan]:
@@ -330,16 +386,24 @@ def load_scans(folder: str | Path) -> list[Scan]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptStoreError(f"{path} holds no runs: {error}") from None
     shards = FileShards(folder, manifest["rows"])
-    missing = [i for i in range(shards.n_shards) if not shards.is_done(i)]
+    missing = shards.missing
     if missing:
         raise CorruptStoreError(
             f"{folder / shards.name(missing[0])} is missing: the study has {len(missing)} of {shards.n_shards} shards "
-            "still to be made. Run the same scan into this folder again to finish it"
+            f"still to be made{say_missing(folder, missing)}. Run the same scan into this folder again to finish it"
         )
     study = manifest["study"]
     widths = {site: facts["widths"] for site, facts in study["sites"].items()}
     mixture = Mixture.from_record(study["mixture"]) if "mixture" in study else None
     return scans_of(shards, runs, widths, study["block_size"], manifest["model"]["id"], mixture)
+
+
+def unfinished(folder: str | Path) -> str:
+    """What a study lacks, in words, while other ranks still write it; empty for a whole one."""
+    folder = Path(folder)
+    shards = FileShards(folder, read_manifest(folder)["rows"])
+    missing = shards.missing
+    return f"{len(missing)} of {shards.n_shards} shards{say_missing(folder, missing)}" if missing else ""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""A study that several ranks write: each its own shards, every one of which is what a single process would write.
+
+::
+
+    study/
+      manifest.json, runs.jsonl, shards/    as always
+      ranks/                 while shards are missing
+        job.json             how many ranks there are, and how they read
+        1-of-4/SHA256SUMS    the shards that this rank has finished
+
+Rank r of n takes every n-th shard. Ranks need not talk: the last one to finish writes the ``SHA256SUMS`` of the whole
+and removes ``ranks/``. What is finished counts, whoever made it: another number of ranks, or one process, goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmbrain._files import FileError, owner, read_json, read_sums, remove_folder, replace_sums, write_json
+from llmbrain._validation import InputError, check_whole
+from llmbrain.distributed import ALONE, Ranks, ranks
+
+RANKS, JOB = "ranks", "job.json"
+_taken: list[tuple[int, int]] = []
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which shards a process makes.
+
+    Attributes
+    ----------
+    rank, size : int
+        This is rank `rank` of `size`.
+    team : Ranks
+        The process group, where ranks talk to each other.
+    """
+
+    rank: int = 0
+    size: int = 1
+    team: Ranks = ALONE
+
+    @classmethod
+    def now(cls) -> Share:
+        """The share of this process: as `taking` says, or its place in a process group."""
+        team = ranks()
+        if not _taken:
+            return cls(team.rank, team.size, team)
+        if team.size > 1:
+            raise InputError(f"rank={_taken[-1][0]}, of={_taken[-1][1]}: this process has a rank already, {team!r}")
+        return cls(*_taken[-1])
+
+    def mine(self, n: int) -> range:
+        """Which of n shards."""
+        return range(self.rank, n, self.size)
+
+    def folder(self, study: Path) -> Path:
+        """Where the checksums of finished shards stand until the study is whole."""
+        return study if self.size == 1 else study / RANKS / f"{self.rank}-of-{self.size}"
+
+    @contextmanager
+    def owning(self, study: str | Path) -> Iterator[None]:
+        """Own a study, alone or together with the other ranks; no rank twice."""
+        if self.size == 1:
+            with owner(study):
+                yield
+            return
+        with owner(study, among=self.size), owner(self.folder(Path(study))):
+            yield
+
+    def note(self, study: Path, done: int, **how: Any) -> None:
+        """Write down how ranks read; the others must read alike.
+
+        Raises
+        ------
+        InputError
+            If they do not.
+        """
+        if self.size == 1 or not self.team.leads:
+            return
+        record, path = {"of": self.size, **how}, study / RANKS / JOB
+        before = read_json(path) if path.is_file() else None
+        if before is not None and before.get("of") == self.size and done:
+            for name, value in how.items():
+                if before.get(name) != value:
+                    raise InputError(
+                        f"out={str(study)!r}: {name}={value!r}, but the ranks that wrote there had "
+                        f"{before.get(name)!r}: all ranks must read alike"
+                    )
+        if before != record:
+            write_json(path, record)
+
+
+@contextmanager
+def taking(rank: int, of: int) -> Iterator[None]:
+    """Within the block `scan` makes the shards of one rank of several that need not talk to each other.
+
+    As in an array of batch jobs. They write into one folder, or each into its own, which `merge` joins.
+
+    Parameters
+    ----------
+    rank : int
+        From 0.
+    of : int
+        How many ranks there are.
+
+    Raises
+    ------
+    InputError
+        If there is no such rank.
+    """
+    check_whole("of", of, 1)
+    if check_whole("rank", rank, 0) >= of:
+        raise InputError(f"rank={rank} of={of}: ranks are counted from 0, the last is {of - 1}")
+    _taken.append((int(rank), int(of)))
+    try:
+        yield
+    finally:
+        _taken.pop()
+
+
+def known_sums(study: Path) -> dict[str, str]:
+    """Checksums of all shards that were finished, by whichever rank."""
+    sums = read_sums(study, strict=False)
+    for part in sorted((study / RANKS).glob("*-of-*")):
+        sums |= read_sums(part, strict=False)
+    return sums
+
+
+def say_missing(study: Path, missing: Sequence[int]) -> str:
+    """Whose the missing shards are, where several ranks write the study: `` (those of rank 1 of 4)``, or nothing."""
+    record: Mapping[str, Any] = {}
+    with suppress(InputError, FileNotFoundError):
+        record = read_json(study / RANKS / JOB)
+    size = record.get("of")
+    if not isinstance(size, int) or size < 2:
+        return ""
+    who = sorted({index % size for index in missing})
+    return f" (those of rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))} of {size})"
+
+
+def settle_ranks(study: Path, names: Sequence[str], sums: Mapping[str, str]) -> None:
+    """Make a study that is whole what a single process leaves."""
+    replace_sums(study, {name: sums[name] for name in names})
+    with suppress(FileError):
+        if (study / RANKS).is_dir():
+            remove_folder(study / RANKS)

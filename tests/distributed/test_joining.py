@@ -1,0 +1,91 @@
+"""How processes become ranks, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from rank_jobs import free_port
+
+from llmbrain._validation import InputError
+from llmbrain.distributed import ALONE, Parcel, RankError, joined, ranks
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "LLMBRAIN_RANK_TIMEOUT": "0.5",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def join() -> None:
+    with joined():
+        pass
+
+
+def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # some systems say it to every process
+    with joined() as team:
+        assert team is ranks() is ALONE
+        with team.job("work", fact=1):
+            assert team.gather("x", 5) == [5]
+            assert [p.record for p in team.each(3, "x", lambda i: Parcel(record=i))] == [0, 1, 2]
+            assert list(team.mine(3)) == [0, 1, 2]
+
+
+def test_a_rank_that_never_arrives_is_named(place: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RankError, match=r"ranks 1, 2 of 3 never arrived: waited 0\.?\d* s"):
+        join()
+    place.setenv("RANK", "1")
+    place.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(RankError, match="rank 0 of 3 never arrived: rank 1 found nobody of this job at"):
+        join()
+
+
+def test_a_port_in_use_is_one_line(place: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(RankError, match="the port is in use by another program") as raised:
+            join()
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "3"}, "RANK must be in 0 to WORLD_SIZE - 1"),
+        ({"RANK": "x"}, "must be whole numbers"),
+        ({"MASTER_PORT": ""}, "must be whole numbers"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT in 1 to 65535"),
+        ({"MASTER_ADDR": ""}, "ranks need MASTER_ADDR and MASTER_PORT to meet"),
+        ({"LLMBRAIN_RANK_TIMEOUT": "soon"}, "LLMBRAIN_RANK_TIMEOUT='soon' must be seconds above 0"),
+    ],
+)
+def test_variables_that_make_no_sense(place: pytest.MonkeyPatch, changes: dict[str, str], message: str) -> None:
+    for name, value in changes.items():
+        place.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        join()
+
+
+def test_a_stranger_at_the_port_is_no_rank(place: pytest.MonkeyPatch) -> None:
+    """A program that takes connections and says nothing."""
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        thread = threading.Thread(target=lambda: stranger.accept()[0].close(), daemon=True)
+        thread.start()
+        place.setenv("RANK", "1")
+        place.setenv("MASTER_PORT", str(stranger.getsockname()[1]))
+        with pytest.raises(RankError, match="rank 0 of 3 never arrived"):
+            join()
