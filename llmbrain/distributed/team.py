@@ -376,14 +376,20 @@ class Ranks:
 
 
 ALONE = Ranks()
-_alone = threading.local()
+
+
+class _Depth(threading.local):
+    depth = 0
+
+
+_alone = _Depth()
 known: list[tuple[ProcessGroup, Ranks]] = []
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """Within the block this process counts as the only one."""
-    before = getattr(_alone, "depth", 0)
+    before = _alone.depth
     _alone.depth = before + 1
     try:
         yield
@@ -396,7 +402,7 @@ def ranks() -> Ranks:
 
     Every rank must call what uses them, in the same order.
     """
-    if "torch.distributed" not in sys.modules or getattr(_alone, "depth", 0):
+    if "torch.distributed" not in sys.modules or _alone.depth:
         return ALONE
     import torch.distributed as dist
 
