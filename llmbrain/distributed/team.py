@@ -50,12 +50,16 @@ class RankError(InputError):
 class Ranks:
     """The processes of a job.
 
-    Attributes
+    Parameters
     ----------
     rank : int
         Number of this one.
     size : int
         How many there are.
+    store : Store, optional
+        Where they tell each other facts; none for a process that is alone.
+    group : ProcessGroup, optional
+        Carries tensors by gloo; default the world.
     """
 
     def __init__(
