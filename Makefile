@@ -44,6 +44,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --quiet -c constraints.txt -e ".[dev,picard,encoding,recovery,harness,serve,onnx]"
+	-$(PIP) install --quiet -c constraints.txt -e ".[bids]"  # the official validator; its test skips where it has no wheel
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

@@ -1,256 +1,144 @@
 """Does every test of the package hold its level? Each is run many times where there is nothing to find.
 
-    python benchmarks/calibration.py [--draws 200] [--only NAME ...] [--out benchmarks/results/calibration.md]
+    python benchmarks/calibration.py [--only NAME ...] [--minutes 60] [--again]
 
-A case is a function of a random generator that makes data under the null hypothesis and gives one p-value (the smallest
-corrected one, where the test has several), and the situations it is run in: volumes, autocorrelation, series, groups.
-The share of p <= .05 should be .05; a cell outside [.02, .08] must be one in which the package warns, and the table
-says whether it did. `register` adds a case, from here or from outside.
+A case (`calibration_cases.py`) is a function of a random generator that makes data under the null hypothesis and gives
+one p-value (the smallest corrected one, where the test has several), and the situations it is run in: volumes,
+autocorrelation, series, groups. `calibration_series.py` has the tests over time, `calibration_sets.py` those over runs
+and neurons. The share of p <= .05 should be .05; a cell outside [.02, .08] must be one in which the package warns or
+refuses, and the table says whether it did. Each cell has 400 draws, and 2,000 where 400 end outside [.03, .07] without
+a warning, so that chance puts no fair cell outside [.02, .08].
+
+A cell that is done is not run again, so that a run that was stopped goes on; `--minutes` stops it between two cells.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from calibration_cases import CASES, Case, Cell, register
 from scipy.stats import binomtest
+from sklearn.exceptions import ConvergenceWarning
 
-from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.brains import prepare, word_regressor
-from llmbrain.brains.series import standardize
-from llmbrain.comparison import compare_similarity, couple, encode
-from llmbrain.comparison.clock import Clock
+from llmbrain._validation import InputError
 from llmbrain.comparison.coupling import DeadSeriesWarning
-from llmbrain.comparison.sources import mirror
-from llmbrain.datasets.fmri_phantom import ar_noise
-from llmbrain.intervention.controls import matched_masks, random_masks
-from llmbrain.networks.connectivity import connectivity, dynamics_test
-from llmbrain.stats.nulls import sign_flip_test
+
+import calibration_series  # isort: skip
+import calibration_sets  # isort: skip
+
+__all__ = ["CASES", "Case", "calibration_series", "calibration_sets", "held", "register", "run", "table"]
 
 RESULTS = Path(__file__).parent / "results"
 ALPHA = 0.05
 ALLOWED = (0.02, 0.08)
+NEAR = (0.03, 0.07)  # beyond, more draws
+OTHER = (DeadSeriesWarning, ConvergenceWarning)  # warnings that say nothing of the level
 
-Cell = Mapping[str, object]
-Draw = Callable[..., float]
+
+def situation(cell: Cell) -> str:
+    """A cell in words."""
+    return ", ".join(f"{k} {v}" for k, v in cell.items())
 
 
-@dataclass(frozen=True)
-class Case:
-    """A test under its null hypothesis.
+def run(case: Case, cell: Cell, n_draws: int, most: int | None = None, seed: int = 0) -> dict[str, object]:
+    """One row of the table: share of p <= .05 with its 95% interval, and how often the package warned or refused.
 
-    Attributes
-    ----------
-    name : str
-        What is tested, as the table calls it.
-    draw : callable ``(rng, **cell) -> p``
-    cells : list of mapping
-        Situations.
-    note : str
-        What the table says about it.
+    Where the share of `n_draws` ends outside [.03, .07] without a warning, draws go on to `most`.
     """
-
-    name: str
-    draw: Draw
-    cells: Sequence[Cell]
-    note: str = ""
-
-
-CASES: dict[str, Case] = {}
-
-
-def register(name: str, note: str = "", **grid: Sequence[object]) -> Callable[[Draw], Draw]:
-    """Add a case; every combination of the values in `grid` is a cell."""
-
-    def add(draw: Draw) -> Draw:
-        cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-        CASES[name] = Case(name, draw, cells, note)
-        return draw
-
-    return add
-
-
-def run(case: Case, cell: Cell, n_draws: int, seed: int = 0) -> dict[str, object]:
-    """One row of the table: share of p <= .05 with its 95% interval, and how often the package warned."""
-    hits, warned = 0, 0
-    for i in range(n_draws):
+    hits = warned = done = 0
+    start = time.process_time()
+    own = zlib.crc32(f"{case.name}: {situation(cell)}".encode())
+    wanted = n_draws
+    while done < wanted:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            hits += case.draw(np.random.default_rng([seed, i]), **cell) <= ALPHA
-        own = [w for w in said if issubclass(w.category, UserWarning) and not issubclass(w.category, DeadSeriesWarning)]
-        warned += bool(own)
-    interval = binomtest(hits, n_draws).proportion_ci()
+            try:
+                hits += case.draw(np.random.default_rng([seed, own, done]), **cell) <= ALPHA
+                refused = False
+            except InputError:
+                refused = True
+        warned += refused or any(
+            issubclass(w.category, UserWarning) and not issubclass(w.category, OTHER) for w in said
+        )
+        done += 1
+        if done == n_draws and most is not None and warned < done / 2:
+            low = 0.0 if case.at_most else NEAR[0]
+            wanted = n_draws if low <= hits / done <= NEAR[1] else most
+    interval = binomtest(hits, done).proportion_ci()
     return {
-        "test": case.name, "situation": ", ".join(f"{k} {v}" for k, v in cell.items()), "level": hits / n_draws,
-        "low": interval.low, "high": interval.high, "warned": warned / n_draws, "draws": n_draws,
+        "test": case.name, "situation": situation(cell), "level": hits / done, "low": interval.low,
+        "high": interval.high, "warned": warned / done, "draws": done, "at_most": case.at_most,
+        "seconds": round(time.process_time() - start, 1),
     }  # fmt: skip
 
 
 def held(row: Mapping[str, object]) -> bool:
-    """Whether a row is as it should be: within [.02, .08] as far as its draws can tell, or warned of."""
-    return bool(row["low"] <= ALLOWED[1] and row["high"] >= ALLOWED[0]) or row["warned"] > 0.5  # type: ignore[operator]
-
-
-# -- coupling ----------------------------------------------------------------------------------------------------------
-
-
-@register("couple", "largest |r| of all pairs", T=(150, 300), AR=(0.6, 0.9), pairs=("1 x 1", "4 x 6"),
-          null=("circular", "phase"))  # fmt: skip
-def coupling(rng: np.random.Generator, T: int, AR: float, pairs: str, null: str) -> float:
-    """Networks and regions that have nothing to do with each other."""
-    k, r = map(int, pairs.split(" x "))
-    found = couple(ar_noise(rng, (T, k), AR), ar_noise(rng, (T, r), AR), null=null, n_permutations=99, lags=[0],
-                   random_state=int(rng.integers(2**31)))  # fmt: skip
-    return float(np.nanmin(found.p_corrected))
-
-
-@register(
-    "couple, high-pass", "after a high-pass of 128 s at TR 2", T=(200,), AR=(0.6, 0.9), null=("circular", "phase")
-)
-def coupling_filtered(rng: np.random.Generator, T: int, AR: float, null: str) -> float:
-    """The same after the filter that `compare` uses."""
-    x, y = (prepare(ar_noise(rng, (T, n), AR), 2.0) for n in (4, 6))
-    found = couple(x, y, null=null, n_permutations=99, lags=[0], random_state=int(rng.integers(2**31)))
-    return float(np.nanmin(found.p_corrected))
-
-
-@register("couple, nuisance", "smooth regressors that both follow", T=(200,), AR=(0.6, 0.9), regressors=(2, 14))
-def coupling_nuisance(rng: np.random.Generator, T: int, AR: float, regressors: int) -> float:
-    """Both sides hold the nuisance, and nothing else in common."""
-    known = ar_noise(rng, (T, regressors), 0.95)
-    x, y = (ar_noise(rng, (T, n), AR) + known @ rng.normal(size=(regressors, n)) for n in (2, 3))
-    found = couple(x, y, nuisance=known, n_permutations=99, lags=[0], random_state=int(rng.integers(2**31)))
-    return float(np.nanmin(found.p_corrected))
-
-
-def _story(rng: np.random.Generator, first: float, last: float) -> pd.DataFrame:
-    rows, at = [], first
-    while at < last:
-        for _ in range(rng.integers(5, 20)):
-            rows.append(("word", at, at + rng.uniform(0.15, 0.5)))
-            at = rows[-1][2]
-        at += rng.gamma(2.0, 0.4)
-    return pd.DataFrame(rows, columns=["word", "onset", "offset"])
-
-
-@register("compare, word rate", "the mirrored story, in regions that answer to its beginning and end; 15 s before, "
-          "45 s after it", brain=("noise", "on and off"), window=("stimulus", "all"))  # fmt: skip
-def story_window(rng: np.random.Generator, brain: str, window: str) -> float:
-    """The control test of `compare` with silence or music at the edges."""
-    tr, n = 1.5, 300
-    words = _story(rng, 15.0, 400.0)
-    clock = Clock.of_story(words, window=window, tr=tr, n_volumes=n, offset=0.0, rule="offset", aggregate="mean",
-                           hrf="spm", high_pass=128.0)  # fmt: skip
-    y = ar_noise(rng, (n, 5), 0.6)
-    if brain != "noise":
-        at = np.arange(15.0, words["offset"].max(), 0.25)
-        ticks = pd.DataFrame({"word": "x", "onset": at, "offset": at})
-        y = y + standardize(word_regressor(ticks, tr, n))
-    rate = clock.prepare(clock.rate(mirror(words, "offset")))
-    found = couple(rate, clock.prepare(clock.cut(y)), n_permutations=99, lags=[0],
-                   random_state=int(rng.integers(2**31)))  # fmt: skip
-    return float(np.nanmin(found.p_corrected))
-
-
-@register("sign_flip_test", "largest of all pairs over subjects", subjects=(6, 12, 30), pairs=(1, 24))
-def subjects(rng: np.random.Generator, subjects: int, pairs: int) -> float:
-    """Correlations of subjects around zero."""
-    r = np.tanh(rng.normal(0, 0.2, (subjects, pairs)))
-    return float(sign_flip_test(r, n_permutations=199, random_state=int(rng.integers(2**31)))[1].min())
-
-
-# -- encoding and similarity -------------------------------------------------------------------------------------------
-
-
-@register("encode, r", "smallest corrected p", T=(200,), AR=(0.6, 0.8), targets=(1, 6))
-def encoding(rng: np.random.Generator, T: int, AR: float, targets: int) -> float:
-    """Features that say nothing about the brain."""
-    found = encode(ar_noise(rng, (T, 5), AR), ar_noise(rng, (T, targets), AR), tr=2.0, n_permutations=39,
-                   random_state=int(rng.integers(2**31)))  # fmt: skip
-    return float(np.nanmin(found.p_corrected))
-
-
-@register("compare_similarity", "of whole sets of series", T=(200,), AR=(0.6, 0.9), measure=("cka", "rsa"))
-def similarity(rng: np.random.Generator, T: int, AR: float, measure: str) -> float:
-    """Two sets that share no time."""
-    x, y = (ar_noise(rng, (T, 5), AR) for _ in range(2))
-    return compare_similarity(x, y, measure=measure, n_permutations=99, random_state=int(rng.integers(2**31))).p
-
-
-# -- interventions -----------------------------------------------------------------------------------------------------
-
-
-@register("lesion_table", "harm follows how loud a neuron is", control=("matched", "random"), neurons=(5, 20, 40))
-def lesions(rng: np.random.Generator, control: str, neurons: int) -> float:
-    """A random network; its effect is the sum of what its neurons do."""
-    space = NeuronSpace([172] * 4)
-    level = np.exp(rng.normal(size=space.n_neurons))
-    levels = np.stack([level, level * np.exp(0.3 * rng.normal(size=space.n_neurons))])
-    mask = np.zeros(space.n_neurons, dtype=bool)
-    for layer in range(4):
-        part = space.layer_slice(layer)
-        mask[part.start + rng.choice(172, neurons, replace=False)] = True
-    effect = rng.normal(size=space.n_neurons) * level
-    sets = matched_masks(mask, space, levels, 20, rng) if control == "matched" else random_masks(mask, space, 20, rng)
-    assert sets is not None
-    reached = np.abs(sets @ effect) >= np.abs(effect[mask].sum()) * (1 - 1e-9)
-    return float((1 + reached.sum()) / 21)
-
-
-# -- networks ----------------------------------------------------------------------------------------------------------
-
-
-@register("connectivity", "largest |r| of all pairs", T=(200,), AR=(0.0, 0.9), networks=(5,))
-def network_pairs(rng: np.random.Generator, T: int, AR: float, networks: int) -> float:
-    """Time courses without connections."""
-    runs = [ar_noise(rng, (T, networks), AR) for _ in range(2)]
-    return float(np.nanmin(connectivity(runs, n_permutations=99, random_state=int(rng.integers(2**31))).p_fwe))
-
-
-@register("dynamics_test", "largest change over windows of all pairs", T=(300,), AR=(0.6,), networks=(4,))
-def dynamics(rng: np.random.Generator, T: int, AR: float, networks: int) -> float:
-    """Connections that stay as they are."""
-    run = ar_noise(rng, (T, networks), AR) @ (np.eye(networks) + 0.4)
-    return float(dynamics_test([run], n_permutations=99, random_state=int(rng.integers(2**31))).p_fwe.min())
+    """Whether a row is as it should be: within [.02, .08], or warned of (or refused) in most draws."""
+    low = 0.0 if row["at_most"] else ALLOWED[0]
+    return bool(low <= row["level"] <= ALLOWED[1]) or row["warned"] > 0.5  # type: ignore[operator]
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """As the docs show it."""
-    lines = ["| test | situation | p <= .05 in | 95% interval | the package warns in |", "|---|---|---|---|---|"]
-    lines += [
-        f"| `{row['test']}` | {row['situation']} | {row['level']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
-        f"{row['warned']:.0%} |" for row in rows
+    """As the docs show it: a part for every test."""
+    seconds = sum(float(row["seconds"]) for row in rows)  # type: ignore[arg-type]
+    outside = sum(not held(row) for row in rows)
+    loud = sum(row["warned"] > 0.5 for row in rows)  # type: ignore[operator]
+    lines = [
+        f"{len(rows)} situations, {seconds / 60:.0f} minutes on one core; {outside} of them are outside [.02, .08] "
+        f"without a warning of the package, in {loud} it warns or refuses.", "",
     ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    for name in dict.fromkeys(str(row["test"]) for row in rows):
+        case = CASES.get(name)
+        note = "" if case is None or not case.note else f": {case.note}"
+        lines += [f"**`{name}`**{note}.", ""]
+        share = "share" if case is not None and case.at_most else "p <= .05 in"
+        lines += [f"| situation | {share} | 95% interval | it warns or refuses in | draws |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {row['situation'] or 'as it is'} | {row['level']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
+            f"{row['warned']:.0%} | {row['draws']:,} |" for row in rows if row["test"] == name
+        ]  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Run the cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--most", type=int, default=2000, help="draws where --draws end outside [.03, .07]")
     parser.add_argument("--only", nargs="*", default=None, help=f"of {', '.join(CASES)}")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no cell after so much time of a core")
+    parser.add_argument("--again", action="store_true", help="also what is done")
     parser.add_argument("--out", type=Path, default=RESULTS / "calibration.md")
     arguments = parser.parse_args()
-    chosen = [case for name, case in CASES.items() if not arguments.only or name in arguments.only]
     kept = arguments.out.with_suffix(".json")
-    rows: list[dict[str, object]] = json.loads(kept.read_text()) if kept.is_file() else []
-    for case in chosen:
+    before: list[dict[str, object]] = json.loads(kept.read_text()) if kept.is_file() else []
+    rows = {(str(row["test"]), str(row["situation"])): row for row in before if "seconds" in row}
+    start = time.process_time()
+    for case in CASES.values():
+        if arguments.only and case.name not in arguments.only:
+            continue
         for cell in case.cells:
-            start = time.perf_counter()
-            row = run(case, cell, arguments.draws)
-            rows = [r for r in rows if (r["test"], r["situation"]) != (row["test"], row["situation"])] + [row]
-            print(f"{row['test']}, {row['situation']}: {row['level']:.3f} ({time.perf_counter() - start:.0f} s)"
-                  f"{'' if held(row) else '  <-- outside'}", flush=True)  # fmt: skip
-            kept.write_text(json.dumps(rows, indent=1) + "\n")
-            arguments.out.write_text(table(rows))
+            key = case.name, situation(cell)
+            if key in rows and not arguments.again and int(rows[key]["draws"]) >= arguments.draws:  # type: ignore[call-overload]
+                continue
+            if time.process_time() - start > 60 * arguments.minutes:
+                sys.exit(f"{arguments.minutes:g} minutes are over: the same call goes on")
+            rows[key] = row = run(case, cell, arguments.draws, arguments.most)
+            print(f"{case.name}, {key[1]}: {row['level']:.3f} of {row['draws']}, warned {row['warned']:.0%} "
+                  f"({row['seconds']} s){'' if held(row) else '  <-- outside'}", flush=True)  # fmt: skip
+            wanted = [(c.name, situation(s)) for c in CASES.values() for s in c.cells]
+            shown = [rows[k] for k in wanted if k in rows]
+            kept.write_text(json.dumps(shown, indent=1) + "\n")
+            arguments.out.write_text(table(shown))
 
 
 if __name__ == "__main__":

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
+from llmbrain.brains.regions import PartMasker, columns_of
 from llmbrain.brains.series import check_tr
 from llmbrain.brains.tables import Table, orient, read_table
-from llmbrain.imaging.grid import load_image
+from llmbrain.imaging.atlas import Atlas
+from llmbrain.imaging.grid import load_image, seconds_between_volumes
+
+if TYPE_CHECKING:
+    from llmbrain.brains.regions import Wanted
+    from llmbrain.imaging.atlas import Labels
 
 Array = NDArray[np.float64]
 TABLES = (".npy", ".npz", ".csv", ".tsv", ".txt", ".1d")
@@ -47,6 +53,8 @@ class FMRI:
         Regions that are NaN, by subject.
     masker : object or None
         The fitted nilearn masker: ``masker.inverse_transform`` brings values back into the brain.
+    places : DataFrame or None
+        ``region``, ``x_mm``, ``y_mm``, ``z_mm``: centers of mass of an atlas's regions, or voxels; one row a region.
     """
 
     data: Array
@@ -56,6 +64,20 @@ class FMRI:
     excluded: dict[str, str] = field(default_factory=dict)
     dead: dict[str, list[str]] = field(default_factory=dict)
     masker: Any = field(default=None, repr=False)
+    places: pd.DataFrame | None = field(default=None, repr=False)
+
+    def only(self, columns: NDArray[np.int64], subjects: NDArray[np.int64] | None = None) -> FMRI:
+        """Some of the regions (and subjects), by their places."""
+        people = np.arange(len(self.subjects)) if subjects is None else np.asarray(subjects)
+        names = [self.regions[i] for i in columns]
+        who = [self.subjects[i] for i in people]
+        dead = {key: [name for name in self.dead[key] if name in set(names)] for key in who if key in self.dead}
+        return replace(
+            self, data=self.data[people][..., columns], subjects=who, regions=names,
+            dead={key: lost for key, lost in dead.items() if lost},
+            masker=None if self.masker is None else PartMasker(self.masker, np.asarray(columns), len(self.regions)),
+            places=None if self.places is None else self.places.iloc[columns].reset_index(drop=True),
+        )  # fmt: skip
 
     @property
     def n_volumes(self) -> int:
@@ -73,9 +95,11 @@ def load_fmri(
     path: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     atlas: Any = None,
+    atlas_labels: Labels | None = None,
     masker: Any = None,
     pattern: str = "*",
     regions: Sequence[str] | None = None,
+    rois: Wanted | None = None,
     n_volumes: int | None = None,
     tr: float | None = None,
     orientation: str = "auto",
@@ -87,19 +111,25 @@ def load_fmri(
     ----------
     path : path or sequence of paths
         A file, files of several subjects, or a folder with one file a subject (in subfolders too: BIDS derivatives).
-        ``.nii``, ``.nii.gz``; tables ``(volumes, regions)`` or ``(regions, volumes)`` as ``.npy``, ``.npz``, ``.csv``,
-        ``.tsv`` or white space separated text, with or without a header. An ``.npz`` holds one array, or one a subject;
-        an array may be ``(subjects, volumes, regions)``; a text table may have a column ``subject``. Events, confounds,
-        motion and masks that lie beside are not read.
+        ``.nii``, ``.nii.gz`` (4D, or 5D with an axis of length 1); tables ``(volumes, regions)`` or ``(regions,
+        volumes)`` as ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or white space separated text, with or without a header. An
+        ``.npz`` holds one array, or one a subject; an array may be ``(subjects, volumes, regions)``; a text table may
+        have a column ``subject``. Events, confounds, motion and masks that lie beside are not read.
     atlas : image or path, optional
         Labels; the mean of each region is taken (nilearn ``NiftiLabelsMasker``). With tables that have a column for
-        every label, it says where in the brain they are.
+        every label, it says where in the brain they are: by their names, else in the order of the labels.
+    atlas_labels : path, mapping or sequence, optional
+        What the labels are called: a table (CSV, TSV, lookup table, JSON), see `llmbrain.imaging.read_labels`. Default:
+        the table of the same name beside the atlas (BIDS ``*_dseg.tsv``).
     masker : nilearn masker, optional
         Any masker, in place of `atlas`. Neither: every voxel of nilearn's mask of the first image.
     pattern : str
         Which files of a folder are subjects, such as ``"*-timecourses.txt"``.
     regions : sequence of str, optional
         Names, where the files have none.
+    rois : sequence of names or numbers, mapping of such, or path, optional
+        Keep only these; see `llmbrain.brains.regions.read_rois`. Numbers are names (values of an atlas); where regions
+        have no names, their places from 0.
     n_volumes : int, optional
         Keep the first so many volumes of every subject; needed only where subjects differ in length.
     tr : float, optional
@@ -116,7 +146,8 @@ def load_fmri(
     Raises
     ------
     InputError
-        If subjects differ in length or in regions, a value is infinite or partly missing, or nobody is left.
+        If subjects differ in length, in regions or in the TR of their headers, a value is infinite or partly missing,
+        or nobody is left.
     """
     if tr is not None:
         check_tr(tr)
@@ -124,12 +155,15 @@ def load_fmri(
     tables: dict[str, Table] = {}
     images: dict[str, Array] = {}
     labels: list[str] | None = None
-    header_tr: float | None = None
+    clocks: dict[str, float] = {}
+    named = None if atlas is None else _atlas(atlas, atlas_labels)
+    own = masker is None
     names_of = _subject_names(files)
     for file in files:
         if file.name.lower().endswith(IMAGES):
-            masker, values, labels, seconds = _read_image(file, atlas, masker)
-            header_tr = header_tr or seconds
+            masker, values, labels, seconds = _read_image(file, named, masker)
+            if seconds is not None:
+                clocks[file.name] = seconds
             images[names_of[file]] = values
             continue
         try:
@@ -147,6 +181,7 @@ def load_fmri(
         raise InputError("fmri: there are images and tables: choose one kind with pattern=, such as '*.nii.gz'")
     if not tables and not images:
         raise InputError(f"fmri: none of the {len(files)} files in {path} is a table of numbers")
+    header_tr = _one_tr(clocks)
     names = list(regions) if regions is not None else labels
     if tables:
         images, names = orient(tables, orientation=orientation, regions=regions, n_volumes=n_volumes, expected=expected)
@@ -154,8 +189,29 @@ def load_fmri(
         warnings.warn(f"tr={tr:g} s is used, but the NIfTI header says {header_tr:g} s", stacklevel=2)
     fmri = _assemble(images, names, n_volumes)
     fmri.tr = tr if tr is not None else header_tr
-    fmri.masker = masker if not tables else _place(atlas, masker, len(fmri.regions))
-    return fmri
+    if tables and named is not None:
+        _place(fmri, named, names is not None)
+    elif not tables:
+        fmri.masker = masker
+        fmri.places = _places(named, fmri.regions) if named is not None or not own else _voxels(masker, fmri.regions)
+    if rois is None:
+        return fmri
+    by_place = tables and names is None and named is None
+    return fmri.only(columns_of(rois, fmri.regions, numbered=bool(by_place or (not tables and named is None))))
+
+
+def _one_tr(clocks: dict[str, float]) -> float | None:
+    """The TR of all headers, or an error that names two that differ."""
+    if not clocks:
+        return None
+    first = next(iter(clocks))
+    other = next((name for name, seconds in clocks.items() if abs(seconds - clocks[first]) > 1e-3 * seconds), None)
+    if other is not None:
+        raise InputError(
+            f"fmri: {other} has a TR of {clocks[other]:g} s, {first} one of {clocks[first]:g} s: runs of different TR "
+            "cannot be mixed (resample them, or correct the header)"
+        )
+    return clocks[first]
 
 
 def _files(path: Any, pattern: str) -> tuple[list[Path], bool]:
@@ -220,45 +276,89 @@ def _subject_names(files: Sequence[Path]) -> dict[Path, str]:
     raise InputError(f"fmri: several files are called {max(stems, key=stems.count)!r}: one file a subject is expected")
 
 
-def _place(atlas: Any, masker: Any, n_regions: int) -> Any:
-    """The masker that brings values of tables into the brain, if the atlas fits."""
-    if masker is not None or atlas is None:
-        return masker
-    from nilearn.maskers import NiftiLabelsMasker
-
-    masker = NiftiLabelsMasker(_atlas(atlas), standardize=None).fit()
-    n_labels = sum(1 for key in masker.region_ids_ if key != "background")
-    if n_labels != n_regions:
-        warnings.warn(f"atlas has {n_labels} labels, the tables {n_regions} regions: no brain map", stacklevel=3)
-        return None
-    return masker
-
-
-def _atlas(atlas: Any) -> Any:
+def _atlas(atlas: Any, labels: Labels | None) -> Atlas:
     if isinstance(atlas, (str, PathLike)) and not Path(atlas).is_file():
         raise FileNotFoundError(f"atlas: no file at {atlas}")
-    return os.fspath(atlas) if isinstance(atlas, PathLike) else atlas
+    return Atlas.of(Path(atlas) if isinstance(atlas, (str, PathLike)) else atlas, labels)
 
 
-def _read_image(file: Path, atlas: Any, masker: Any) -> tuple[Any, Array, list[str], float | None]:
+def _places(atlas: Atlas | None, names: Sequence[str]) -> pd.DataFrame | None:
+    """Centers of the regions of an atlas, in the order of `names`."""
+    if atlas is None:
+        return None
+    place = {name: i for i, name in enumerate(atlas.names)} | {str(v): i for i, v in enumerate(atlas.values)}
+    if not all(name in place for name in names):
+        return None
+    return _frame(names, atlas.centers()[[place[name] for name in names]])
+
+
+def _voxels(masker: Any, names: Sequence[str]) -> pd.DataFrame:
+    mask = masker.mask_img_
+    voxels = np.argwhere(np.asarray(mask.dataobj) > 0)
+    return _frame(names, voxels @ mask.affine[:3, :3].T + mask.affine[:3, 3])
+
+
+def _frame(names: Sequence[str], centers: Array) -> pd.DataFrame:
+    frame = pd.DataFrame(np.round(centers, 1), columns=["x_mm", "y_mm", "z_mm"])
+    frame.insert(0, "region", list(names))
+    return frame
+
+
+def _place(fmri: FMRI, atlas: Atlas, has_names: bool) -> None:
+    """Give tables what the atlas knows: names, centers, and the way back into the brain."""
+    from nilearn.maskers import NiftiLabelsMasker
+
+    n = len(fmri.regions)
+    if len(atlas.values) != n:
+        warnings.warn(f"atlas has {len(atlas.values)} labels, the tables {n} regions: no brain map", stacklevel=3)
+        return
+    masker = NiftiLabelsMasker(atlas.image, standardize=None).fit()
+    before = list(fmri.regions)
+    for known in (atlas.names, [str(value) for value in atlas.values]):
+        if has_names and set(fmri.regions) == set(known):
+            order = np.array([known.index(name) for name in fmri.regions])
+            fmri.regions = [atlas.names[i] for i in order]
+            fmri.places = _places(atlas, fmri.regions)
+            fmri.masker = PartMasker(masker, order, n)
+            fmri.dead = _renamed(fmri.dead, before, fmri.regions)
+            return
+    if has_names:
+        warnings.warn(
+            f"atlas: the columns are not called as its labels are ({fmri.regions[0]!r}; {atlas.names[0]!r}): they are "
+            "taken to be in the order of the labels", stacklevel=3,
+        )  # fmt: skip
+    fmri.places = _frame(fmri.regions, atlas.centers())
+    if not has_names and atlas.is_named:
+        fmri.regions = list(atlas.names)
+        fmri.places["region"] = fmri.regions
+        fmri.dead = _renamed(fmri.dead, before, fmri.regions)
+    fmri.masker = masker
+
+
+def _renamed(dead: dict[str, list[str]], before: Sequence[str], after: Sequence[str]) -> dict[str, list[str]]:
+    new = dict(zip(before, after))
+    return {who: [new[name] for name in lost] for who, lost in dead.items()}
+
+
+def _read_image(file: Path, atlas: Atlas | None, masker: Any) -> tuple[Any, Array, list[str], float | None]:
     from nilearn.maskers import NiftiLabelsMasker, NiftiMasker
 
     image, _ = load_image(file, whole=True)
+    seconds = seconds_between_volumes(image)
+    if len(image.shape) == 5 and image.shape[3] == 1:
+        image = type(image)(np.asarray(image.dataobj)[..., 0, :], image.affine)
     if len(image.shape) != 4:
         raise InputError(f"fmri: {file.name} has shape {image.shape}: a 4D image (x, y, z, volumes) is expected")
     if masker is None:
-        masker = NiftiMasker(standardize=None) if atlas is None else NiftiLabelsMasker(_atlas(atlas), standardize=None)
+        masker = NiftiMasker(standardize=None) if atlas is None else NiftiLabelsMasker(atlas.image, standardize=None)
     with clear_damage(file, "a 4D NIfTI image"):
         fitted = hasattr(masker, "n_elements_")
         values = np.asarray(masker.transform(image) if fitted else masker.fit_transform(image))
-    names = [str(int(v)) if float(v).is_integer() else str(v) for v in getattr(masker, "labels_", [])][
-        -values.shape[1] :
-    ]
-    seconds = float(image.header.get_zooms()[3]) * {"msec": 1e-3, "usec": 1e-6}.get(
-        image.header.get_xyzt_units()[1], 1.0
-    )
+    found = [float(v) for v in getattr(masker, "labels_", []) if not isinstance(v, str)][-values.shape[1] :]
+    called = str if atlas is None else atlas.name_of
+    names = [called(int(v)) if v.is_integer() else str(v) for v in found]
     labels = names if len(names) == values.shape[1] else [f"voxel{i}" for i in range(values.shape[1])]
-    return masker, values.astype(np.float64), labels, seconds if seconds > 0 else None
+    return masker, values.astype(np.float64), labels, seconds
 
 
 def _assemble(series: dict[str, Array], names: list[str] | None, n_volumes: int | None) -> FMRI:

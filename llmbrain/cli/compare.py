@@ -54,7 +54,18 @@ def compare_command(
     atlas: Annotated[
         Path | None, typer.Option("--atlas", help="Labels image: regions of a NIfTI, or where table columns lie.")
     ] = None,
+    atlas_labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--atlas-labels", help="Names of the labels: .tsv, .csv, lookup table, .json; default: beside it."
+        ),
+    ] = None,
     regions: str = typer.Option("", help="Names of the regions, with commas, or a file with one a line."),
+    rois: str = typer.Option("", help="Only these regions: names with commas, or a file (.json, .txt)."),
+    isc: Annotated[
+        float | None,
+        typer.Option(help="Only regions whose ISC reaches this in half of the listeners; the others are compared."),
+    ] = None,
     pattern: str = typer.Option("*", help="Which files of the folder are subjects, such as '*run-1*'."),
     orientation: str = typer.Option(
         "auto", help="Of tables: volumes-first, regions-first; default told from the data."
@@ -86,14 +97,15 @@ def compare_command(
     if untrained and Path(source).is_dir() and Study(source).has("scans"):
         raise InputError("--untrained needs a model, not a scan: pass the model's folder")
     reading = {
-        "columns": parse_columns(columns), "tier": tier or None, "atlas": atlas, "pattern": pattern,
-        "regions": parse_regions(regions), "n_volumes": n_volumes or None, "orientation": orientation,
+        "columns": parse_columns(columns), "tier": tier or None, "atlas": atlas, "atlas_labels": atlas_labels,
+        "pattern": pattern, "regions": parse_regions(regions), "rois": rois or None, "n_volumes": n_volumes or None,
+        "orientation": orientation,
     }  # fmt: skip
     result = compare(
         source, fmri, words, out=out, reading=reading, tr=tr, offset=offset,
         text=None if text is None else read_plain(text, "--text"), networks=networks,
         n_components=parse_components(components), controls=controls, rule=rule, aggregate=aggregate, hrf=hrf,
-        high_pass=high_pass or None, drop=drop, window=window, null=null,
+        high_pass=high_pass or None, drop=drop, window=window, isc=isc, null=null,
         n_permutations=n_permutations or None, correction=correction,
         encoding=encoding, untrained=untrained, random_state=seed, device=device, overwrite=overwrite,
     )  # fmt: skip

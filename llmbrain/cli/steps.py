@@ -116,6 +116,8 @@ def decompose(
         [], help="Runs of a brain in place of a scan: NIfTI, CIFTI, GIFTI, parcel tables."
     ),
     mask: Path | None = typer.Option(None, help="Brain mask, for --images that are NIfTI."),
+    atlas: Path | None = typer.Option(None, help="Labels image: names the regions of --images."),
+    atlas_labels: Path | None = typer.Option(None, help="What its labels are called; default: the table beside it."),
     confounds: list[Path] = typer.Option([], help="Tables of confounds, one for each of --images."),
     confound_columns: list[str] = typer.Option(
         [], help="Their columns: names or patterns; default motion, CSF, white matter, cosines, outliers."
@@ -136,10 +138,11 @@ def decompose(
             images, out or study / "networks", mask=mask, n_components=parse_components(components),
             confounds=confounds,
             columns=parts(confound_columns), scrub=scrub or None, method=method, threshold=threshold,
-            convention=convention, device=device, random_state=seed, overwrite=overwrite,
+            convention=convention, device=device, random_state=seed, overwrite=overwrite, atlas=atlas,
+            atlas_labels=atlas_labels,
         )  # fmt: skip
         print_table(found["networks"].summary().reset_index())
-        say(f"networks: {found['folder']}")
+        say(f"networks and report: {found['folder']}")
         return
     made = networks.decompose(
         study, parse_components(components), method=method, n_runs=runs or None, stability=stability,

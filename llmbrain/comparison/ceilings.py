@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError
+from llmbrain._validation import InputError, check_range
 from llmbrain.brains.series import standardize
 
 Array = NDArray[np.float64]
@@ -65,6 +65,32 @@ def noise_ceilings(
         "reliability": reliability, "ceiling": np.sqrt(np.where(reliability > 0, reliability, np.nan)),
     })  # fmt: skip
     return frame
+
+
+def isc_split(subjects: ArrayLike, least: float) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Regions that one half of the listeners choose by their inter-subject correlation, for the other half.
+
+    A region that is chosen and tested in the same people looks better than it is, since their noise chose it.
+
+    Parameters
+    ----------
+    subjects : array ``(S, T, R)``
+        Filtered alike. At least 4; the first, third, fifth choose.
+    least : float
+        Mean leave-one-out correlation that a region needs, between 0 and 1.
+
+    Returns
+    -------
+    keep : bool array ``(R,)``
+    rest : int array
+        Places of the subjects that did not choose.
+    """
+    people = np.asarray(subjects, dtype=np.float64)
+    check_range("isc", least, 0, 1)
+    if people.ndim != 3 or len(people) < 4:
+        raise InputError(f"isc: {len(people)} subjects are too few to let one half choose for the other: 4 are needed")
+    isc = noise_ceilings(people[::2], n_splits=1)["isc"].to_numpy()
+    return np.nan_to_num(isc, nan=-1.0) >= least, np.arange(1, len(people), 2)
 
 
 def _r(a: Array, b: Array) -> Array:

@@ -11,12 +11,13 @@ from typing import Any
 import pandas as pd
 
 from llmbrain._files import transaction, write_json, write_table
+from llmbrain.brains.fmri import FMRI
 from llmbrain.comparison.coupling import Coupling
 from llmbrain.comparison.encoding import Encoding
 
 FEW_WORDS, FEW_VOLUMES, TOKENS_PER_NETWORK = 200, 100, 50
 ALPHA = 0.05
-TABLES = ("coupling", "matches", "lags", "controls", "mirrored", "ceilings", "encoding", "similarity",
+TABLES = ("regions", "coupling", "matches", "lags", "controls", "mirrored", "ceilings", "encoding", "similarity",
           "coupling_beyond_untrained", "encoding_beyond_untrained", "summary")  # fmt: skip
 
 
@@ -31,10 +32,13 @@ class Comparison:
         rate and the other controls with every region), ``mirrored`` (the word rate of the story read backwards in
         time: should couple with nothing), ``ceilings`` (several subjects), ``encoding`` (with himalaya),
         ``similarity``; with `untrained`, ``coupling_beyond_untrained`` and ``encoding_beyond_untrained`` (with the
-        networks of the model with random weights among the controls); ``summary`` has one row a model.
+        networks of the model with random weights among the controls); ``summary`` has one row a model; ``regions``
+        where the regions lie (with an atlas, or voxels).
     report : dict
         What was used and what was left out, with the settings; ``cautions`` are sentences to read before concluding.
     coupling, controls : Coupling
+    brain : FMRI or None
+        The listeners and regions that were compared.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -42,6 +46,7 @@ class Comparison:
     coupling: Coupling = field(repr=False)
     controls: Coupling = field(repr=False)
     encoding: Encoding | None = field(default=None, repr=False)
+    brain: FMRI | None = field(default=None, repr=False)
 
     def findings(self) -> list[str]:
         """The answers in sentences: controls first, then the networks, then the networks beyond an untrained copy."""

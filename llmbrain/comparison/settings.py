@@ -15,6 +15,9 @@ from llmbrain.stats.nulls import CORRECTIONS, NULLS
 if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
 
+    from llmbrain.brains.regions import Wanted
+    from llmbrain.imaging.atlas import Labels
+
 Path: TypeAlias = str | os.PathLike[str]
 
 
@@ -27,8 +30,11 @@ class Settings(TypedDict, total=False):
         The story as running text; default: the words of the table, joined by spaces.
     series : array ``(n_tokens, K)`` or None
         Time courses on the scan's tokens, in place of networks.
-    columns, regions, atlas
+    columns, regions, atlas, atlas_labels, rois
         Passed on to `load_words` and `load_fmri`.
+    isc : float or None
+        Compare only the regions whose inter-subject correlation reaches this in every second listener, in the listeners
+        that are left: a choice that has not seen what is tested.
     rule, aggregate, hrf, high_pass, drop
         See `align`; the brain gets the same filter. "offset", "mean", "spm", 128 s and no volume.
     window : {"stimulus", "all"}
@@ -44,6 +50,9 @@ class Settings(TypedDict, total=False):
     columns: Mapping[str, str | int] | None
     regions: Sequence[str] | None
     atlas: Path | SpatialImage | None
+    atlas_labels: Labels | None
+    rois: Wanted | None
+    isc: float | None
     rule: str
     aggregate: str
     hrf: str
@@ -66,9 +75,9 @@ class Tests(TypedDict):
 
 
 DEFAULTS: Settings = {
-    "text": None, "series": None, "columns": None, "regions": None, "atlas": None, "rule": "offset",
-    "aggregate": "mean", "hrf": "spm", "high_pass": 128.0, "drop": 0, "window": WINDOWS[0], "null": NULLS[0],
-    "n_permutations": None, "correction": CORRECTIONS[0], "encoding": None,
+    "text": None, "series": None, "columns": None, "regions": None, "atlas": None, "atlas_labels": None, "rois": None,
+    "isc": None, "rule": "offset", "aggregate": "mean", "hrf": "spm", "high_pass": 128.0, "drop": 0,
+    "window": WINDOWS[0], "null": NULLS[0], "n_permutations": None, "correction": CORRECTIONS[0], "encoding": None,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from llmbrain._validation import InputError, seed_of
 from llmbrain.brains.fmri import FMRI, load_fmri
 from llmbrain.brains.series import check_tr
 from llmbrain.brains.words import check_words, load_words
-from llmbrain.comparison.ceilings import nanmean
+from llmbrain.comparison.ceilings import isc_split, nanmean
 from llmbrain.comparison.clock import Clock
 from llmbrain.comparison.coupling import Coupling, DeadSeriesWarning, couple, group_mean
 from llmbrain.comparison.encoding import Encoding, encode
@@ -46,6 +46,7 @@ Array = NDArray[np.float64]
 NEAR_SECONDS = 10.0  # pairs of volumes nearer than this are left out of CKA
 FEW_REGIONS, MANY_REGIONS = 20, 100  # encoding models of fewer take seconds, of more take many minutes
 MOST_LAGS = 2000  # pairs whose lag profile is written
+MOST_PLACED = 2000  # regions whose coordinates stand in every table, not only in that of the regions
 
 
 def compare(
@@ -96,8 +97,8 @@ def compare(
         Told in a line what begins.
     **settings
         Fields of `llmbrain.comparison.settings.Settings`: ``text``, ``series``, ``columns``, ``regions``, ``atlas``,
-        ``rule``, ``aggregate``, ``hrf``, ``high_pass``, ``drop``, ``window``, ``null``, ``n_permutations``,
-        ``correction``, ``encoding``.
+        ``atlas_labels``, ``rois``, ``isc``, ``rule``, ``aggregate``, ``hrf``, ``high_pass``, ``drop``, ``window``,
+        ``null``, ``n_permutations``, ``correction``, ``encoding``.
 
     Returns
     -------
@@ -122,6 +123,9 @@ def compare(
         "random_state": seed,
     }  # fmt: skip
     people = clock.prepare(clock.cut(brain.data))
+    if chosen["isc"] is not None:
+        brain, people, said = _by_isc(brain, people, chosen["isc"])
+        say(said)
     clock.rate(table)  # wrong times are said before the scan
     say(f"brain: {len(brain.subjects)} subjects, {brain.n_volumes} volumes, {len(brain.regions)} regions; model: scan")
     if clock.left_out:
@@ -148,6 +152,11 @@ def compare(
     }  # fmt: skip
     if coupling.ceilings is not None:
         tables["ceilings"] = coupling.ceilings
+    if brain.places is not None:
+        tables["regions"] = brain.places
+        if len(brain.places) <= MOST_PLACED:
+            for name in ("coupling", "controls"):
+                tables[name] = tables[name].merge(brain.places, on="region", how="left")
     if encoded is not None:
         tables["encoding"] = _with_subjects(encoded, people)
     summaries = {"trained": _summary(coupling, encoded, similar)}
@@ -172,13 +181,14 @@ def compare(
         "controls_missing": missing, "threshold": coupling.threshold, "threshold_controls":
         controls_coupling.threshold, "n_permutations": coupling.n_permutations, "null": tests["null"], "correction":
         tests["correction"], "left_out": clock.left_out,
-        "settings": {**clock.settings(), "window": chosen["window"], "drop": chosen["drop"], "random_state": seed},
+        "settings": {**clock.settings(), "window": chosen["window"], "drop": chosen["drop"], "isc": chosen["isc"],
+                     "random_state": seed},
     }  # fmt: skip
     report["cautions"] = cautions(report) + timing_cautions(table, brain.data, clock, seed)
     if job.draws == 0 and chosen["encoding"] is None:
         why = f"they take long with {len(brain.regions)} regions" if _himalaya() else "himalaya is not installed"
         report["cautions"].append(f"encoding models were left out: {why}")
-    result = Comparison(tables, report, coupling, controls_coupling, encoded)
+    result = Comparison(tables, report, coupling, controls_coupling, encoded, brain)
     if out is not None:
         result.save(out)
     return result
@@ -197,7 +207,22 @@ def _people(
     if isinstance(fmri, FMRI):
         return fmri
     expected = expected_volumes(words, tr, offset)
-    return load_fmri(fmri, atlas=chosen["atlas"], regions=chosen["regions"], tr=tr, expected=expected)
+    return load_fmri(
+        fmri, atlas=chosen["atlas"], atlas_labels=chosen["atlas_labels"], regions=chosen["regions"],
+        rois=chosen["rois"], tr=tr, expected=expected,
+    )  # fmt: skip
+
+
+def _by_isc(brain: FMRI, people: Array, least: float) -> tuple[FMRI, Array, str]:
+    """The regions that half of the listeners choose, and the other half."""
+    keep, rest = isc_split(people, least)
+    if not keep.any():
+        raise InputError(f"isc={least:g}: no region reaches it in the {len(people) - len(rest)} listeners that choose")
+    said = (
+        f"{int(keep.sum())} of {len(keep)} regions reach an ISC of {least:g} in {len(people) - len(rest)} listeners; "
+        f"they are compared in the other {len(rest)}"
+    )
+    return brain.only(np.flatnonzero(keep), rest), people[rest][..., keep], said
 
 
 def _himalaya() -> bool:

@@ -56,9 +56,9 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     n_components : int, float or {"auto", "parallel"}, default=20
         Components to find (in each layer or window, if `scope` says so); or the share of variance, between 0 and 1,
         that the group's subspace must hold; or "auto": by minimum description length (Li et al. 2007); or "parallel":
-        by parallel analysis against circularly shifted time courses. "auto" takes noise to be white over tokens and
-        finds far too many where it is not; "parallel" allows for it up to an autocorrelation of about .6. There is a
-        warning above that. ``order_estimates_`` has both.
+        by parallel analysis against circularly shifted time courses. Both first take out one AR(1) model over tokens
+        of all neurons ("auto" where tokens correlate by more than .3), since noise with a memory looks like components;
+        where more memory is left, they find too many, and a warning says so. ``order_estimates_`` has both.
     method : {"fastica", "picard", "dictlearning"}, default="fastica"
         "picard" needs ``llmbrain[picard]``; "dictlearning" is nilearn's (its maps are sparse, not independent).
     fun : {"logcosh", "exp", "cube"}, default="logcosh"

@@ -130,9 +130,10 @@ def permutation_test(
     **What is assumed.** Runs (or subjects, blocks) are independent of each other: several runs of one subject are not,
     and 5 subjects of 4 runs passed as 20 find an effect of nothing in every draw. Sign flips take the errors of a
     neuron to be symmetric about zero; permutations take them to have one distribution, of one variance, in all groups.
-    With 5 runs of twice the SD against 20, the pooled t finds something in nine draws of ten; ``statistic="welch"``
-    flips signs instead, which takes errors to be symmetric and lets variances differ. Each is looked at in what the
-    design leaves, and a warning says where it does not seem to hold.
+    With 5 runs of twice the SD against 20, the pooled t finds something where there is nothing, in most draws
+    (`benchmarks/calibration.py`); ``statistic="welch"`` flips signs instead, which takes errors to be symmetric and
+    lets variances differ. Each is looked at in what the design leaves, and a warning says where it does not seem to
+    hold.
 
     With nuisance (covariates, other regressors) the residuals are permuted (Freedman & Lane 1983): exact without, near
     exact with it. Blocks and variance groups as in PALM (Winkler et al. 2014, NeuroImage 92:381; 2015, 123:253).

@@ -20,7 +20,7 @@ from llmbrain.decomposition.time_courses import standardize_maps
 from llmbrain.decomposition.workers import workers
 from llmbrain.scanning.inputs import Runs
 from llmbrain.stats.matching import correlate_rows, match_maps
-from llmbrain.stats.nulls import phase_randomize
+from llmbrain.stats.nulls import SmoothMapsWarning, phase_randomize
 
 Array = NDArray[np.float64]
 _SMOOTH = 0.1  # shared variance that neighbours have beyond others
@@ -151,10 +151,6 @@ def check_neighbors(runs: Runs) -> None:
             SmoothMapsWarning,
             stacklevel=3,
         )
-
-
-class SmoothMapsWarning(UserWarning):
-    """A null of unrelated neurons meets data whose neighbours are related."""
 
 
 class PhaseRandomized:

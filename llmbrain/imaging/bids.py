@@ -32,11 +32,18 @@ voxel   one neuron (space-neuron); which one is in the header extension and the 
         desc-llmbrain_registry.json. There are no millimetres and neighbours mean nothing: do not smooth
 bold    only the suffix that tools look for: the values are activations
 """
-IGNORED = ("*_mixing.tsv", "*_components.*", "*_decomposition.json", "*_registry.json", "*_tokens.tsv")
+IGNORED = ("*_mixing.tsv", "*_components.*", "*_decomposition.json", "*_registry.json", "*_tokens.tsv", "SHA256SUMS")
+AUTHORS = ("Those who scanned the model", "The llmbrain developers")
 
 
 def export_bids(
-    scans: Sequence[Any], folder: str | Path, ica: Any = None, *, images: bool = True, overwrite: bool = False
+    scans: Sequence[Any],
+    folder: str | Path,
+    ica: Any = None,
+    *,
+    images: bool = True,
+    authors: Sequence[str] = AUTHORS,
+    overwrite: bool = False,
 ) -> Path:
     """Write scans, and an ICA of them, as a BIDS-derivatives-style folder.
 
@@ -49,6 +56,8 @@ def export_bids(
         Fitted on these scans, in this order: its maps (group level) and time courses (one file a run) are written too.
     images : bool
         Whether to write the 4D images (``.nii.gz``); they are much larger than all else.
+    authors : sequence of str
+        Of the data set, one a string.
     overwrite : bool
         Write into a folder that is not empty.
 
@@ -82,7 +91,7 @@ def export_bids(
                 _register(registry, new, path, "time course of each component (column) at each token (row)")
         if ica is not None:
             _write_group(new, ica, scans[0].space, registry)
-        _write_top(new, scans, registry)
+        _write_top(new, scans, registry, authors)
     return folder
 
 
@@ -123,15 +132,17 @@ def _check_ica(ica: Any, scans: Sequence[Any]) -> None:
 def _write_run(stem: Path, scan: Any, registry: dict[str, Any], folder: Path, images: bool) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     task = re.search(r"task-([A-Za-z0-9]+)", stem.name)
-    events = stem.with_name(f"{stem.name}_events.tsv")
-    write_table(events, scan.events, na_rep="n/a")
-    write_json(
-        events.with_suffix(".json"),
-        {"onset": {"Units": "s", "Description": "a token is one volume and counts as one second"},
-         "duration": {"Units": "s", "Description": "tokens, of one second each"},
-         "trial_type": {"Description": "condition of the text"}},
-    )  # fmt: skip
-    _register(registry, folder, events, "which tokens belong to which condition")
+    if len(scan.events):
+        events = stem.with_name(f"{stem.name}_events.tsv")
+        write_table(events, scan.events, na_rep="n/a")
+        write_json(
+            events.with_suffix(".json"),
+            {"Description": "which tokens belong to which condition of the text",
+             "onset": {"Units": "s", "Description": "a token is one volume and counts as one second"},
+             "duration": {"Units": "s", "Description": "tokens, of one second each"},
+             "trial_type": {"Description": "condition of the text"}},
+        )  # fmt: skip
+        _register(registry, folder, events, "which tokens belong to which condition")
     tokens = stem.with_name(f"{stem.name}_tokens.tsv")
     # JSON strings, since a token may itself be a tab or the end of a line.
     quoted = [json.dumps(token, ensure_ascii=False) for token in scan.tokens]
@@ -167,19 +178,28 @@ def _write_group(folder: Path, ica: Any, space: Any, registry: dict[str, Any]) -
     _register(registry, folder, path, "how the components were made")
 
 
-def _write_top(folder: Path, scans: Sequence[Any], registry: dict[str, Any]) -> None:
+def _write_top(folder: Path, scans: Sequence[Any], registry: dict[str, Any], authors: Sequence[str]) -> None:
     write_json(
         folder / "dataset_description.json",
         {
             "Name": "Scan of a language model",
             "BIDSVersion": "1.9.0",
             "DatasetType": "derivative",
+            "Authors": [str(name) for name in authors],
             "GeneratedBy": [{"Name": "llmbrain", "Version": __version__}],
         },
     )
     subjects = {Path(stem).parts[0]: scan.model_id for stem, scan in zip(_stems(scans), scans)}
     table = pd.DataFrame({"participant_id": list(subjects), "model": list(subjects.values())})
     write_table(folder / "participants.tsv", table, na_rep="n/a")
+    write_json(
+        folder / "participants.json",
+        {
+            "Description": "the models that were scanned",
+            "participant_id": {"Description": "a model"},
+            "model": {"Description": "its name on a hub, or its folder"},
+        },
+    )
     write_text(folder / "README", README)
     write_text(folder / ".bidsignore", "\n".join(IGNORED) + "\n")
     write_json(folder / "desc-llmbrain_registry.json", registry)

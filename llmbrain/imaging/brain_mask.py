@@ -15,6 +15,8 @@ from llmbrain.imaging.grid import load_image, places_in, read_voxels, readable, 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llmbrain.imaging.atlas import Atlas
+
 _SAME_TR = 1e-3  # relative
 
 
@@ -91,8 +93,15 @@ class BrainMask:
         """Maps ``(n_voxels,)`` or ``(K, n_voxels)`` as a 3D or 4D float32 image in the grid of the mask."""
         return brain_image(maps, self.image)
 
-    def coordinates(self, networks: Any) -> pd.DataFrame:
-        """Where networks peak: place in millimetres (by the affine), z, voxel; by falling ``|z|`` in each."""
+    def coordinates(self, networks: Any, atlas: Atlas | None = None) -> pd.DataFrame:
+        """Where networks lie: place in millimeters (by the affine), z, voxel; by falling ``|z|`` in each.
+
+        Parameters
+        ----------
+        networks : FunctionalNetworks
+        atlas : Atlas, optional
+            Adds a column ``region``: what it calls the place; empty outside of it.
+        """
         import pandas as pd
 
         voxels = np.argwhere(self.volume)
@@ -104,6 +113,8 @@ class BrainMask:
             frame.insert(0, "network", name)
             frame["z"] = row[order]
             frame[["i", "j", "k"]] = voxels[order]
+            if atlas is not None:
+                frame["region"] = atlas.at(where[order])
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 

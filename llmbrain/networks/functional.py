@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.networks.storage import read_networks, write_networks
 from llmbrain.networks.thresholds import NullNetworks, cutoffs_for
 from llmbrain.stats import PUBLISHED_Z
@@ -20,6 +21,9 @@ from llmbrain.stats.sparsity import gini, hoyer, overlap_matrix, zscore_maps
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from llmbrain.imaging.atlas import Atlas
+    from llmbrain.imaging.surface import Grayordinates
 
 POLES = ("both", "positive", "negative", "split")
 
@@ -93,6 +97,8 @@ class FunctionalNetworks:
     standardize : bool
     provenance : dict, optional
         Where the maps come from; saved with them. JSON values only.
+    brain : BrainMask or Grayordinates, optional
+        Where the voxels (or vertices) of maps of a brain lie; images and coordinates are saved with it.
 
     Attributes
     ----------
@@ -128,6 +134,7 @@ class FunctionalNetworks:
         names: Sequence[str] | None = None,
         standardize: bool = True,
         provenance: dict[str, Any] | None = None,
+        brain: BrainMask | Grayordinates | None = None,
     ) -> None:
         values = np.atleast_2d(np.asarray(maps))
         if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiu":
@@ -137,6 +144,11 @@ class FunctionalNetworks:
             raise InputError(f"maps holds nan or inf in networks {np.flatnonzero(bad).tolist()}")
         if space is not None and space.n_neurons != values.shape[1]:
             raise InputError(f"maps cover {values.shape[1]} neurons, but space is {space}")
+        if brain is not None and (space is not None or _voxels_of(brain) != values.shape[1]):
+            raise InputError(
+                f"brain has {_voxels_of(brain)} voxels, the maps have {values.shape[1]}"
+                if space is None else "maps have a NeuronSpace or lie in a brain: pass one of space and brain"
+            )  # fmt: skip
         z = zscore_maps(values) if standardize else values.astype(np.float32)
         sides = _sides(poles, len(z))
         cutoffs = _cutoffs(threshold, sides)
@@ -154,6 +166,7 @@ class FunctionalNetworks:
         self.time_courses: list[NDArray[np.float32]] = runs
         self.names: list[str] = labels
         self.provenance: dict[str, Any] = dict(provenance or {})
+        self.brain = brain
 
     @classmethod
     def from_ica(
@@ -182,14 +195,17 @@ class FunctionalNetworks:
             value = value.item() if isinstance(value, np.generic) else value
             if isinstance(value, (bool, int, float, str)):
                 provenance[key.rstrip("_")] = value
+        space = space if space is not None else getattr(ica, "space_", None)
+        places = getattr(ica, "brain_mask_", None) or getattr(ica, "surface_", None)
         return cls(
             zscore_maps(ica.components_, skip_zeros=True),
-            space if space is not None else getattr(ica, "space_", None),
+            space,
             threshold=threshold,
             time_courses=getattr(ica, "mixing_", None),
             poles=poles,
             standardize=False,
             provenance=provenance,
+            brain=None if space is not None else places,
         )
 
     # -- what is in them -----------------------------------------------------------------------------------------------
@@ -251,6 +267,7 @@ class FunctionalNetworks:
             names=[self.names[k] for k in rows],
             standardize=False,
             provenance=self.provenance,
+            brain=self.brain,
         )
 
     def key_neurons(self, k: int | str) -> pd.DataFrame:
@@ -349,12 +366,21 @@ class FunctionalNetworks:
             names=self.names,
             standardize=False,
             provenance={**self.provenance, "threshold_method": method},
+            brain=self.brain,
         )
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False, atlas: Atlas | None = None) -> Path:
         """Write the networks into a folder, all files or none; see `llmbrain.networks.storage` for them.
+
+        Parameters
+        ----------
+        folder : path
+        overwrite : bool
+            Write over networks that are there.
+        atlas : Atlas, optional
+            Names the region of every voxel in the coordinates, for networks of a brain.
 
         Raises
         ------
@@ -370,7 +396,14 @@ class FunctionalNetworks:
             "n_runs": len(self.time_courses),
             "provenance": self.provenance,
         }
-        return write_networks(folder, arrays, record, self.to_frame(), overwrite=overwrite)
+        where = None
+        if isinstance(self.brain, BrainMask):
+            where = self.brain.coordinates(self, atlas)
+        elif atlas is not None:
+            raise InputError("atlas= names voxels of a brain mask: these networks have none")
+        return write_networks(
+            folder, arrays, record, self.to_frame(), brain=self.brain, coordinates=where, overwrite=overwrite
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> FunctionalNetworks:
@@ -383,7 +416,7 @@ class FunctionalNetworks:
         InputError
             If its files are damaged or do not belong together.
         """
-        arrays, record = read_networks(folder)
+        arrays, record, brain = read_networks(folder)
         return cls(
             arrays["maps"],
             None if record["space"] is None else NeuronSpace.from_dict(record["space"]),
@@ -393,11 +426,16 @@ class FunctionalNetworks:
             names=record["names"],
             standardize=False,
             provenance=record.get("provenance"),
+            brain=brain,
         )
 
     def __repr__(self) -> str:
         where = self.space if self.space is not None else f"{self.n_neurons} neurons, no space"
         return f"FunctionalNetworks({len(self)} networks of {self.sizes.min()}-{self.sizes.max()} neurons; {where})"
+
+
+def _voxels_of(brain: BrainMask | Grayordinates) -> int:
+    return brain.n_voxels if isinstance(brain, BrainMask) else brain.n
 
 
 def _sides(poles: str | Sequence[str], n: int) -> list[str]:

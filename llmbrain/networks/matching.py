@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.stats.matching import best_pairs, correlate_rows
+from llmbrain.stats.nulls import SmoothMapsWarning
 from llmbrain.stats.sparsity import overlap_matrix
 from llmbrain.stats.tails import benjamini_hochberg
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmbrain.scanning.scans import Scan
+
+
+SMOOTH = 0.25  # correlation of neighboring columns beyond which maps are those of a smooth image
 
 
 def match_networks(
@@ -49,6 +54,8 @@ def match_networks(
     _check_same(a, b)
     check_range("n_permutations", n_permutations, 0)
     r = correlate_rows(a.maps, b.maps)
+    if n_permutations:
+        check_neighbors(a, b)
     rows, columns = best_pairs(r)
     frame = pd.DataFrame(
         {
@@ -127,6 +134,7 @@ def recurrence(
     kind, threshold
         As in `template_matches`.
     n_permutations : int
+        Null draws; 0 for none (p is nan then), as for networks of a brain.
     random_state : int, Generator or None
         What is drawn starts from it; None draws anew.
 
@@ -139,9 +147,11 @@ def recurrence(
     """
     import pandas as pd
 
-    check_range("n_permutations", n_permutations, 1)
+    check_range("n_permutations", n_permutations, 0)
     if not runs:
         raise InputError("runs is empty: pass the networks of at least one run")
+    if n_permutations:
+        check_neighbors(templates, *runs)
     tables = [template_matches(templates, run, kind=kind, threshold=threshold) for run in runs]
     overlap = np.array([t["overlap"] for t in tables])
     rng = np.random.default_rng(random_state)
@@ -153,6 +163,10 @@ def recurrence(
     rate, chance = (overlap > threshold).mean(axis=0), (null > threshold).mean(axis=1)
     mean, chance_mean = overlap.mean(axis=0), null.mean(axis=1)
     p_overlap = ((chance_mean >= mean).sum(axis=0) + 1) / (n_permutations + 1)
+    p_rate = ((chance >= rate).sum(axis=0) + 1) / (n_permutations + 1)
+    if not n_permutations:
+        nothing = np.full((1, len(templates)), np.nan)
+        chance, chance_mean, p_overlap, p_rate = nothing, nothing, nothing[0], nothing[0]
     return pd.DataFrame(
         {
             "template": np.arange(len(templates)),
@@ -164,7 +178,7 @@ def recurrence(
             "mean_overlap": mean,
             "chance_rate": chance.mean(axis=0),
             "chance_overlap": chance_mean.mean(axis=0),
-            "p": ((chance >= rate).sum(axis=0) + 1) / (n_permutations + 1),
+            "p": p_rate,
             "p_overlap": p_overlap,
             "q": benjamini_hochberg(p_overlap),
         }
@@ -237,6 +251,42 @@ def split_half(
         for half in halves
     ]
     return match_networks(*found, n_permutations=n_permutations, random_state=random_state)
+
+
+def check_neighbors(*groups: FunctionalNetworks) -> None:
+    """Refuse a null of unrelated neurons for networks of a brain, and warn where neighbors resemble each other.
+
+    Raises
+    ------
+    InputError
+        For networks that lie in a brain: its voxels resemble their neighbors, and smooth maps match by chance more
+        often than shuffled ones do.
+    """
+    for networks in groups:
+        if networks.brain is not None:
+            raise InputError(
+                "n_permutations: a null that shuffles voxels is wrong for networks of a brain, whose neighbors "
+                "resemble each other: smooth noise would pass for a match. Pass n_permutations=0 (no p)"
+            )
+        beside = smoothness(networks.maps)
+        if beside > SMOOTH:
+            warnings.warn(
+                f"neighboring columns of the maps correlate by {beside:.2f}: these look like voxels of a smooth image. "
+                "The null takes neighbors to be strangers, and smooth noise would pass for a match: do not trust this "
+                "p",
+                SmoothMapsWarning, stacklevel=3,
+            )  # fmt: skip
+            return
+
+
+def smoothness(maps: NDArray[np.float32]) -> float:
+    """Correlation of neighboring columns of z maps, median over maps, beyond that of distant ones."""
+    n = maps.shape[1]
+    if n < 50:
+        return 0.0
+    z = (maps - maps.mean(axis=1, keepdims=True)) / np.maximum(maps.std(axis=1, keepdims=True), 1e-12)
+    beside, far = ((z[:, :-k] * z[:, k:]).mean(axis=1) for k in (1, n // 2))
+    return float(np.median(beside - np.abs(far)))
 
 
 def shuffle_within_layers(networks: FunctionalNetworks, rng: np.random.Generator) -> NDArray[np.int64]:

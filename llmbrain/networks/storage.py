@@ -2,9 +2,11 @@
 
 ``networks.safetensors``                 maps, cut-offs and time courses, to the bit
 ``networks.json``                        names, space, provenance
-``desc-ICA_stat-z_components.nii.gz``    the z maps, one volume a network (only with a space)
+``desc-ICA_stat-z_components.nii.gz``    the z maps, one volume a network (with a space or a brain mask;
+                                         ``.dscalar.nii`` or ``.func.gii`` for grayordinates)
 ``mixing.tsv``                           time courses: columns run, token, one a network
 ``key_neurons.tsv``                      network, layer, neuron, z
+``mask.nii.gz``, ``coordinates.tsv``     of a brain: which voxels; where those of each network lie, in millimeters
 
 They are one set: all of it is written or none, and what a former set held beside is gone.
 """
@@ -21,13 +23,17 @@ from numpy.typing import NDArray
 from llmbrain._files import DamagedError, reading, transaction, write_image, write_json, write_table, write_tensors
 from llmbrain._validation import InputError
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.imaging.nifti import maps_to_nifti
+from llmbrain.imaging.surface import Grayordinates, read_surface
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TENSORS, RECORD = "networks.safetensors", "networks.json"
 MAPS, MIXING, NEURONS = "desc-ICA_stat-z_components.nii.gz", "mixing.tsv", "key_neurons.tsv"
+MASK, COORDINATES = "mask.nii.gz", "coordinates.tsv"
+CIFTI, GIFTI = "desc-ICA_stat-z_components.dscalar.nii", "desc-ICA_stat-z_components.func.gii"
 ANEW = "save the networks again"
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -40,6 +46,8 @@ def write_networks(
     record: Mapping[str, Any],
     key_neurons: pd.DataFrame,
     *,
+    brain: BrainMask | Grayordinates | None = None,
+    coordinates: pd.DataFrame | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the files named at the top of this module.
@@ -53,6 +61,10 @@ def write_networks(
         ``names``, ``poles``, ``space`` (`NeuronSpace.to_dict` or None), ``n_runs``, ``provenance``; JSON values.
     key_neurons : DataFrame
         Of all networks.
+    brain : BrainMask or Grayordinates, optional
+        Where the columns of the maps lie.
+    coordinates : DataFrame, optional
+        Of the voxels of all networks.
 
     Returns
     -------
@@ -69,7 +81,13 @@ def write_networks(
     folder = Path(folder)
     if not overwrite and (folder / RECORD).exists():
         raise FileExistsError(f"{folder} already holds networks: choose another folder, or pass overwrite=True")
-    with transaction(folder, replaces=[TENSORS, RECORD, MAPS, MIXING, NEURONS]) as new:
+    arrays, record = dict(arrays), dict(record)
+    if isinstance(brain, BrainMask):
+        affine = np.asarray(brain.image.affine, dtype=np.float64)
+        arrays |= {"mask_volume": brain.volume, "mask_affine": affine}  # type: ignore[dict-item]
+        record["mask_header"] = brain.header_facts()
+    replaces = [TENSORS, RECORD, MAPS, MIXING, NEURONS, MASK, COORDINATES, CIFTI, GIFTI]
+    with transaction(folder, replaces=replaces) as new:
         write_tensors(new / TENSORS, arrays)
         write_table(new / NEURONS, key_neurons)
         if record["n_runs"]:
@@ -80,12 +98,20 @@ def write_networks(
             write_table(new / MIXING, mixing, index=True)
         if record["space"] is not None:
             write_image(new / MAPS, maps_to_nifti(arrays["maps"], NeuronSpace.from_dict(record["space"])))
+        if isinstance(brain, BrainMask):
+            write_image(new / MAPS, brain.image_of(arrays["maps"]))
+            write_image(new / MASK, brain.image)
+        elif brain is not None:
+            record["grayordinates"] = CIFTI if brain.axis is not None else GIFTI
+            write_image(new / record["grayordinates"], brain.image_of(arrays["maps"]))
+        if coordinates is not None:
+            write_table(new / COORDINATES, coordinates)
         write_json(new / RECORD, record, indent=2)
     return folder
 
 
-def read_networks(folder: str | Path) -> tuple[Arrays, Record]:
-    """Read what `write_networks` wrote: arrays and record.
+def read_networks(folder: str | Path) -> tuple[Arrays, Record, BrainMask | Grayordinates | None]:
+    """Read what `write_networks` wrote: arrays, record, and where the columns of maps of a brain lie.
 
     Raises
     ------
@@ -100,11 +126,19 @@ def read_networks(folder: str | Path) -> tuple[Arrays, Record]:
             if name not in files and not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no networks: {name} is missing")
         record, arrays = files.json(RECORD), files.tensors(TENSORS)
+        surface = record.get("grayordinates")
+        image = files.path(surface) if surface in (CIFTI, GIFTI) else None
     try:
+        brain: BrainMask | Grayordinates | None = None
+        volume, affine = arrays.pop("mask_volume", None), arrays.pop("mask_affine", None)
+        if volume is not None and affine is not None:
+            brain = BrainMask.from_arrays(volume > 0, affine, record.get("mask_header"))
+        elif image is not None:
+            brain = read_surface(image, image.name)[1]
         _check(arrays, record)
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedError(f"{folder} is damaged ({type(error).__name__}: {error}): {ANEW}") from error
-    return arrays, record
+    return arrays, record, brain
 
 
 def _check(arrays: Arrays, record: Record) -> None:

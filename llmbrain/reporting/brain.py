@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmbrain._validation import InputError
+from llmbrain.imaging.atlas import Atlas
 from llmbrain.imaging.brain_mask import BrainMask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from nibabel.nifti1 import Nifti1Image
+
+    from llmbrain.imaging.atlas import Labels
 
 APART = 8.0  # mm between two peaks of a table
 PEAKS = 12
@@ -36,14 +37,18 @@ class Brain:
     regions: list[str] | None = None
 
     @classmethod
-    def of(cls, mask: BrainMask, atlas: tuple[Any, Sequence[str]] | None = None) -> Brain:
-        """A brain with the labels of an atlas: ``(image, labels)``.
+    def of(cls, mask: BrainMask, atlas: Atlas | tuple[Any, Labels] | None = None) -> Brain:
+        """A brain with the labels of an atlas: an `Atlas`, or ``(image, labels)``.
 
         Value v of the image (a NIfTI image or path) is ``labels[v]``, as nilearn's fetchers have it, 0 being the
         background; or ``labels[v - 1]`` where the labels name no background (as many as the largest value). It may lie
         on another grid: each voxel takes the value at its coordinates.
         """
-        return cls(mask, None if atlas is None else _regions(mask, *atlas))
+        brain = cls(mask)
+        if atlas is None:
+            return brain
+        known = atlas if isinstance(atlas, Atlas) else Atlas.of(*atlas)
+        return cls(mask, known.at(brain.coordinates(np.arange(mask.n_voxels))))
 
     def coordinates(self, voxels: NDArray[np.int64]) -> NDArray[np.float64]:
         """Millimeters ``(n, 3)`` of the centers of voxels, in the space of the mask's affine."""
@@ -77,25 +82,3 @@ class Brain:
         from llmbrain.plotting import plot_brain_map
 
         return plot_brain_map(np.where(inside, values, 0), self, title="z")
-
-
-def _regions(mask: BrainMask, image: Any, labels: Sequence[str]) -> list[str]:
-    from nilearn.image import load_img, resample_to_img
-
-    atlas = load_img(image)
-    if len(atlas.shape) != 3:
-        raise InputError(f"atlas of shape {atlas.shape} must be (x, y, z), a whole number a region")
-    moved = resample_to_img(
-        atlas, mask.image, interpolation="nearest", force_resample=True, copy_header=True
-    )  # fmt: skip
-    values = np.asarray(moved.dataobj)[mask.volume]
-    codes = np.rint(values).astype(np.int64)
-    largest = int(np.asarray(atlas.dataobj).max())
-    names = [str(label) for label in labels]
-    if len(names) == largest:
-        names = ["", *names]
-    if not np.array_equal(codes, values) or codes.min() < 0 or largest >= len(names):
-        raise InputError(
-            f"atlas has values up to {largest} and {len(labels)} labels: one label is needed for each value from 0 or 1"
-        )
-    return ["" if code == 0 else names[code] for code in codes]

@@ -174,8 +174,9 @@ def comparison_report(
         table(tables["matches"].head(SHOWN_PAIRS), "One network a region (Hungarian matching)"),
     ]))  # fmt: skip
     maps = [figure(*drawn[name]) for name in drawn if name.startswith("brain-")]
-    if maps:
-        report.add(_section("Brain maps", maps, []))
+    where = table(tables["regions"].head(SHOWN_REGIONS), "Centers of the regions") if "regions" in tables else None
+    if maps or where is not None:
+        report.add(_section("Brain maps", maps, [] if where is None else [where]))
     report.add(_section("Controls", [figure(*drawn["controls"])], [
         _top(tables["controls"], "Controls with the regions (a working pipeline shows the word rate here)"),
         _top(tables["mirrored"], "The word rate of the story mirrored in time: should couple with nothing"),
@@ -264,6 +265,11 @@ def _methods(result: Any) -> tuple[list[str], list[str]]:
         "taken. No parametric p-value was used, since the series are autocorrelated."
     )
     paragraphs = [time, tests]
+    if settings.get("isc") is not None:
+        paragraphs.append(
+            f"Regions were those whose leave-one-out intersubject correlation reached {settings['isc']:g} in one half "
+            "of the listeners; they were compared in the other half."
+        )
     if coupling.ceilings is not None:
         paragraphs.append(
             f"Noise ceilings are leave-one-out intersubject correlations ({cite('isc', 'Nastase et al. 2019')}) and "

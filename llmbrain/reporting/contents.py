@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from llmbrain._validation import InputError
+from llmbrain.imaging.atlas import Atlas
 from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.page.text import shown_tokens
 from llmbrain.reporting.brain import Brain
@@ -40,7 +41,7 @@ class Contents:
     warnings: Sequence[Any] = ()
     provenance: Any = None
     mask_img: Any = None
-    atlas: tuple[Any, Sequence[str]] | None = None
+    atlas: Atlas | tuple[Any, Sequence[str]] | None = None
     notes: list[str] = field(default_factory=list)
 
     # -- networks ------------------------------------------------------------------------------------------------------
@@ -63,8 +64,11 @@ class Contents:
 
     @cached_property
     def brain(self) -> Brain | None:
-        """Where the voxels lie, of maps of a brain: from `mask_img`, else from the ICA; None for neurons."""
-        mask = getattr(self.ica, "brain_mask_", None) if self.mask_img is None else BrainMask(self.mask_img)
+        """Where the voxels lie, of maps of a brain: from `mask_img`, the networks or the ICA; None for neurons."""
+        known = getattr(self.networks, "brain", None) or getattr(self.ica, "brain_mask_", None)
+        mask = known if self.mask_img is None else BrainMask(self.mask_img)
+        if not isinstance(mask, BrainMask):
+            mask = None  # grayordinates have no grid to look through
         if self.networks is None or self.space is not None or mask is None:
             if self.mask_img is not None or self.atlas is not None:
                 raise InputError(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from llmbrain.decomposition.group_ica import GroupICA
     from llmbrain.decomposition.stability import Stability
+    from llmbrain.imaging.atlas import Atlas
     from llmbrain.intervention.table import LesionTable
     from llmbrain.networks.connectivity import Connectivity
     from llmbrain.networks.functional import FunctionalNetworks
@@ -49,7 +50,7 @@ def build_report(
     warnings: Sequence[str | Warning] = (),
     provenance: Mapping[str, object] | None = None,
     mask_img: Nifti1Image | str | os.PathLike[str] | None = None,
-    atlas: tuple[Nifti1Image | str | os.PathLike[str], Sequence[str]] | None = None,
+    atlas: Atlas | tuple[Nifti1Image | str | os.PathLike[str], Sequence[str]] | None = None,
 ) -> Report:
     """Make a report of whatever there is; every part may be missing, and says so.
 
@@ -77,7 +78,7 @@ def build_report(
     mask_img : NIfTI image or path, optional
         Of maps of a brain: the mask whose voxels (C order) the maps hold; default the brain mask of `ica`. Networks are
         shown with nilearn, and their peaks with coordinates in millimeters.
-    atlas : (image, labels), optional
+    atlas : Atlas or (image, labels), optional
         Of maps of a brain: names the regions of the peaks. Value v is ``labels[v]``, 0 the background.
 
     Returns

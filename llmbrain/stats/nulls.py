@@ -29,6 +29,10 @@ class SmoothSeriesWarning(UserWarning):
     """Series are too smooth for the null that is asked for."""
 
 
+class SmoothMapsWarning(UserWarning):
+    """A null of unrelated neurons meets data whose neighbours are related."""
+
+
 def circular_shifts(
     n_volumes: int, min_shift: int, n_permutations: int | None, rng: np.random.Generator
 ) -> NDArray[np.int64]:

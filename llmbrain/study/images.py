@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmbrain._files import write_image, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option
 from llmbrain.decomposition import DualRegression, GroupICA, dual_regression, read_ica
-from llmbrain.imaging import write_melodic
+from llmbrain.imaging import Atlas, write_melodic
 from llmbrain.imaging.confounds import DEFAULT_COLUMNS, read_confounds
+from llmbrain.imaging.surface import is_surface
 from llmbrain.networks import FunctionalNetworks
+from llmbrain.reporting import write_report
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.study.folder import claim
+
+if TYPE_CHECKING:
+    from llmbrain.imaging.atlas import Labels
 
 IMAGES = (".nii", ".nii.gz", ".gii", ".npy")
 
@@ -39,6 +43,10 @@ def runs_of(
     return runs, chosen or None
 
 
+def _needs_mask(run: Any) -> bool:
+    return isinstance(run, Path) and run.name.endswith((".nii", ".nii.gz")) and not is_surface(run)
+
+
 def decompose_images(
     images: Sequence[str | Path],
     out: str | Path,
@@ -54,6 +62,8 @@ def decompose_images(
     device: str = "auto",
     random_state: int = 0,
     overwrite: bool = False,
+    atlas: str | Path | None = None,
+    atlas_labels: Labels | None = None,
     progress: bool | Say = True,
 ) -> dict[str, Any]:
     """Group ICA of brain images (or parcel tables): maps as images, time courses, networks.
@@ -73,15 +83,21 @@ def decompose_images(
         |z| above which a voxel belongs to a network.
     convention : {"bids", "fsl"}
         ``"fsl"`` writes MELODIC's names beside ours.
+    atlas, atlas_labels : optional
+        Labels image and what its labels are called: regions in the coordinates and in the report. See
+        `llmbrain.imaging.Atlas`.
 
     Returns
     -------
     dict
-        ``ica``, ``networks`` and ``folder``.
+        ``ica``, ``networks`` and ``folder``, which holds a report too.
     """
     tell = speaker(progress)
     check_option("convention", convention, ("bids", "fsl"))
     runs, nuisance = runs_of(images, confounds, columns, scrub)
+    if mask is None and any(_needs_mask(run) for run in runs):
+        raise InputError("mask=None (--mask): NIfTI images of a brain need a mask that says which voxels are read")
+    known = None if atlas is None else Atlas.of(atlas, atlas_labels)
     target = Path(out)
     settings = {
         "components": n_components, "method": method, "seed": random_state, "images": [str(path) for path in images],
@@ -99,13 +115,14 @@ def decompose_images(
         failed = sum(not start["converged"] for start in ica.convergence_)
         tell(f"ICA: {ica.n_iter_} steps, {failed} of {len(ica.convergence_)} starts did not converge")
         networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
-        networks.save(target, overwrite=True)
-        if ica.brain_mask_ is not None:
-            write_image(target / "desc-ICA_stat-z_components.nii.gz", ica.components_img())
-            write_image(target / "mask.nii.gz", ica.brain_mask_.image)
-            write_table(target / "coordinates.tsv", ica.brain_mask_.coordinates(networks))
-            if convention == "fsl":
-                write_melodic(ica, target)
+        networks.save(target, overwrite=True, atlas=known)
+        if ica.brain_mask_ is not None and convention == "fsl":
+            write_melodic(ica, target)
+        names = {f"run {i}": str(path) for i, path in enumerate(images)}
+        write_report(
+            target / "report.html", title=f"Networks of {len(runs)} runs", ica=ica, networks=networks, atlas=known,
+            provenance={**settings, **names},
+        )  # fmt: skip
         return {"ica": ica, "networks": networks, "folder": target}
 
 

@@ -71,7 +71,7 @@ def compare(
     controls : mapping of name to array ``(n_volumes,)``, or list of files, optional
         Series at the volumes; of files (``name=FILE`` too) see `llmbrain.brains.tables.load_controls`.
     reading : mapping, optional
-        How files are read: options of `load_fmri` (``atlas``, ``pattern``, ``regions``, ...), and ``columns`` and
+        How files are read: options of `load_fmri` (``atlas``, ``pattern``, ``rois``, ...), and ``columns`` and
         ``tier`` of `load_words`.
     device : str
         Where a model that is given as a path goes.
@@ -120,12 +120,13 @@ def compare(
         result.report["model"], folder = name, Path(out)
         result.save(folder)
         tell("figures and report")
-        figures = comparison_figures(result, brain.masker)
+        masker = brain.masker if result.brain is None else result.brain.masker
+        figures = comparison_figures(result, masker)
         for key, (figure, _) in figures.items():
             write_figure(folder / f"figure-{key}.png", figure, dpi=150)
-        if brain.masker is not None:
+        if masker is not None:
             filled = np.nan_to_num(result.coupling.r).astype(np.float32)
-            write_image(folder / "coupling.nii.gz", brain.masker.inverse_transform(filled))
+            write_image(folder / "coupling.nii.gz", masker.inverse_transform(filled))
     text = options.get("text") or " ".join(table["word"])
     people = Path(fmri).name if isinstance(fmri, (str, os.PathLike)) else f"{len(brain.subjects)} people"
     page = comparison_report(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,7 @@ def test_bids_folder(tmp_path: Path) -> None:
     registry = json.loads((folder / "desc-llmbrain_registry.json").read_text())
     assert registry["space-neuron"]["widths"] == [24, 24]
     assert all((folder / name).is_file() for name in registry["files"])
-    assert len(registry["files"]) == 3 * 4 + 2
+    assert len(registry["files"]) == 3 * 4 - 1 + 2  # a text without conditions has no events
     assert "*_mixing.tsv" in (folder / ".bidsignore").read_text()
 
 
@@ -76,6 +79,23 @@ def test_nilearn_builds_a_first_level_model_from_the_folder(tmp_path: Path) -> N
     assert len(runs[0]) == 2
     assert models[0].t_r == 1.0
     assert [table["trial_type"].tolist() for table in events[0]] == [["count", "answer"]] * 2
+
+
+def test_the_official_validator_finds_no_error_and_no_warning(tmp_path: Path) -> None:
+    beside = Path(sys.executable).with_name("bids-validator-deno")
+    validator = str(beside) if beside.is_file() else shutil.which("bids-validator-deno")
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed: pip install 'llmbrain[bids]'")
+    scans = study()
+    folder = export_bids(scans, tmp_path / "bids", FittedICA(scans))
+
+    def issues() -> list[str]:
+        done = subprocess.run([validator, str(folder), "--json"], capture_output=True, text=True, timeout=120)
+        return [issue["code"] for issue in json.loads(done.stdout)["issues"]["issues"]]
+
+    assert issues() == []
+    (folder / ".bidsignore").unlink()
+    assert "NOT_INCLUDED" in issues()  # it does look
 
 
 def test_bids_bad_input(tmp_path: Path) -> None:

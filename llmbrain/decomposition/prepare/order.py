@@ -14,6 +14,9 @@ from llmbrain.decomposition.prepare.pca import gram
 from llmbrain.decomposition.prepare.preprocess import PreparedRun
 
 _MAX_NEURONS = 4096  # for parallel analysis
+_COLOR = 0.3  # correlation of neighboring tokens up to which the description length needs no whitening
+_LEFT = {"auto": 0.2, "parallel": 0.4}  # what may be left of it
+_LAGS = 5
 _IID_ENTROPY = 1.40  # of at most log(2 pi e) / 2 = 1.419 nats; Li et al. 2007 call a sample independent close to it
 
 
@@ -30,47 +33,63 @@ def estimate_order(
     -------
     dict
         ``mdl`` and ``parallel`` (int), ``mdl_per_run``, ``parallel_per_run``, ``subsampling_per_run`` (lists of int),
-        and ``autocorrelation`` of neighbouring tokens (float): both criteria find too many where it is high.
+        ``autocorrelation`` of neighboring tokens, and ``color_left`` (float): the largest autocorrelation at lags 1 to
+        5 after one AR(1) model of all neurons was taken out; both criteria find too many where it is high.
     """
     rng = legacy_generator(random_state)
-    mdl, parallel, depths, colour = [], [], [], []
+    mdl, parallel, depths, color, left = [], [], [], [], []
     for run in runs:
         live = run.live[columns].cpu().numpy()
         data = run.matrix(columns)[:, run.live[columns]]
         places = np.flatnonzero(live)[:, None] if lattice is None else lattice[live]
-        order, depth = mdl_order(data, places)
+        color.append(autocorrelation(data)[0])
+        white = whitened(data, color[-1])
+        order, depth = mdl_order(white if color[-1] > _COLOR else data, places)
         mdl.append(order)
         depths.append(depth)
-        parallel.append(parallel_order(data, rng))
-        colour.append(_autocorrelation(data))
+        parallel.append(parallel_order(white, rng))
+        left.append(float(autocorrelation(white).max()))
     return {
         "mdl": int(np.median(mdl)),
         "parallel": int(np.median(parallel)),
         "mdl_per_run": mdl,
         "parallel_per_run": parallel,
         "subsampling_per_run": depths,
-        "autocorrelation": float(np.median(colour)),
+        "autocorrelation": float(np.median(color)),
+        "color_left": float(np.median(left)),
     }
 
 
 def warn_of_color(estimates: dict[str, Any], criterion: str) -> None:
-    """Warn where neighbouring tokens are more alike than `criterion` ("auto" or "parallel") can take."""
-    limit, seen = (0.3 if criterion == "auto" else 0.6), estimates["autocorrelation"]
-    if seen > limit:
+    """Warn where tokens stay more alike than `criterion` ("auto" or "parallel") can take."""
+    seen = estimates["color_left"]
+    if seen > _LEFT[criterion]:
         warnings.warn(
-            f"n_components={criterion!r}: a token correlates with the next by {seen:.2f}, and this criterion finds too "
-            f"many components above {limit}. Give a number; model_order_sweep helps to choose",
+            f"n_components={criterion!r}: tokens correlate with those near them by up to {seen:.2f} beyond an AR(1) "
+            "model of all neurons, and this criterion finds too many components then. Give a number; "
+            "model_order_sweep helps to choose",
             UserWarning,
             stacklevel=5,
         )
 
 
-def _autocorrelation(data: torch.Tensor) -> float:
-    """Median over neurons of the correlation of a token with the next."""
-    rows = data - data.mean(dim=0, keepdim=True)
-    power = rows.square().sum(dim=0)
-    used = power > 0
-    return float(((rows[1:] * rows[:-1]).sum(dim=0)[used] / power[used]).median()) if bool(used.any()) else 0.0
+def autocorrelation(data: torch.Tensor) -> np.ndarray:
+    """Autocorrelation over tokens at lags 1 to 5, of all neurons together."""
+    rows = data.double() - data.double().mean(dim=0, keepdim=True)
+    power = max(float(rows.square().sum()), 1e-300)
+    lags = range(1, min(_LAGS, len(rows) - 2) + 1)
+    return np.array([float((rows[lag:] * rows[:-lag]).sum()) / power for lag in lags] or [0.0])
+
+
+def whitened(data: torch.Tensor, color: float) -> torch.Tensor:
+    """A run without the memory from token to token that all neurons share, standardized again: one token shorter.
+
+    A filter over tokens leaves the rank of what components add, and makes noise of this color white.
+    """
+    rows = data[1:] - color * data[:-1]
+    rows = rows - rows.mean(dim=0, keepdim=True)
+    rows = rows / rows.std(dim=0, keepdim=True).clamp(min=1e-12)
+    return rows - rows.mean(dim=1, keepdim=True)
 
 
 def mdl_order(data: torch.Tensor, lattice: np.ndarray | None = None) -> tuple[int, int]:

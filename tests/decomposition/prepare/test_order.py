@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from ica_data import K, T, V
+from sklearn.exceptions import ConvergenceWarning
 
+from llmbrain import InputError
+from llmbrain.datasets.fmri_phantom import ar_noise
 from llmbrain.decomposition import GroupICA
 from llmbrain.decomposition.prepare.order import mdl_order, parallel_order
 
@@ -43,3 +48,30 @@ def test_number_of_components_when_neighbours_resemble_each_other(data):
     estimates = GroupICA("auto", standardize="center").fit([run]).order_estimates_["model"]
     assert estimates["subsampling_per_run"][0] > 1
     assert abs(estimates["mdl"] - K) <= 1
+
+
+@pytest.mark.parametrize("ar", [0.6, 0.9])
+def test_noise_with_a_memory_is_not_taken_for_components(ar):
+    """Without whitening the description length finds 15 to 20 components for 5 at .9."""
+    rng = np.random.default_rng(1)
+    maps = rng.laplace(size=(5, 400)) * (rng.random((5, 400)) < 0.2)
+    run = ar_noise(rng, (150, 5), ar) @ maps + ar_noise(rng, (150, 400), ar)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for criterion in ("auto", "parallel"):
+            assert 4 <= GroupICA(criterion, max_iter=1).fit([run]).n_components_ <= 5
+    centred = torch.from_numpy((run - run.mean(axis=0)) / run.std(axis=0))
+    if ar == 0.9:
+        assert mdl_order(centred - centred.mean(dim=1, keepdim=True))[0] > 10
+
+
+def test_other_colors_are_warned_of():
+    rng = np.random.default_rng(2)
+    noise, weights = rng.normal(size=(158, 400)), np.hanning(9)
+    run = sum(w * noise[i : i + 150] for i, w in enumerate(weights))
+    with (
+        pytest.warns(UserWarning, match=r"n_components='auto': tokens correlate with those near them by up to 0\.\d+"),
+        pytest.raises(InputError, match="is more than the rank of the data"),
+    ):
+        GroupICA("auto", max_iter=1).fit([run])
