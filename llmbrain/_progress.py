@@ -20,6 +20,7 @@ from llmbrain._validation import InputError
 Say = Callable[[str], None]
 T = TypeVar("T")
 EVERY = 30.0  # seconds between two lines
+STILL = "    ... "  # begins a line that says no more than that the work goes on
 
 
 def say(message: str = "") -> None:
@@ -49,7 +50,8 @@ class _Desk:
         self.lock = threading.RLock()
         self.logs: list[Path] = []
         self.bars: list[bar[Any]] = []
-        self.last = time.monotonic()
+        self.last = self.began = time.monotonic()
+        self.step = "at work"
         self.watchers = 0
         self.muted = 0
 
@@ -57,6 +59,8 @@ class _Desk:
         """A line on stderr and in the logs."""
         with self.lock:
             self.last = time.monotonic()
+            if not message.startswith(STILL) and message.strip():
+                self.step, self.began = message.strip().splitlines()[-1], self.last
             if aloud and not self.muted:
                 print(message, file=sys.stderr, flush=True)
             stamp = time.strftime("%H:%M:%S")
@@ -69,8 +73,8 @@ class _Desk:
         with self.lock:
             if time.monotonic() - self.last < EVERY or not self.watchers:
                 return
-            where = str(self.bars[-1]) if self.bars else "at work"
-            self.tell(f"    ... {where}", aloud=not sys.stderr.isatty())
+            where = str(self.bars[-1]) if self.bars else f"{self.step} (for {span(time.monotonic() - self.began)})"
+            self.tell(f"{STILL}{where}", aloud=not sys.stderr.isatty())
 
 
 _desk = _Desk()

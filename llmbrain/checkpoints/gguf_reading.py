@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.gguf_layout import (
@@ -339,13 +340,18 @@ def _check_tokens(path: Path, tokens: list[str], tokenizer: Any, vocabulary: int
 
 @contextmanager
 def _quiet_bars() -> Iterator[None]:
-    """transformers' bars of loading off within the block."""
+    """Within the block transformers' bars of loading are off, or our own, which are for terminals only."""
+    from transformers import modeling_gguf_pytorch_utils as reading
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, theirs = logging.is_progress_bar_enabled(), getattr(reading, "tqdm", None)
     logging.disable_progress_bar()
+    if theirs is not None:  # it is tqdm's own, which nothing turns off
+        reading.tqdm = bar
     try:
         yield
     finally:
+        if theirs is not None:
+            reading.tqdm = theirs
         if shown:
             logging.enable_progress_bar()

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from llmbrain._progress import watched
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
 from llmbrain.cli import compare, demo, networks, pruning, run, serving, steps, view
@@ -85,7 +86,8 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        code = app(standalone_mode=False) or 0
+        with nullcontext() if "view" in sys.argv[1:2] else watched():  # which waits for a browser, for hours
+            code = app(standalone_mode=False) or 0
     except UsageError as error:  # one line, as for any other bad input
         where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
         fail(InputError(error.format_message().rstrip(".") + where))

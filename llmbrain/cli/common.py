@@ -56,6 +56,10 @@ RUN_LENGTH = Annotated[
 ]
 DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost (one batch is read), and stop.")]
 FORMAT = Annotated[str, typer.Option("--format", help="per-layer, remote-code, uniform, padded, masked or gguf.")]
+GGUF_TYPE = Annotated[str, typer.Option("--gguf-type", help="With --format gguf: f32, f16, bf16 or q8_0.")]
+LIKE = Annotated[
+    Path | None, typer.Option("--like", help="With --format gguf: a GGUF of the dense model, for its tokenizer.")
+]
 ALLOCATION = Annotated[
     str,
     typer.Option("--allocation", help="uniform, global, clamped, sensitivity or search; default: the method's own."),
@@ -125,6 +129,8 @@ def open_model(
     from llmbrain._validation import resolve_device
     from llmbrain.checkpoints import load_model
 
+    if model.endswith(".gguf"):
+        say(f"reading {model}: its weights are dequantized")
     if device_map:
         if device != "auto" or offload:
             raise InputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmbrain._validation import InputError
-from llmbrain.cli.common import COMPONENTS, DEVICE, OUT, OVERWRITE, SEED, print_table, say
+from llmbrain.cli.common import COMPONENTS, DEVICE, DRY_RUN, OUT, OVERWRITE, RUN_LENGTH, SEED, print_table, say
 from llmbrain.cli.lists import ListCommand
 
 if TYPE_CHECKING:
@@ -85,14 +85,17 @@ def compare_command(
     encoding: Annotated[
         bool | None, typer.Option("--encoding/--no-encoding", help="Encoding models; default up to 100 regions.")
     ] = None,
+    run_length: RUN_LENGTH = 2048,
     device: DEVICE = "auto",
     seed: SEED = 0,
+    dry_run: DRY_RUN = False,
     overwrite: OVERWRITE = False,
 ) -> None:
     """Compare networks of a model with fMRI of people who heard the same words; tables, figures and a report."""
     from llmbrain.brains.plain import read_plain
     from llmbrain.cli.common import parse_components
     from llmbrain.study import Study, compare
+    from llmbrain.study.story import compare_dry
 
     if untrained and Path(source).is_dir() and Study(source).has("scans"):
         raise InputError("--untrained needs a model, not a scan: pass the model's folder")
@@ -101,10 +104,20 @@ def compare_command(
         "pattern": pattern, "regions": parse_regions(regions), "rois": rois or None, "n_volumes": n_volumes or None,
         "orientation": orientation,
     }  # fmt: skip
+    story = None if text is None else read_plain(text, "--text")
+    found = parse_components(components)
+    if dry_run:
+        costs = compare_dry(
+            source, words, columns=parse_columns(columns), tier=tier or None, text=story, networks=networks,
+            n_components=found, untrained=untrained, run_length=run_length or None, device=device,
+        )  # fmt: skip
+        for line in costs.lines() if costs else ["cost: the story was scanned before; the rest takes seconds"]:
+            typer.echo(line)
+        return
     result = compare(
         source, fmri, words, out=out, reading=reading, tr=tr, offset=offset,
-        text=None if text is None else read_plain(text, "--text"), networks=networks,
-        n_components=parse_components(components), controls=controls, rule=rule, aggregate=aggregate, hrf=hrf,
+        text=story, networks=networks, n_components=found, run_length=run_length or None,
+        controls=controls, rule=rule, aggregate=aggregate, hrf=hrf,
         high_pass=high_pass or None, drop=drop, window=window, isc=isc, null=null,
         n_permutations=n_permutations or None, correction=correction,
         encoding=encoding, untrained=untrained, random_state=seed, device=device, overwrite=overwrite,

@@ -77,6 +77,7 @@ def lesion(
     texts = {name: load_texts(path, field) for name, path in zip(names, text)}
     group = Study(networks).networks
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map)
+    say(f"lesions of {len(group)} networks, {len(texts)} texts, {2 * n_random} control sets each")
     table = lesion_table(
         loaded,
         group,

@@ -19,8 +19,10 @@ from llmbrain.cli.common import (
     FIELD,
     FORGET,
     FORMAT,
+    GGUF_TYPE,
     HEADS,
     KEEP,
+    LIKE,
     METHOD,
     MODEL,
     MODEL_DTYPE,
@@ -149,8 +151,8 @@ def prune(
     allocation: ALLOCATION = "",
     compensate: COMPENSATE = "least-squares",
     format: FORMAT = "per-layer",
-    gguf_type: str = typer.Option("f16", help="With --format gguf: f32, f16, bf16 or q8_0."),
-    like: Path | None = typer.Option(None, help="With --format gguf: a GGUF of the dense model, for its tokenizer."),
+    gguf_type: GGUF_TYPE = "f16",
+    like: LIKE = None,
     multiple_of: MULTIPLE = 1,
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
@@ -251,6 +253,7 @@ def benchmark(
     device: DEVICE = "auto",
     seed: SEED = 0,
     field: FIELD = "text",
+    dry_run: DRY_RUN = False,
 ) -> None:
     """Prune your own model by every method and compare: the first 60% of the text calibrates, the last 30% tests."""
     from llmbrain.study import load_texts, smaller
@@ -260,10 +263,17 @@ def benchmark(
     except ValueError:
         raise InputError(f"--ratios={' '.join(ratios)} must be numbers") from None
     texts = load_texts(text, field)
+    loaded, tokenizer = open_model(model, device)
+    options: dict[str, Any] = {
+        "methods": parts(methods) or None, "ratios": shares, "draws": draws, "window": window or None,
+        "max_windows": max_windows, "test_windows": test_windows,
+    }  # fmt: skip
+    for line in smaller.benchmark_cost(loaded, tokenizer, texts, **options).lines():
+        say(line)
+    if dry_run:
+        return
     table = smaller.benchmark(
-        *open_model(model, device), texts, methods=parts(methods) or None, n_components=components or None, out=out,
-        random_state=seed, device=device, ratios=shares, draws=draws, window=window or None, max_windows=max_windows,
-        test_windows=test_windows,
-    )  # fmt: skip
+        loaded, tokenizer, texts, n_components=components or None, out=out, random_state=seed, device=device, **options
+    )
     print_table(table)
     say(f"table: {out}")

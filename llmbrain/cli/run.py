@@ -18,8 +18,10 @@ from llmbrain.cli.common import (
     FIELD,
     FORGET,
     FORMAT,
+    GGUF_TYPE,
     HEADS,
     KEEP,
+    LIKE,
     METHOD,
     MODEL,
     MULTIPLE,
@@ -98,6 +100,8 @@ def run(
     keep: KEEP = None,
     forget: FORGET = None,
     format: FORMAT = "per-layer",
+    gguf_type: GGUF_TYPE = "f16",
+    like: LIKE = None,
     field: FIELD = "text",
     budget: BUDGET = "",
     config: CONFIG = None,
@@ -115,6 +119,7 @@ def run(
         "allocation": allocation or None, "multiple_of": multiple_of, "protect": parse_layers(protect),
         "head_ratio": head_ratio, "passes": passes, "token_balance": token_balance, "self_text": self_text,
         "keep": parts(keep), "forget": parts(forget), "format": format,
+        "gguf_type": gguf_type, "like": None if like is None else str(like),
     }  # fmt: skip
     names = {"n_components": "components", "random_state": "seed"}
     typed = {k: v for k, v in options.items() if is_given(context, names.get(k, k))}  # a budget leaves these alone

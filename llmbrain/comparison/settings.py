@@ -41,6 +41,8 @@ class Settings(TypedDict, total=False):
         Leave out what comes before the first word (and 16 s more, while the response rises) and after the last one.
     null, n_permutations, correction
         See `couple`. "circular", all shifts, "max". Encoding models use at most 99 draws, 39 for more than 20 regions.
+    run_length : int or None
+        Group ICA finds networks in pieces of a longer story, of at most so many tokens; None never cuts. 2,048.
     encoding : bool or None
         Default: where himalaya is installed and the brain has at most 100 regions (each draw fits all of them again).
     """
@@ -62,6 +64,7 @@ class Settings(TypedDict, total=False):
     null: str
     n_permutations: int | None
     correction: str
+    run_length: int | None
     encoding: bool | None
 
 
@@ -77,7 +80,8 @@ class Tests(TypedDict):
 DEFAULTS: Settings = {
     "text": None, "series": None, "columns": None, "regions": None, "atlas": None, "atlas_labels": None, "rois": None,
     "isc": None, "rule": "offset", "aggregate": "mean", "hrf": "spm", "high_pass": 128.0, "drop": 0,
-    "window": WINDOWS[0], "null": NULLS[0], "n_permutations": None, "correction": CORRECTIONS[0], "encoding": None,
+    "window": WINDOWS[0], "null": NULLS[0], "n_permutations": None, "correction": CORRECTIONS[0],
+    "run_length": 2048, "encoding": None,
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 FREQUENCY_NAMES = ("logfreq", "logfrequency", "logwordfreq", "lgfreq", "zipf", "wordfrequency", "freq", "frequency")
+KEPT = 2**30  # bytes of a scan that are kept in memory
 COUNTED = 50.0  # no logarithm of a frequency is larger: such a column holds counts
 
 
@@ -78,9 +79,14 @@ def _story(scans: Sequence[Scan], words: pd.DataFrame, where: str) -> Scan:
 
 
 def read_story(model: Model, text: str) -> Scan:
-    """Scan of one text."""
-    from llmbrain.scanning import scan
+    """Scan of one text; where it would take more than `KEPT` bytes the model reads it again when it is asked for."""
+    from llmbrain.anatomy.experts import has_experts
+    from llmbrain.scanning import live_scans, scan
 
+    if not has_experts(model[0]):
+        live = live_scans(model[0], model[1], [text])[0]
+        if live.n_tokens * live.n_neurons * 4 > KEPT:
+            return live
     return scan(model[0], model[1], [text])[0]
 
 
@@ -101,21 +107,25 @@ def network_series(
     series: ArrayLike | None,
     n_components: int | float | str,
     random_state: int,
+    run_length: int | None = None,
 ) -> Array:
     """Time courses on the tokens of the story ``(n_tokens, K)``: given, of given networks, or found in this scan."""
+    from llmbrain.decomposition import GroupICA, dual_regression
+
     if series is not None:
         return np.asarray(series, dtype=np.float64)
     if networks is not None:
-        from llmbrain.decomposition import dual_regression
         from llmbrain.networks import FunctionalNetworks
 
         if isinstance(networks, (str, os.PathLike)):
             networks = FunctionalNetworks.load(Path(networks))
         return np.asarray(dual_regression(networks, [scan], standardize=True).time_courses[0], dtype=np.float64)
-    from llmbrain.decomposition import GroupICA
-
-    ica = GroupICA(n_components=n_components, random_state=random_state).fit([scan])
-    return np.asarray(ica.mixing_[0], dtype=np.float64)
+    runs = scan.cut(run_length)
+    ica = GroupICA(n_components=n_components, random_state=random_state).fit(runs)
+    if len(runs) == 1:
+        return np.asarray(ica.mixing_[0], dtype=np.float64)
+    # maps from pieces, whose Gram matrices are small; time courses of the story as the one run that it is
+    return np.asarray(dual_regression(ica, [scan], standardize=True).time_courses[0], dtype=np.float64)
 
 
 def control_series(

@@ -98,7 +98,7 @@ def compare(
     **settings
         Fields of `llmbrain.comparison.settings.Settings`: ``text``, ``series``, ``columns``, ``regions``, ``atlas``,
         ``atlas_labels``, ``rois``, ``isc``, ``rule``, ``aggregate``, ``hrf``, ``high_pass``, ``drop``, ``window``,
-        ``null``, ``n_permutations``, ``correction``, ``encoding``.
+        ``null``, ``n_permutations``, ``correction``, ``run_length``, ``encoding``.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def compare(
     job = _Job(people, nuisance, brain.regions, table, clock, tests,
                _encoding_draws(chosen["encoding"], len(brain.regions), tests["n_permutations"]))  # fmt: skip
     say(f"networks of {scan.n_tokens:,} tokens")
-    found = network_series(scan, networks, chosen["series"], n_components, seed)
+    found = network_series(scan, networks, chosen["series"], n_components, seed, chosen["run_length"])
     side = job.side(scan, found)
     coupling, encoded, similar = job.run(side, say)
     tables = {
@@ -165,7 +165,7 @@ def compare(
             raise InputError("untrained=True needs a model (or its path), not a scan")
         say("the same with random weights")
         blank_scan = read_story((untrained_copy(model[0], seed), model[1]), scan.text)
-        blank = job.side(blank_scan, network_series(blank_scan, None, None, found.shape[1], seed))
+        blank = job.side(blank_scan, network_series(blank_scan, None, None, found.shape[1], seed, chosen["run_length"]))
         summaries["untrained"] = _summary(*job.run(blank, say))
         say("trained beyond untrained")
         more = job.run(side, say, beyond=blank)

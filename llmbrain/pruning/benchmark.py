@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmbrain._progress import bar
+from llmbrain._progress import Say, bar, speaker
 from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.hooks.text import as_windows, window_length
@@ -70,6 +70,7 @@ def compare_methods(
     max_windows: int = 128,
     test_windows: int | None = 96,
     random_state: int | None = 0,
+    progress: Say | None = None,
 ) -> pd.DataFrame:
     """Prune by every row of `ROWS` and measure perplexity.
 
@@ -88,6 +89,8 @@ def compare_methods(
         beyond the first), and the interval says how much the result depends on the text.
     window, max_windows, test_windows : int
         Cut of the texts; windows are the model's context, at most 256 tokens, where not said.
+    progress : callable, optional
+        Told in a line what each row gave.
 
     Returns
     -------
@@ -115,7 +118,8 @@ def compare_methods(
     rows: list[dict[str, Any]] = [{"method": "dense", "ratio": 0.0, "perplexity": perplexity(model, None, held)}]
     wanted = [row for row in ROWS if methods is None or row[0] in methods]
     times = {row: draws if row in REPEATED else 1 for row in wanted}
-    progress = bar[None](total=sum(times.values()) * len(ratios), desc="benchmark")
+    shown = bar[None](total=sum(times.values()) * len(ratios), desc="benchmark")
+    tell = speaker(progress or False)
     planners: dict[tuple[str, int], tuple[Planner, float]] = {}  # of one method: what all ratios share is done once
 
     def planner(method: str, i: int) -> tuple[Planner, float]:
@@ -137,12 +141,13 @@ def compare_methods(
                 small = prune(model, plan, calibration=windows, compensate=compensate, max_windows=None)
                 seconds.append(time.perf_counter() - start + before)
                 found.append(perplexity(small, None, held))
-                progress.update()
+                shown.update()
             n = len(found)
             half = float(student.ppf(0.975, n - 1) * np.std(found, ddof=1) / n**0.5) if n > 1 else np.nan
             mean = float(np.mean(found))
             rows.append({"method": method, "allocation": plan.allocation, "compensate": compensate, "ratio": ratio,
                          "draws": n, "perplexity": mean, "low": mean - half, "high": mean + half,
                          "parameters_removed": plan.parameters_share, "seconds": float(np.mean(seconds))})  # fmt: skip
-    progress.close()
+            tell(f"{method}, {plan.allocation}, {compensate or 'cut only'}, {ratio:.0%}: perplexity {mean:.4g}")
+    shown.close()
     return pd.DataFrame(rows)

@@ -20,6 +20,7 @@ from llmbrain.hooks.listen import Recorder, reading
 from llmbrain.hooks.sites import check_sites, find_taps
 from llmbrain.hooks.text import Run, blocks_of, cut_runs, read_texts
 from llmbrain.scanning.manifest import model_id
+from llmbrain.scanning.scanner import check_ids, say_blocks
 from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
@@ -76,16 +77,19 @@ def live_scans(
     """
     (site,) = check_sites(site)
     runs = cut_runs(read_texts(texts, tokenizer), run_length)
+    check_ids(model, runs)
     size = context_length(model)
+    say_blocks(runs, size)
     length = max(len(run.tokens) for run in runs) if size is None else size
-    taps = find_taps(anatomy(model), (site,))
-    with reading(model, Recorder(taps), runs[:1]) as reader:
+    with reading(model, Recorder(find_taps(anatomy(model), (site,))), runs[:1]) as reader:
         kinds = reader.kinds(blocks_of(runs[:1], length)[0], None)
-    space = NeuronSpace([units for _, units in kinds.values()])
-    return [
-        Scan(
-            {site: LiveSignals(model, run, site, space, length)}, name=run.name, text=run.text, token_ids=run.token_ids,
-            tokens=run.tokens, offsets=run.offsets, block_size=size, events=run.events, model_id=model_id(model),
+    space, name = NeuronSpace([units for _, units in kinds.values()]), model_id(model)
+    scans = []
+    for run in runs:
+        signals = LiveSignals(model, run, site, space, length)
+        scan = Scan(
+            {site: signals}, name=run.name, text=run.text, token_ids=run.token_ids, tokens=run.tokens,
+            offsets=run.offsets, block_size=size, events=run.events, model_id=name,
         )  # fmt: skip
-        for run in runs
-    ]
+        scans.append(scan)
+    return scans

@@ -111,9 +111,9 @@ def scan(
         if run_length is not None:
             check_range("run_length", run_length, 1)
         runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
-        _check_ids(model, runs)
+        check_ids(model, runs)
         blocks = blocks_of(runs, size)
-        _say_blocks(runs, size)
+        say_blocks(runs, size)
 
         with reading(model, recorder, runs) as reader, ExitStack() as owned:
             kinds = reader.kinds(blocks[0], kept)
@@ -157,14 +157,16 @@ def _check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return known
 
 
-def _check_ids(model: nn.Module, runs: Sequence[Run]) -> None:
+def check_ids(model: nn.Module, runs: Sequence[Run]) -> None:
+    """The model must have an embedding of every token id."""
     rows = getattr(embeddings(model), "num_embeddings", None)
     largest = max(int(run.token_ids.max()) for run in runs)
     if rows is not None and largest >= rows:
         raise InputError(f"tokenizer gives token id {largest}, but the model knows {rows}: do they belong together?")
 
 
-def _say_blocks(runs: Sequence[Run], size: int | None) -> None:
+def say_blocks(runs: Sequence[Run], size: int | None) -> None:
+    """Warn where a text is read in blocks, each of which knows nothing of the one before."""
     long = [len(run.tokens) for run in runs if size is not None and len(run.tokens) > size]
     if long:
         warnings.warn(

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.hooks.text import Run, cut_runs
 from llmbrain.scanning.stimuli import EVENT_COLUMNS, check_events
 
 Layers = int | Sequence[int] | NDArray[np.int64] | None
@@ -60,6 +61,18 @@ class JoinedSignals:
         else:
             read = [self._places[i][0].read([self._places[i][1]], start, stop) for i in layers]
         return np.concatenate(read, axis=1) if read else np.empty((stop - start, 0), dtype=np.float32)
+
+
+class PartSignals:
+    """Some of the tokens of a run."""
+
+    def __init__(self, whole: Signals, start: int, stop: int) -> None:
+        self.whole, self.start = whole, start
+        self.space, self.n_tokens = whole.space, stop - start
+
+    def read(self, layers: Sequence[int], start: int, stop: int) -> NDArray[np.float32]:
+        """See `Signals`."""
+        return self.whole.read(layers, self.start + start, self.start + stop)
 
 
 class Scan:
@@ -116,7 +129,7 @@ class Scan:
         )
         self.tokens = [""] * n if tokens is None else tokens if isinstance(tokens, list) else list(tokens)
         self._offsets = None if offsets is None else np.asarray(offsets).reshape(-1, 2).astype(np.int32, copy=False)
-        self._block_size = block_size or max(n, 1)
+        self._block_size, self._first = block_size or max(n, 1), 0  # the first token's place in the run it was cut from
         self._events: pd.DataFrame | None = None
         parts: dict[str, Any] = {"token_ids": self._ids, "tokens": self.tokens, "offsets": self._offsets}
         for what, value in parts.items():
@@ -191,6 +204,28 @@ class Scan:
         scan.spaces = {scan.site: signals.space}
         return scan
 
+    def cut(self, run_length: int | None) -> list[Scan]:
+        """The run as several of about equal length, of at most `run_length` tokens each; nothing is copied.
+
+        Each keeps its tokens, its part of the text and of the events, and the positions that the model gave its tokens.
+        """
+        if run_length is None or self.n_tokens <= check_range("run_length", run_length, 1):
+            return [self]
+        whole = Run(self.name, self.text, self._ids, self.tokens, self._offsets, self._events)
+        parts, start = [], 0
+        for run in cut_runs([whole], run_length):
+            stop = start + len(run.tokens)
+            part = Scan(
+                {site: PartSignals(signals, start, stop) for site, signals in self._signals.items()}, name=run.name,
+                text=run.text, token_ids=run.token_ids, tokens=run.tokens, offsets=run.offsets,
+                block_size=self._block_size, events=run.events, model_id=self.model_id,
+                visits=None if self._visits is None else PartSignals(self._visits, start, stop),
+            )  # fmt: skip
+            part._first = self._first + start
+            parts.append(part)
+            start = stop
+        return parts
+
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     @property
@@ -206,7 +241,7 @@ class Scan:
     @property
     def positions(self) -> NDArray[np.int64]:
         """Position of each token in the block that the model read."""
-        return np.arange(self.n_tokens) % self._block_size
+        return (self._first + np.arange(self.n_tokens)) % self._block_size
 
     @property
     def events(self) -> pd.DataFrame:

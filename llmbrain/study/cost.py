@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -264,7 +264,7 @@ def told(cost: Cost, tell: Any) -> Cost:
 def step_cost(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, n_tokens: int | None = None,
     passes: float = 1.0, name: str = "scan", site: str = "neuron", dtype: str | None = None, disk: bool = False,
-    method: str = "",
+    method: str = "", per_token: float | None = None,
 ) -> Cost:  # fmt: skip
     """Cost of one step of the job by itself; a batch of the texts is read.
 
@@ -280,6 +280,8 @@ def step_cost(
         What is recorded; whether to disk.
     method : str
         Criterion, whose memory counts.
+    per_token : float, optional
+        Seconds that a token takes here, where it was measured before.
     """
     from llmbrain.hooks.text import window_length
     from llmbrain.study.sample import count_tokens
@@ -291,5 +293,13 @@ def step_cost(
     return Cost(
         (Part(name, passes, tokens, extra),), scan_bytes(subject, tokens, site, dtype) if disk else 0,
         memory_of(subject, BATCH, min(BATCH, total), tokens, method=method, copies=2 if method else 1),
-        subject.token_work(window), FIXED, measured_batch(model, tokenizer, texts, window),
+        subject.token_work(window), FIXED, per_token or measured_batch(model, tokenizer, texts, window),
+    )  # fmt: skip
+
+
+def together(costs: Sequence[Cost]) -> Cost:
+    """Several jobs of one model, one after the other."""
+    return replace(
+        costs[0], parts=tuple(part for cost in costs for part in cost.parts), disk=sum(cost.disk for cost in costs),
+        memory=max(cost.memory for cost in costs), fixed=sum(cost.fixed for cost in costs),
     )  # fmt: skip

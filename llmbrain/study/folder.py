@@ -62,6 +62,7 @@ MARKS = {
     "summary": ("summary", "summary.json"),
 }
 """Where each part of a study is: the folder of its name, or the study itself, where this file is."""
+PRUNED_GGUF = "pruned.gguf"  # in place of the folder, where the smaller model is a GGUF
 
 
 class Study:
@@ -103,6 +104,8 @@ class Study:
     def has(self, part: str) -> bool:
         """Whether the study has a part, read already or not."""
         name, mark = MARKS[part]
+        if part == "pruned" and (self.folder / PRUNED_GGUF).is_file():
+            return True
         return part in vars(self) or any((f / mark).is_file() for f in (self.folder / name, self.folder))
 
     @cached_property
@@ -144,7 +147,8 @@ class Study:
     @cached_property
     def pruned(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """The smaller model, in evaluation mode, and its tokenizer."""
-        return load_model(self.place("pruned"))
+        whole = self.folder / PRUNED_GGUF
+        return load_model(whole if whole.is_file() else self.place("pruned"))
 
     @property
     def model(self) -> nn.Module:
@@ -239,7 +243,7 @@ PARTS = {"scan": "manifest.json", "networks": "networks.json", "ica": "ica.json"
 MADE = (
     *("networks.safetensors", "networks.json", "desc-ICA_stat-z_components.nii.gz", "mixing.tsv", "key_neurons.tsv"),
     *("summary.json", "plan.json", "report.html", "comparison.json", "table-*.tsv", "figure-*.png", "melodic_*"),
-    *("config.toml", "log.txt"),
+    *("config.toml", "log.txt", PRUNED_GGUF),
 )
 """What a study holds beside its settings: folders, with a file that shows that they are ours, and files."""
 

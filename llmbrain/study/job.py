@@ -13,6 +13,7 @@ from llmbrain._files import plain, read_json, write_json, write_text
 from llmbrain._progress import Say, seconds_of, span, speaker, watched
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
+from llmbrain.checkpoints.gguf_writing import demands
 from llmbrain.decomposition import GroupICA
 from llmbrain.evaluation import throughput
 from llmbrain.evaluation.perplexity import check_causal, window_losses
@@ -24,7 +25,7 @@ from llmbrain.scanning import scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.budget import fit
 from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, told
-from llmbrain.study.folder import Study, claim, provenance
+from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
 from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
 from llmbrain.study.smaller import cut, evidence_of
@@ -191,6 +192,8 @@ def run(
     how = _same_as_before(out, mark) or asked
     if limit is not None and how is asked:
         how, gave_up = subject.fit(asked, limit, list(options))
+    if how.format == "gguf":
+        demands(model)  # whether a GGUF has a place for it: before the work
     sample = Sample.of_texts(
         model, tokenizer, subject.texts, n_calibration=subject.n_calibration, tokens=how.eval_tokens,
         max_windows=how.max_windows, wanted=limit is None and how.is_sample_asked,
@@ -244,10 +247,12 @@ def run(
             random_state=how.random_state, progress=tell,
         )  # fmt: skip
         small, study.plan = cut(
-            model, tokenizer, evidence=evidence, out=out / "pruned", ratio=how.ratio, method=how.method,
-            compensate=how.compensate, allocation=how.allocation, multiple_of=how.multiple_of, protect=how.protect,
-            head_ratio=how.head_ratio, passes=how.passes, token_balance=how.token_balance, keep=how.keep,
-            forget=how.forget, format=how.format, random_state=how.random_state, report=False, overwrite=True,
+            model, tokenizer, evidence=evidence, out=out / (PRUNED_GGUF if how.format == "gguf" else "pruned"),
+            ratio=how.ratio, method=how.method, compensate=how.compensate, allocation=how.allocation,
+            multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, passes=how.passes,
+            token_balance=how.token_balance, keep=how.keep, forget=how.forget, format=how.format,
+            gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
+            progress=tell,
         )  # fmt: skip
         study.plan.save(out / "plan.json")
         study.pruned = small, tokenizer

@@ -11,12 +11,13 @@ import pandas as pd
 from llmbrain._files import file_sha256, write_figure, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
 from llmbrain.imaging import write_melodic
 from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
 from llmbrain.plotting import plot_connectivity, plot_layer_profile
 from llmbrain.reporting import write_report
-from llmbrain.scanning import Scan, scan
+from llmbrain.scanning import Scan, live_scans, scan
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.study.folder import Study, claim
 from llmbrain.study.texts import limit_tokens
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FOUND = 64  # networks that are found where no number is given; fewer in small models and texts
 NEURONS_EACH, TOKENS_EACH = 10, 50  # that there are for each
 FOUND_TOKENS = 32768  # how much text is scanned for them
+KEPT = 2**30  # bytes of it that are kept in memory
 
 
 def find_networks(
@@ -37,16 +39,22 @@ def find_networks(
     *,
     scans: Sequence[Scan] | None = None,
     n_components: int | None = None,
+    run_length: int | None = 2048,
     random_state: int | None = 0,
     device: str = "auto",
     progress: bool | Say = True,
 ) -> FunctionalNetworks:
-    """Networks of scans, or of the first of the texts, scanned now and kept in memory.
+    """Networks of scans, or of the first of the texts, which the model reads now.
+
+    A scan of at most `KEPT` bytes is kept in memory; of a longer one nothing is, and the model reads each run again
+    when group ICA asks for it.
 
     Parameters
     ----------
     n_components : int, optional
         Default: up to 64, with at least 10 neurons and 50 tokens for each.
+    run_length : int, optional
+        Longer texts are cut into runs of at most so many tokens; None never cuts.
     random_state : int, Generator or None
         What is drawn starts from it; None draws anew.
     device : str
@@ -56,11 +64,23 @@ def find_networks(
     """
     if n_components is not None:
         check_range("n_components", n_components, 1)
-    runs = scans or scan(model, tokenizer, limit_tokens(texts or [], tokenizer, FOUND_TOKENS))  # type: ignore[arg-type]
+    runs = scans or _scanned(model, tokenizer, texts or [], run_length)  # type: ignore[arg-type]
     most = min(runs[0].n_neurons // NEURONS_EACH, sum(run.n_tokens for run in runs) // TOKENS_EACH)
     n_components = n_components or max(2, min(FOUND, most))
     speaker(progress)(f"finding {n_components} networks in the calibration text")
     return FunctionalNetworks.from_ica(GroupICA(n_components, random_state=random_state, device=device).fit(runs))
+
+
+def _scanned(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], run_length: int | None
+) -> list[Scan]:
+    """Scans that are kept, or where that is too much the model itself, to be asked again."""
+    texts = limit_tokens(texts, tokenizer, FOUND_TOKENS)
+    if not has_experts(model):
+        live = live_scans(model, tokenizer, texts, run_length=run_length)
+        if sum(run.n_tokens * run.n_neurons for run in live) * next(model.parameters()).element_size() > KEPT:
+            return live
+    return scan(model, tokenizer, texts, run_length=run_length)
 
 
 def decompose(
@@ -127,6 +147,7 @@ def decompose(
             tell("group ICA: done before")
             ica = read_ica(target / "ica")
         else:
+            tell(f"group ICA: {n_components} components of {len(scans)} runs")
             ica = GroupICA(
                 n_components, method=method, random_state=random_state, device=device, progress=bool(progress)
             ).fit(scans)
@@ -137,6 +158,7 @@ def decompose(
             write_melodic(ica, target)
         made: dict[str, Any] = {"ica": ica, "networks": networks}
         if stability:
+            tell(f"stability: the same {stability} times")
             made["stability"] = ica_stability(
                 scans, n_components=ica.n_components_, n_starts=stability, random_state=random_state, device=device
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.checkpoints import FORMATS
+from llmbrain.checkpoints.gguf_writing import GGUF_TYPES
 from llmbrain.hooks.sites import check_sites
 from llmbrain.pruning.allocate.search import PASSES
 from llmbrain.pruning.criteria import CRITERIA
@@ -45,7 +46,7 @@ class Settings:
         See `plan_pruning` and `prune`.
     self_text : int
         Windows of calibration text that the model writes itself, beside the text.
-    format : str
+    format, gguf_type, like : str
         See `save_pruned`.
     random_state : int or None
         None draws a number, which is recorded.
@@ -77,6 +78,8 @@ class Settings:
     keep: tuple[str, ...] | None = None
     forget: tuple[str, ...] | None = None
     format: str = "per-layer"
+    gguf_type: str = "f16"
+    like: str | None = None
     random_state: int | None = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class Settings:
         check_option("method", self.method, CRITERIA)
         check_option("compensate", self.compensate, COMPENSATIONS)
         check_option("format", self.format, FORMATS)
+        check_option("gguf_type", self.gguf_type, GGUF_TYPES)
         check_option("dtype", self.dtype, (None, "float16", "bfloat16", "float32"))
         check_sites(self.site)
         check_components("n_components", self.n_components)

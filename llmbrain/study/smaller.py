@@ -20,16 +20,17 @@ from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
-from llmbrain.pruning.benchmark import compare_methods
+from llmbrain.pruning.allocate.search import PASSES
+from llmbrain.pruning.benchmark import REPEATED, ROWS, WINDOW, compare_methods
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
-from llmbrain.study.cost import OF_REPAIR, Cost, plan_passes, step_cost
+from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, plan_passes, step_cost, together
 from llmbrain.study.folder import Study
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
-from llmbrain.study.texts import split_texts
+from llmbrain.study.texts import limit_tokens, split_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,6 +168,7 @@ def plan(
         raise InputError("keep and forget need a study (--study): a scan whose texts have conditions")
     if functions and evidence.windows is not None:
         raise InputError("self_text has no conditions: leave it away with keep and forget")
+    speaker(progress)(f"    plan: what {method} would remove")
     made = plan_pruning(
         model, evidence.networks, evidence.scans, tokenizer=tokenizer, random_state=random_state,
         **({} if functions else evidence.calibration), **options,
@@ -266,6 +268,7 @@ def cut(
         plan = _plan(
             model, tokenizer, evidence=evidence, format=format, random_state=random_state, progress=progress, **options
         )
+    speaker(progress)(f"    cut, and repair by {compensate}" if compensate else "    cut, without repair")
     calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
     intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
     how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept, **calibration}
@@ -296,6 +299,48 @@ def check_free(out: str | Path, overwrite: bool) -> None:
         raise InputError(f"out={str(out)!r} exists already: choose another name, or --overwrite")
     if (Path(out) / "config.json").exists() and not overwrite:
         raise InputError(f"out={str(out)!r} holds a model already: choose another folder, or --overwrite")
+
+
+def _halves(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What a benchmark calibrates on, and what it tests on: the first 60% and the last 30%."""
+    before, test = split_texts(texts, 0.3)
+    return split_texts(before, 1 / 7)[0], test
+
+
+def benchmark_cost(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *,
+    methods: Sequence[str] | None = None, ratios: Sequence[float] = (0.2, 0.3, 0.5), draws: int = 1,
+    window: int | None = None, max_windows: int = 128, test_windows: int | None = 96,
+) -> Cost:  # fmt: skip
+    """What `benchmark` with the same arguments will take; one batch is read."""
+    calibration, test = _halves(texts)
+    length = window_length(model, window) if window else min(window_length(model), WINDOW)
+    rate, most = measured_batch(model, tokenizer, texts, length), max_windows * length
+    calibration = limit_tokens(calibration, tokenizer, max(most, FOUND_TOKENS))
+    costs, cells = [], 1
+    wanted = [row for row in ROWS if methods is None or row[0] in methods]
+    for method in dict.fromkeys(row[0] for row in wanted):
+        own = [row for row in wanted if row[0] == method]
+        times = [draws if row in REPEATED else 1 for row in own]
+        shared = plan_passes(method, "uniform", PASSES)  # what all ratios share is done once
+        spread = [plan_passes(method, allocation, PASSES) - shared for _, allocation, _ in own]
+        repair = [OF_REPAIR if compensate else 0.0 for *_, compensate in own]
+        passes = shared * max(times) + len(ratios) * sum(n * (a + b) for n, a, b in zip(times, spread, repair))
+        n = len(ratios) * sum(times)
+        name = f"{method}, {n} models"
+        costs.append(
+            step_cost(
+                model, tokenizer, calibration, passes=passes, name=name, method=method, n_tokens=most, per_token=rate
+            )
+        )
+        cells += n
+    tested = step_cost(model, tokenizer, test, n_tokens=test_windows and test_windows * length, passes=cells,
+                       name="perplexities", per_token=rate)  # fmt: skip
+    found = []
+    if any("networks" in row for row in wanted):
+        found.append(step_cost(model, tokenizer, calibration, n_tokens=FOUND_TOKENS, passes=2.0, name="networks",
+                               per_token=rate))  # fmt: skip
+    return together([*found, *costs, tested])
 
 
 def benchmark(
@@ -330,8 +375,7 @@ def benchmark(
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
     """
-    before, test = split_texts(texts, 0.3)
-    calibration, _ = split_texts(before, 1 / 7)
+    calibration, test = _halves(texts)
     networks = None
     if any("networks" in CRITERIA[method].needs for method in methods or CRITERIA if method in CRITERIA):
         networks = find_networks(
@@ -339,8 +383,9 @@ def benchmark(
             progress=progress,
         )  # fmt: skip
     table = compare_methods(
-        model, tokenizer, calibration, test, methods=methods, networks=networks, random_state=random_state, **options
-    )
+        model, tokenizer, calibration, test, methods=methods, networks=networks, random_state=random_state,
+        progress=speaker(progress), **options,
+    )  # fmt: skip
     if out is not None:
         write_table(Path(out), table)
     return table

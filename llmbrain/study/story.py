@@ -14,15 +14,20 @@ import numpy as np
 from llmbrain._files import write_figure, write_image
 from llmbrain._progress import Say, speaker
 from llmbrain.brains import FMRI, load_fmri, load_words
+from llmbrain.brains.finding import join_words
 from llmbrain.brains.series import check_tr
 from llmbrain.brains.tables import load_controls
 from llmbrain.checkpoints import load_model
 from llmbrain.comparison import Comparison
 from llmbrain.comparison import compare as compare_brains
-from llmbrain.comparison.sources import expected_volumes
+from llmbrain.comparison.sources import KEPT, expected_volumes
 from llmbrain.datasets.demo import demo_folder
+from llmbrain.hooks.text import window_length
 from llmbrain.reporting import comparison_figures, comparison_report
+from llmbrain.scanning import Scan
+from llmbrain.study.cost import BATCH, FIXED, Cost, Part, Subject, measured_batch, memory_of, told
 from llmbrain.study.folder import Study, claim, provenance
+from llmbrain.study.sample import count_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
 
     from llmbrain.decomposition import GroupICA
     from llmbrain.networks import FunctionalNetworks
-    from llmbrain.scanning import Scan
 
     Source: TypeAlias = Study | Scan | Sequence[Scan] | tuple[nn.Module, PreTrainedTokenizerBase] | str | Path
 
@@ -112,6 +116,9 @@ def compare(
             held.enter_context(claim(out, {"model": name, **settings}, overwrite=overwrite))
         if isinstance(source, (str, os.PathLike)):
             source = load_model(os.fspath(source), device=device)
+        if isinstance(source, tuple) and len(source) == 2 and not isinstance(source[0], Scan):
+            how = {k: options[k] for k in ("n_components", "untrained", "run_length") if k in options}
+            told(compare_cost(*source, table, options.get("text"), given=networks is not None, **how), tell)
         result = compare_brains(
             source, brain, table, tr=tr, offset=offset, networks=networks, controls=controls, progress=tell, **options
         )
@@ -135,6 +142,45 @@ def compare(
     )  # fmt: skip
     page.save(folder / "report.html")
     return result
+
+
+def compare_cost(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, words: pd.DataFrame, text: str | None = None, *,
+    n_components: int | float | str = 20, given: bool = False, untrained: bool = False, run_length: int | None = 2048,
+) -> Cost:  # fmt: skip
+    """What the model's side of `compare` will take; one batch is read.
+
+    Parameters
+    ----------
+    given : bool
+        Whether networks are given, and need not be found.
+    """
+    subject, story = Subject.of(model), join_words(words["word"]) if text is None else text
+    n, times = count_tokens(tokenizer, [story]), 2 if untrained else 1
+    length = min(run_length or n, n)
+    window = max(2, min(512, window_length(model), n))
+    k = n_components if isinstance(n_components, int) else 32
+    ica = 0.0 if given else subject.ica_work(n, length, k)
+    kept = n * subject.n_neurons * 4
+    often = (
+        1.0 if kept <= KEPT else 2.0 if given else 4.0 + n / (2 * length)
+    ) * times  # what is not kept is read again
+    memory = memory_of(subject, BATCH, length, 0, copies=times) + kept + min(kept, KEPT)
+    parts = (Part("the story", often, n), Part("networks", 0.0, n, ica * times))
+    return Cost(parts, 0, memory, subject.token_work(window), FIXED, measured_batch(model, tokenizer, [story], window))
+
+
+def compare_dry(
+    source: str | Path, words: str | Path, *, columns: Mapping[str, str | int] | None = None, tier: str | None = None,
+    text: str | None = None, networks: Any = None, device: str = "auto", **options: Any,
+) -> Cost | None:  # fmt: skip
+    """`compare_cost` of a model and words that are files; None where the story was scanned before."""
+    table = load_words(words, columns=columns, tier=tier)
+    opened, _ = _opened(source)
+    if not isinstance(opened, str):
+        return None
+    model, tokenizer = load_model(opened, device=device)
+    return compare_cost(model, tokenizer, table, text, given=networks is not None, **options)
 
 
 def _opened(source: Source) -> tuple[Any, str]:

@@ -273,7 +273,7 @@ def test_options_have_their_range(monkeypatch, capsys, tmp_path, model_folder, t
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("command", ["run", "scan", "prune"])
+@pytest.mark.parametrize("command", ["run", "scan", "plan", "prune", "benchmark"])
 def test_a_dry_run_says_its_cost_and_writes_nothing(monkeypatch, capsys, tmp_path, model_folder, text_file, command):
     out = tmp_path / "s"
     code, said, err = call(monkeypatch, capsys, command, model_folder, "--text", text_file, "--out", out, "--dry-run")

@@ -298,3 +298,13 @@ def test_word_tables_of_every_kind_hold_the_same(tmp_path, story):
         words = load_words(path, columns=parse_columns(options[1]) if options else None)
         assert words["word"].tolist() == story["word"].tolist()
         np.testing.assert_allclose(words[["onset", "offset"]], story[["onset", "offset"]], atol=2e-3)
+
+
+def test_a_dry_run_says_its_cost_and_writes_nothing(monkeypatch, capsys, tmp_path, model_folder, story):
+    words, options = write_words("csv", story, tmp_path)
+    files = ("--fmri", tmp_path, "--words", words, "--out", tmp_path / "c", *options)
+    code, out, err = call(monkeypatch, capsys, model_folder, *files, "--dry-run", "--untrained")
+    assert code == 0, err
+    assert "the story: 2 passes over" in out
+    assert "tokens a second: about" in out
+    assert not (tmp_path / "c").exists()

@@ -46,3 +46,18 @@ def test_prune_to_gguf(dense, shared_data, tmp_path):
     ids = tokenizer("Once upon a time, there was a").input_ids
     words = tokenizer.decode(LlamaCpp(out).generate(ids, 12))
     assert len(set(words.split())) > 3, words
+
+
+def test_the_main_job_writes_a_gguf_too(dense, shared_data, tmp_path):
+    stories = lb.load_texts(shared_data / "corpora/tinystories-1000.json")[:30]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(stories), encoding="utf-8")
+    command = ["run", str(dense), "--text", str(text), "--out", str(tmp_path / "study"), "--method", "flap",
+               "--components", "3", "--multiple-of", "32", "--format", "gguf", "--gguf-type", "f32"]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    study = lb.Study(tmp_path / "study")
+    assert (study.folder / "pruned.gguf").is_file()
+    assert study.has("pruned")
+    assert lb.anatomy.anatomy(study.model).widths == study.plan.widths
+    assert 'gguf-type = "f32"' in (study.folder / "config.toml").read_text()
