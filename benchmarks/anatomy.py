@@ -33,7 +33,7 @@ from llmbrain.stats.matching import correlate_rows
 RESULTS = Path(__file__).parent / "results"
 MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 BLOCK, RUN = 64, 512  # tokens of a block of one condition, and of a run of other texts
-ROW, SKIP = 40, 8  # tokens of a row that lesions are measured on, and how many of them are context only
+ROW, SKIP = 32, 8  # tokens of a row that lesions are measured on, and how many of them are context only
 LOUD, MASSIVE = 20.0, 100.0  # times the typical size of a neuron of the layer: listed, and called massive
 CLEAR = 0.05  # nats: less is not called an effect
 
@@ -51,7 +51,7 @@ class Size:
     permutations: int
 
 
-QUICK = Size(20, 16, 6, 2, 19, 5, 199)
+QUICK = Size(20, 16, 6, 1, 19, 5, 199)
 WHOLE = Size(32, 16, 12, 19, 99, 19, 999)
 
 

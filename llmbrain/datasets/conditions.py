@@ -178,6 +178,8 @@ def condition_texts(
         Counts the tokens.
     condition : str
         One of `CONDITIONS`.
+    n, n_tokens : int
+        How many pieces, and tokens of each.
     split : {"calibration", "heldout"}
         Other passages, other draws.
     seed : int
@@ -261,10 +263,10 @@ def condition_rows(
 
     Parameters
     ----------
+    tokenizer, condition, n, n_tokens, split, seed
+        As for `condition_texts`.
     skip : int
         Tokens at the start of each row that only give context. Of repeated text all of the first copy.
-    n, n_tokens, split, seed
-        As for `condition_texts`.
 
     Returns
     -------

@@ -51,6 +51,10 @@ def find_networks(
 
     Parameters
     ----------
+    model, tokenizer, texts
+        What reads, and what is read: the first 32,768 tokens. Not needed with `scans`.
+    scans : sequence of Scan, optional
+        What was scanned before, as it is.
     n_components : int, optional
         Default: up to 64, with at least 10 neurons and 50 tokens for each.
     run_length : int, optional
