@@ -13,6 +13,7 @@ from llmbrain.cli.common import (
     COMPENSATE,
     COMPONENTS,
     DEVICE,
+    DEVICE_MAP,
     DRY_RUN,
     DTYPE,
     FIELD,
@@ -83,6 +84,8 @@ def run(
     compensate: COMPENSATE = "least-squares",
     site: str = typer.Option("neuron", help="What is recorded: neuron, gate, up, mlp_out, block_out or head."),
     device: DEVICE = "auto",
+    device_map: DEVICE_MAP = "",
+    model_dtype: str = typer.Option("", help="What the model computes in: float32, bfloat16, float16."),
     seed: SEED = 0,
     n_tokens: int = typer.Option(32768, help="Tokens to scan and calibrate on; 0 is all of the text.", min=0),
     run_length: RUN_LENGTH = 2048,
@@ -125,7 +128,7 @@ def run(
     typed = {k: v for k, v in options.items() if is_given(context, names.get(k, k))}  # a budget leaves these alone
     asked: dict[str, Any] = {"settings": Settings(**options), "budget": budget or None, **typed}
     texts = load_texts(text, field)
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, dtype=model_dtype, device_map=device_map)
     if dry_run:
         for line in forecast(loaded, tokenizer, texts, **asked).lines():
             typer.echo(line)
