@@ -146,7 +146,8 @@ class Settings:
         return cls.of(**{k: None if k in NONE and v == NONE[k] else v for k, v in options.items()})
 
 
-PLACES = ("model", "text", "field", "device", "device_map", "model_dtype", "budget")  # what a file may say beside the settings
+# What a file may say beside the settings.
+PLACES = ("model", "text", "field", "device", "device_map", "model_dtype", "budget")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
