@@ -105,7 +105,7 @@ def merge(
 def decompose(
     study: STUDY,
     components: COMPONENTS = "20",
-    method: str = typer.Option("fastica", help="fastica, picard or dictlearning."),
+    method: str = typer.Option("fastica", help="fastica, picard, dictlearning, kmeans or nmf."),
     runs: int = typer.Option(0, help="Use the first N runs; 0 is all.", min=0),
     stability: int = typer.Option(0, help="Repeat R times and report how stable each network is; 0 is once.", min=0),
     threshold: float = typer.Option(PUBLISHED_Z, help="|z| above which a neuron belongs to a network.", min=0),

@@ -59,8 +59,9 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         by parallel analysis against circularly shifted time courses. Both first take out one AR(1) model over tokens
         of all neurons ("auto" where tokens correlate by more than .3), since noise with a memory looks like components;
         where more memory is left, they find too many, and a warning says so. ``order_estimates_`` has both.
-    method : {"fastica", "picard", "dictlearning"}, default="fastica"
-        "picard" needs ``llmbrain[picard]``; "dictlearning" is nilearn's (its maps are sparse, not independent).
+    method : {"fastica", "picard", "dictlearning", "kmeans", "nmf"}, default="fastica"
+        "picard" needs ``llmbrain[picard]``; "dictlearning" is nilearn's (its maps are sparse, not independent);
+        "kmeans" and "nmf" (semi-nonnegative) are rivals: see `llmbrain.decomposition.solvers.clustering`.
     fun : {"logcosh", "exp", "cube"}, default="logcosh"
         Contrast. nilearn's CanICA uses "cube".
     axis : {"space", "time"}, default="space"

@@ -8,6 +8,7 @@ from hashlib import sha256
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from llmbrain.anatomy.offload import present
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.text import digest
+from llmbrain.networks import FunctionalNetworks
+from llmbrain.pruning.forecast import BEST, Forecast, forecast
+from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +71,7 @@ class PruningPlan:
     parameters: int = 0
     parameters_removed: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    _model: ref[nn.Module] | None = field(default=None, repr=False, compare=False)  # the one it was made for
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -161,11 +166,65 @@ class PruningPlan:
             return None
         return torch.tensor(weights, dtype=torch.float32)
 
+    def forecast(
+        self,
+        networks: FunctionalNetworks | None,
+        scans: Sequence[Scan],
+        *,
+        model: nn.Module | None = None,
+        predictor: str = BEST,
+        compensate: str | None = "least-squares",
+        calibration: Sequence[Scan] | None = None,
+    ) -> Forecast:
+        """What the cut will cost, token by token and function by function, before anything is cut.
+
+        The default predictor needs no networks: an expansion of the loss to the second order in what the repaired
+        layers will say differently measured best (page "What networks are for"). Networks say to which functions its
+        tokens belong. ``forecast.measure(model, small)`` puts what the cut did cost beside it.
+
+        Parameters
+        ----------
+        networks : FunctionalNetworks or None
+            Of this model; None leaves the table of networks out.
+        scans : sequence of Scan
+            Of this model before the cut, of the text that the forecast is for.
+        model : transformers model, optional
+            Dense. Default: the one that the plan was made for, while it is there; a plan that was read from a file
+            needs it.
+        predictor : str
+            ``"taylor2"``: ``sum_l g_l . d_l + d_l . G_l d_l / 2``, with d what layer l will say differently at a token,
+            g the gradient of the loss of all later tokens by it, and G the mean of ``g g^T``; ``"taylor"`` and
+            ``"curvature"`` are its two parts. ``"fluctuation"`` (FLAP's error), ``"networks"`` (share of each network's
+            map that goes, times its squared time course) and ``"share"`` (of neurons) have no scale.
+        compensate : {None, "bias", "least-squares"}
+            The repair that there will be.
+        calibration : sequence of Scan, optional
+            Of the text that the repair will be fitted to; default `scans`.
+
+        Returns
+        -------
+        Forecast
+
+        Raises
+        ------
+        InputError
+            If there is no model, or scans, networks and model do not belong together.
+        """
+        known = self._model() if model is None and self._model is not None else model
+        if known is not None:
+            self.check_model(known)
+        if self.kept_heads is not None and predictor != "share":
+            raise InputError("this plan cuts heads as well: a forecast is for cuts of neurons only")
+        return forecast(
+            self.kept, self.widths_before, networks, scans, model=known, predictor=predictor, compensate=compensate,
+            calibration=calibration,
+        )  # fmt: skip
+
     # -- records -----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")}
         record["kept"] = [k.tolist() for k in self.kept]
         record["kept_heads"] = None if self.kept_heads is None else [k.tolist() for k in self.kept_heads]
         return record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, overload
+from weakref import ref
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from llmbrain.pruning.criteria.networks import BALANCE
 from llmbrain.pruning.criteria.scorer import Scorer
 from llmbrain.pruning.experts import ExpertPlan, plan_experts
 from llmbrain.pruning.forget.conditions import condition_numbers, condition_weights, token_conditions
+from llmbrain.pruning.forget.lasting import neurons_that_relearn
 from llmbrain.pruning.forget.neurons import LEVEL, neurons_to_forget
+from llmbrain.pruning.forget.relearning import lines_of
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_digest
 from llmbrain.pruning.repair.fit import fit
 from llmbrain.scanning.scans import Scan
@@ -56,6 +59,11 @@ class PlanOptions:
         the calibration go first. `prune` takes the weights over from the plan.
     level : float
         Of `forget`: share of a condition's known tokens that may still be predicted.
+    attribution : {"gradient", "relp"}
+        Of `forget`: how it is found which neurons a condition needs.
+    last : bool
+        Of `forget`: make it last. More neurons go (those that relearning would use are found by relearning and
+        looking), and the repair works against an adversary that learns it again: see `llmbrain.pruning.forget`.
     rule : dict, optional
         Options of the criterion's own: for ``"published"`` those of `published_scores`.
     """
@@ -65,6 +73,8 @@ class PlanOptions:
     passes: float = PASSES
     token_balance: float = BALANCE
     level: float = LEVEL
+    attribution: str = "gradient"
+    last: bool = False
     rule: dict[str, Any] | None = None
 
 
@@ -122,7 +132,8 @@ def plan_pruning(
     tokenizer, calibration
         Texts, int64 windows ``(n, window)``, scans, or a `Calibration`.
     allocation : str or sequence of int, optional
-        ``"uniform"``, ``"global"``, ``"clamped"``, ``"sensitivity"``, ``"search"``, or the widths themselves, which
+        ``"uniform"``, ``"global"``, ``"clamped"``, ``"networks"`` (layers keep more where more of their neurons are in
+        networks; with any method), ``"sensitivity"``, ``"search"``, or the widths themselves, which
         must be what `ratio`, `protect` and `multiple_of` allow. Default: the method's own (``"global"`` for
         ``"published"``, ``"search"`` for ``"networks"``, else ``"uniform"``).
     protect : sequence of int, optional
@@ -140,8 +151,8 @@ def plan_pruning(
     random_state : int, optional
         Of random scores and of FastICA.
     **options
-        ``multiple_of``, ``sequential``, ``passes``, ``token_balance``, ``level``, ``rule``: see `PlanOptions`; and
-        ``window``, ``max_windows``, ``weights`` of the calibration text: see `Calibration`.
+        ``multiple_of``, ``sequential``, ``passes``, ``token_balance``, ``level``, ``attribution``, ``last``, ``rule``:
+        see `PlanOptions`; and ``window``, ``max_windows``, ``weights`` of the calibration text: see `Calibration`.
 
     Returns
     -------
@@ -259,7 +270,16 @@ def _functions(
         raise InputError(f"forget={list(forget)} names every condition: nothing would be left")
     space, multiple = NeuronSpace(body.widths), how.multiple_of
     most = None if ratio is None else round(ratio * space.n_neurons)
-    found = neurons_to_forget(model, body, windows, labels, names, wanted, most=most, level=how.level)
+    found = neurons_to_forget(
+        model, body, windows, labels, names, wanted, most=most, level=how.level, attribution=how.attribution
+    )
+    if how.last:
+        lines = lines_of(scans, list(forget))
+        found = neurons_that_relearn(
+            model, body, windows, labels, names, wanted, lines, found, most=most, level=how.level,
+            attribution=how.attribution,
+        )  # fmt: skip
+        record["last"] = True
     counts = [int(found.gone[space.layer_slice(i)].sum()) for i in range(len(body.layers))]
     record |= {"targets": sum(counts), "left": found.left}
     if not sum(counts):
@@ -375,6 +395,7 @@ class Planner:
             parameters=sum(p.numel() for p in self.model.parameters()),
             parameters_removed=parameters_removed(body, kept),
             details={**material.details, **details, "notes": [*material.notes, *notes]},
+            _model=ref(self.model),
         )
 
     def _counts(

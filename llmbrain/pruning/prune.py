@@ -23,6 +23,7 @@ from llmbrain.hooks.text import digest
 from llmbrain.pruning.calibrate.windows import Calibration, check_enough, check_weights
 from llmbrain.pruning.experts import ExpertPlan, prune_experts
 from llmbrain.pruning.forget.conditions import condition_weights
+from llmbrain.pruning.forget.relearning import Known, Relearning, attacked, split_lines
 from llmbrain.pruning.forget.unlearning import unlearn
 from llmbrain.pruning.plan import Kept, PruningPlan
 from llmbrain.pruning.repair.fit import repair
@@ -48,6 +49,7 @@ def prune(
     sequential: bool = True,
     inplace: bool = False,
     verify: bool = True,
+    relearning: bool | Relearning = True,
     **text: Any,
 ) -> PreTrainedModel:
     """Cut what a plan removes out of a model's weights.
@@ -78,6 +80,10 @@ def prune(
         compensation leaves it as it was; one during the cut itself says that the model must be loaded again.
     verify : bool
         Try on a copy of one block (of the model, where it is small) that cutting equals silencing, first.
+    relearning : bool or Relearning
+        Of a plan that forgets: attack the result by teaching it again (`llmbrain.pruning.forget.relearning`); what came
+        of it stands in the record, ``["forgetting"]["relearning"]``. It trains copies of the small model, with defaults
+        about a fifth as long as the repair takes; False leaves it out.
     **text
         ``window``, ``max_windows``, ``weights`` of the calibration text: see `Calibration`.
 
@@ -101,6 +107,9 @@ def prune(
         return prune_experts(model, plan, inplace=inplace, verify=verify)
     refuse_changed(model, "prune")
     check_in_memory(model, "prune")
+    functions = plan.details.get("functions", {})
+    if inplace and functions.get("last") and compensate == "least-squares":
+        raise InputError("inplace=True: a repair that makes forgetting last trains all weights, so it needs a copy")
     body, kept = plan.check_model(model), plan.kept_units
     for units in kept:
         check_cuttable(body, units)
@@ -109,9 +118,12 @@ def prune(
         windows, token_weights = repair_text(model, plan, given, compensate)
     if verify:
         check_cut_is_zeroing(model, body, kept, windows)
+    forget = functions.get("forget") or []
+    attack = Relearning() if relearning is True else relearning
+    known = _known(model, given, forget, attack) if forget and attack else None  # while the model is dense
     small = model if inplace else copy.deepcopy(model)
     body = anatomy(small)
-    forgetting = None
+    forgetting: dict[str, Any] | None = None
     if windows is not None:
 
         def mend() -> None:
@@ -119,7 +131,6 @@ def prune(
                    sequential=sequential, weights=token_weights)  # fmt: skip
 
         with _undone_on_error(body, kept) if inplace else nullcontext():
-            functions = plan.details.get("functions", {})
             if functions.get("forget") and compensate == "least-squares":
                 assert token_weights is not None
                 cuts = [
@@ -141,8 +152,18 @@ def prune(
         if inplace:
             error.add_note("the model was being cut in place when this happened: part of it is cut, load it again")
         raise
+    if forget and attack:
+        left_out = {"left_out": "calibration has no events of what was forgotten, or one only"}
+        found = left_out if known is None else attacked(small, given.scans or [], forget, known, attack)
+        forgetting = {**(forgetting or {}), "relearning": found}
     setattr(small, RECORD, [*getattr(small, RECORD, []), record_of(plan, compensate, forgetting, windows)])
     return small
+
+
+def _known(model: nn.Module, given: Calibration, forget: Sequence[str], attack: Relearning) -> Known | None:
+    """What the dense model knows of lines that the attack is measured on; None where there are none."""
+    lines = split_lines(given.scans or [], forget, attack)
+    return Known(model, lines[1]) if all(lines) else None
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class Contents:
     provenance: Any = None
     mask_img: Any = None
     atlas: Atlas | tuple[Any, Sequence[str]] | None = None
+    forecast: Any = None
     notes: list[str] = field(default_factory=list)
 
     # -- networks ------------------------------------------------------------------------------------------------------

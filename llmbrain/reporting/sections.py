@@ -237,8 +237,22 @@ def pruning(held: Contents) -> Section:
         missing.append("Nothing was pruned: no plan was given.")
     if held.abilities is not None:
         parts.append(table(held.abilities, "Abilities before and after"))
+    if held.forecast is not None:
+        parts += _forecast(held.forecast)
     body = fill("missing.html.j2", lines=missing) + Markup('<div class="side">{}</div>').format(render(parts))
     return Section("Pruning", body, id="pruning")
+
+
+def _forecast(found: Any) -> list[Any]:
+    """What the cut was predicted to cost, and did cost where it was measured, by condition and network."""
+    measured = "measured" in found.texts
+    what = f"Loss added, {found.unit}: predicted before the cut ({found.predictor})"
+    what += ", and measured after it" if measured else ""
+    parts = [table(found.agreement().round(4), "Forecast against what the cut did cost")] if measured else []
+    for name, frame in (("condition", found.conditions), ("network", found.networks)):
+        if len(frame):
+            parts.append(table(frame.set_index(name).round(4), f"{what}; by {name}"))
+    return parts
 
 
 def _widths_before(held: Contents) -> list[int] | None:

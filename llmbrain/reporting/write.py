@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmbrain.intervention.table import LesionTable
     from llmbrain.networks.connectivity import Connectivity
     from llmbrain.networks.functional import FunctionalNetworks
+    from llmbrain.pruning.forecast import Forecast
     from llmbrain.pruning.plan import PruningPlan
     from llmbrain.scanning.scans import Scan
 
@@ -51,6 +52,7 @@ def build_report(
     provenance: Mapping[str, object] | None = None,
     mask_img: Nifti1Image | str | os.PathLike[str] | None = None,
     atlas: Atlas | tuple[Nifti1Image | str | os.PathLike[str], Sequence[str]] | None = None,
+    forecast: Forecast | None = None,
 ) -> Report:
     """Make a report of whatever there is; every part may be missing, and says so.
 
@@ -80,6 +82,8 @@ def build_report(
         shown with nilearn, and their peaks with coordinates in millimeters.
     atlas : Atlas or (image, labels), optional
         Of maps of a brain: names the regions of the peaks. Value v is ``labels[v]``, 0 the background.
+    forecast : Forecast, optional
+        What `plan` will cost (`PruningPlan.forecast`), and did cost where it was measured.
 
     Returns
     -------
@@ -87,7 +91,7 @@ def build_report(
     """
     held = Contents(
         title, scans, ica, networks, plan, dense, pruned, abilities, lesions, stability, connectivity, comparison,
-        list(warnings), provenance, mask_img, atlas,
+        list(warnings), provenance, mask_img, atlas, forecast,
     )  # fmt: skip
     rows = parts.network_rows(held)
     report = Report(title, subtitle=_subtitle(held))

@@ -26,6 +26,7 @@ from llmbrain.scanning.manifest import model_id
 from llmbrain.study.budget import fit
 from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, told
 from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
+from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
 from llmbrain.study.smaller import cut, evidence_of
@@ -269,8 +270,13 @@ def run(
             "gave_up": gave_up,
             "provenance": record,
         }  # fmt: skip
+        predicted = forecast_of(model, study.plan, study.networks, study.scans, how.compensate)
+        if predicted is not None:
+            predicted = predicted.measure(model, small)
+            agreement = predicted.agreement().astype(object)
+            summary["forecast"] = agreement.where(agreement.notna(), None).to_dict("records")
         found = extras(study, model) if extras else {}
-        in_report = found.pop("report", {})
+        in_report = {"forecast": predicted, **found.pop("report", {})}
         study.summary = {**summary, **found}
 
         tell("5/5 report")

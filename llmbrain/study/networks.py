@@ -13,6 +13,7 @@ from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
+from llmbrain.decomposition.solvers import SOLVERS
 from llmbrain.imaging import write_melodic
 from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
 from llmbrain.plotting import plot_connectivity, plot_layer_profile
@@ -132,7 +133,7 @@ def decompose(
     """
     tell = speaker(progress)
     check_option("convention", convention, ("bids", "fsl"))
-    check_option("method", method, ("fastica", "picard", "dictlearning"))
+    check_option("method", method, tuple(SOLVERS))
     check_range("stability", stability, 0)
     if n_runs is not None:
         check_range("n_runs", n_runs, 1)

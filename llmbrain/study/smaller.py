@@ -29,6 +29,7 @@ from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, plan_passes, step_cost, together
 from llmbrain.study.folder import Study
+from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
 from llmbrain.study.texts import limit_tokens, split_texts
 
@@ -286,7 +287,10 @@ def cut(
     if report:
         title = f"{model_id(model)}, pruned"
         page = Path(out).with_suffix(".html") if format == "gguf" else Path(out) / "report.html"
-        write_report(page, title=title, plan=plan, networks=evidence.networks)
+        found = forecast_of(model, plan, evidence.networks, evidence.scans, compensate)
+        if found is not None:
+            found = found.measure(model, small)
+        write_report(page, title=title, plan=plan, networks=evidence.networks, forecast=found)
     return small, plan
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from llmbrain.decomposition.prepare.pca import Whitened, project
+from llmbrain.decomposition.solvers.clustering import cluster_maps, part_maps
 from llmbrain.decomposition.solvers.dictlearning import dictionary_maps
 from llmbrain.decomposition.solvers.fastica import fastica, negentropy, random_start
 from llmbrain.decomposition.solvers.picard import picard
@@ -60,6 +61,8 @@ SOLVERS: dict[str, Solver] = {
     "fastica": Solver(_fastica),
     "picard": Solver(_picard),
     "dictlearning": Solver(whole_group=dictionary_maps),
+    "kmeans": Solver(whole_group=cluster_maps),
+    "nmf": Solver(whole_group=part_maps),
 }
 
 

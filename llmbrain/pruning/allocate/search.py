@@ -14,15 +14,16 @@ from llmbrain.anatomy.surgery import Change, restored, write
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.pruning.allocate.budget import Budget
 from llmbrain.pruning.allocate.losses import LEVELS, from_curves, from_losses
-from llmbrain.pruning.allocate.shares import ranked, uniform
+from llmbrain.pruning.allocate.shares import by_density, ranked, uniform
 from llmbrain.pruning.calibrate.losses import Objective
 from llmbrain.pruning.calibrate.stream import Measured, split_windows
 from llmbrain.pruning.criteria.base import best_units
+from llmbrain.pruning.criteria.networks import check_space
 from llmbrain.pruning.criteria.scorer import Scorer
 from llmbrain.pruning.repair.fit import fit
 from llmbrain.pruning.repair.least_squares import least_squares
 
-ALLOCATIONS = ("uniform", "global", "clamped", "sensitivity", "search")
+ALLOCATIONS = ("uniform", "global", "clamped", "networks", "sensitivity", "search")
 MEASURED = ("sensitivity", "search")  # those that run the model
 PASSES = 24  # forward passes over the calibration text that a search may cost
 OF_SENSITIVITY = 1 / 3  # share of them for the sensitivities it starts from
@@ -58,12 +59,19 @@ class Allocator:
         check_option("allocation", allocation, ALLOCATIONS)
         if allocation in MEASURED and self.scorer.material.windows is None:
             raise InputError(f"allocation={allocation!r} needs calibration texts (or scans with tokens)")
+        if allocation == "networks" and self.scorer.material.networks is None:
+            raise InputError("allocation='networks' needs networks: give plan_pruning the networks of this model")
 
     def spread(self, allocation: str, budget: Budget, units: Units = NEURONS) -> tuple[int, ...]:
         """Units that each layer keeps, with no whole model measured."""
         self.check(allocation)
         if allocation == "uniform":
             return uniform(budget)
+        if allocation == "networks":
+            networks, body = self.scorer.material.networks, self.scorer.material.body
+            assert networks is not None
+            space = check_space(networks, body)
+            return by_density(budget, networks.maps, space) if units is NEURONS else uniform(budget)
         if allocation in ("global", "clamped"):
             standardize = self.scorer.criterion.standardize
             scores = self.scorer.dense_scores(units)

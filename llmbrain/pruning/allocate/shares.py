@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.pruning.allocate.budget import Budget
 
+CUTOFFS = (2.0, 2.5, 3.0, 3.6, 4.5)  # in z: where networks live is not to hang on one of them
 CLAMP = (0.5, 1.5)  # a layer's share removed, relative to the ratio
 
 
@@ -39,6 +41,35 @@ def ranked(budget: Budget, scores: Sequence[NDArray[np.float64]], *, standardize
         low, high = w * (1 - min(1.0, CLAMP[1] * ratio)), w * (1 - CLAMP[0] * ratio)
         counts = _clamped(counts, low, high, free, n_free)
     return budget.fit(counts)
+
+
+def by_density(budget: Budget, maps: NDArray[np.floating], space: NeuronSpace) -> tuple[int, ...]:
+    """Layers keep more where more of their neurons are in networks.
+
+    A layer's density is the share of its neurons that are in any network, relative to the share in the whole model,
+    mean over the cut-offs `CUTOFFS`. It keeps the budget's share times its density, shifted within the bounds of
+    ``"clamped"`` until the budget is met.
+
+    Parameters
+    ----------
+    budget : Budget
+    maps : array ``(n_networks, n_neurons)``
+        z over neurons.
+    space : NeuronSpace
+        Of the neurons of the model, in the order of the budget's layers.
+    """
+    largest = np.abs(maps).max(axis=0)
+    shares = [[(largest[space.layer_slice(i)] > z).mean() for i in range(len(budget.widths))]
+              for z in CUTOFFS if (largest > z).any()]  # fmt: skip
+    w = np.array(budget.widths, dtype=float)
+    relative = [np.array(s) / max(float((np.array(s) * w).sum() / w.sum()), 1e-12) for s in shares]
+    density = np.mean(relative, axis=0) if relative else np.ones(len(w))
+    free = [i for i in range(len(w)) if not budget.fixed[i]]
+    total = budget.keep - w[budget.fixed].sum()
+    ratio = 1 - total / max(w[free].sum(), 1)
+    low, high = w * (1 - min(1.0, CLAMP[1] * ratio)), w * (1 - CLAMP[0] * ratio)
+    wanted = np.where(budget.fixed, w, w * (1 - ratio) * density)
+    return budget.fit(_clamped(wanted, low, high, free, total))
 
 
 def _standardized(scores: NDArray[np.float64]) -> NDArray[np.float64]:

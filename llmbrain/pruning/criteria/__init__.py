@@ -8,6 +8,7 @@ from llmbrain.pruning.criteria import (
     obs_gradient,
     published,
     random,
+    relp,
     taylor,
     wanda,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "published",
     "random",
     "register",
+    "relp",
     "taylor",
     "wanda",
 ]

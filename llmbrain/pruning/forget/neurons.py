@@ -6,6 +6,7 @@ For the repair afterwards see `llmbrain.pruning.forget.unlearning`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError
+from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.layers import LayerAnatomy
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.change import change_inputs
+from llmbrain.hooks.relevance import halved, relevance_rules
 from llmbrain.hooks.text import batches, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds
 
@@ -26,6 +29,7 @@ LEVEL = 0.3  # a condition is forgotten when so small a share of its known token
 STEP = 0.01  # share of all neurons that goes in one round
 MOST = 0.5  # and in all rounds together
 TOKENS = 8192  # on which a round is measured
+ATTRIBUTIONS = ("gradient", "relp")
 
 
 @dataclass
@@ -46,6 +50,8 @@ def neurons_to_forget(
     *,
     most: int | None = None,
     level: float = LEVEL,
+    attribution: str = "gradient",
+    gone: NDArray[np.bool_] | None = None,
 ) -> Forgetting:
     """Silence neurons in rounds, the most specific first, until a condition's tokens are not predicted any more.
 
@@ -66,14 +72,19 @@ def neurons_to_forget(
         Never more neurons than these; default half of them.
     level : float
         Share of the conditions' known tokens still right at which it ends.
+    attribution : {"gradient", "relp"}
+        How ``d(log odds)/dx`` is found: by the gradient, or by RelP's rules (`llmbrain.hooks.relevance`).
+    gone : bool array ``(n_neurons,)``, optional
+        Neurons that are silent already; they count in `most`.
     """
+    check_option("attribution", attribution, ATTRIBUTIONS)
     if not predicts_next_token(model):
         raise InputError(f"forget: model {type(model).__name__} predicts no next token, so there is none to forget")
     windows, labels_ = _spread(windows, TOKENS), _spread(torch.from_numpy(labels), TOKENS)
     total = sum(body.widths)
     most = min(int(MOST * total), total if most is None else most)
     step = max(1, round(STEP * total))
-    gone = np.zeros(total, dtype=bool)
+    gone = np.zeros(total, dtype=bool) if gone is None else gone.copy()
     left: list[dict[str, float]] = []
     leaf: Any = model.get_input_embeddings()  # type: ignore[operator]
     with gradients_of(model, [leaf.weight]):  # one leaf is enough for gradients to reach every layer
@@ -84,7 +95,10 @@ def neurons_to_forget(
                 f"forget={[names[i] for i in forget]}: the model predicts none of these tokens: nothing to forget"
             )
         while True:
-            found = _round(model, body, windows, labels_, known, target, gone, len(names))
+            with relevance_rules(model, body) if attribution == "relp" else nullcontext():
+                found = _round(
+                    model, body, windows, labels_, known, target, gone, len(names), half=attribution == "relp"
+                )
             left.append({name: float(found.left[i]) for i, name in enumerate(names)})
             room = min(step, most - int(gone.sum()))
             if found.target_left <= level or room < 1:
@@ -111,7 +125,7 @@ class _Found:
 
 def _round(
     model: nn.Module, body: Anatomy, windows: Tensor, labels: Tensor, known: Tensor, target: Tensor,
-    gone: NDArray[np.bool_], n: int,
+    gone: NDArray[np.bool_], n: int, *, half: bool = False,
 ) -> _Found:  # fmt: skip
     widths = body.widths
     gain, harm = torch.zeros(sum(widths)), torch.zeros(n + 1, sum(widths))
@@ -119,14 +133,14 @@ def _round(
     right = []
     signals: list[Tensor] = []
 
-    def silence(keep: Tensor) -> Callable[[Tensor], Tensor]:
+    def silence(layer: LayerAnatomy, keep: Tensor) -> Callable[[Tensor], Tensor]:
         def edit(x: Tensor) -> Tensor:
-            signals.append(x * keep.to(x))
+            signals.append((halved(layer, x) if half else x) * keep.to(x))
             return signals[-1]
 
         return edit
 
-    with change_inputs(model, [(layer.down.module, silence(s)) for layer, s in zip(body.layers, stays)]):
+    with change_inputs(model, [(layer.down.module, silence(layer, s)) for layer, s in zip(body.layers, stays)]):
         at = 0
         for ids in batches(windows):
             part = slice(at, at + len(ids))

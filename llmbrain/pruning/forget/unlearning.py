@@ -22,6 +22,7 @@ from llmbrain.anatomy.families import Projection
 from llmbrain.hooks.text import batches, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds, token_losses
 from llmbrain.pruning.forget.conditions import condition_numbers, token_conditions
+from llmbrain.pruning.forget.relearning import lines_of, padded
 
 STEPS = 160  # of Adam, each on one batch of windows
 TOKENS = 1024  # in a batch, and as many with some swapped; twice as many took twice as long and did no better
@@ -30,6 +31,9 @@ FORGET = 0.1  # weight of a nat of log odds on a token to forget, against a nat 
 MARGIN = 2.0  # log odds below minus this count no more
 SWAPPED = 0.1  # of the tokens are swapped for others: what stays is to hold near the calibration text too
 HELD_OUT = 8  # one window in so many is not trained on, and tells how well it went
+LINES = 8  # in a step of the adversary
+PATIENCE = 20  # steps after which it starts anew
+RATE_OTHERS = 0.005  # first step of all other weights, and step of the adversary
 SURE = 0.9  # the record counts tokens that had this probability and fell below a half
 
 
@@ -58,7 +62,8 @@ def unlearn(
         Uncut; its output projections are written to, zeros where units go.
     windows : (n, window) int64
     functions : dict
-        ``"forget"`` of the plan.
+        ``"forget"`` of the plan; with ``"last"`` all weights are trained, and against an adversary that is learning it
+        again meanwhile: what it knows counts as what the model knows.
     cut : sequence of (Projection, int array)
         Output projections, and the units that stay in each.
     weights : (n, window) float
@@ -73,6 +78,7 @@ def unlearn(
         and ``"loss_added"`` in nats a token, on ``"windows"`` held-out windows (on all where there are fewer than
         `HELD_OUT`).
     """
+    last = bool(functions.get("last"))
     labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
     lost = torch.from_numpy(np.isin(labels, condition_numbers("forget", functions["forget"], names)))
     held = torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
@@ -81,7 +87,11 @@ def unlearn(
     dense = [_copies(output.module) for output, _ in cut]
     mend()
     refits = [r for (output, kept), old in zip(cut, dense) for r in _refits(output, old, kept)]
-    _train(model, refits, windows[~held], lost[~held], weights[~held])
+    adversary = None
+    if last:
+        refits += _others(model, refits)
+        adversary = Adversary(model, lines_of(scans, functions["forget"]))
+    _train(model, refits, windows[~held], lost[~held], weights[~held], adversary)
     change = token_losses(model, windows[test]) - before
     numbers = torch.from_numpy(labels)[test]
     sure = before < -np.log(SURE)
@@ -126,13 +136,91 @@ def _refits(output: Projection, dense: tuple[Tensor, Tensor | None], kept: Any) 
     return found
 
 
-def _train(model: nn.Module, refits: Sequence[_Refit], windows: Tensor, lost: Tensor, weights: Tensor) -> None:
+def _others(model: nn.Module, refits: Sequence[_Refit]) -> list[_Refit]:
+    """All other matrices of the model (no norms, no embeddings): what relearning would use as well."""
+    known = {id(r.now) for r in refits}
+    shared = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    found = []
+    for p in model.parameters():
+        if p.ndim < 2 or id(p) in known | shared:
+            continue
+        rate = RATE_OTHERS * float(p.detach().float().square().mean().sqrt())
+        found.append(_Refit(p, p.detach().clone(), torch.ones_like(p), rate))
+    return found
+
+
+class Adversary:
+    """A copy of the model that learns again what is being forgotten, a step for each step of the repair.
+
+    It is kept as differences from the model, so that it follows what the repair does, and starts anew every
+    `PATIENCE` steps.
+
+    Parameters
+    ----------
+    model : causal language model
+    lines : sequence of int64 tensor
+        Of what is to be forgotten.
+    """
+
+    def __init__(self, model: nn.Module, lines: Sequence[Tensor]) -> None:
+        self.model, self.lines = model, list(lines)
+        self.parameters = list(model.parameters())
+        self.generator = torch.Generator().manual_seed(0)
+        self.steps = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.moved = [torch.zeros_like(p) for p in self.parameters]
+        self._size = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Within the block the model is the adversary."""
+        before = [p.data for p in self.parameters]
+        for p, d in zip(self.parameters, self.moved):
+            p.data = p.data + d
+        try:
+            yield
+        finally:
+            for p, data in zip(self.parameters, before):
+                p.data = data
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Some lines, padded, and which tokens are real."""
+        chosen = torch.randint(len(self.lines), (min(LINES, len(self.lines)),), generator=self.generator)
+        return padded([self.lines[i] for i in chosen.tolist()])
+
+    def learn(self) -> None:
+        """One step of relearning: RMSprop on the next-token loss of some lines."""
+        if self.steps % PATIENCE == 0:
+            self._restart()
+        self.steps += 1
+        ids, mask = self.draw()
+        with self.acting():
+            ids = ids.to(input_device(self.model))
+            logits = self.model(input_ids=ids).logits[:, :-1].float()
+            nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            loss = (nats * mask[:, 1:].to(nats.device)).sum() / mask[:, 1:].sum()
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        with torch.no_grad():
+            for p, d, size, g in zip(self.parameters, self.moved, self._size, gradients):
+                if g is None:
+                    continue
+                size.mul_(0.9).addcmul_(g.float(), g.float(), value=0.1)
+                rate = RATE_OTHERS * p.detach().float().square().mean().sqrt()
+                d.sub_((rate * g / (size.sqrt() + 1e-8)).to(d))
+
+
+def _train(
+    model: nn.Module, refits: Sequence[_Refit], windows: Tensor, lost: Tensor, weights: Tensor,
+    adversary: Adversary | None = None,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     masters = [r.now.detach().float().clone() for r in refits]  # small steps vanish in half precision
     optimizer = torch.optim.Adam([{"params": [m], "lr": r.rate} for m, r in zip(masters, refits)])
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     order: list[Tensor] = []
-    with gradients_of(model, [r.now for r in refits]):
+    with gradients_of(model, [r.now for r in refits] if adversary is None else list(model.parameters())):
         for _ in bar(range(STEPS), desc="unlearn", leave=False):
             if not order:
                 shuffled = torch.randperm(len(windows), generator=generator)
@@ -142,6 +230,9 @@ def _train(model: nn.Module, refits: Sequence[_Refit], windows: Tensor, lost: Te
             swap = torch.rand(ids.shape, generator=generator) < SWAPPED
             others = windows.flatten()[torch.randint(windows.numel(), ids.shape, generator=generator)]
             _add_gradients(model, refits, ids, torch.where(swap, others, ids), lost[part], weights[part])
+            if adversary is not None:
+                adversary.learn()
+                _add_adversary(model, refits, adversary)
             for master, r in zip(masters, refits):
                 assert r.now.grad is not None
                 master.grad, r.now.grad = r.now.grad.float() * r.stays, None
@@ -150,6 +241,22 @@ def _train(model: nn.Module, refits: Sequence[_Refit], windows: Tensor, lost: Te
             with torch.no_grad():
                 for master, r in zip(masters, refits):
                     r.now.copy_(master)
+            if adversary is not None:
+                model.zero_grad(set_to_none=True)
+
+
+def _add_adversary(model: Any, refits: Sequence[_Refit], adversary: Adversary) -> None:
+    """Backward pass of what the adversary knows of some lines (first order: its steps are taken as given)."""
+    ids, mask = adversary.draw()
+    ids = ids.to(input_device(model))
+    with torch.no_grad(), _dense(refits):
+        known = log_odds(model(input_ids=ids).logits, ids) > 0
+    known &= mask[:, 1:].to(known.device)
+    if not known.any():
+        return
+    with adversary.acting():
+        odds = log_odds(model(input_ids=ids).logits, ids)
+        (FORGET * F.relu(odds[known] + MARGIN).mean()).backward()
 
 
 def _add_gradients(

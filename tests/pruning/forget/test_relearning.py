@@ -1,0 +1,108 @@
+"""The attack that teaches a forgetting model again, and what is done against it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pruning_data import right_by_condition
+
+from llmbrain import InputError, plan_pruning, prune
+from llmbrain.pruning.forget.relearning import (
+    Known,
+    Relearning,
+    area,
+    lines_of,
+    padded,
+    probe_accuracy,
+    relearn,
+    split_lines,
+    steps_until,
+)
+
+QUICK = Relearning(lines=(2, 8), steps=12, every=4)
+
+
+def test_numbers_of_a_curve():
+    assert area([0, 10, 20], [0.0, 1.0, 1.0]) == pytest.approx(0.75)
+    assert area([0], [0.4]) == pytest.approx(0.4)
+    assert steps_until([0, 10, 20], [0.0, 0.4, 0.8], 0.5) == pytest.approx(12.5)
+    assert steps_until([0, 10], [0.6, 0.9], 0.5) == 0
+    assert steps_until([0, 10], [0.1, 0.2], 0.5) is None
+
+
+def test_lines_are_the_events_of_a_condition(two_abilities):
+    _, scans, _ = two_abilities
+    own, others = lines_of(scans, ["low"]), lines_of(scans, ["low"], without=True)
+    assert len(own) == len(others) == 48
+    first = scans[0]
+    at = first.events[first.events["trial_type"] == "low"].iloc[0]
+    wanted = first.token_ids[int(at.onset) : int(at.onset + at.duration)]
+    np.testing.assert_array_equal(own[0].numpy(), [first.token_ids[0], *wanted])
+    train, test = split_lines(scans, ["low"], Relearning(test=5))
+    assert len(train) == 36
+    assert len(test) == 5
+    ids, mask = padded([torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
+    assert ids.tolist() == [[1, 2, 3], [4, 5, 5]]
+    assert mask.tolist() == [[True] * 3, [True, True, False]]
+
+
+def test_forgetting_comes_with_its_attack(two_abilities):
+    model, scans, ids = two_abilities
+    plan = plan_pruning(model, None, scans, forget=["low"], window=ids.shape[1])
+    small = prune(model, plan, calibration=scans, window=ids.shape[1], compensate="least-squares", relearning=QUICK)
+    state = {k: v.clone() for k, v in small.state_dict().items()}
+    record = small.llmbrain_pruning[-1]["forgetting"]["relearning"]
+    assert record["steps"] == [0, 4, 8, 12]
+    assert set(record["accuracy"]) == {"2", "8", "unrelated"}
+    assert record["accuracy"]["8"][0] == record["accuracy"]["2"][0] < 0.3
+    assert record["area"]["8"] > record["area"]["unrelated"]
+    assert record["accuracy"]["8"][-1] > 0.8  # it is an attack: the lines do bring it back
+    assert record["lines"] == {"2": 2, "8": 8, "unrelated": 8}
+    assert record["attack"]["steps"] == 12
+    # the model itself is not taught
+    known = Known(model, split_lines(scans, ["low"], QUICK)[1])
+    assert known(small) == pytest.approx(record["accuracy"]["8"][0], abs=1e-4)
+    assert known(model) == 1
+    steps, scores = relearn(small, lines_of(scans, ["low"])[:8], known, QUICK)
+    assert steps == record["steps"]
+    assert scores[-1] > scores[0]
+    assert all(torch.equal(v, small.state_dict()[k]) for k, v in state.items())
+    bare = prune(model, plan, relearning=QUICK)  # cut only: there are no lines
+    assert "left_out" in bare.llmbrain_pruning[-1]["forgetting"]["relearning"]
+    assert prune(model, plan, relearning=False).llmbrain_pruning[-1]["forgetting"] is None
+
+
+@pytest.mark.slow
+def test_what_is_to_last_cuts_more_and_is_repaired_against_an_adversary(two_abilities):
+    model, scans, ids = two_abilities
+    options = {"forget": ["low"], "window": ids.shape[1]}
+    plain = plan_pruning(model, None, scans, **options)
+    lasting = plan_pruning(model, None, scans, last=True, **options)
+    assert sum(lasting.widths) <= sum(plain.widths)
+    assert lasting.details["functions"]["last"] is True
+    before = right_by_condition(model, scans, ids)
+    small = prune(model, lasting, calibration=scans, window=ids.shape[1], compensate="least-squares", relearning=QUICK)
+    after = right_by_condition(small, scans, ids)
+    assert after["low"] < 0.2
+    assert after["high"] > before["high"] - 0.05
+    assert all(p.grad is None for p in small.parameters())
+    with pytest.raises(InputError, match="so it needs a copy"):
+        prune(model, lasting, calibration=scans, compensate="least-squares", inplace=True)
+
+
+def test_a_probe_reads_what_hidden_states_hold(two_abilities):
+    model, scans, _ = two_abilities
+    lines = lines_of(scans, ["low"])
+    accuracy = probe_accuracy(model, lines[:30], lines[30:])
+    assert accuracy.shape == (3,)
+    assert accuracy[-1] > 0.9
+    shuffled = [torch.cat([x[:1], x[1:][torch.randperm(len(x) - 1, generator=torch.Generator().manual_seed(i))]])
+                for i, x in enumerate(lines)]  # fmt: skip
+    assert probe_accuracy(model, shuffled[:30], shuffled[30:]).max() < 0.6
+
+
+@pytest.mark.parametrize("wrong", [{"lines": ()}, {"lines": (0,)}, {"steps": 0}, {"rate": 0.0}])
+def test_attacks_that_are_none_are_refused(wrong):
+    with pytest.raises(InputError):
+        Relearning(**wrong)
