@@ -344,7 +344,9 @@ def _smoothness(values: Array) -> tuple[float, float]:
     """Lag-1 correlation down the rows and across the columns, each after removing the mean of its own series."""
     found = []
     for x in (values, values.T):
-        z = np.nan_to_num(x - np.nanmean(x, axis=0))
+        known = np.isfinite(x)
+        mean = np.where(known, x, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+        z = np.where(known, x - mean, 0)
         found.append(float((z[1:] * z[:-1]).sum() / max((z * z).sum(), np.finfo(float).tiny)))
     return found[0], found[1]
 

@@ -1,5 +1,6 @@
 """Functional networks: which neurons, which tokens, which task, how reproducible, how connected."""
 
+from llmbrain.networks.brain_localizer import brain_localizer, read_events
 from llmbrain.networks.connectivity import (
     Connectivity,
     LayerFlow,
@@ -23,6 +24,7 @@ __all__ = [
     "Localizer",
     "Network",
     "NullNetworks",
+    "brain_localizer",
     "compare_thresholds",
     "connectivity",
     "describe",
@@ -34,6 +36,7 @@ __all__ = [
     "localizer",
     "match_networks",
     "null_networks",
+    "read_events",
     "recurrence",
     "single_run_networks",
     "split_half",

@@ -7,7 +7,7 @@ circle against each run, with the largest ``|t|`` of all units, and only the t i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ from llmbrain.stats.tails import t_to_z
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from llmbrain.imaging.brain_mask import BrainMask
+    from llmbrain.imaging.surface import Grayordinates
 
 NOISE = ("ols", "ar1")
 PERMUTE = ("shift", "labels")
@@ -43,6 +46,7 @@ class Localizer:
     null : largest ``|t|`` of each permutation, ``(n_contrasts, n_permutations)``
     space : NeuronSpace or None
     names : of the networks; None for neurons
+    brain : BrainMask or Grayordinates, where voxels of a brain were tested
     """
 
     contrasts: list[str]
@@ -53,6 +57,7 @@ class Localizer:
     null: Array
     space: NeuronSpace | None = None
     names: list[str] | None = None
+    brain: BrainMask | Grayordinates | None = None
 
     def threshold(self, alpha: float = 0.05) -> Array:
         """``|t|`` above which a unit is significant at `alpha`, FWE; inf with too few permutations for it."""
@@ -92,6 +97,7 @@ class Localizer:
             names=self.contrasts,
             standardize=False,
             provenance={"estimator": "localizer", "alpha": alpha, "permutations": int(self.null.shape[1])},
+            brain=self.brain,
         )
 
 
@@ -149,41 +155,58 @@ def localizer(
     scans = [scans] if isinstance(scans, Scan) else list(scans)
     conditions = _conditions(scans)
     weights = contrast_weights(conditions, contrasts)
-    designs = [_Design(scan, conditions, drift) for scan in scans]
+    designs = [Design(scan, conditions, drift) for scan in scans]
+    found = find_responses(
+        designs, _parts(scans, networks), weights, noise_model, n_permutations, permute, int(min_shift), random_state
+    )
+    space = None if networks is not None else getattr(scans[0], "space", None)
+    return Localizer(list(weights), *found, space=space, names=None if networks is None else networks.names)
+
+
+def find_responses(
+    designs: Sequence[Design],
+    parts: Iterable[list[Array]],
+    weights: Mapping[str, Array],
+    noise_model: str,
+    n_permutations: int,
+    permute: str,
+    min_shift: int,
+    random_state: int | None,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """effect, t, z, p_fwe ``(n_contrasts, n_units)`` and null ``(n_contrasts, n_permutations)``; see `localizer`.
+
+    Parameters
+    ----------
+    designs : one a run
+    parts : iterable of list of array ``(n_times, n_units)``
+        Some units of all runs at a time.
+    weights : dict of array ``(n_conditions,)``
+    """
     n_runs = np.array([sum(d.estimable(d.boxcars, w) for d in designs) for w in weights.values()])
     for name, n in zip(weights, n_runs):
         if not n:
             raise InputError(
                 f"contrasts[{name!r}] can not be estimated in any run: its conditions are missing, or have no baseline"
             )
-    random_state = seed_of(random_state)
-    models = [[_Model(d, d.boxcars, weights) for d in designs]]
+    seed = seed_of(random_state)
+    models = [[Model(d, d.boxcars, weights) for d in designs]]
     for draw in range(n_permutations):
-        rng = np.random.default_rng([random_state, draw])
-        models.append([_Model(d, d.permuted(rng, permute, int(min_shift)), weights) for d in designs])
+        rng = np.random.default_rng([seed, draw])
+        models.append([Model(d, d.permuted(rng, permute, min_shift), weights) for d in designs])
     null = np.zeros((len(weights), n_permutations))
     effects, ts = [], []
-    for part in _parts(scans, networks):
-        effect, t, dof = _fixed_effects(part, models[0], noise_model)
+    for part in parts:
+        effect, t, dof = fixed_effects(part, models[0], noise_model)
         effects.append(effect)
         ts.append(t)
         for draw, permuted in enumerate(models[1:]):
-            largest = np.abs(_fixed_effects(part, permuted, noise_model)[1]).max(axis=1)
+            largest = np.abs(fixed_effects(part, permuted, noise_model)[1]).max(axis=1)
             null[:, draw] = np.maximum(null[:, draw], largest)
     effect, t = np.concatenate(effects, axis=1), np.concatenate(ts, axis=1)
     beaten = [(np.searchsorted(np.sort(row), np.abs(values) * (1 - 1e-9))) for row, values in zip(null, t)]
     reached = n_permutations - np.array(beaten) if n_permutations else np.full(t.shape, np.nan)
-    space = getattr(scans[0], "space", None)
-    return Localizer(
-        list(weights),
-        effect / n_runs[:, None],
-        t,
-        t_to_z(t, np.maximum(dof, 1)[:, None]),
-        (reached + 1) / (n_permutations + 1),
-        null,
-        None if networks is not None else space,
-        None if networks is None else networks.names,
-    )
+    z = t_to_z(t, np.maximum(dof, 1)[:, None])
+    return effect / n_runs[:, None], t, z, (reached + 1) / (n_permutations + 1), null
 
 
 def contrast_weights(
@@ -239,7 +262,7 @@ def _parts(scans: Sequence[Scan], networks: FunctionalNetworks | None) -> Iterat
             yield runs
 
 
-class _Design:
+class Design:
     """Conditions and nuisance of one run."""
 
     def __init__(self, scan: Any, conditions: Sequence[str], drift: int) -> None:
@@ -282,10 +305,10 @@ class _Design:
         return bool(np.allclose(full @ np.linalg.pinv(x) @ x, full, atol=1e-6))
 
 
-class _Model:
+class Model:
     """A design of one run with its contrasts, made ready to fit many units."""
 
-    def __init__(self, design: _Design, boxcars: Array, weights: Mapping[str, Array]) -> None:
+    def __init__(self, design: Design, boxcars: Array, weights: Mapping[str, Array]) -> None:
         self.use = [design.estimable(boxcars, w) for w in weights.values()]
         self.x = design.matrix(boxcars)
         padding = np.zeros(design.nuisance.shape[1])
@@ -314,7 +337,7 @@ class _Model:
         return np.stack([np.ravel(f.effect) for f in fits]), np.stack([np.ravel(f.variance) for f in fits])
 
 
-def _fixed_effects(runs: Sequence[Array], models: Sequence[_Model], noise_model: str) -> tuple[Array, Array, Array]:
+def fixed_effects(runs: Sequence[Array], models: Sequence[Model], noise_model: str) -> tuple[Array, Array, Array]:
     """Effect and variance summed over runs, as nilearn adds contrasts; returns effect, t and degrees of freedom."""
     shape = (len(models[0].use), runs[0].shape[1])
     effect, variance, dof = np.zeros(shape), np.zeros(shape), np.zeros(shape[0])

@@ -141,6 +141,11 @@ def _decomposition(held: Contents, cite: Any) -> str:
         counted = f" in {number(iterations)} iterations" if isinstance(iterations, (int, float)) else ""
         converged = first(ica, "converged_")
         state = "" if converged is None else (f"; it converged{counted}" if converged else "; it did NOT converge")
+        starts = first(ica, "convergence_") or []
+        if len(starts) > 1:
+            failed = sum(not start["converged"] for start in starts)
+            steps = [int(start["n_iter"]) for start in starts]
+            state += f" ({failed} of {len(starts)} starts did not; {min(steps)} to {max(steps)} iterations)"
         seed = f" (seed {params['random_state']})" if params.get("random_state") is not None else ""
         kind = "temporal" if params.get("axis") == "time" else "spatial"
         if params.get("cca") or "cca" in str(params.get("group", "")):

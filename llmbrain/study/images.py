@@ -16,6 +16,7 @@ from llmbrain.networks import FunctionalNetworks
 from llmbrain.reporting import write_report
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.study.folder import claim
+from llmbrain.study.networks import starts_of
 
 if TYPE_CHECKING:
     from llmbrain.imaging.atlas import Labels
@@ -112,8 +113,7 @@ def decompose_images(
             ica = GroupICA(n_components, method=method, mask=mask, random_state=random_state, device=device)
             ica.fit(runs, confounds=nuisance)
             ica.save(target / "ica", overwrite=True)
-        failed = sum(not start["converged"] for start in ica.convergence_)
-        tell(f"ICA: {ica.n_iter_} steps, {failed} of {len(ica.convergence_)} starts did not converge")
+        tell(starts_of(ica))
         networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
         networks.save(target, overwrite=True, atlas=known)
         if ica.brain_mask_ is not None and convention == "fsl":

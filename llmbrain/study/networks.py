@@ -157,6 +157,7 @@ def decompose(
                 n_components, method=method, random_state=random_state, device=device, progress=bool(progress)
             ).fit(scans)
             ica.save(target / "ica", overwrite=True)
+        tell(starts_of(ica))
         networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
         networks.save(target, overwrite=True)
         if convention == "fsl":
@@ -169,6 +170,16 @@ def decompose(
             )
         write_report(target / "report.html", title=f"Networks of {study.folder}", scans=scans, **made)
         return {**made, "folder": target}
+
+
+def starts_of(ica: GroupICA) -> str:
+    """How many starts (of every window) failed, and how many steps they took."""
+    starts = ica.convergence_
+    if not starts:
+        return f"ICA: {ica.n_iter_} iterations"
+    failed, steps = sum(not start["converged"] for start in starts), [int(start["n_iter"]) for start in starts]
+    took = f"{min(steps)} to {max(steps)}" if min(steps) < max(steps) else f"{steps[0]}"
+    return f"ICA: {failed} of {len(starts)} starts did not converge; {took} iterations"
 
 
 def describe_networks(

@@ -7,7 +7,7 @@ from scipy import stats
 
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace
 from llmbrain.networks import describe, localizer, match_networks, top_tokens
-from llmbrain.networks.localizer import _Design
+from llmbrain.networks.localizer import Design
 from llmbrain.scanning import Scan
 
 SPACE = NeuronSpace([10, 20])
@@ -141,7 +141,7 @@ def test_top_tokens_with_context():
 
 def test_estimability_and_shifts():
     scan = make_scans(1)[0]
-    design = _Design(scan, sorted(KINDS), 1)
+    design = Design(scan, sorted(KINDS), 1)
     assert design.boxcars.sum() == 240
     assert not design.estimable(design.boxcars, np.array([1.0, 0, 0]))  # every token has a condition: no baseline
     assert design.estimable(design.boxcars, np.array([1.0, -1, 0]))
