@@ -1,8 +1,10 @@
 """Train the demo brain from nothing: ``python data/build_demo.py`` writes `data/demo/`.
 
 A Llama of 4 layers x 512 neurons (1.06 million parameters) learns the eight abilities of
-`llmbrain.datasets.abilities` from lines made on the fly. What is hard gets more lines: every `EVAL_EVERY` steps the
-share of an ability becomes its error rate on fresh training-side lines plus a floor. Held-out lines are only measured.
+`llmbrain.datasets.abilities` from lines made on the fly. With ``--experts 8`` a Mixtral of
+4 layers x 8 experts x 128 neurons does, two of which a token visits (1.86 million parameters, kept in 16 bits):
+`data/demo_experts/`. What is hard gets more lines: every `EVAL_EVERY` steps the share of an ability becomes its error
+rate on fresh training-side lines plus a floor. Held-out lines are only measured.
 
 The run is seeded and, for one device and thread count, repeatable; it saves its state at every evaluation, and
 ``--resume`` goes on from there to the same end. The log (`training_log.jsonl`) holds one line an evaluation.
@@ -20,7 +22,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from llmbrain.datasets.abilities import ABILITIES, draw_example, stream_examples
 from llmbrain.datasets.scoring import score_examples
@@ -32,6 +41,8 @@ PEAK_RATE, FINAL_RATE, WARMUP = 3e-3, 3e-5, 150
 PROMPT_WEIGHT = 0.1  # of the loss on prompt tokens; answer tokens weigh 1
 FLOOR = 0.1  # the share of an ability that makes no errors, relative to one that is always wrong
 EVAL_EVERY, EVAL_LINES = 200, 200
+EXPERT_WIDTH, VISITED = 128, 2  # neurons of an expert, and experts that a token visits
+BALANCE = 0.01  # weight of the loss that spreads tokens over experts
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -51,24 +62,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int, vocab_size: int) -> LlamaForCausalLM:
-    """The untrained model, the same for the same seed."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=WINDOWS[-1],
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=2,
-    )
+def build_model(seed: int, vocab_size: int, experts: int = 0) -> PreTrainedModel:
+    """The untrained model, the same for the same seed: dense, or a mixture of so many experts a layer."""
+    sizes = {
+        "vocab_size": vocab_size, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": WINDOWS[-1], "tie_word_embeddings": True,
+        "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 2,
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        if not experts:
+            return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=512))
+        sizes |= {"num_local_experts": experts, "num_experts_per_tok": VISITED, "router_aux_loss_coef": BALANCE}
+        return MixtralForCausalLM(MixtralConfig(**sizes, intermediate_size=EXPERT_WIDTH, sliding_window=None))
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, rng: random.Random, shares: dict[str, float]) -> Iterator[tuple]:
@@ -101,7 +107,7 @@ def learning_rate(step: int, steps: int) -> float:
     return FINAL_RATE + (PEAK_RATE - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, phase)))
 
 
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, split: str, seed: int, n: int) -> dict:
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, split: str, seed: int, n: int) -> dict:
     """Exact-answer accuracy and answer loss (nats a token) of each ability on `n` fresh lines of one side."""
     model.eval()
     report = {}
@@ -116,7 +122,8 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, split: 
 def main() -> None:
     """Read the options, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo", help="folder to write")
+    parser.add_argument("--experts", type=int, default=0, help="routed experts of each layer; 0 is a dense model")
+    parser.add_argument("--out", type=Path, help="folder to write (default: demo/ or demo_experts/ beside this file)")
     parser.add_argument("--state", type=Path, help="where the resumable state goes (default: OUT/state.tmp)")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
@@ -124,13 +131,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     options = parser.parse_args()
+    if options.out is None:
+        options.out = Path(__file__).parent / ("demo_experts" if options.experts else "demo")
 
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     state_file = options.state or options.out / "state.tmp"
     log_file = options.out / "training_log.jsonl"
     tokenizer = build_tokenizer()
-    model = build_model(options.seed, len(tokenizer)).to(options.device).train()
+    model = build_model(options.seed, len(tokenizer), options.experts).to(options.device).train()
     # Weight decay is for matrices; the gains of the norms are left free.
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     gains = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -153,11 +162,13 @@ def main() -> None:
         total, stretch = 0.0, min(EVAL_EVERY, options.steps - step)
         for _ in range(stretch):
             ids, weights = (tensor.to(options.device) for tensor in next(batches))
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            asked = {"output_router_logits": True} if options.experts else {}
+            out = model(input_ids=ids, use_cache=False, **asked)
+            logits = out.logits[:, :-1].float()
             nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             weight = weights[:, 1:].flatten()
             loss = (nats * weight).sum() / weight.sum()
-            loss.backward()
+            (loss + BALANCE * out.aux_loss if options.experts else loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options.steps)
@@ -188,7 +199,13 @@ def main() -> None:
             f"{step:6d} {entry['seconds']:7.0f} s  loss {entry['weighted_loss']:.3f}  held-out: {heldout}", flush=True
         )
 
-    model.eval().cpu().save_pretrained(options.out)
+    model = model.eval().cpu()
+    if options.experts:  # twice as many numbers in as many bytes
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
+    model.save_pretrained(options.out)
+    for parameter in model.parameters():  # scores are of what was saved
+        parameter.data = parameter.data.float()
     tokenizer.save_pretrained(options.out)
     final = {"step": step, "seed": options.seed, "heldout_2000": measure(model, tokenizer, "heldout", -1, 2000)}
     (options.out / "final_scores.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")

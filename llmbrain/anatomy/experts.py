@@ -130,6 +130,10 @@ class ExpertLayer:
     routed: Routed | None
 
     @property
+    def attention(self) -> None:
+        """Of a mixture of experts heads are not looked at."""
+
+    @property
     def expert_widths(self) -> tuple[int, ...]:
         """Neurons of each expert, shared ones first."""
         routed = () if self.routed is None else (self.routed.width,) * self.routed.count

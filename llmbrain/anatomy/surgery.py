@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
@@ -79,7 +81,7 @@ def cut(layer: LayerAnatomy, units: Units, kept: Sequence[int] | Tensor) -> None
         raise InputError(f"{layer.path}: the {units.name} of this model cannot be cut: {why}")
     before = output.units
     structure.remember(layer)
-    _keep(units.projections(layer), kept)
+    keep_units(units.projections(layer), kept)
     if units is HEADS and layer.attention is not None:
         with torch.device("cpu"):
             for part in layer.per_head:
@@ -130,12 +132,13 @@ HEAD_COUNTS = (
 CONFIG_COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
-def _keep(projections: Iterable[Projection], kept: Sequence[int] | Tensor) -> None:
+def keep_units(projections: Iterable[Projection], kept: Sequence[int] | Tensor | NDArray[np.int64]) -> None:
+    """Leave every weight that holds a part of some units only the units `kept`."""
     with torch.device("cpu"):  # positions are real also where a model is built without memory
         _select(list(projections), kept)
 
 
-def _select(projections: list[Projection], kept: Sequence[int] | Tensor) -> None:
+def _select(projections: list[Projection], kept: Sequence[int] | Tensor | NDArray[np.int64]) -> None:
     units = torch.unique(torch.as_tensor(kept, dtype=torch.long))
     by_module: dict[int, list[Projection]] = {}
     for projection in projections:
@@ -184,11 +187,11 @@ def _set_sizes(module: nn.Module, size: int, *, output: bool) -> None:
             setattr(module, name, size)
 
 
-def add_bias(projection: Projection) -> nn.Parameter:
+def add_bias(projection: Projection) -> Tensor:
     """The bias of an output projection, made of zeros where there is none."""
     module = projection.module
     bias = getattr(module, "bias", None)
-    if isinstance(bias, nn.Parameter):
+    if isinstance(bias, Tensor):
         return bias
     weight = module.weight
     assert isinstance(weight, Tensor)

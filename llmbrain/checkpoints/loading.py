@@ -13,6 +13,8 @@ from torch import nn
 from llmbrain._files import SUMS, DamagedError, clear_damage, read_json, reading, verify, verifying
 from llmbrain._files.sets import COMMIT
 from llmbrain._validation import InputError
+from llmbrain.anatomy.experts import has_experts
+from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_reading import is_gguf, load_gguf
 from llmbrain.checkpoints.placing import DeviceMap, Placement
 from llmbrain.checkpoints.shapes import (
@@ -253,7 +255,7 @@ def _with_shapes(model_class: type[nn.Module], shapes: list[dict[str, Any]]) -> 
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
-        apply_shapes(self, shapes)
+        (apply_expert_shapes if has_experts(self) else apply_shapes)(self, shapes)
 
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 

@@ -16,6 +16,7 @@ from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
 from llmbrain.anatomy.offload import check_in_memory
 from llmbrain.anatomy.surgery import check_no_adapter
+from llmbrain.checkpoints.expert_shapes import record_expert_shapes, shapes_text
 from llmbrain.checkpoints.gguf_writing import write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.proof import answer, check_loads
@@ -35,7 +36,7 @@ from llmbrain.hooks.change import refuse_changed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OF_EXPERTS = ("per-layer", "uniform")
+FOR_EXPERTS = ("per-layer", "uniform")
 FORMATS = ("per-layer", "remote-code", "uniform", "padded", "masked", "gguf")
 
 
@@ -116,14 +117,21 @@ def save_pruned(
             f"format={format!r}: transformers loads no {name} by its name: save the model that it is part of"
         )
     mixture = has_experts(model)
-    if mixture and format not in OF_EXPERTS:
+    if mixture and format not in FOR_EXPERTS:
         raise InputError(
-            f"format={format!r} is not written for a mixture of experts yet: use one of {', '.join(OF_EXPERTS)} (all "
-            "layers have as many experts: an ordinary checkpoint, which stock transformers loads)"
+            f"format={format!r} is not written for a mixture of experts: use 'uniform' (all layers alike: an ordinary "
+            "checkpoint, which stock transformers loads) or 'per-layer'"
         )
     said = answer(model) if verify else None
-    if not mixture:
+    if mixture:
+        record_expert_shapes(model)
+    else:
         record_shapes(model)
+    if mixture and format == "uniform" and layer_shapes(model.config):
+        raise InputError(
+            f"format='uniform': the config of {name} cannot say the shapes of these experts ({shapes_text(model)}): "
+            "use 'per-layer'"
+        )
     exported: Any = model
     if format == "uniform" and not mixture:
         exported = _stock_copy(model, format, width=_one_width(model))

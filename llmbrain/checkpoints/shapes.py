@@ -51,7 +51,8 @@ def _shape(layer: LayerAnatomy) -> dict[str, Any]:
     return shape
 
 
-OURS = ("intermediate_size", "mlp_down_bias", "attention_groups", "attention_out_bias")
+OF_EXPERTS = ("routed_experts", "expert_width", "shared_width")  # of a mixture of experts
+OURS = ("intermediate_size", "mlp_down_bias", "attention_groups", "attention_out_bias", *OF_EXPERTS)
 # What `remote-code` says beside them for other programs (vLLM): the same facts by their common names.
 STANDARD = ("num_attention_heads", "num_key_value_heads", "head_dim")
 

@@ -1,14 +1,16 @@
 """Prune whole experts of a mixture of experts: plan, then cut.
 
-Every layer keeps as many experts (uniform), so that stock transformers loads what is left. Scores, from calibration
-text: ``frequency`` (share of tokens that call the expert), ``reap`` (mean over its tokens of gate times L2 norm of its
-output: Lasby et al., arXiv 2510.13999), ``man`` (the same without the gate); without: ``random``, and ``networks`` (how
-much of the networks lies in it: the sum over networks of the share of ``|z|`` above the cut-off).
+Every layer keeps as many experts where nothing else is said, so that stock transformers loads what is left. Scores,
+from calibration text: ``frequency`` (share of tokens that call the expert), ``reap`` (mean over its tokens of gate
+times L2 norm of its output: Lasby et al., arXiv 2510.13999), ``man`` (the same without the gate); without: ``random``,
+and ``networks`` (how much of the networks lies in it: the sum over networks of the share of ``|z|`` above the cut-off).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
@@ -23,15 +25,19 @@ from torch import Tensor, nn
 from llmbrain._files import read_json, write_json
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain._version import __version__
-from llmbrain.anatomy.expert_surgery import check_kept, cut_experts, tell_count
+from llmbrain.anatomy.expert_surgery import check_kept, cut_experts
 from llmbrain.anatomy.experts import ExpertAnatomy, Routed, expert_anatomy
 from llmbrain.anatomy.offload import check_in_memory, present
-from llmbrain.checkpoints.shapes import RECORD, build_empty, text_config
+from llmbrain.checkpoints.expert_shapes import record_expert_shapes
+from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.experts import Visits, changing_experts, hearing_experts, rerouted
 from llmbrain.hooks.probe import nearly_equal, ordinary_ids
 from llmbrain.hooks.text import batches, digest, evaluating, input_device
 from llmbrain.networks import FunctionalNetworks
+from llmbrain.pruning.allocate.experts import how_many, ranked
+from llmbrain.pruning.repair.mixture import repair_experts
+from llmbrain.pruning.repair.undo import down_projections, unchanged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +144,7 @@ class ExpertPlan:
             raise InputError(
                 f"plan was made for layers of {list(self.before)} routed experts, this model has {list(counts)}"
             )
-        own = _weights_digest(body)
+        own = weights_digest(body)
         if own != self.digest:
             raise InputError(f"plan was made for weights {self.digest}, this model has {own}: make a new plan")
         return body
@@ -151,9 +157,10 @@ def plan_experts(
     windows: Tensor | None = None,
     *,
     networks: FunctionalNetworks | None = None,
+    allocation: str | Sequence[int] | None = None,
     random_state: int | None = 0,
 ) -> ExpertPlan:
-    """Choose which routed experts go, as many of every layer; nothing is cut yet.
+    """Choose which routed experts go; nothing is cut yet.
 
     Parameters
     ----------
@@ -168,6 +175,10 @@ def plan_experts(
         Calibration text.
     networks : FunctionalNetworks, optional
         Found in scans of this model; for ``"networks"``.
+    allocation : str or sequence of int, optional
+        ``"uniform"`` (default): as many of every layer, so that stock transformers loads what is left. ``"global"``:
+        all layers ranked together by scores standardized within a layer, none below what its router needs. Or how many
+        experts each layer keeps, 0 for dense ones.
     random_state : int, optional
         Of ``"random"``.
 
@@ -181,7 +192,7 @@ def plan_experts(
     check_range("expert_ratio", expert_ratio, 0, 1, open_low=True, open_high=True)
     refuse_changed(model, "plan_pruning")
     body = expert_anatomy(model)
-    stay = {layer: _how_many(layer, routed, expert_ratio) for layer, routed in body.routed}
+    stay = how_many(body, expert_ratio, allocation)
     for layer, routed in body.routed:  # fails before any work
         size = routed.count // routed.n_groups
         first = [g * size + e for g in range(routed.n_groups) for e in range(stay[layer] // routed.n_groups)]
@@ -198,81 +209,95 @@ def plan_experts(
         scores, calls = _measured(model, body, windows, method)
         details["calls"] = {str(layer): of.tolist() for layer, of in calls.items()}
         details["calibration"] = {"hash": digest(windows), "shape": list(windows.shape)}
+    if allocation == "global":
+        stay = ranked(body, expert_ratio, scores)
     details["scores"] = {str(layer): [float(s) for s in of] for layer, of in scores.items()}
     kept = {layer: _best(routed, scores[layer], stay[layer]) for layer, routed in body.routed}
     check_kept(body, kept, planned=True)
     removed = sum((routed.count - len(kept[layer])) * _of_one(routed) for layer, routed in body.routed)
     return ExpertPlan(
         method, float(expert_ratio), tuple(tuple(kept.get(i, ())) for i in range(len(body.layers))), _counts(body),
-        _weights_digest(body), sum(p.numel() for p in model.parameters()), removed, details,
+        weights_digest(body), sum(p.numel() for p in model.parameters()), removed, details,
     )  # fmt: skip
 
 
-def prune_experts(model: Any, plan: ExpertPlan, *, inplace: bool = False, verify: bool = True) -> Any:
+def prune_experts(
+    model: Any,
+    plan: ExpertPlan,
+    *,
+    windows: Tensor | None = None,
+    weights: Tensor | None = None,
+    compensate: str | None = None,
+    ridge: float | None = None,
+    sequential: bool = True,
+    inplace: bool = False,
+    verify: bool = True,
+) -> Any:
     """Cut the experts that a plan removes; parameters as in `llmbrain.prune`.
 
-    The result equals the model whose routers may choose only among the experts that stay.
+    Without repair the result equals the model whose routers may choose only among the experts that stay;
+    ``"least-squares"`` refits these to the layer's output: see `llmbrain.pruning.repair.mixture`.
     """
     refuse_changed(model, "prune")
     check_in_memory(model, "prune")
     body = plan.check_model(model)
     kept = {layer: list(plan.kept[layer]) for layer, _ in body.routed}
     check_kept(body, kept)
-    config = _config_after(model, body, kept)
-    wanted = None
+    _check_repair(body, compensate)
+    small: Any = None
     if verify:
         with rerouted(dict(body.routed), kept):
-            wanted = _answer(model)
-    small = model if inplace and not verify else copy.deepcopy(model)
-    _cut(small, kept, config)
-    if wanted is not None:
+            wanted = answer(model)
+        small = copy.deepcopy(model)
+        _cut(small, kept)
         routes = {routed.module: lambda i, w: (i, w) for _, routed in expert_anatomy(small).routed}
         with changing_experts(routes=routes):  # both are computed the same way
-            got = _answer(small)
+            got = answer(small)
         if not nearly_equal(got, wanted):
             raise InputError(
                 f"model {type(model).__name__}: without these experts it says something else than with a router that "
                 "may not choose them: its experts cannot be cut"
             )
-    if inplace and verify:
+    repaired = None
+    if inplace or windows is not None or small is None:
         del small
-        small = model
-        _cut(small, kept, config)
+        small = model if inplace else copy.deepcopy(model)
+        if windows is not None:
+            body = expert_anatomy(small)
+            with unchanged(down_projections(body), always=False) if inplace else nullcontext():
+                repaired = repair_experts(
+                    small, body, windows, kept, ridge=ridge, sequential=sequential, weights=weights
+                )
+        _cut(small, kept)
     record = {
         "experts_before": list(plan.before), "kept_experts": [list(k) for k in plan.kept], "plan": plan.to_dict(),
-        "compensate": None, "versions": {"llmbrain": __version__, "torch": version("torch")},
+        "compensate": compensate, "repair": repaired,
+        "calibration": None if windows is None else {"hash": digest(windows), "shape": list(windows.shape)},
+        "versions": {"llmbrain": __version__, "torch": version("torch")},
     }  # fmt: skip
     setattr(small, RECORD, [*getattr(small, RECORD, []), record])
     return small
 
 
-def _cut(model: Any, kept: dict[int, list[int]], config: Any) -> None:
-    text = text_config(model.config)
+def _check_repair(body: ExpertAnatomy, compensate: str | None) -> None:
+    if compensate not in (None, "least-squares"):
+        raise InputError(f"compensate={compensate!r}: whole experts are repaired by 'least-squares', or not (None)")
+    for layer, routed in body.routed if compensate else ():
+        if getattr(routed.module, "has_post_expert_norm", False):
+            raise InputError(
+                f"compensate={compensate!r}: a norm follows the down projection of the experts of layer {layer}: there "
+                "is no least squares for them, pass None"
+            )
+
+
+def _cut(model: Any, kept: dict[int, list[int]]) -> None:
     for layer, routed in expert_anatomy(model).routed:
         cut_experts(routed, kept[layer])
-        tell_count(text, routed.count, len(kept[layer]))
-    assert _counts(expert_anatomy(model)) == _counts(expert_anatomy(build_empty(type(model), config)))
+    record_expert_shapes(model)
 
 
-def _config_after(model: Any, body: ExpertAnatomy, kept: dict[int, list[int]]) -> Any:
-    """A config that builds the cut model; an `InputError` where none can say it."""
-    config = copy.deepcopy(model.config)
-    for layer, routed in body.routed:
-        tell_count(text_config(config), routed.count, len(kept[layer]))
-    try:
-        built = expert_anatomy(build_empty(type(model), config))
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise InputError(
-            f"model {type(model).__name__}: its config cannot say how many experts stay: {error}"
-        ) from None
-    found = {layer: (r.count, r.width, r.top_k, r.n_groups) for layer, r in built.routed}
-    wanted = {layer: (len(kept[layer]), r.width, r.top_k, r.n_groups) for layer, r in body.routed}
-    if found != wanted:
-        raise InputError(f"model {type(model).__name__}: its config cannot say how many experts stay: {found}")
-    return config
-
-
-def _answer(model: Any) -> Tensor:
+def answer(model: Any) -> Tensor:
+    """What a model says to a few ordinary tokens."""
     ids = ordinary_ids(model, PROBE)[None].to(input_device(model))
     with evaluating(model):
         out = model(input_ids=ids)
@@ -337,19 +362,6 @@ def _by_networks(body: ExpertAnatomy, networks: FunctionalNetworks | None) -> di
     return scores
 
 
-def _how_many(layer: int, routed: Routed, ratio: float) -> int:
-    size = routed.count // routed.n_groups
-    stay = routed.n_groups * (size - round(ratio * size))
-    if stay < routed.top_k:
-        raise InputError(
-            f"expert_ratio={ratio} leaves {stay} of {routed.count} experts in layer {layer}, but its router calls "
-            f"{routed.top_k} for every token"
-        )
-    if stay == routed.count:
-        raise InputError(f"expert_ratio={ratio} removes none of the {routed.count} experts of layer {layer}")
-    return stay
-
-
 def _best(routed: Routed, scores: NDArray[np.float64], stay: int) -> list[int]:
     """Experts with the highest scores, as many of each group; of equal ones those that come first."""
     size, chosen = routed.count // routed.n_groups, list[int]()
@@ -370,12 +382,15 @@ def _of_one(routed: Routed) -> int:
     return sum(value.numel() // routed.count for value in parts)
 
 
-def _weights_digest(body: ExpertAnatomy) -> str:
-    """Hash of a sample of the weights of all experts and routers, independent of device: 16 hexadecimal digits."""
+def weights_digest(body: ExpertAnatomy) -> str:
+    """Hash of a sample of the weights of all MLPs, experts and routers, on any device: 16 hexadecimal digits."""
     found = sha256()
-    for _, routed in body.routed:
-        for tensor in (*routed.weights, *routed.router):
-            with present(tensor.owner):
-                flat = tensor.value.detach().reshape(-1)
+    for layer in body.layers:
+        with present(layer.block):
+            weights = [p.weight() for mlp in layer.shared for p in (*mlp.inputs, mlp.down)]
+            if layer.routed is not None:
+                weights += [tensor.value for tensor in (*layer.routed.weights, *layer.routed.router)]
+            for weight in weights:
+                flat = weight.detach().reshape(-1)
                 found.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -57,6 +57,9 @@ class PruningPlan:
         All parameters of the model, and those that go (before any intercept that compensation adds).
     details : dict
         What else decided: thresholds, losses, convergence, calibration; plain JSON values.
+    experts_before : tuple of tuple of int, optional
+        Of a mixture of experts: neurons of each expert of each layer before, shared ones first, which lie side by side
+        in `kept`; None for a dense model.
     """
 
     method: str
@@ -71,6 +74,7 @@ class PruningPlan:
     parameters: int = 0
     parameters_removed: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    experts_before: tuple[tuple[int, ...], ...] | None = None
     _model: ref[nn.Module] | None = field(default=None, repr=False, compare=False)  # the one it was made for
 
     def __post_init__(self) -> None:
@@ -87,6 +91,11 @@ class PruningPlan:
         checked["protect"] = _counts("protect", self.protect, 0)
         if any(layer >= n for layer in checked["protect"]):
             raise InputError(f"protect={list(checked['protect'])} of this plan names layers that are not there: {n}")
+        if self.experts_before is not None:
+            experts = tuple(_counts("experts_before", of, 1) for of in self.experts_before)
+            if tuple(map(sum, experts)) != checked["widths_before"]:
+                raise InputError("experts_before of this plan does not add up to widths_before")
+            checked["experts_before"] = experts
         check_range("ratio", self.ratio, 0, 1)
         for name in ("parameters", "parameters_removed"):
             checked[name] = _counts(name, [getattr(self, name)], 0)[0]
@@ -107,6 +116,14 @@ class PruningPlan:
     def widths(self) -> tuple[int, ...]:
         """Neurons per layer that stay."""
         return tuple(len(k) for k in self.kept)
+
+    @property
+    def expert_widths(self) -> list[list[int]]:
+        """Neurons that stay of each expert of each layer, shared ones first; empty for a dense model."""
+        found = []
+        for kept, before in zip(self.kept, self.experts_before or ()):
+            found.append(np.histogram(kept, bins=np.cumsum([0, *before]) - 0.5)[0].tolist())
+        return found
 
     @property
     def removed(self) -> float:
@@ -149,6 +166,8 @@ class PruningPlan:
             f"{self.parameters_removed:,} of {self.parameters:,} parameters go ({self.parameters_share:.1%})",
             f"widths {list(self.widths)} (before {_runs(self.widths_before)})",
         ]
+        if self.experts_before is not None:
+            lines.append(f"neurons of each expert {self.expert_widths} (shared ones first)")
         if self.kept_heads is not None:
             lines.append(f"key/value groups {[len(k) for k in self.kept_heads]} (before {_runs(self.groups_before)})")
         if self.protect:
@@ -226,6 +245,7 @@ class PruningPlan:
         """All of it as plain JSON values."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")}
         record["kept"] = [k.tolist() for k in self.kept]
+        record["experts_before"] = None if self.experts_before is None else [list(of) for of in self.experts_before]
         record["kept_heads"] = None if self.kept_heads is None else [k.tolist() for k in self.kept_heads]
         return record
 

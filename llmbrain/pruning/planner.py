@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range, seed_of
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import Change, restored
@@ -27,6 +28,7 @@ from llmbrain.pruning.calibrate.windows import Calibration, scans_with_tokens
 from llmbrain.pruning.criteria import Material, criterion
 from llmbrain.pruning.criteria.networks import BALANCE
 from llmbrain.pruning.criteria.scorer import Scorer
+from llmbrain.pruning.expert_neurons import Request, plan_expert_neurons
 from llmbrain.pruning.experts import ExpertPlan, plan_experts
 from llmbrain.pruning.forget.conditions import condition_numbers, condition_weights, token_conditions
 from llmbrain.pruning.forget.lasting import neurons_that_relearn
@@ -146,8 +148,9 @@ def plan_pruning(
         take the scans as calibration; `forget` first removes the neurons of
         `llmbrain.pruning.forget.neurons.neurons_to_forget`; with ``ratio=None`` no more than those.
     expert_ratio : float, optional
-        Of a mixture of experts: share of each layer's routed experts to remove, in (0, 1); `ratio` is left out. Methods
-        are those of `llmbrain.pruning.experts`; the plan is an `ExpertPlan`.
+        Of a mixture of experts: share of the routed experts to remove, in (0, 1); `ratio` is left out. Methods and
+        allocations are those of `llmbrain.pruning.experts`; the plan is an `ExpertPlan`. With `ratio` the neurons
+        inside all experts go: see `llmbrain.pruning.expert_neurons`.
     random_state : int, optional
         Of random scores and of FastICA.
     **options
@@ -164,15 +167,17 @@ def plan_pruning(
         If the ratio is impossible, the method unknown, or what it needs is missing or too short.
     """
     if expert_ratio is not None:
-        beside = {"ratio": ratio, "allocation": None if allocation == "uniform" else allocation, "protect": protect,
-                  "head_ratio": head_ratio or None, "keep": keep, "forget": forget}  # fmt: skip
+        beside = {"ratio": ratio, "protect": protect, "head_ratio": head_ratio or None, "keep": keep, "forget": forget}
         return _plan_experts(
-            model, expert_ratio, method, beside, networks, tokenizer, calibration, random_state, options
+            model, expert_ratio, method, beside, allocation, networks, tokenizer, calibration, random_state, options
         )
     criterion(method)
     text = {name: options.pop(name) for name in CALIBRATION_OPTIONS if name in options}
     given = Calibration.of(calibration, tokenizer, **text)
     how = plan_options(options)
+    if has_experts(model):
+        refused = {"head_ratio": head_ratio or None, "keep": keep, "forget": forget}
+        return _plan_expert_neurons(model, ratio, method, refused, allocation, protect, given, scans, how, random_state)
     body = anatomy(model)
     functions: _Functions | None = None
     if keep or forget:
@@ -210,14 +215,15 @@ def plan_pruning(
 
 
 def _plan_experts(
-    model: nn.Module, expert_ratio: float, method: str, beside: dict[str, Any], networks: FunctionalNetworks | None,
-    tokenizer: PreTrainedTokenizerBase | None, calibration: Any, random_state: int | None, options: dict[str, Any],
+    model: nn.Module, expert_ratio: float, method: str, beside: dict[str, Any], allocation: str | Sequence[int] | None,
+    networks: FunctionalNetworks | None, tokenizer: PreTrainedTokenizerBase | None, calibration: Any,
+    random_state: int | None, options: dict[str, Any],
 ) -> ExpertPlan:  # fmt: skip
     given = [name for name, value in beside.items() if value is not None]
     if given:
         raise InputError(
-            f"expert_ratio={expert_ratio} together with {', '.join(given)}: whole experts are removed alone, and as "
-            "many of every layer (no uneven allocation, no heads or neurons in the same plan)"
+            f"expert_ratio={expert_ratio} together with {', '.join(given)}: whole experts are removed alone; plan and "
+            "prune neurons of the experts that stay afterwards"
         )
     text = {name: options.pop(name) for name in CALIBRATION_OPTIONS if name in options}
     plan_options(options)  # an unknown name is a TypeError
@@ -226,7 +232,28 @@ def _plan_experts(
     windows = (
         None if method in ("random", "networks") else Calibration.of(calibration, tokenizer, **text).windows(model)
     )
-    return plan_experts(model, expert_ratio, method, windows, networks=networks, random_state=random_state)
+    return plan_experts(
+        model, expert_ratio, method, windows, networks=networks, allocation=allocation, random_state=random_state
+    )
+
+
+def _plan_expert_neurons(
+    model: nn.Module, ratio: float | None, method: str, refused: dict[str, Any], allocation: Any,
+    protect: Sequence[int] | None, given: Calibration, scans: Sequence[Scan] | None, how: PlanOptions,
+    random_state: int | None,
+) -> PruningPlan:  # fmt: skip
+    named = [name for name, value in refused.items() if value is not None]
+    if named:
+        raise InputError(f"{', '.join(named)}: of a mixture of experts neurons are removed alone (no heads, functions)")
+    if ratio is None:
+        raise InputError("ratio=None: say what share of the neurons of every expert to remove, in (0, 1)")
+    if given.source is None and scans_with_tokens(scans or ()):
+        given = replace(given, source=list(scans or ()))
+    asked = Request(
+        ratio, method, given.windows(model), given.weights, allocation, protect, how.multiple_of, how.sequential,
+        random_state,
+    )  # fmt: skip
+    return plan_expert_neurons(model, asked)
 
 
 def plan_options(options: dict[str, Any]) -> PlanOptions:

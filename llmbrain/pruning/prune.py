@@ -21,6 +21,7 @@ from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.text import digest
 from llmbrain.pruning.calibrate.windows import Calibration, check_enough, check_weights
+from llmbrain.pruning.expert_cut import prune_expert_neurons
 from llmbrain.pruning.experts import ExpertPlan, prune_experts
 from llmbrain.pruning.forget.conditions import condition_weights
 from llmbrain.pruning.forget.relearning import Known, Relearning, attacked, split_lines
@@ -101,10 +102,20 @@ def prune(
     check_option("compensate", compensate, COMPENSATIONS)
     if ridge is not None:
         check_range("ridge", ridge, 0)
-    if isinstance(plan, ExpertPlan):
-        if compensate is not None:
-            raise InputError(f"compensate={compensate!r}: there is no repair for experts that were cut yet: pass None")
-        return prune_experts(model, plan, inplace=inplace, verify=verify)
+    if isinstance(plan, ExpertPlan) or plan.experts_before is not None:
+        given = Calibration.of(calibration, tokenizer, **text)
+        windows = given.windows(model) if compensate is not None else None
+        if compensate is not None and windows is None:
+            raise InputError(f"compensate={compensate!r} needs calibration texts (and their tokenizer)")
+        if windows is not None:
+            check_weights(given.weights, windows)
+        how: dict[str, Any] = {
+            "windows": windows, "weights": None if windows is None else given.weights, "compensate": compensate,
+            "ridge": ridge, "sequential": sequential, "inplace": inplace, "verify": verify,
+        }  # fmt: skip
+        if isinstance(plan, ExpertPlan):
+            return prune_experts(model, plan, **how)
+        return prune_expert_neurons(model, plan, **how)
     refuse_changed(model, "prune")
     check_in_memory(model, "prune")
     functions = plan.details.get("functions", {})

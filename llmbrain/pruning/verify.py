@@ -174,11 +174,35 @@ def _with_zeros(
 def _compare(
     model: nn.Module, units: Units, dense: Tensor, silenced: Tensor, run: Callable[[], Tensor], exact: bool
 ) -> None:
+    check_difference(units.name, type(model).__name__, dense, silenced, run, exact=exact)
+
+
+def check_difference(
+    what: str, model: str, dense: Tensor, silenced: Tensor, run: Callable[[], Tensor], *, exact: bool = True
+) -> None:
+    """Refuse a cut model that says something else than the dense one with the same units silenced.
+
+    Parameters
+    ----------
+    what, model : str
+        Names, for the error.
+    dense, silenced : Tensor
+        What the dense model says, as it is and with the units silenced.
+    run : function
+        What the cut model says.
+    exact : bool
+        Whether it computes in 32 bits.
+
+    Raises
+    ------
+    InputError
+        With the difference, or why it does not run.
+    """
     try:
         small = run()
     except FAILURES as error:
         raise InputError(
-            f"the {units.name} of this model cannot be cut: {type(model).__name__} does not run without them "
+            f"the {what} of this model cannot be cut: {model} does not run without them "
             f"({type(error).__name__}: {_line(error)})"
         ) from error
     size = float(silenced.square().mean().sqrt())
@@ -187,7 +211,7 @@ def _compare(
     difference = float((small - silenced).square().mean().sqrt()) if same else float("inf")
     if not difference <= SHARE * effect + (ROUNDING if exact else HALF) * size:
         raise InputError(
-            f"the {units.name} of this model cannot be cut: cutting is not the same as silencing them (difference "
+            f"the {what} of this model cannot be cut: cutting is not the same as silencing them (difference "
             f"{difference / max(size, 1e-30):.2g} of the output's size)"
         )
 

@@ -202,7 +202,7 @@ def test_bad_input_leaves_the_model_alone() -> None:
     with pytest.raises(InputError, match="calibration calls some experts never"):
         lb.plan_pruning(model, expert_ratio=0.5, method="reap", calibration=ids)
     plan = lb.plan_pruning(model, expert_ratio=0.5, method="frequency", calibration=ids)
-    with pytest.raises(InputError, match="no repair for experts"):
+    with pytest.raises(InputError, match="needs calibration"):
         lb.prune(model, plan, compensate="least-squares", tokenizer=tokenizer, calibration=TEXTS)
     with lb.lesion(model, lb.Experts([(0, 1)])), pytest.raises(InputError, match="changed by an intervention"):
         lb.prune(model, plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def gradient_pass(
     metric: bool = True,
     taylor: bool = False,
     weights: Tensor | None = None,
+    places: Sequence[nn.Module] | None = None,
 ) -> dict[str, list[Tensor]]:
     """Second moments of the loss gradient, by one backward pass over the windows.
 
@@ -46,6 +47,8 @@ def gradient_pass(
         (the output-side Kronecker factor of LLM Surgeon, arXiv 2312.17244, eq. 6).
     weights : (n, window) float, optional
         How much each token counts in the metric.
+    places : sequence of module, optional
+        Whose outputs the metric is of, instead of the output projections of `units`; no ``taylor`` then.
     taylor : bool
         Give each unit's first-order importance, ``sum |w * dL/dw|`` over its weights (LLM-Pruner, arXiv 2305.11627,
         eq. 5, `param_first`).
@@ -67,7 +70,9 @@ def gradient_pass(
             "or load the model whole"
         )
     probe = torch.Generator().manual_seed(0)
-    grams: list[Any] = [0.0] * len(body.layers)
+    outputs = [] if places is not None else [units.output(layer) for layer in body.layers]
+    listened = places if places is not None else [None if out is None else out.module for out in outputs]
+    grams: list[Any] = [0.0] * len(listened)
     counts: Tensor | None = None  # weights of the tokens of the batch at hand
 
     def watch(i: int) -> Callable[[Tensor, Tensor], None]:
@@ -80,15 +85,14 @@ def gradient_pass(
 
         return hook
 
-    outputs = [units.output(layer) for layer in body.layers]
-    projections = [units.projections(layer) for layer in body.layers]
+    projections = [units.projections(layer) for layer in body.layers] if places is None else []
     wanted = {id(p) for of in projections for j in of for p in j.module.parameters(recurse=False)}
     before = [(p, p.requires_grad) for p in model.parameters()]
-    places: list[tuple[nn.Module, Any]] = [(out.module, watch(i)) for i, out in enumerate(outputs) if out is not None]
+    heard: list[tuple[nn.Module, Any]] = [(m, watch(i)) for i, m in enumerate(listened) if m is not None]
     table: Any = embeddings(model)
     leaf = None if taylor or table is None or table.weight.is_meta else table.weight
     if not taylor and leaf is None:  # the table is offloaded, too: what comes out of it is the leaf
-        places.append((table, lambda entering, output: (output.requires_grad_(True), None)[1]))
+        heard.append((table, lambda entering, output: (output.requires_grad_(True), None)[1]))
     # Blocks run again in the backward pass where their weights would else pile up in memory until then.
     once = [layer.block for layer in body.layers] if away else []
     try:
@@ -96,7 +100,7 @@ def gradient_pass(
             p.requires_grad_(taylor and id(p) in wanted)
         if leaf is not None:  # one leaf is enough for gradients to reach every layer
             leaf.requires_grad_(True)
-        with evaluating(model, gradients=True), recomputing(once), hear_outputs(model, places):
+        with evaluating(model, gradients=True), recomputing(once), hear_outputs(model, heard):
             for i, batch in enumerate(batches(windows)):
                 if weights is not None:
                     counts = batches(weights)[i].flatten()

@@ -33,6 +33,13 @@ class Moments:
         self._shift_t: Tensor | None = like._shift_t if like is not None else None
         self._x = self._t = self._xx = self._tx = self._tt = torch.zeros(())
 
+    @classmethod
+    def about_zero(cls, units: int, targets: int, device: torch.device) -> Moments:
+        """None yet, of signals and targets of these sizes whose means are small: all such sets can be added."""
+        found = cls()
+        found._shift_x, found._shift_t = torch.zeros(units, device=device), torch.zeros(targets, device=device)
+        return found
+
     def add(self, x: Tensor, t: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add tokens.
 
@@ -105,3 +112,33 @@ class Moments:
     def mean_square(self) -> Tensor:
         """Mean square of each signal, its mean included; float64 ``(units,)``."""
         return self.variance + self.mean**2
+
+
+class Uncentred(Moments):
+    """The same tokens, with products about zero where they were about means: for outputs without a bias.
+
+    A constant that goes is an error there like any other.
+    """
+
+    def __init__(self, of: Moments) -> None:
+        vars(self).update(vars(of))
+
+    @property
+    def covariance(self) -> Tensor:
+        """``E[x x^T]``."""
+        return self._xx / self.n + self._shifted(self._shift_x, self._x)
+
+    @property
+    def variance(self) -> Tensor:
+        """``E[x^2]``."""
+        return self.covariance.diagonal()
+
+    @property
+    def mean_square(self) -> Tensor:
+        """``E[x^2]``."""
+        return self.variance
+
+    def _shifted(self, shift: Tensor | None, total: Tensor) -> Tensor:
+        assert shift is not None
+        across = torch.outer(shift.double(), total / self.n)
+        return across + across.T + torch.outer(shift.double(), shift.double())

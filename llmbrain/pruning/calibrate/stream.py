@@ -13,10 +13,10 @@ every layer.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,10 +51,34 @@ def calibration_batches(windows: Tensor) -> tuple[Tensor, ...]:
     return batches(windows, min(BATCH_TOKENS, -(-windows.numel() // LEAST_BATCHES)))
 
 
+class HasBlock(Protocol):
+    """A layer of a model: dense, or of a mixture of experts."""
+
+    @property
+    def index(self) -> int:
+        """Its number."""
+
+    @property
+    def block(self) -> nn.Module:
+        """The whole block."""
+
+    @property
+    def attention(self) -> nn.Module | None:
+        """The attention of the block, where it is known."""
+
+
+class HasBlocks(Protocol):
+    """The layers of a model."""
+
+    @property
+    def layers(self) -> Sequence[HasBlock]:
+        """In order."""
+
+
 class Stream:
     """Hidden states of windows, batch by batch, before block `at`."""
 
-    def __init__(self, model: nn.Module, body: Anatomy, windows: Tensor) -> None:
+    def __init__(self, model: nn.Module, body: HasBlocks, windows: Tensor) -> None:
         self.layers = body.layers
         self.at = 0
         self.hidden: list[Tensor] = []
@@ -88,10 +112,10 @@ class Stream:
         layer = self.layers[self.at]
         self._attended.pop(batch, None)
         places: list[tuple[nn.Module, Any]] = [(output.module, keep)]
-        if output is layer.down and layer.attention is not None:
+        if output is getattr(layer, "down", None) and layer.attention is not None:
             places.append((layer.attention, attended))
         with hear_outputs(None, places):
-            hidden = self._through(batch)
+            hidden = self.through(batch)
         return caught[0], hidden
 
     def advance(self, hidden: list[Tensor] | None = None) -> None:
@@ -99,11 +123,12 @@ class Stream:
 
         Its attention must be as it was when the down projection was listened to.
         """
-        self.hidden = [self._through(i) for i in range(len(self.hidden))] if hidden is None else hidden
+        self.hidden = [self.through(i) for i in range(len(self.hidden))] if hidden is None else hidden
         self._attended.clear()
         self.at += 1
 
-    def _through(self, batch: int) -> Tensor:
+    def through(self, batch: int) -> Tensor:
+        """Hidden states of one batch after block `at` as it is now."""
         hidden, layer = self.hidden[batch], self.layers[self.at]
         args, kwargs = self._calls[len(hidden)][self.at]
         known = self._attended.pop(batch, None)
@@ -114,7 +139,7 @@ class Stream:
 class WholePasses:
     """As a `Stream`, by a forward pass of the model for every layer and batch, up to what is listened to."""
 
-    def __init__(self, model: nn.Module, body: Anatomy, windows: Tensor) -> None:
+    def __init__(self, model: nn.Module, body: HasBlocks, windows: Tensor) -> None:
         self.model, self.layers, self.at = model, body.layers, 0
         self.hidden = list(calibration_batches(windows))  # token ids: nothing else is held
 
@@ -133,6 +158,13 @@ class WholePasses:
             raise InputError(f"model {type(self.model).__name__}: {output.path} does not see one row a token")
         return caught[0], ids
 
+    def through(self, batch: int) -> Tensor:
+        """Put one batch through the whole model as it is now; gives its token ids."""
+        ids = self.hidden[batch]
+        with evaluating(self.model):
+            self.model(input_ids=ids.to(input_device(self.model)))
+        return ids
+
     def advance(self, hidden: list[Tensor] | None = None) -> None:
         """Go on to the next block."""
         self.at += 1
@@ -141,7 +173,7 @@ class WholePasses:
 _FAITHFUL: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
 
 
-def stream_of(model: nn.Module, body: Anatomy, windows: Tensor) -> Stream | WholePasses:
+def stream_of(model: nn.Module, body: HasBlocks, windows: Tensor) -> Stream | WholePasses:
     """A stream of these windows, if it is as good as the model, else whole passes (and a warning that says so)."""
     key = (len(body.layers), windows.shape[1], *(len(batch) for batch in calibration_batches(windows)))
     known = _FAITHFUL.setdefault(model, {})
@@ -187,7 +219,7 @@ def is_faithful(stream: Stream, model: nn.Module, windows: Tensor) -> bool:
         for i in range(len(stream.layers)):
             if not _alike(stream.hidden[last], met[i]):
                 return False
-            stream.hidden[last] = stream._through(last)
+            stream.hidden[last] = stream.through(last)
             stream.at += 1
         return _alike(stream.hidden[last], met[len(stream.layers)])
     finally:
@@ -202,7 +234,7 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     return bool(difference <= rounding * y.double().abs().max().to(x.device))
 
 
-def _record_calls(model: nn.Module, body: Anatomy, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _record_calls(model: nn.Module, body: HasBlocks, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The arguments, beside the hidden states, that each block gets in a real forward pass of this batch size."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -222,7 +254,7 @@ def _record_calls(model: nn.Module, body: Anatomy, batch: Tensor) -> list[tuple[
     return calls
 
 
-def _before_first_block(model: nn.Module, body: Anatomy, batch: Tensor) -> Tensor:
+def _before_first_block(model: nn.Module, body: HasBlocks, batch: Tensor) -> Tensor:
     caught: list[Tensor] = []
 
     def keep(call: Call) -> None:
@@ -312,7 +344,7 @@ def walk(
                     output = units.output(layer)
                     if output is None:
                         continue
-                    measured, after = _measure(stream, units, output, token_weights)
+                    measured, after = _measure(stream, layer, units, output, token_weights)
                     change = steps[units](measured)
                     unchanged = after if change is None else None
                     if change is not None and sequential:
@@ -360,10 +392,9 @@ def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _measure(
-    stream: Stream | WholePasses, units: Units, output: Projection, weights: list[Tensor] | None
+    stream: Stream | WholePasses, layer: LayerAnatomy, units: Units, output: Projection, weights: list[Tensor] | None
 ) -> tuple[Measured, list[Tensor]]:
     """Moments of one output projection in block `stream.at`, and the hidden states after the block."""
-    layer = stream.layers[stream.at]
     train = Moments()
     held_out: Moments | None = None
     after = []
