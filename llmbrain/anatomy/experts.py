@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.layers import Projection, get, is_linear
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.structure import OUTSIDE, TOWERS, mlp_of
@@ -181,6 +182,11 @@ def has_experts(model: nn.Module) -> bool:
     return any(is_experts(module) for module in model.modules())
 
 
+def widths_of(model: nn.Module) -> tuple[int, ...]:
+    """Neurons of every layer, of a dense model or of a mixture of experts."""
+    return expert_anatomy(model).widths if has_experts(model) else anatomy(model).widths
+
+
 def expert_anatomy(model: nn.Module) -> ExpertAnatomy:
     """Find the experts of a model.
 
@@ -208,9 +214,11 @@ def expert_anatomy(model: nn.Module) -> ExpertAnatomy:
         and not any(is_experts(m) for m in module)
     ]
     if not stacks:
+        named = [f"{type(m).__name__} at {p}" for p, m in model.named_modules() if "Experts" in type(m).__name__]
+        theirs = f"its own ({named[0]})" if named else "its experts, if it has any,"
         raise InputError(
-            f"model {name} has no routed experts on the common interface of transformers: its experts, if it has any, "
-            "are of no known layout"
+            f"model {name} has no routed experts on the common interface of transformers: {theirs} are of no known "
+            "layout"
         )
     if len(stacks) > 1:
         raise InputError(

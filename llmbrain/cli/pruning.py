@@ -172,24 +172,25 @@ def prune(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Cut neurons out of a model and save the smaller one."""
-    from llmbrain.pruning import PruningPlan
+    from llmbrain.pruning.experts import ExpertPlan, read_plan
     from llmbrain.study import load_texts, smaller
     from llmbrain.study.experts import cut_fewer
 
     smaller.check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
-    given = PruningPlan.load(from_plan) if from_plan else None
+    given = read_plan(from_plan) if from_plan else None
     texts = load_texts(text, field) if text else None
-    if expert_ratio is not None:
-        if given is not None:
-            raise InputError("--expert-ratio and --plan exclude each other")
+    if expert_ratio is not None and given is not None:
+        raise InputError("--expert-ratio and --plan exclude each other")
+    if expert_ratio is not None or isinstance(given, ExpertPlan):
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
-        fewer = cut_fewer(
-            loaded, tokenizer, texts, out=out, format=format, overwrite=overwrite, expert_ratio=expert_ratio,
-            method=method, study=study, random_state=seed, **only,
+        small, fewer = cut_fewer(
+            loaded, tokenizer, texts, out=out, plan=given if isinstance(given, ExpertPlan) else None,
+            compensate=None if compensate == "none" else compensate, format=format, overwrite=overwrite, study=study,
+            expert_ratio=expert_ratio, method=method, random_state=seed, **only,
         )  # fmt: skip
         say(fewer.summary())
-        say("experts are cut without repair")
+        say(_repaired(small))
         say(f"saved: {out}")
         return
     costs = smaller.plan_cost(
@@ -210,6 +211,16 @@ def prune(
     )  # fmt: skip
     say(made.summary())
     say(f"saved: {out}")
+
+
+def _repaired(small: Any) -> str:
+    """What the repair of experts came to, in one line."""
+    errors = small.llmbrain_pruning[-1].get("repair")
+    if not errors:
+        return "experts are cut without repair"
+    return "error of the layers' outputs without and with repair: " + ", ".join(
+        f"layer {layer} {before:.3g} -> {after:.3g}" for layer, (before, after) in errors.items()
+    )
 
 
 def recover(

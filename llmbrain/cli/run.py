@@ -16,6 +16,7 @@ from llmbrain.cli.common import (
     DEVICE_MAP,
     DRY_RUN,
     DTYPE,
+    EXPERTS,
     FIELD,
     FORGET,
     FORMAT,
@@ -97,6 +98,7 @@ def run(
     multiple_of: MULTIPLE = 1,
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
+    expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
     self_text: SELF_TEXT = 0,
@@ -121,7 +123,7 @@ def run(
         "max_windows": max_windows or None, "threshold": threshold, "dtype": dtype or None,
         "allocation": allocation or None, "multiple_of": multiple_of, "protect": parse_layers(protect),
         "head_ratio": head_ratio, "passes": passes, "token_balance": token_balance, "self_text": self_text,
-        "keep": parts(keep), "forget": parts(forget), "format": format,
+        "keep": parts(keep), "forget": parts(forget), "format": format, "expert_ratio": expert_ratio,
         "gguf_type": gguf_type, "like": None if like is None else str(like),
     }  # fmt: skip
     names = {"n_components": "components", "random_state": "seed"}

@@ -29,6 +29,7 @@ from llmbrain._files import (
 )
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention.controls import matched_masks, random_masks
@@ -39,6 +40,7 @@ from llmbrain.intervention.evaluations import (
     levels_of_runs,
     score_conditions,
 )
+from llmbrain.intervention.mixture_table import MixtureSets
 from llmbrain.intervention.targets import Heads, spans_heads, unit_mask, unit_space
 from llmbrain.networks import FunctionalNetworks, Network
 from llmbrain.stats.bootstrap import bootstrap_mean
@@ -178,7 +180,8 @@ def lesion_table(
     model : causal language model
         Stays loaded and unchanged; a network and its controls share forward passes.
     networks : FunctionalNetworks, list of Network, or dict of name -> anything that `lesion` takes
-        `Heads` too: their controls are other heads of the same layers.
+        `Heads` too: their controls are other heads of the same layers. Of a mixture of experts also `Experts`, against
+        as many random experts of the same layers; matched controls need a `reference`.
     evaluations : dict of name -> texts, token ids ``(n, length)``, `TokenEvaluation` or callable
         Texts and token ids are scored by their mean loss in windows (`window`, `max_windows`; texts need `tokenizer`).
         A callable takes the model and gives a number, or one number an item; more counts as better unless it has an
@@ -224,32 +227,43 @@ def lesion_table(
     """
     check_option("value", value, ("zero", "mean"))
     check_range("n_random", n_random, 0)
-    n_matched = n_random if n_matched is None else int(check_range("n_matched", n_matched, 0))
+    mixture = MixtureSets(model, _named(networks)) if has_experts(model) else None
+    if mixture is not None and value != "zero":
+        raise InputError(f"value={value!r}: units of a mixture of experts are set to 'zero' only")
+    if n_matched is None:
+        n_matched = 0 if mixture is not None and reference is None else n_random
+    check_range("n_matched", n_matched, 0)
     check_range("n_bootstrap", n_bootstrap, 1)
     check_range("level", level, 0, 1, open_low=True, open_high=True)
-    body = anatomy(model)
-    masks, space = _named_masks(networks, body)
-    heads = space.n_layers > len(body.layers)
+    masks, space = _named_masks(networks, anatomy(model)) if mixture is None else (mixture.masks, mixture.space)
+    heads = mixture is None and space.n_layers > len(anatomy(model).layers)
     if heads and (value == "mean" or reference is not None):
         raise InputError(
             f"value={value!r} with reference={_given(reference)}: heads take value='zero' and no reference"
         )
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
+    if mixture is not None and n_matched and reference is None:
+        raise InputError(f"n_matched={n_matched}: of a mixture of experts, activations are known from reference= scans")
     levels = _levels_for(model, ready, reference, space, heads) if n_matched or value == "mean" else None
     fill = None if levels is None or value == "zero" else levels[0]
-    baseline = score_conditions(model, np.ones((1, space.n_neurons)), ready)
+    nothing = np.zeros((1, space.n_neurons), dtype=bool)
+    baseline = _score(model, nothing, ready, None, mixture, None)
     seed = seed_of(random_state)
     given = None if random_state is None else seed  # None goes on with another seed: each network has its own draws
     settings = {"n_random": n_random, "n_matched": n_matched, "value": value, "random_state": given}
     with owner(out) if out is not None else nullcontext():
         store = None if out is None else _Store(Path(out), masks, ready, settings, baseline)
         results: list[tuple[Items, int, int]] = []
-        for k, mask in enumerate(_bar(masks.values(), "lesions", progress)):
+        for k, (name, mask) in enumerate(_bar(masks.items(), "lesions", progress)):
             kept = store.read(k) if store is not None else None
             if kept is None:
-                controls = _controls(mask, space, levels, n_random, n_matched, np.random.default_rng([seed, k]))
+                rng = np.random.default_rng([seed, k])
+                if mixture is not None and name in mixture.experts:
+                    controls = mixture.random(name, n_random, rng), nothing[:0]
+                else:
+                    controls = _controls(mask, space, levels, n_random, n_matched, rng)
                 sets = np.concatenate([mask[None], *controls])
-                kept = score_conditions(model, ~sets, ready, fill=fill), len(controls[0]), len(controls[1])
+                kept = _score(model, sets, ready, fill, mixture, name), len(controls[0]), len(controls[1])
                 if store is not None:
                     store.write(k, *kept)
             results.append(kept)
@@ -265,12 +279,22 @@ def lesion_table(
     return LesionTable(frame, draws, provenance)
 
 
+def _score(
+    model: nn.Module, sets: NDArray[np.bool_], ready: Mapping[str, Any], fill: NDArray[Any] | None,
+    mixture: MixtureSets | None, name: str | None,
+) -> Items:  # fmt: skip
+    """Scores of each set, lesioned; ``(n_sets, n_items)`` an evaluation."""
+    if mixture is None:
+        return score_conditions(model, ~sets, ready, fill=fill)
+    return mixture.score(sets, ready, whole=name in mixture.experts)
+
+
 def _given(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _named_masks(networks: Any, body: Anatomy) -> tuple[dict[str, NDArray[np.bool_]], NeuronSpace]:
-    """Masks of all networks, and the space they lie in: the neurons, with the heads behind them where there are any."""
+def _named(networks: Any) -> Mapping[str, Any]:
+    """Networks by name."""
     if isinstance(networks, (FunctionalNetworks, Network)):
         networks = list(networks) if isinstance(networks, FunctionalNetworks) else [networks]
     if not isinstance(networks, Mapping):
@@ -282,6 +306,12 @@ def _named_masks(networks: Any, body: Anatomy) -> tuple[dict[str, NDArray[np.boo
         }
     if not networks:
         raise InputError("networks is empty: there is nothing to lesion")
+    return networks
+
+
+def _named_masks(networks: Any, body: Anatomy) -> tuple[dict[str, NDArray[np.bool_]], NeuronSpace]:
+    """Masks of all networks, and the space they lie in: the neurons, with the heads behind them where there are any."""
+    networks = _named(networks)
     masks = {str(name): unit_mask(what, body, f"networks[{name!r}]") for name, what in networks.items()}
     space = unit_space(body)
     if not any(isinstance(what, Heads) or spans_heads(what, body) for what in networks.values()):

@@ -41,11 +41,11 @@ def plot_widths(
     ax: Axes | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    """MLP neurons kept per layer, before the full width.
+    """MLP neurons (or routed experts) kept per layer, before the full width.
 
     Parameters
     ----------
-    plan : PruningPlan, or sequence of int (neurons kept per layer)
+    plan : PruningPlan, ExpertPlan, or sequence of int (neurons kept per layer)
     widths : sequence of int, optional
         Widths before the cut; default: the plan's.
     ax : Axes, optional
@@ -70,7 +70,8 @@ def plot_widths(
         for x, (k, w) in enumerate(zip(kept, before)):
             size = 6.5 if len(kept) <= 16 else 4.5
             ax.text(x, k, f"{100 * k / max(w, 1):.0f}%", ha="center", va="bottom", fontsize=size, color="#22313f")
-    ax.set(xlabel="layer", ylabel="MLP neurons", xticks=layers[:: max(1, len(layers) // 16)])
+    ylabel = "routed experts" if hasattr(plan, "before") else "MLP neurons"
+    ax.set(xlabel="layer", ylabel=ylabel, xticks=layers[:: max(1, len(layers) // 16)])
     legend(ax, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
     return figure
 

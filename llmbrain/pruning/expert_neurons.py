@@ -178,7 +178,7 @@ class _Planner:
         counts: Counts = {}
         for key in sorted(self.groups, key=lambda k: (k[0], not k[1])):
             width = self.groups[key][0].width
-            counts[key] = width if key[0] in protected else self._near((1 - self.asked.ratio) * width, width, key[1])
+            counts[key] = width if key[0] in protected else self._near((1 - self.asked.ratio) * width, width)
             routed = self.groups.get((key[0], True))
             if not key[1] and routed and width % routed[0].width == 0:
                 counts[key] = width // routed[0].width * counts[key[0], True]
@@ -204,11 +204,14 @@ class _Planner:
                 continue
             counts[key] -= 1
             left -= cost
-        return self._checked({key: self._near(n, self.groups[key][0].width, key[1]) for key, n in counts.items()})
+        return self._checked({key: self._near(n, self.groups[key][0].width) for key, n in counts.items()})
 
-    def _near(self, wanted: float, width: int, routed: bool) -> int:
-        """The nearest width that is a multiple of what was asked for, and that routed experts can be run with."""
-        m = math.lcm(self.asked.multiple_of, math.gcd(width, ALIGNED) if routed else 1)
+    def _near(self, wanted: float, width: int) -> int:
+        """The nearest width that is a multiple of what was asked for, and that routed experts can be run with.
+
+        Shared experts and dense layers follow: some configs have one entry for the width of all.
+        """
+        m = math.lcm(self.asked.multiple_of, math.gcd(width, ALIGNED))
         if width <= m:
             return width
         return width if wanted >= width else max(m, round(wanted / m) * m)

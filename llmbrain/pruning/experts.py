@@ -36,6 +36,7 @@ from llmbrain.hooks.probe import nearly_equal, ordinary_ids
 from llmbrain.hooks.text import batches, digest, evaluating, input_device
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning.allocate.experts import how_many, ranked
+from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.repair.mixture import repair_experts
 from llmbrain.pruning.repair.undo import down_projections, unchanged
 
@@ -85,6 +86,11 @@ class ExpertPlan:
             raise InputError("kept of this plan must hold, for each layer, experts that it had: ascending, each once")
         object.__setattr__(self, "kept", kept)
         object.__setattr__(self, "before", before)
+
+    @property
+    def widths_before(self) -> tuple[int, ...]:
+        """`before`, by the name that plans of neurons have for it."""
+        return self.before
 
     @property
     def removed(self) -> float:
@@ -148,6 +154,18 @@ class ExpertPlan:
         if own != self.digest:
             raise InputError(f"plan was made for weights {self.digest}, this model has {own}: make a new plan")
         return body
+
+
+def read_plan(path: str | Path) -> PruningPlan | ExpertPlan:
+    """Read a plan of neurons or of experts.
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    """
+    kind = read_json(path, anew="make the plan again (llmbrain plan)").get("llmbrain")
+    return ExpertPlan.load(path) if kind == "expert plan" else PruningPlan.load(path)
 
 
 def plan_experts(

@@ -209,7 +209,8 @@ def _pruning(held: Contents, cite: Any) -> str:
              "surgeon": "van der Ouderaa et al. 2024"}  # fmt: skip
     keys = list(dict.fromkeys(key for word, key in _CRITERIA.items() if word in method.lower()))
     cited = "; ".join(cite(key, names[key]) for key in keys)
-    share = "neurons" if ratio is None else f"{100 * float(ratio):.4g}% of the MLP neurons"
+    units = "routed experts" if hasattr(plan, "before") else "MLP neurons"
+    share = "neurons" if ratio is None else f"{100 * float(ratio):.4g}% of the {units}"
     text = f"{share[0].upper() + share[1:]} were removed by the criterion '{method}'{f' ({cited})' if cited else ''}"
     if allocation:
         text += f", spread over layers by the allocation '{allocation}'"

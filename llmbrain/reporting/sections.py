@@ -230,7 +230,8 @@ def pruning(held: Contents) -> Section:
         missing.append("The model was not measured before and after a cut.")
     if held.plan is not None:
         widths = _widths_before(held)
-        parts.append(figure(plotting.plot_widths(held.plan, widths), "MLP neurons kept in each layer."))
+        units = "Routed experts" if hasattr(held.plan, "before") else "MLP neurons"
+        parts.append(figure(plotting.plot_widths(held.plan, widths), f"{units} kept in each layer."))
         if hasattr(held.plan, "summary"):
             parts.append(fill("lines.html.j2", lines=str(held.plan.summary()).splitlines()))
     else:

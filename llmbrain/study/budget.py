@@ -69,7 +69,7 @@ def fit(
 def _smaller(how: Settings, name: str, value: Any, pinned: Collection[str]) -> Settings | None:
     """The settings with less of one thing; None where that is no less."""
     if name == "method":
-        if "allocation" in pinned or how.forget or how.keep:
+        if "allocation" in pinned or how.forget or how.keep or how.expert_ratio is not None:
             return None
         now = plan_passes(how.method, how.allocation, how.passes)
         return replace(how, method=value, allocation=None) if plan_passes(value, None, how.passes) < now else None

@@ -60,13 +60,10 @@ def _nifti(path: Path) -> dict[str, Any]:
 
 
 def _plan(path: Path) -> dict[str, Any]:
-    from llmbrain._files import read_json
-    from llmbrain.pruning import PruningPlan
-    from llmbrain.pruning.experts import ExpertPlan
+    from llmbrain.pruning.experts import ExpertPlan, read_plan
 
-    if read_json(path, anew="make the plan again").get("llmbrain") == "expert plan":
-        return {"what": "plan of experts", "summary": ExpertPlan.load(path).summary()}
-    return {"what": "pruning plan", "summary": PruningPlan.load(path).summary()}
+    plan = read_plan(path)
+    return {"what": "plan of experts" if isinstance(plan, ExpertPlan) else "pruning plan", "summary": plan.summary()}
 
 
 def _study(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmbrain._files import bytes_text
 from llmbrain._progress import span
+from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.pruning.criteria import CRITERIA
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Passes of a plan at one share everywhere, and of each way to spread it: counted on a small model.
 OF_METHOD = {"random": 0.0, "magnitude": 0.0, "wanda-sp": 1.1, "flap": 1.1, "taylor": 3.0, "published": 1.0, "obs": 2.0,
              "obs-gradient": 5.0, "networks": 7.0}  # fmt: skip
+OF_EXPERTS = 3.0  # times as many passes as that takes the repair of experts, which is done three times a layer
 SEQUENTIAL = {"obs", "obs-gradient", "networks"}
 OF_REPAIR = 2.0  # of the sequential repair: what a block gave before, and what it gives now
 FIXED, BYTES_A_SECOND = 4.0, 1e8  # seconds of figures and the report; how fast a model is copied, saved and checked
@@ -67,6 +69,10 @@ class Subject:
     hidden, vocabulary : int
     itemsize : int
         Bytes of what it computes in.
+    passed : tuple of int
+        Widths of the MLPs that a token passes: of each layer, or, of a mixture of experts, of the experts it visits.
+    active : int
+        Parameters that a token meets.
     """
 
     parameters: int
@@ -75,17 +81,27 @@ class Subject:
     hidden: int
     vocabulary: int
     itemsize: int
+    passed: tuple[int, ...]
+    active: int
 
     @classmethod
     def of(cls, model: nn.Module, body: Anatomy | None = None) -> Subject:
         """Sizes of this model."""
-        body = body or anatomy(model)
+        mixture = expert_anatomy(model) if body is None and has_experts(model) else None
+        widths = mixture.widths if mixture is not None else (body or anatomy(model)).widths
+        passed, silent = widths, 0
+        if mixture is not None:
+            passed = tuple(mlp.width for layer in mixture.layers for mlp in layer.shared)
+            for _, r in mixture.routed:
+                passed += (r.width,) * r.top_k
+                silent += sum(t.value.numel() for t in r.weights) // r.count * (r.count - r.top_k)
         parameters = list(model.parameters())
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         rows = int(getattr(embedding, "num_embeddings", 0) or 0)
         return cls(
-            sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), body.widths,
-            int(getattr(embedding, "embedding_dim", 0) or max(body.widths)), rows, parameters[0].element_size(),
+            sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), widths,
+            int(getattr(embedding, "embedding_dim", 0) or max(widths)), rows, parameters[0].element_size(), passed,
+            sum(p.numel() for p in parameters) - silent,
         )  # fmt: skip
 
     @property
@@ -95,11 +111,11 @@ class Subject:
 
     def token_work(self, length: int) -> float:
         """Multiplications of one token's forward pass in a text of `length` tokens."""
-        return self.parameters + len(self.widths) * self.hidden * length
+        return self.active + len(self.widths) * self.hidden * length
 
     def covariance_work(self) -> float:
         """Multiplications that a token adds to a walk: covariances of all layers, in float64 (twice the time)."""
-        return 2.0 * sum(w * (w + self.hidden) for w in self.widths)
+        return 2.0 * sum(w * (w + self.hidden) for w in self.passed)
 
     def ica_work(self, n_tokens: int, run_length: int, n_components: int) -> float:
         """Multiplications of group ICA: each run with itself, twice, then components over neurons."""
@@ -210,7 +226,7 @@ def memory_of(
     subject: Subject, batch: int, run_length: int, n_tokens: int, *, method: str = "", copies: int = 2
 ) -> int:
     """Peak memory of a job: the model and its smaller copy, and the largest of its steps."""
-    widest = max(subject.widths)
+    widest = max(subject.passed)
     scan = 2 * batch * subject.n_neurons * subject.itemsize
     ica = 3 * run_length * subject.n_neurons * 4
     reading = 3 * BATCH * max(subject.vocabulary, 1) * 4
@@ -231,6 +247,9 @@ def run_cost(
     k = how.n_components if isinstance(how.n_components, int) else 32
     planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio)
     repair = OF_REPAIR if how.compensate else 0.0
+    if how.expert_ratio is not None:  # scores are one pass, of networks and chance none
+        planning = 0.0 if how.method in ("networks", "random") else 1.0
+        repair *= OF_EXPERTS
     calibration = n_tokens + how.self_text * window
     parts: dict[str, list[Part]] = {
         "evaluate": [Part("perplexity of the dense model, and its speed", 1.0, eval_tokens + SPEED_TOKENS)],

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from llmbrain._validation import InputError
+from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.checkpoints import save_pruned
 from llmbrain.pruning import plan_pruning, prune
+from llmbrain.pruning.expert_neurons import methods
 from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.study.folder import Study
+from llmbrain.study.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 def plan_fewer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *,
-    expert_ratio: float, study: str | Path | None = None, out: str | Path | None = None, **options: Any,
+    expert_ratio: float, study: Study | str | Path | None = None, out: str | Path | None = None, **options: Any,
 ) -> ExpertPlan:  # fmt: skip
     """Say which experts of a mixture of experts a cut would remove; nothing is cut.
 
@@ -38,7 +42,7 @@ def plan_fewer(
     """
     networks = None
     if study is not None:
-        found = Study(study)
+        found = study if isinstance(study, Study) else Study(study)
         networks = found.networks if options.get("method") == "networks" else None
         texts = texts if texts is not None else [run.text for run in found.scans if run.text]
     made = plan_pruning(
@@ -51,9 +55,47 @@ def plan_fewer(
 
 def cut_fewer(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *, out: str | Path,
-    format: str = "per-layer", overwrite: bool = False, **options: Any,
-) -> ExpertPlan:  # fmt: skip
-    """Cut experts out of a model and save it; parameters as in `plan_fewer`, and `save_pruned`."""
-    made = plan_fewer(model, tokenizer, texts, **options)
-    save_pruned(prune(model, made), tokenizer, out, format=format, overwrite=overwrite)
-    return made
+    plan: ExpertPlan | None = None, compensate: str | None = "least-squares", format: str = "per-layer",
+    overwrite: bool = False, **options: Any,
+) -> tuple[nn.Module, ExpertPlan]:  # fmt: skip
+    """Cut experts out of a model, repair what stays where there is text, and save it.
+
+    Parameters
+    ----------
+    plan : ExpertPlan, optional
+        Made before; else as in `plan_fewer`.
+    compensate : str, optional
+        See `llmbrain.prune`; without text nothing is repaired.
+    out, format, overwrite
+        See `save_pruned`.
+    """
+    made = plan_fewer(model, tokenizer, texts, **options) if plan is None else plan
+    texts = texts if texts is not None else calibration_of(options.get("study"))
+    how = {"compensate": compensate, "tokenizer": tokenizer, "calibration": texts} if texts else {}
+    small = prune(model, made, **how)
+    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
+    return small, made
+
+
+def calibration_of(study: Study | str | Path | None) -> list[str] | None:
+    """Texts of a study's scans."""
+    if study is None:
+        return None
+    return [run.text for run in (study if isinstance(study, Study) else Study(study)).scans if run.text] or None
+
+
+def check_method(model: nn.Module, how: Settings) -> None:
+    """Refuse a method that a mixture of experts (or a dense model) does not have, before any work.
+
+    Raises
+    ------
+    InputError
+        Saying which ones there are.
+    """
+    if how.expert_ratio is not None:
+        expert_anatomy(model)  # says that there are none
+    elif has_experts(model) and how.method not in methods():
+        raise InputError(
+            f"method={how.method!r} does not score neurons inside experts: say method ({', '.join(methods())}), or "
+            "expert_ratio, to remove whole experts"
+        )

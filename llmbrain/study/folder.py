@@ -45,6 +45,7 @@ from llmbrain.intervention.table import LesionTable
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.page.report import Report
 from llmbrain.pruning import PruningPlan
+from llmbrain.pruning.experts import ExpertPlan, read_plan
 from llmbrain.reporting import build_report, report
 from llmbrain.scanning import Scan, load_scans
 
@@ -140,9 +141,9 @@ class Study:
         return found
 
     @cached_property
-    def plan(self) -> PruningPlan:
+    def plan(self) -> PruningPlan | ExpertPlan:
         """What was cut."""
-        return PruningPlan.load(self.place("plan") / "plan.json")
+        return read_plan(self.place("plan") / "plan.json")
 
     @cached_property
     def pruned(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:

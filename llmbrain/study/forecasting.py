@@ -9,6 +9,7 @@ from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.calibrate.windows import scans_with_tokens
+from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.pruning.forecast import Forecast
 from llmbrain.scanning import Scan
 
@@ -20,11 +21,11 @@ FITTED = 8192  # that the repair is foreseen on
 
 
 def forecast_of(
-    model: nn.Module, plan: PruningPlan, networks: FunctionalNetworks | None, scans: Sequence[Scan] | None,
+    model: nn.Module, plan: PruningPlan | ExpertPlan, networks: FunctionalNetworks | None, scans: Sequence[Scan] | None,
     compensate: str | None,
 ) -> Forecast | None:  # fmt: skip
     """The forecast of a plan on the last scans of a study, such that they hold `TOKENS` tokens; None where there can be
-    none (no scans with tokens, heads cut as well, no next token).
+    none (no scans with tokens, heads cut as well, no next token, a mixture of experts).
 
     Parameters
     ----------
@@ -32,6 +33,8 @@ def forecast_of(
     networks : FunctionalNetworks, optional
         Of other neurons than the plan's (neurons and heads joined, say): left out.
     """
+    if isinstance(plan, ExpertPlan) or plan.experts_before is not None:
+        return None
     known = [s for s in scans_with_tokens(scans) if tuple(s.space.widths) == plan.widths_before]
     if not known or plan.kept_heads is not None or not predicts_next_token(model):
         return None

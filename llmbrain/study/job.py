@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmbrain._files import plain, read_json, write_json, write_text
 from llmbrain._progress import Say, seconds_of, span, speaker, watched
 from llmbrain._validation import InputError
+from llmbrain.anatomy.experts import has_experts, widths_of
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.gguf_writing import demands
 from llmbrain.decomposition import GroupICA
@@ -19,12 +20,15 @@ from llmbrain.evaluation import throughput
 from llmbrain.evaluation.perplexity import check_causal, window_losses
 from llmbrain.hooks.text import input_device, window_length
 from llmbrain.networks import FunctionalNetworks
+from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.reporting import report
 from llmbrain.scanning import scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.budget import fit
 from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, told
+from llmbrain.study.experts import check_method, cut_fewer
 from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.sample import Array, Sample, count_tokens
@@ -118,6 +122,7 @@ def forecast(
     As for `run`.
     """
     how = Settings.of(settings, **options)
+    check_method(model, how)
     subject = _Subject.of(model, tokenizer, texts)
     gave_up: list[str] = []
     if budget is not None:
@@ -184,6 +189,7 @@ def run(
     """
     began = time.monotonic()
     asked = Settings.of(settings, **options)
+    check_method(model, asked)
     limit = None if budget is None else seconds_of(budget)
     name, out, tell = name or model_id(model), Path(out), speaker(progress)
     subject = _Subject.of(model, tokenizer, texts)
@@ -215,7 +221,8 @@ def run(
         tell("2/5 scan: every neuron at every token")
         calibration, _ = split_texts(subject.texts)
         scanned = limit_tokens(calibration or subject.texts, tokenizer, how.n_tokens)
-        sites = [how.site, *CRITERIA[how.method]().sites(anatomy(model))]
+        beside = () if has_experts(model) else CRITERIA[how.method]().sites(anatomy(model))
+        sites = [how.site, *beside]
         longest = min(how.run_length or BATCH, BATCH)
         study.scans = scan(
             model, tokenizer, scanned, out=out / "scan", site=sites, run_length=how.run_length, dtype=how.dtype,
@@ -242,19 +249,9 @@ def run(
             gave_up += more
             write_text(out / "config.toml", how.to_toml(**(source or {})))
         share = "what is to be forgotten" if how.ratio is None else f"{how.ratio:.0%} of the MLP neurons"
+        share = share if how.expert_ratio is None else f"{how.expert_ratio:.0%} of the routed experts"
         tell(f"4/5 pruning: {share}, method {how.method}, compensation {how.compensate}")
-        evidence = evidence_of(
-            model, tokenizer, scanned, study=study, method=how.method, self_text=how.self_text,
-            random_state=how.random_state, progress=tell,
-        )  # fmt: skip
-        small, study.plan = cut(
-            model, tokenizer, evidence=evidence, out=out / (PRUNED_GGUF if how.format == "gguf" else "pruned"),
-            ratio=how.ratio, method=how.method, compensate=how.compensate, allocation=how.allocation,
-            multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, passes=how.passes,
-            token_balance=how.token_balance, keep=how.keep, forget=how.forget, format=how.format,
-            gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
-            progress=tell,
-        )  # fmt: skip
+        small, study.plan = _smaller(model, tokenizer, scanned, study, how, tell)
         study.plan.save(out / "plan.json")
         study.pruned = small, tokenizer
         after = window_losses(small, sample.windows)
@@ -285,6 +282,30 @@ def run(
     return study
 
 
+def _smaller(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], study: Study, how: Settings, tell: Say
+) -> tuple[nn.Module, PruningPlan | ExpertPlan]:
+    """The smaller model, saved, and its plan."""
+    if how.expert_ratio is not None:
+        return cut_fewer(
+            model, tokenizer, texts, out=study.folder / "pruned", study=study, compensate=how.compensate,
+            format=how.format, overwrite=True, expert_ratio=how.expert_ratio, method=how.method,
+            allocation=how.allocation, random_state=how.random_state,
+        )  # fmt: skip
+    evidence = evidence_of(
+        model, tokenizer, texts, study=study, method=how.method, self_text=how.self_text,
+        random_state=how.random_state, progress=tell,
+    )  # fmt: skip
+    return cut(
+        model, tokenizer, evidence=evidence, out=study.folder / (PRUNED_GGUF if how.format == "gguf" else "pruned"),
+        ratio=how.ratio, method=how.method, compensate=how.compensate, allocation=how.allocation,
+        multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, passes=how.passes,
+        token_balance=how.token_balance, keep=how.keep, forget=how.forget, format=how.format,
+        gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
+        progress=tell,
+    )  # fmt: skip
+
+
 def _same_as_before(out: Path, mark: dict[str, Any]) -> Settings | None:
     """Settings that the same call chose when it began; None where there was none."""
     there = (out / "study.json", out / "config.toml")
@@ -306,7 +327,7 @@ def _measured(model: nn.Module, sample: Sample, losses: Array) -> dict[str, floa
         "perplexity": perplexity,
         "perplexity_se": error,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "mlp_neurons": sum(anatomy(model).widths),
+        "mlp_neurons": sum(widths_of(model)),
         "tokens_per_second": throughput(model, **SPEED),
     }
 

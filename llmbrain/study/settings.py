@@ -15,6 +15,7 @@ from llmbrain.hooks.sites import check_sites
 from llmbrain.pruning.allocate.search import PASSES
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import BALANCE
+from llmbrain.pruning.experts import METHODS as OF_EXPERTS
 from llmbrain.pruning.prune import COMPENSATIONS
 from llmbrain.stats import PUBLISHED_Z
 
@@ -42,7 +43,9 @@ class Settings:
         Tokens of the sample that both perplexities are measured on; None is all of the text.
     max_windows : int, optional
         The same, in windows.
-    ratio, method, compensate, allocation, multiple_of, protect, head_ratio, passes, token_balance, keep, forget
+    ratio, expert_ratio, method, compensate, allocation, multiple_of, protect, head_ratio
+        See `plan_pruning` and `prune`.
+    passes, token_balance, keep, forget
         See `plan_pruning` and `prune`.
     self_text : int
         Windows of calibration text that the model writes itself, beside the text.
@@ -81,6 +84,7 @@ class Settings:
     gguf_type: str = "f16"
     like: str | None = None
     random_state: int | None = 0
+    expert_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("protect", "keep", "forget"):  # lists of a file or a caller
@@ -88,9 +92,15 @@ class Settings:
             object.__setattr__(self, name, tuple(value) if value else None)
         if self.random_state is None:  # drawn once and recorded: the study can be repeated
             object.__setattr__(self, "random_state", seed_of(None))
-        if self.ratio is None and not self.forget:
+        if self.expert_ratio is not None:
+            check_range("expert_ratio", self.expert_ratio, 0, 1, open_low=True, open_high=True)
+            beside = {"ratio": self.ratio, "protect": self.protect, "head_ratio": self.head_ratio, "keep": self.keep,
+                      "forget": self.forget, "self_text": self.self_text}  # fmt: skip
+            if given := [name for name, value in beside.items() if value]:
+                raise InputError(f"expert_ratio={self.expert_ratio} together with {', '.join(given)}: experts go alone")
+        elif self.ratio is None and not self.forget:
             object.__setattr__(self, "ratio", 0.3)
-        check_option("method", self.method, CRITERIA)
+        check_option("method", self.method, CRITERIA if self.expert_ratio is None else OF_EXPERTS)
         check_option("compensate", self.compensate, COMPENSATIONS)
         check_option("format", self.format, FORMATS)
         check_option("gguf_type", self.gguf_type, GGUF_TYPES)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmbrain._files import write_figure, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import load_model, save_pruned
 from llmbrain.checkpoints.gguf_reading import is_gguf
@@ -163,7 +164,7 @@ def plan(
     functions = bool(options.get("keep") or options.get("forget"))
     if options.get("ratio") is None and not options.get("forget"):
         options["ratio"] = RATIO
-    if format == "uniform" or (format == "gguf" and demands(model)[0]):
+    if (format == "uniform" or (format == "gguf" and demands(model)[0])) and not has_experts(model):
         _one_width(model, options, format)
     if functions and evidence.scans is None:
         raise InputError("keep and forget need a study (--study): a scan whose texts have conditions")

@@ -36,7 +36,7 @@ def test_plan_info_and_prune(tmp_path: Any, monkeypatch: Any, capsys: Any) -> No
     assert "4 of 8 routed experts stay" in out
     code, out, err = call(monkeypatch, capsys, "prune", model, *how, "--out", small)
     assert code == 0, err
-    assert "without repair" in out + err
+    assert "error of the layers' outputs without and with repair: layer 0" in out + err
     assert [routed.count for _, routed in expert_anatomy(lb.load_model(small)[0]).routed] == [2, 2]
     code, out, err = call(monkeypatch, capsys, "plan", model, *how, "--out", plan, "--ratio", 0.3)
     assert code != 0
@@ -44,3 +44,47 @@ def test_plan_info_and_prune(tmp_path: Any, monkeypatch: Any, capsys: Any) -> No
     code, out, err = call(monkeypatch, capsys, "prune", model, *how, "--out", tmp_path / "other", "--dry-run")
     assert code != 0
     assert "takes no --dry-run" in err
+
+
+def test_a_plan_that_was_saved_and_the_whole_job(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    model, text, plan, small = (tmp_path / name for name in ("model", "text.json", "plan.json", "small"))
+    tiny("mixtral").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    text.write_text(json.dumps(["abc cab bca the cat sat on a mat and ran", "zyx wvu tsr qpo nml kji"] * 40))
+    how = ["--text", text, "--device", "cpu"]
+    code, out, err = call(
+        monkeypatch, capsys, "plan", model, *how, "--expert-ratio", 0.5, "--method", "frequency", "--out", plan
+    )
+    assert code == 0, err
+    code, out, err = call(monkeypatch, capsys, "prune", model, "--plan", plan, "--out", small, "--device", "cpu")
+    assert code == 0, err
+    assert "without repair" in out + err
+    assert [routed.count for _, routed in expert_anatomy(lb.load_model(small)[0]).routed] == [2, 2]
+    code, out, err = call(
+        monkeypatch, capsys, "prune", model, *how, "--ratio", 0.5, "--method", "flap", "--out", tmp_path / "narrow"
+    )
+    assert code == 0, err
+    assert [routed.width for _, routed in expert_anatomy(lb.load_model(tmp_path / "narrow")[0]).routed] == [16, 16]
+    code, out, err = call(monkeypatch, capsys, "run", model, *how, "--out", tmp_path / "study")
+    assert code != 0
+    assert "say method" in err
+    code, out, err = call(
+        monkeypatch,
+        capsys,
+        "run",
+        model,
+        *how,
+        "--out",
+        tmp_path / "study",
+        "--expert-ratio",
+        0.5,
+        "--components",
+        2,
+        "--threshold",
+        1.0,
+    )
+    assert code == 0, err
+    study = lb.Study(tmp_path / "study")
+    assert study.plan.method == "networks"
+    assert [len(k) for k in study.plan.kept] == [2, 2]
+    assert "Routed experts kept in each layer" in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")

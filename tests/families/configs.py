@@ -63,7 +63,8 @@ _LINEAR = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_att
 # model_type -> entries that the rule gets wrong; of any model_type, also one that is a part of another.
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm46v_text", "paddleocr_vl_text",
-                     "glm_ocr_text", "glm4v_moe_text", "qwen2_5_omni_text", "hunyuan_vl_text"), _MROPE),
+                     "glm_ocr_text", "qwen2_5_omni_text", "hunyuan_vl_text"), _MROPE),
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 0, 0]}},
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), _LINEAR),
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
                      "longcat_flash", "minicpm3", "mistral4", "mistral_large4_text", "youtu"), _MLA),

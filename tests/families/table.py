@@ -19,9 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import mixtures  # noqa: E402
 import torch  # noqa: E402
 from checks import COLUMNS, IDS, check  # noqa: E402
 from configs import LEFT_OUT, build, rows  # noqa: E402
+
+from llmbrain.anatomy.experts import has_experts  # noqa: E402
 
 BATCH = 20  # families whose folders are on disk at once
 PAGE = HERE.parents[1] / "docs" / "families.md"
@@ -56,7 +59,7 @@ def _one(name: str, model_type: str, root: Path | None) -> dict[str, str]:
             model = build(name, model_type)
         except Exception as error:  # a family that cannot be built tiny is a row, too
             return {"found": f"unbuilt: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        return check(name, model, root)
+        return (mixtures.check if has_experts(model) else check)(name, model, root)
 
 
 def _open_fresh(root: Path, table: dict[str, dict[str, str]]) -> None:
@@ -92,7 +95,8 @@ recorded and what plain hooks hear, a model that is cut and the same units zeroe
 of plain passes, a model in memory and the folder opened in a fresh process. A number is a refusal, with its reason
 below.
 
-Of {n} families {found} are read; neurons of {neurons} and heads of {heads} can be cut.
+Of {n} families {found} are read, {mixtures} of them mixtures of experts, which [are below](#mixtures-of-experts);
+of the others, neurons of {neurons} and heads of {heads} can be cut.
 
 | class | {columns} |
 |---|{rules}|
@@ -100,6 +104,21 @@ Of {n} families {found} are read; neurons of {neurons} and heads of {heads} can 
 TITLES = {"recorded": "scan", "batch": "in a batch", "lesion": "lesion", "neurons": "cut", "heads": "cut heads",
           "moments": "calibration", "causal": "perplexity", "per-layer": "`per-layer`", "remote-code": "`remote-code`",
           "uniform": "`uniform`", "padded": "`padded`", "masked": "`masked`"}  # fmt: skip
+
+
+MIXED = """
+## Mixtures of experts
+
+Scans are held against a plain pass through the weights of the experts that each token calls; lesions and cuts of
+neurons against zeros in the weights; cut experts against routers that may not choose them. Repairs of both run, and
+that of experts adds no error on held-out text. The folders hold half of the experts, with half of their neurons; in the
+uneven one layers differ.
+
+| class | {columns} |
+|---|{rules}
+"""
+MIXED_TITLES = {"recorded": "scan", "lesion": "lesion", "experts": "cut experts", "neurons": "cut neurons",
+                "repair": "repair", "per-layer": "`per-layer`", "uniform": "`uniform`", "uneven": "uneven"}  # fmt: skip
 
 
 def write_page(table: dict[str, dict[str, str]]) -> str:
@@ -119,15 +138,22 @@ def write_page(table: dict[str, dict[str, str]]) -> str:
 
     lines = []
     for name, row in built.items():
-        if "recorded" in row:
+        if "recorded" in row and "experts" not in row:
             lines.append(f"| {name} | " + " | ".join(cell(name, row.get(c, "")) for c in TITLES) + " |")
+    mixed = [
+        f"| {name} | " + " | ".join(cell(name, row.get(c, "")) for c in MIXED_TITLES) + " |"
+        for name, row in built.items()
+        if "experts" in row
+    ]
     refused = [f"| {name} | {_reason(name, row['found'])} |" for name, row in built.items() if "recorded" not in row]
-    count = {c: sum(row.get(c) == "ok" for row in built.values()) for c in COLUMNS}
+    count = {c: sum(row.get(c) == "ok" for row in built.values() if "experts" not in row) for c in COLUMNS}
     page = HEAD.format(
-        version=transformers.__version__, n=len(built), found=len(lines), neurons=count["neurons"],
-        heads=count["heads"], columns=" | ".join(TITLES.values()), rules="---|" * len(TITLES),
+        version=transformers.__version__, n=len(built), found=len(lines) + len(mixed), mixtures=len(mixed),
+        neurons=count["neurons"], heads=count["heads"], columns=" | ".join(TITLES.values()), rules="---|" * len(TITLES),
     ).replace("|---||---|", "|---|---|").replace("---||", "---|")  # fmt: skip
-    page += "\n".join(lines) + "\n\n## Reasons\n\n"
+    page += "\n".join(lines) + "\n"
+    page += MIXED.format(columns=" | ".join(MIXED_TITLES.values()), rules="---|" * len(MIXED_TITLES))
+    page += "\n".join(mixed) + "\n\n## Reasons\n\n"
     page += "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
     page += "\n\n## Refused as a whole\n\n| class | reason |\n|---|---|\n" + "\n".join(refused) + "\n"
     left = sorted({**LEFT_OUT, **dict.fromkeys(unbuilt, "")})

@@ -21,10 +21,10 @@ from table import examine, mistakes, rows, third
 KINDS = (
     "Phi3ForCausalLM", "StableLmForCausalLM", "BeamForCausalLM", "FalconH1ForCausalLM", "Gemma4ForCausalLM",
     "Gemma3nForCausalLM", "LlavaForConditionalGeneration", "BitNetForCausalLM", "RecurrentGemmaForCausalLM",
-    "Lfm2ForCausalLM", "Qwen2MoeForCausalLM", "MambaForCausalLM", "BartForConditionalGeneration", "AlbertForMaskedLM",
+    "Lfm2ForCausalLM", "Llama4ForCausalLM", "MambaForCausalLM", "BartForConditionalGeneration", "AlbertForMaskedLM",
 )  # fmt: skip
 REFUSALS = {
-    "Qwen2MoeForCausalLM": "is a mixture of experts", "MambaForCausalLM": "hold a state space or recurrent layer",
+    "Llama4ForCausalLM": "is a mixture of experts", "MambaForCausalLM": "hold a state space or recurrent layer",
     "BartForConditionalGeneration": "is an encoder-decoder", "AlbertForMaskedLM": "share one set of weights",
 }  # fmt: skip
 

@@ -125,3 +125,30 @@ def test_bad_input() -> None:
         lb.amplify(model, Experts([(1, 0)]), 2.0)
     with pytest.warns(UserWarning, match="unchanged"):
         lb.lesion(model, Experts([]))
+
+
+def test_table_of_experts_and_neurons() -> None:
+    """Against lesions one by one; controls are as many random experts of the same layers."""
+    model = tiny("mixtral")
+    ids = torch.randint(3, 35, (6, 12), generator=torch.Generator().manual_seed(0))
+    evaluation = lb.TokenEvaluation.from_texts(model, None, ids, window=12)
+    sets = {"expert": Experts([(0, 1), (1, 2)]), "neurons": np.arange(0, 192, 5)}
+    table = lb.lesion_table(model, sets, {"text": evaluation}, n_random=3, progress=False)
+    assert list(table.frame["size"]) == [48, 39]
+    assert table.frame["p_matched"].isna().all()
+    for name, what in sets.items():
+        with lb.lesion(model, what), torch.no_grad():
+            wanted = evaluation.of(model(input_ids=ids).logits, torch.arange(6)).mean()
+        np.testing.assert_allclose(table.matrix("lesioned").loc[name, "text"], float(wanted), rtol=1e-5)
+    draws = table.draws[table.draws["network"] == "expert"]["effect"]
+    alone = {}
+    for one in range(4):
+        for other in range(4):
+            with lb.lesion(model, Experts([(0, one), (1, other)])), torch.no_grad():
+                alone[one, other] = float(evaluation.of(model(input_ids=ids).logits, torch.arange(6)).mean())
+    base = float(table.matrix("baseline").loc["expert", "text"])
+    assert all(min(abs(draw + base - value) for value in alone.values()) < 1e-5 for draw in draws)
+    with pytest.raises(InputError, match="activations are known from reference"):
+        lb.lesion_table(model, sets, {"text": evaluation}, n_matched=2)
+    with pytest.raises(InputError, match="set to 'zero' only"):
+        lb.lesion_table(model, sets, {"text": evaluation}, value="mean")

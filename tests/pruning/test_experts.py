@@ -187,8 +187,7 @@ def test_bad_input_leaves_the_model_alone() -> None:
         ({"expert_ratio": 0.5, "method": "reap"}, "needs calibration"),
         ({"expert_ratio": 0.5, "method": "networks"}, "needs networks"),
         ({"expert_ratio": 0.5, "ratio": 0.5, "method": "random"}, "together with ratio"),
-        ({"expert_ratio": 0.5, "allocation": "global", "method": "random"}, "no uneven allocation"),
-        ({"ratio": 0.5, "method": "random"}, "mixture of experts"),
+        ({"expert_ratio": 0.5, "protect": [0], "method": "random"}, "together with protect"),
     ]:
         with pytest.raises(InputError, match=message):
             lb.plan_pruning(model, **options)
@@ -203,7 +202,7 @@ def test_bad_input_leaves_the_model_alone() -> None:
         lb.plan_pruning(model, expert_ratio=0.5, method="reap", calibration=ids)
     plan = lb.plan_pruning(model, expert_ratio=0.5, method="frequency", calibration=ids)
     with pytest.raises(InputError, match="needs calibration"):
-        lb.prune(model, plan, compensate="least-squares", tokenizer=tokenizer, calibration=TEXTS)
+        lb.prune(model, plan, compensate="least-squares", tokenizer=tokenizer)
     with lb.lesion(model, lb.Experts([(0, 1)])), pytest.raises(InputError, match="changed by an intervention"):
         lb.prune(model, plan)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if "layers.1.mlp.gate" not in n)
