@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,21 +13,25 @@ LEVELS = tuple(i / 10 for i in range(1, 10))  # shares removed at which sensitiv
 POWERS = (1, 2, 3, 5, 8)  # of the share removed, in a layer's smooth loss
 
 
-def from_losses(budget: Budget, losses: NDArray[np.float64], steps: int = 64) -> tuple[int, ...]:
+def from_losses(
+    budget: Budget, losses: NDArray[np.float64], levels: Sequence[float] = LEVELS, steps: int = 64
+) -> tuple[int, ...]:
     """Widths that minimise the sum of measured losses.
 
     Parameters
     ----------
-    losses : array ``(n_layers, len(LEVELS))``
-        Loss added when a layer alone loses the share `LEVELS` of its units. Made non-decreasing, interpolated linearly
-        from 0 at nothing removed.
+    losses : array ``(n_layers, len(levels))``
+        Loss added when a layer alone loses each share in `levels` of its units. Made non-decreasing, interpolated
+        linearly from 0 at nothing removed.
+    levels : sequence of float
+        Rising, in (0, 1).
     steps : int
         Widths are searched in steps of a layer's width / steps (dynamic programming over the budget).
     """
     n = len(budget.widths)
     w = np.array(budget.widths)
     unit = max(1, int(np.ceil(max(w) / steps)))
-    x = np.concatenate([[0.0], LEVELS, [1.0]])
+    x = np.concatenate([[0.0], levels, [1.0]])
     tables = []
     for i in range(n):
         y = np.maximum.accumulate(np.concatenate([[0.0], losses[i]]))
@@ -53,7 +59,7 @@ def from_losses(budget: Budget, losses: NDArray[np.float64], steps: int = 64) ->
     return budget.fit(widths)
 
 
-def from_curves(budget: Budget, losses: NDArray[np.float64]) -> tuple[int, ...]:
+def from_curves(budget: Budget, losses: NDArray[np.float64], levels: Sequence[float] = LEVELS) -> tuple[int, ...]:
     """Widths that minimise the sum of smooth curves through measured losses.
 
     Measured losses are noisy, and `from_losses` stops at the levels where one layer happened to come out low. Here each
@@ -62,12 +68,12 @@ def from_curves(budget: Budget, losses: NDArray[np.float64]) -> tuple[int, ...]:
 
     Parameters
     ----------
-    losses : array ``(n_layers, len(LEVELS))``
+    losses, levels
         As in `from_losses`.
     """
     from scipy.optimize import nnls
 
-    w, powers, shares = np.array(budget.widths, dtype=float), np.array(POWERS), np.array(LEVELS)
+    w, powers, shares = np.array(budget.widths, dtype=float), np.array(POWERS), np.array(levels)
     powered = shares[:, None] ** powers
     curves = np.array([nnls(powered, np.maximum.accumulate(np.maximum(y, 0)))[0] for y in losses])
     curves += 1e-9 * max(curves.max(), 1e-9)  # strictly rising

@@ -29,6 +29,8 @@ PASSES = 24  # forward passes over the calibration text that a search may cost
 OF_SENSITIVITY = 1 / 3  # share of them for the sensitivities it starts from
 OF_CANDIDATE = 2.25  # passes that one allocation takes: two of the walk, one of the held-out windows
 LOSS_TOKENS = 8192  # tokens on which a loss is measured, at most
+ENOUGH = 512  # tokens of one trial; with fewer, fewer levels are tried, on more tokens each
+SHORTEST = 64  # tokens of the beginning of a window that a trial reads, at least
 SURE = 2.0  # standard errors of a gain on held-out windows
 SCAN_RIDGE = 1e-3  # of the fits that sensitivities are measured with
 
@@ -53,6 +55,7 @@ class Allocator:
             raise InputError(f"passes={passes!r} must be above 0: forward passes over the calibration text")
         self.scorer, self.passes, self.kinds = scorer, passes, 1
         self._losses: dict[Units, NDArray[np.float64]] = {}
+        self._levels: tuple[float, ...] = LEVELS
 
     def check(self, allocation: str) -> None:
         """Refuse an allocation that is not known, or that would measure without text."""
@@ -77,14 +80,15 @@ class Allocator:
             scores = self.scorer.dense_scores(units)
             return ranked(budget, scores, standardize=standardize, clamp=allocation == "clamped")
         losses = self.sensitivity(units)
-        return from_losses(budget, losses) if allocation == "sensitivity" else from_curves(budget, losses)
+        widths = from_losses if allocation == "sensitivity" else from_curves
+        return widths(budget, losses, self._levels)
 
     def facts(self, allocation: str, units: Units) -> dict[str, Any]:
         """The sensitivities that an allocation came from."""
         if allocation not in MEASURED or units not in self._losses:
             return {}
         name = "sensitivity" if units is NEURONS else f"{units.name.removesuffix('s')}_sensitivity"
-        return {name: {"levels": list(LEVELS), "loss_added": np.round(self._losses[units], 6).tolist()}}
+        return {name: {"levels": list(self._levels), "loss_added": np.round(self._losses[units], 6).tolist()}}
 
     def search(
         self,
@@ -129,13 +133,19 @@ class Allocator:
         """Loss added when one layer alone loses each share of `LEVELS` and is refitted; ``(n_layers, levels)``.
 
         Fitted and measured on the training part of the calibration windows: widths that minimize the noise of the very
-        windows that then choose between allocations would always win. Computed once.
+        windows that then choose between allocations would always win. Where the passes allow too few tokens for every
+        trial (deep models), fewer levels are tried, on the beginnings of windows. Computed once.
         """
         if units in self._losses:
             return self._losses[units]
-        objective = self._objective(held_out=False)
+        n_layers, windows = len(self.scorer.material.body.layers), self.scorer.material.windows
+        assert windows is not None
+        of_layer = OF_SENSITIVITY * self.passes * windows.numel() / (n_layers * self.kinds)
+        plans = (LEVELS, LEVELS[::2], LEVELS[2::4])
+        self._levels = next((levels for levels in plans if of_layer / len(levels) >= ENOUGH), plans[-1])
+        objective = self._objective(held_out=False, tokens=int(of_layer / len(self._levels)))
         base = objective.mean()
-        losses = np.zeros((len(self.scorer.material.body.layers), len(LEVELS)))
+        losses = np.zeros((n_layers, len(self._levels)))
         scores: list[NDArray[np.float64]] = []
 
         def look(measured: Measured) -> None:
@@ -143,7 +153,7 @@ class Allocator:
             scores.append(self.scorer.score(measured, i, units))
             known: dict[int, float] = {output.units: 0.0}  # few heads: several levels are the same cut
             with restored([measured.layer], [units]):
-                for k, level in enumerate(LEVELS):
+                for k, level in enumerate(self._levels):
                     count = max(1, round((1 - level) * output.units))
                     if count not in known:
                         kept = torch.from_numpy(best_units(scores[i], count))
@@ -171,14 +181,14 @@ class Allocator:
             self.scorer.cut("search", step, counts, sequential=sequential)
             return objective.by_window()
 
-    def _objective(self, *, held_out: bool) -> Objective:
-        """The loss on held-out windows or on training ones, spread over the text."""
-        given, tokens = self.scorer.material, LOSS_TOKENS
+    def _objective(self, *, held_out: bool, tokens: int = LOSS_TOKENS) -> Objective:
+        """The loss on about so many tokens of held-out windows or of training ones, spread over the text."""
+        given, tokens = self.scorer.material, min(tokens, LOSS_TOKENS)
         assert given.windows is not None
-        if not held_out:
-            trials = len(given.body.layers) * len(LEVELS) * self.kinds
-            tokens = min(tokens, int(OF_SENSITIVITY * self.passes * given.windows.numel() / trials))
         parts = [split_windows(x)[0 if held_out else 1] for x in (given.windows, given.weights) if x is not None]
-        count = max(1, tokens // parts[0].shape[1])
-        chosen = [p[:: max(1, len(p) // count)][:count] for p in parts]
+        length = parts[0].shape[1]
+        if tokens < length:  # of several windows the beginnings rather than the whole of one
+            length = min(length, max(SHORTEST, tokens // 4))
+        count = max(1, tokens // length)
+        chosen = [p[:: max(1, len(p) // count)][:count, :length] for p in parts]
         return Objective(given.model, *chosen)

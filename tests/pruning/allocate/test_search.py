@@ -18,7 +18,7 @@ from llmbrain.pruning.planner import Planner
 
 
 def test_few_heads_are_measured_once_for_each_number():
-    planner = Planner(tiny("llama"), "obs", windows())
+    planner = Planner(tiny("llama"), "obs", windows(), passes=400)
     losses = planner.allocator.sensitivity(HEADS)
     assert losses.shape == (2, len(LEVELS))
     half, one = losses[:, [k for k, x in enumerate(LEVELS) if round((1 - x) * 2) == 2]], losses[:, 4:]
@@ -28,7 +28,7 @@ def test_few_heads_are_measured_once_for_each_number():
 
 
 def test_the_search_keeps_to_the_smooth_widths_unless_others_are_surely_better(monkeypatch):
-    planner = Planner(tiny("llama"), "networks", windows())
+    planner = Planner(tiny("llama"), "networks", windows(), passes=400)
     best = from_curves(Budget.of(planner.body.widths, 0.4), planner.allocator.sensitivity())
     noise = np.random.default_rng(0).normal(size=(9, 20))
     for gain, stays in ((0.02, True), (0.9, False)):  # against a standard error of about 0.3
@@ -38,6 +38,18 @@ def test_the_search_keeps_to_the_smooth_widths_unless_others_are_surely_better(m
         chosen = planner.plan(0.4)
         assert (chosen.widths == best) == stays
         assert sum(chosen.widths) == sum(best)
+
+
+def test_sensitivities_of_long_windows_keep_to_their_passes():
+    model, ids = tiny("llama"), windows(64).reshape(4, -1)
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:2].numel()))
+    planner = Planner(model, "obs", ids, passes=12)
+    dense = len(seen)
+    assert planner.allocator.sensitivity().shape == (2, 2)  # few levels, of the beginnings of windows
+    measuring = [n for n in seen[dense:] if n < ids.shape[1]]
+    assert measuring and sum(measuring) <= 12 / 3 * ids.numel() + 4 * 64
+    assert list(planner.allocator.facts("sensitivity", NEURONS)["sensitivity"]["levels"]) == [0.3, 0.7]
 
 
 @pytest.mark.parametrize("passes", [3, 24, 60])
