@@ -49,7 +49,7 @@ def test_sensitivities_of_long_windows_keep_to_their_passes():
     assert planner.allocator.sensitivity().shape == (2, 2)  # few levels, of the beginnings of windows
     measuring = [n for n in seen[dense:] if n < ids.shape[1]]
     assert measuring and sum(measuring) <= 12 / 3 * ids.numel() + 4 * 64
-    assert list(planner.allocator.facts("sensitivity", NEURONS)["sensitivity"]["levels"]) == [0.3, 0.7]
+    assert planner.allocator.facts("sensitivity", NEURONS)["sensitivity"]["levels"] == [0.3, 0.7]
 
 
 @pytest.mark.parametrize("passes", [3, 24, 60])
