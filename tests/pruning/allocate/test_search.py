@@ -48,7 +48,8 @@ def test_sensitivities_of_long_windows_keep_to_their_passes():
     dense = len(seen)
     assert planner.allocator.sensitivity().shape == (2, 2)  # few levels, of the beginnings of windows
     measuring = [n for n in seen[dense:] if n < ids.shape[1]]
-    assert measuring and sum(measuring) <= 12 / 3 * ids.numel() + 4 * 64
+    assert measuring
+    assert sum(measuring) <= 12 / 3 * ids.numel() + 4 * 64
     assert planner.allocator.facts("sensitivity", NEURONS)["sensitivity"]["levels"] == [0.3, 0.7]
 
 
