@@ -67,11 +67,13 @@ def coupling_filtered(rng: np.random.Generator, T: int, AR: float, null: str) ->
     return float(np.nanmin(found.p_corrected))
 
 
-@register("couple, nuisance", "smooth regressors that both sides follow", T=(200,), AR=(0.6, 0.9), regressors=(2, 14))
-def coupling_nuisance(rng: np.random.Generator, T: int, AR: float, regressors: int) -> float:
+@register("couple, nuisance", "regressors that both sides follow, smoother or rougher than the rest", T=(200,),
+          AR=(0.6, 0.9), regressors=("2 smooth", "14 smooth", "14 white"))  # fmt: skip
+def coupling_nuisance(rng: np.random.Generator, T: int, AR: float, regressors: str) -> float:
     """Both sides hold the nuisance, and nothing else in common."""
-    known = ar_noise(rng, (T, regressors), 0.95)
-    x, y = (ar_noise(rng, (T, n), AR) + known @ rng.normal(size=(regressors, n)) for n in (2, 3))
+    count, kind = regressors.split()
+    known = ar_noise(rng, (T, int(count)), 0.95 if kind == "smooth" else 0.0)
+    x, y = (ar_noise(rng, (T, n), AR) + known @ rng.normal(size=(int(count), n)) for n in (2, 3))
     found = couple(x, y, nuisance=known, n_permutations=39, lags=[0], random_state=_seed(rng))
     return float(np.nanmin(found.p_corrected))
 
@@ -149,6 +151,15 @@ def encoding_gain(rng: np.random.Generator, T: int, AR: float, targets: int) -> 
     found = encode({"controls": controls, "networks": ar_noise(rng, (T, 3), AR)}, brain, tr=2.0, n_permutations=19,
                    n_folds=3, n_iter=5, random_state=_seed(rng))  # fmt: skip
     return float(np.nanmin(found.gain_p_corrected["networks"]))
+
+
+@register("compare_similarity, nuisance", "regressors that both sides follow", T=(200,), AR=(0.6,),
+          regressors=(2, 14))  # fmt: skip
+def similarity_nuisance(rng: np.random.Generator, T: int, AR: float, regressors: int) -> float:
+    """Both sides hold the nuisance, and nothing else in common."""
+    known = ar_noise(rng, (T, regressors), 0.95)
+    x, y = (ar_noise(rng, (T, 5), AR) + known @ rng.normal(size=(regressors, 5)) for _ in range(2))
+    return compare_similarity(x, y, nuisance=known, n_permutations=39, random_state=_seed(rng)).p
 
 
 @register("compare_similarity", "of whole sets of series", T=(200,), AR=(0.6, 0.9), measure=("cka", "rsa"),

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.ceilings import noise_ceilings
+from llmbrain.comparison.imputation import imputation
 from llmbrain.stats.matching import best_pairs
 from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, sign_flip_test, surrogates, warn_if_too_smooth
 from llmbrain.stats.tails import benjamini_hochberg, permutation_p
@@ -143,8 +144,9 @@ def couple(
         Family-wise error by the largest |r| of all pairs in each draw, or Benjamini-Hochberg on the p-values of the
         null.
     nuisance : array ``(T, C)``, optional
-        Word rate, sound power...: `r` becomes the partial correlation. Surrogates are cleaned of it as the data are;
-        both the series and what the nuisance left of them are moved, and the larger p counts.
+        Word rate, sound power...: `r` becomes the partial correlation. What it left of the series is moved, with the
+        part that it took filled in as a series of that memory would have it, and cleaned again; see
+        `llmbrain.comparison.imputation`.
     lags : sequence of int
         Volumes for the lag profile.
     networks, regions : sequence of str, optional
@@ -180,39 +182,33 @@ def couple(
             warnings.warn(f"{kind}: {int(dead.sum())} of {dead.size} are constant or NaN ({first}); their r is NaN",
                           DeadSeriesWarning, stacklevel=2)  # fmt: skip
 
-    warn_if_too_smooth(null, np.nan_to_num(x), np.nan_to_num(y))
     basis = None if nuisance is None else orthonormal(nuisance, n)
     xc, yc = _clean(x, basis), _clean(y, basis)
     r = xc.T @ yc
     live = np.isfinite(r)
     xl, yl = np.nan_to_num(xc), np.nan_to_num(yc)
+    warn_if_too_smooth(null, xl, yl)
     magnitude = np.where(live, np.abs(r), np.inf)
     n_slow = missing_cosines(np.nan_to_num(x), np.nan_to_num(y))
     again = _with_cosines(basis, n, n_slow)
+    fill = None if basis is None else imputation(xl, basis, n_slow).draw
     settings: dict[str, Any] = {"n_permutations": n_permutations, "min_shift": min_shift, "n_slow": n_slow}
-    # What is left of a series after the nuisance is rougher than it was, so moving that alone makes the null too narrow
-    # (.19 for .05 with 14 smooth regressors); moving the series as it was does so where the nuisance is rougher than
-    # the rest (.69). Each p is the larger one of the two.
-    nulls = []
-    for moving in [xl] if basis is None else [xl, np.where(np.isfinite(xc), x, 0.0)]:
-        exceeded, greatest, pairing = np.zeros(r.shape), [], []
-        for moved in surrogates(moving, null, random_state=random_state, **settings):
-            draw = np.abs(np.where(live, _clean(moved, again, dead=0.0).T @ yl, 0.0))
-            exceeded += draw >= magnitude - 1e-12
-            greatest.append(draw.max())
-            pairing.append(draw[best_pairs(draw)].mean())
-        nulls.append((exceeded, np.array(greatest), np.array(pairing)))
-    p = np.maximum.reduce([permutation_p(r, exceeded, len(largest)) for exceeded, largest, _ in nulls])
-    p_max = np.maximum.reduce([
-        permutation_p(r, (largest[:, None, None] >= magnitude - 1e-12).sum(axis=0), len(largest))
-        for _, largest, _ in nulls
-    ])  # fmt: skip
-    p_corrected = p_max if correction == "max" else benjamini_hochberg(p)
-    maxima = max((largest for _, largest, _ in nulls), key=lambda drawn: float(np.quantile(drawn, 1 - alpha)))
+    exceeded, greatest, pairing = np.zeros(r.shape), [], []
+    for moved in surrogates(xl, null, fill=fill, random_state=random_state, **settings):
+        draw = np.abs(np.where(live, _clean(moved, again, dead=0.0).T @ yl, 0.0))
+        exceeded += draw >= magnitude - 1e-12
+        greatest.append(draw.max())
+        pairing.append(draw[best_pairs(draw)].mean())
+    maxima = np.array(greatest)
+    p = permutation_p(r, exceeded, len(maxima))
+    if correction == "max":
+        p_corrected = permutation_p(r, (maxima[:, None, None] >= magnitude - 1e-12).sum(axis=0), len(maxima))
+    else:
+        p_corrected = benjamini_hochberg(p)
 
     rows, columns = best_pairs(r)
     score = float(np.abs(np.nan_to_num(r))[rows, columns].mean())
-    match_p = max(float((1 + np.sum(matched >= score - 1e-12)) / (1 + len(matched))) for *_, matched in nulls)
+    match_p = float((1 + np.sum(np.array(pairing) >= score - 1e-12)) / (1 + len(pairing)))
     matches = pd.DataFrame({
         "network": [network_names[i] for i in rows], "region": [region_names[j] for j in columns],
         "r": r[rows, columns], "p": p[rows, columns], "p_corrected": p_corrected[rows, columns],

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
+from llmbrain.comparison.imputation import imputation
 from llmbrain.stats.nulls import NULLS, missing_cosines, surrogates, warn_if_too_smooth
 
 Array = NDArray[np.float64]
@@ -156,11 +157,11 @@ def compare_similarity(
     check_option("null", null, NULLS)
     random_state = seed_of(random_state)
     a, b = _pair(x, y)
-    warn_if_too_smooth(null, a, b)
-    whole, n_slow = a, missing_cosines(a, b)
+    n_slow = missing_cosines(a, b)
     basis = None if nuisance is None else orthonormal(nuisance, len(a))
     if basis is not None:
         a, b = _pair(a - basis @ (basis.T @ a), b - basis @ (basis.T @ b))
+    warn_if_too_smooth(null, a, b)
     mask = allowed_pairs(len(a), exclude)
     describe = _describer(measure, mask, distance)
     other = describe(b)
@@ -169,15 +170,13 @@ def compare_similarity(
     if basis is not None:
         lost = orthonormal(np.column_stack([lost[:, 1:], basis[:, 1:]]) if n_slow else basis[:, 1:], len(a))
     settings: dict[str, Any] = {"n_permutations": n_permutations, "min_shift": min_shift, "n_slow": n_slow}
-    nulls = []  # both ways of moving, as in `couple`
-    for moving in [a] if basis is None else [a, whole]:
-        draws = []
-        for moved in surrogates(moving, null, random_state=random_state, **settings):
-            again = standardize(moved - lost @ (lost.T @ moved)) if n_slow or basis is not None else moved
-            draws.append(_cosine(describe(again), other))
-        nulls.append(np.array(draws))
-    p = [float((1 + (draws >= value).sum()) / (1 + len(draws))) for draws in nulls]
-    return Similarity(value, max(p), nulls[int(np.argmax(p))], measure)
+    fill = None if basis is None else imputation(a, basis, n_slow).draw
+    draws = []
+    for moved in surrogates(a, null, fill=fill, random_state=random_state, **settings):
+        again = standardize(moved - lost @ (lost.T @ moved)) if n_slow or basis is not None else moved
+        draws.append(_cosine(describe(again), other))
+    reached = np.array(draws) >= value
+    return Similarity(value, float((1 + reached.sum()) / (1 + len(draws))), np.array(draws), measure)
 
 
 def _describer(measure: str, mask: Mask, distance: str) -> Callable[[Array], Array]:

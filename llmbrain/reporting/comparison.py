@@ -260,9 +260,9 @@ def _methods(result: Any) -> tuple[list[str], list[str]]:
     tests = (
         f"Correlations with the mean of {facts['n_subjects']} standardised listeners are partial correlations after "
         f"{', '.join(facts['controls'])}. Null distributions came from {null} ({coupling.n_permutations} draws), "
-        f"p = (b + 1) / (n + 1) ({cite('plus-one', 'Phipson and Smyth 2010')}), corrected by {correction}. Both the "
-        "series and what the controls leave of them were moved, cleaned of the controls again, and the larger p was "
-        "taken. No parametric p-value was used, since the series are autocorrelated."
+        f"p = (b + 1) / (n + 1) ({cite('plus-one', 'Phipson and Smyth 2010')}), corrected by {correction}. What the "
+        "controls leave of the series was moved, with the part that they take filled in under an AR(1) model, and "
+        "cleaned of the controls again. No parametric p-value was used, since the series are autocorrelated."
     )
     paragraphs = [time, tests]
     if settings.get("isc") is not None:

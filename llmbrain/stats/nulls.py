@@ -7,7 +7,7 @@ Both nulls keep what makes series smooth and break only their alignment in time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -164,6 +164,7 @@ def surrogates(
     n_permutations: int | None = None,
     min_shift: int = 10,
     n_slow: int = 0,
+    fill: Callable[[np.random.Generator], Array] | None = None,
     random_state: int | None = 0,
 ) -> Iterator[Array]:
     """Copies of all columns of `series` moved in time together.
@@ -181,6 +182,8 @@ def surrogates(
         the null gets too narrow, and false positives double (measured: .10 for .05 at AR .9 and 362 volumes). So the
         missing part is filled in before the move with that next to the cut-off, mirrored and with random signs (the
         same for all columns); the caller filters again.
+    fill : callable, optional
+        What else is filled in before a move, drawn anew for each: of a generator, an array like `series`.
     random_state : int, Generator or None
         What is drawn starts from it; None draws anew.
 
@@ -195,7 +198,8 @@ def surrogates(
     cosines = idct(np.eye(n, n_slow, k=-1), axis=0, norm="ortho")
 
     def filled() -> Array:
-        return series + cosines @ (mirrored * rng.choice([-1.0, 1.0], (n_slow, 1))) if n_slow else series
+        whole = series if fill is None else series + fill(rng)
+        return whole + cosines @ (mirrored * rng.choice([-1.0, 1.0], (n_slow, 1))) if n_slow else whole
 
     if null == "circular":
         for shift in circular_shifts(n, min_shift, n_permutations, rng):
