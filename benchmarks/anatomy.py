@@ -51,7 +51,7 @@ class Size:
     permutations: int
 
 
-QUICK = Size(20, 16, 6, 1, 19, 5, 199)
+QUICK = Size(20, 16, 5, 1, 19, 5, 199)
 WHOLE = Size(32, 16, 12, 19, 99, 19, 999)
 
 
