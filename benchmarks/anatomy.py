@@ -26,7 +26,7 @@ import llmbrain as lb
 from llmbrain.datasets import condition_rows, condition_runs
 from llmbrain.datasets.conditions import CONDITIONS
 from llmbrain.decomposition import split_half_reproducibility
-from llmbrain.intervention import TokenEvaluation, lesion_table
+from llmbrain.intervention import LesionTable, TokenEvaluation, lesion_table
 from llmbrain.networks import localizer, match_networks
 from llmbrain.stats.matching import correlate_rows
 
@@ -35,7 +35,7 @@ MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 BLOCK, RUN = 64, 512  # tokens of a block of one condition, and of a run of other texts
 ROW, SKIP = 32, 8  # tokens of a row that lesions are measured on, and how many of them are context only
 LOUD, MASSIVE = 20.0, 100.0  # times the typical size of a neuron of the layer: listed, and called massive
-CLEAR = 0.05  # nats: less is not called an effect
+ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class Size:
     chosen_controls: int  # of the networks that were chosen
     surrogates: int
     permutations: int
+    dtype: str  # that lesions are measured in
+    texts: int  # others, that networks are looked for in
 
 
-QUICK = Size(20, 16, 5, 1, 19, 5, 199)
-WHOLE = Size(32, 16, 12, 19, 99, 19, 999)
+QUICK = Size(20, 16, 4, 0, 9, 5, 199, "bfloat16", 2)
+WHOLE = Size(32, 16, 12, 19, 99, 19, 999, "float32", 3)
 
 
 class Bench:
@@ -86,10 +88,10 @@ class Bench:
         found.save(folder, overwrite=True)
         return found
 
-    def rows(self, seed: int) -> dict[str, TokenEvaluation]:
+    def rows(self) -> dict[str, TokenEvaluation]:
         """Held-out rows of every condition."""
         return {
-            k: TokenEvaluation(*condition_rows(self.tokenizer, k, self.size.rows, n_tokens=ROW, skip=SKIP, seed=seed))
+            k: TokenEvaluation(*condition_rows(self.tokenizer, k, self.size.rows, n_tokens=ROW, skip=SKIP))
             for k in CONDITIONS
         }
 
@@ -105,7 +107,7 @@ class Bench:
         if (corpora / "tinystories-1000.json").is_file():
             stories = json.loads((corpora / "tinystories-1000.json").read_text(encoding="utf-8"))
             texts["TinyStories"] = ["\n\n".join(stories)[: 5 * n]]
-        return texts
+        return dict(list(texts.items())[: self.size.texts])
 
     def reproducibility(self, scans: Any, networks: lb.FunctionalNetworks) -> dict[str, Any]:
         """``|r|`` of each network between halves of the runs, and the best that surrogates without networks reach."""
@@ -176,15 +178,11 @@ def first_token_network(networks: lb.FunctionalNetworks) -> dict[str, Any]:
     }
 
 
-def choose(effect: pd.DataFrame) -> dict[str, str]:
-    """The network whose lesion is most selective for each condition, where it adds something to it."""
-    chosen = {}
-    for condition in CONDITIONS:
-        selective = effect[condition] - effect.drop(columns=condition).max(axis=1)
-        best = str(selective.idxmax())
-        if effect.loc[best, condition] > CLEAR:
-            chosen[condition] = best
-    return chosen
+def choose(localized: dict[str, Any], names: list[str]) -> dict[str, str]:
+    """The network that answers most to each condition, where one does; no lesion is looked at."""
+    t, p = np.abs(np.array(localized["t"])), np.array(localized["p"])
+    best = {condition: int(t[:, i].argmax()) for i, condition in enumerate(CONDITIONS)}
+    return {condition: names[k] for i, (condition, k) in enumerate(best.items()) if p[k, i] <= ALPHA}
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -199,7 +197,6 @@ def measure(bench: Bench) -> dict[str, Any]:
         "massive": bench.once("massive", lambda: bench.massive(scans)),
         "first": bench.once("first", lambda: first_token_network(with_first)),
         "halves": bench.once("halves", lambda: bench.reproducibility(scans, networks)),
-        "elsewhere": bench.once("elsewhere", lambda: bench.elsewhere(networks)),
     }  # fmt: skip
     first = with_first[found["first"]["network"]]
     found["first"]["size"] = first.size
@@ -208,30 +205,26 @@ def measure(bench: Bench) -> dict[str, Any]:
     assert space is not None
     few = np.zeros(space.n_neurons, dtype=bool)
     for row in found["massive"]:
-        if row["times"] <= MASSIVE:
-            continue
-        few[space.layer_slice(row["layer"]).start + row["neuron"]] = True
-    sets: dict[str, Any] = {name: networks[name] for name in networks.names}
-    artefacts = {"first token": first.mask, **({"massive neurons": few} if few.any() else {})}
-    print("lesions of every network ...", flush=True)
-    table = lesion_table(
-        bench.model, {**sets, **artefacts}, bench.rows(0), n_random=size.controls, random_state=0,
-        out=bench.out / "lesions",
-    )  # fmt: skip
-    table.save(bench.out / "lesions")
-    effect = table.matrix("effect")
-    chosen = choose(effect.loc[list(sets)])
-    found["chosen"] = chosen
-    print(f"lesions of the chosen: {chosen} ...", flush=True)
-    again = lesion_table(
-        bench.model, {name: sets[name] for name in dict.fromkeys(chosen.values())}, bench.rows(1),
-        n_random=size.chosen_controls, random_state=1, out=bench.out / "lesions-of-the-chosen",
-    )  # fmt: skip
-    again.save(bench.out / "lesions-of-the-chosen")
-    found["lesions"] = table.frame.to_dict("records")
-    found["chosen_lesions"] = again.frame.to_dict("records")
-    pairs = again.double_dissociations(corrected=False)
-    found["dissociations"] = pairs.to_dict("records")
+        if row["times"] > MASSIVE:
+            few[space.layer_slice(row["layer"]).start + row["neuron"]] = True
+    found["chosen"] = chosen = choose(found["localized"], networks.names)
+    sets: dict[str, Any] = {name: networks[name] for name in dict.fromkeys(chosen.values())}
+    sets |= {"first token": first.mask, **({"massive neurons": few} if few.any() else {})}
+    bench.model.to(getattr(torch, size.dtype))
+    for what, these, controls in (("chosen_lesions", sets, size.chosen_controls), ("lesions", networks, size.controls)):
+        print(f"{what} ...", flush=True)
+        folder = bench.out / what.replace("_", "-")
+        table = lesion_table(bench.model, these, bench.rows(), n_random=controls, random_state=0, out=folder)
+        table.save(folder)
+        found[what] = table.frame.to_dict("records")
+        if what == "chosen_lesions":
+            names = dict.fromkeys(chosen.values())
+            own = table.frame[table.frame["network"].isin(names)].reset_index(drop=True)
+            kinds = LesionTable(own, table.draws, table.provenance)
+            floor = 1 / (size.chosen_controls + 1) + 1e-9
+            found["dissociations"] = kinds.double_dissociations(max(ALPHA, floor), corrected=False).to_dict("records")
+    bench.model.float()
+    found["elsewhere"] = bench.once("elsewhere", lambda: bench.elsewhere(networks))
     summary = networks.summary()
     found["networks"] = [
         {"name": name, "size": int(networks.sizes[k]), "share": float(networks.sizes[k] / space.n_neurons),
@@ -260,13 +253,14 @@ def network_table(found: dict[str, Any]) -> pd.DataFrame:
             "answers most to": f"{CONDITIONS[best]} (t {t[best]:.0f}{'' if p[best] <= 0.05 else ', n.s.'})",
             "its lesion hurts most": f"{worst['evaluation']} {worst['effect']:.2f}",
             "mean over conditions": f"{own['effect'].mean():.2f}",
-            "random / as active": f"{own['random_effect'].mean():.2f} / {own['matched_effect'].mean():.2f}",
+            **({"random / as active": f"{own['random_effect'].mean():.2f} / {own['matched_effect'].mean():.2f}"}
+               if own["random_effect"].notna().all() else {}),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def chosen_table(found: dict[str, Any]) -> pd.DataFrame:
-    """One row a condition: the network chosen for it, measured on other rows."""
+    """One row a condition: what the lesion of the network that answers most to it does."""
     lesions = pd.DataFrame(found["chosen_lesions"])
     rows = []
     for condition, name in found["chosen"].items():
@@ -286,83 +280,90 @@ def chosen_table(found: dict[str, Any]) -> pd.DataFrame:
 
 def page(found: dict[str, Any]) -> str:
     """The tables, as Markdown."""
-    size, halves, first = Size(**found["size"]), found["halves"], found["first"]
+    size, halves = Size(**found["size"]), found["halves"]
     back = sum(r > halves["null_best"] for r in halves["r"])
-    local = np.array(found["localized"]["p"]) <= 0.05
-    lesions = pd.DataFrame(found["lesions"])
+    local = (np.array(found["localized"]["p"]) <= ALPHA).any(axis=1).sum()
+    lesions = pd.DataFrame(found["chosen_lesions"])
     baseline = lesions.groupby("evaluation", sort=False)["baseline"].first()
     away = ", ".join(
-        f"{sum(p is not None and p <= 0.05 for p in where['p'])} in {name} (median r {np.median(where['r']):.2f})"
+        f"{sum(p is not None and p <= ALPHA for p in where['p'])} in {name} (median r {np.median(where['r']):.2f})"
         for name, where in found["elsewhere"].items()
     )
+    n, draws = size.n_components, size.chosen_controls
+
+    def wide(column: str) -> pd.DataFrame:
+        return lesions.pivot_table(index="network", columns="evaluation", values=column, sort=False, dropna=False)
+
     lines = [
         "# The functional anatomy of SmolLM2-135M-Instruct (4-bit GGUF, dequantized)", "",
         f"`{found['command']}`; {found['machine']}. {size.runs} runs of eight blocks of {BLOCK} tokens "
-        f"({found['n_tokens']:,} tokens), {size.n_components} networks, |z| > 3.6. Losses in nats a token, on "
-        f"{size.rows} held-out rows of {ROW} tokens of each condition.", "",
-        f"- **Split halves**: {back} of {size.n_components} networks are more alike between halves of the runs (mean "
-        f"of 3 "
-        f"splits) than the best of {size.surrogates} x {size.n_components} networks of phase-randomized scans (r "
-        f"{halves['null_best']:.2f}).",
+        f"({found['n_tokens']:,} tokens), {n} networks, |z| > 3.6. Losses in nats a token, in {size.dtype}, on "
+        f"{size.rows} "
+        f"held-out rows of {ROW} tokens of each condition.", "",
+        f"- **Split halves**: {back} of {n} networks are more alike between halves of the runs (mean of 3 splits) than "
+        f"the best of {size.surrogates} x {n} networks of phase-randomized scans (r {halves['null_best']:.2f}).",
         f"- **Other texts** (one-to-one partner, family-wise p <= .05 against shuffled neurons): {away}.",
-        f"- **Localized**: {int(local.any(axis=1).sum())} of {size.n_components} networks answer to a kind of text "
-        f"beyond "
-        f"{size.permutations} shifts of the design (p <= .05, corrected over networks).",
+        f"- **Localized**: {local} of {n} networks answer to a kind of text beyond {size.permutations} shifts of the "
+        "design (p <= .05, corrected over networks).",
         f"- **Double dissociations** among the networks chosen below: {len(found['dissociations'])} (intervals apart, "
-        f"beyond all {size.chosen_controls} sets of both controls, p <= .05 cell by cell, not corrected over "
-        f"cells).", "",
-        "## Networks", "", "r with the same network between halves of the runs, and with its partner in other texts; "
-        "both "
-        f"controls are means over conditions of {size.controls} sets each.", "",
-        network_table(found).to_markdown(index=False), "",
+        f"beyond all of {draws} + {draws} control sets, cell by cell, not corrected over cells).", "",
+        "## Networks", "",
+        "r with the same network between halves of the runs, and with its partner in other texts; t of the condition "
+        "against the others.", "", network_table(found).to_markdown(index=False), "",
         "## The network of each kind of text", "",
-        "Chosen on one set of rows as the one whose lesion is most selective, measured on another; 95% interval over "
-        "rows; "
-        f"{size.chosen_controls} sets of each control (smallest p {1 / (size.chosen_controls + 1):.2f}). Loss of the "
-        f"whole "
-        "model: " + ", ".join(f"{k} {v:.2f}" for k, v in baseline.items()) + ".", "",
+        "The one that answers most to it, where one does beyond the null; no lesion was looked at to choose it. 95% "
+        f"interval over rows; controls are {draws} sets each (smallest p {1 / (draws + 1):.2f}). Loss of the whole "
+        f"model: "
+        + ", ".join(f"{k} {v:.2f}" for k, v in baseline.items()) + ".", "",
         chosen_table(found).to_markdown(index=False), "",
+        "All that these lesions do, and those of the artefacts:", "",
+        wide("effect").to_markdown(floatfmt=".2f"), "",
+        "The same for random neurons of the same layers (means over the sets):", "",
+        wide("random_effect").to_markdown(floatfmt=".2f"), "",
+        "And for neurons that are as active:", "", wide("matched_effect").to_markdown(floatfmt=".2f"), "",
+        "## Double dissociations", "",
     ]  # fmt: skip
-    every = pd.DataFrame(found["chosen_lesions"])
-    lines += ["Everything that these lesions do:", "",
-              every.pivot_table(index="network", columns="evaluation", values="effect", sort=False)
-              .to_markdown(floatfmt=".2f"), ""]  # fmt: skip
-    lines += ["## Double dissociations", ""]
     if found["dissociations"]:
         shown = pd.DataFrame(found["dissociations"])
-        lines += ["Network a costs its own kind of text more than network b does, and the other way round (aa: what "
-                  "a costs "
-                  "kind a, ...).", "", shown.to_markdown(index=False, floatfmt=".2f"), ""]  # fmt: skip
+        words = "Network a costs its kind of text more than network b does, and the other way round"
+        lines += [f"{words} (aa: what a costs kind a, ab: what it costs kind b).", ""]
+        lines += [shown.to_markdown(index=False, floatfmt=".2f"), ""]
     else:
         lines += ["None.", ""]
+    return "\n".join(lines + artefacts(found, lesions))
+
+
+def artefacts(found: dict[str, Any], lesions: pd.DataFrame) -> list[str]:
+    """What is large and no function of a text."""
+    lines, first = ["## Artefacts", ""], found["first"]
     massive = pd.DataFrame([row for row in found["massive"] if row["times"] > MASSIVE])
-    lines += ["## Artefacts", ""]
     if len(massive):
-        own = lesions[lesions["network"] == "massive neurons"]
         lines += [
-            f"**Massive activation**: {len(massive)} of the model's neurons reach more than {MASSIVE:.0f} times the "
-            f"typical "
-            f"size of their layer, {int((massive['first'] > massive['elsewhere']).sum())} of them at the first token "
-            f"of a "
-            f"run. Without them the loss rises by {own['effect'].mean():.2f} in the mean over conditions "
-            f"({own['effect'].min():.2f} to {own['effect'].max():.2f}); random sets of as many neurons of the same "
-            f"layers "
-            f"{own['random_effect'].mean():.2f}. They carry the attention sink: no function of a text.", "",
+            f"**Massive activation**: {len(massive)} neurons reach more than {MASSIVE:.0f} times the typical size of "
+            f"their "
+            f"layer, {int((massive['first'] > massive['elsewhere']).sum())} of them at the first token of a run. "
+            f"Without "
+            f"them {_costs(lesions, 'massive neurons')}. They carry the attention sink: no function of a text.", "",
             massive.head(10).to_markdown(index=False, floatfmt=".1f"), "",
         ]  # fmt: skip
-    own = lesions[lesions["network"] == "first token"]
-    lines += [
-        f"**The first token**: an ICA that keeps the first token of every run (`drop_positions=0`; the default "
-        f"leaves it "
+    return [*lines,
+        "**The first token**: an ICA that keeps the first token of every run (`drop_positions=0`; the default leaves "
+        "it "
         f"out) finds a network of {first['size']} neurons with {first['share']:.0%} of its energy at that one token "
         f"(by "
-        f"chance {first['chance']:.1%}). Its largest |r| with a network of the default is {first['r']:.2f}. Its "
-        f"lesion adds "
-        f"{own['effect'].mean():.2f} in the mean ({own['effect'].min():.2f} to {own['effect'].max():.2f}), random "
-        f"neurons "
-        f"{own['random_effect'].mean():.2f}, as active ones {own['matched_effect'].mean():.2f}.", "",
+        f"chance {first['chance']:.1%}). Its largest |r| with a network of the default is {first['r']:.2f}. Without it "
+        f"{_costs(lesions, 'first token')}.", "",
     ]  # fmt: skip
-    return "\n".join(lines)
+
+
+def _costs(lesions: pd.DataFrame, name: str) -> str:
+    """A lesion over all conditions, beside its controls."""
+    own = lesions[lesions["network"] == name]
+    return (
+        f"the loss rises by {own['effect'].mean():.2f} in the mean over conditions ({own['effect'].min():.2f} to "
+        f"{own['effect'].max():.2f}); without as many random neurons of the same layers by "
+        f"{own['random_effect'].mean():.2f}, as active ones {own['matched_effect'].mean():.2f}"
+    )
 
 
 def main() -> None:

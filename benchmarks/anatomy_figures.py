@@ -21,17 +21,15 @@ from llmbrain.datasets.conditions import CONDITIONS
 from llmbrain.plotting.style import CATEGORIES, INK, QUIET, diverging, ink_on, legend, new_figure, style
 
 COLORS = dict(zip(CONDITIONS, CATEGORIES))
-ALPHA, VMAX = 0.05, 1.5
+ALPHA, VMAX = 0.05, 1.0
 SMOOTH = 5  # tokens
 
 
 def rows_of(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Networks that are drawn, with the conditions they stand for: chosen by lesion, else by what they answer to."""
-    names = [network["name"] for network in found["networks"]]
-    t = np.abs(np.array(found["localized"]["t"]))
+    """Networks that are drawn, with the conditions that they answer to."""
     rows: dict[str, list[str]] = {}
-    for i, condition in enumerate(CONDITIONS):
-        rows.setdefault(found["chosen"].get(condition, names[int(t[:, i].argmax())]), []).append(condition)
+    for condition, name in found["chosen"].items():
+        rows.setdefault(name, []).append(condition)
     return list(rows.items())
 
 
@@ -40,7 +38,7 @@ def draw_networks(found: dict[str, Any], networks: Any, scans: list[Any], run: i
     rows, scan = rows_of(found), scans[run]
     figure = new_figure((13.0, 1.3 + 0.78 * len(rows)))
     axes = figure.subplots(len(rows), 3, width_ratios=(1.15, 1.9, 1.35), squeeze=False)
-    every, again = pd.DataFrame(found["lesions"]), pd.DataFrame(found["chosen_lesions"])
+    lesions = pd.DataFrame(found["chosen_lesions"])
     space = networks.space
     import matplotlib.colors as colors
 
@@ -75,10 +73,10 @@ def draw_networks(found: dict[str, Any], networks: Any, scans: list[Any], run: i
         top = float(np.nanquantile(np.abs(smooth), 0.995)) * 1.1
         when.set(xlim=(0, len(smooth)), ylim=(-top, top), yticks=[])
         when.spines["left"].set_visible(False)
-        own = again[again["network"] == name]
-        own = (own if len(own) else every[every["network"] == name]).set_index("evaluation").loc[list(CONDITIONS)]
+        own = lesions[lesions["network"] == name].set_index("evaluation").loc[list(CONDITIONS)]
         values = own["effect"].to_numpy(float)
-        clear = (own["harm_low"] > 0) & (own["p_random"] <= ALPHA + 1e-9) & (own["p_matched"] <= ALPHA + 1e-9)
+        floor = 1 / (found["size"]["chosen_controls"] + 1) + 1e-9  # beyond every control set
+        clear = (own["harm_low"] > 0) & (own["p_random"] <= floor) & (own["p_matched"] <= floor)
         what.imshow(values[None], cmap=diverging(), norm=scale, aspect="auto", interpolation="nearest")
         for j, (value, sure) in enumerate(zip(values, clear)):
             what.text(j, 0, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink_on(value, scale),
@@ -94,8 +92,8 @@ def draw_networks(found: dict[str, Any], networks: Any, scans: list[Any], run: i
         top.text(event.onset + event.duration / 2, 1.04, event.trial_type, transform=top.get_xaxis_transform(),
                  ha="center", va="bottom", fontsize=7.5, color=COLORS[event.trial_type])  # fmt: skip
     axes[0, 0].set_title("where: its neurons, by layer", pad=16)
-    axes[0, 1].set_title("when: its activity while the model reads eight kinds of text", pad=16)
-    axes[0, 2].set_title("what for: loss added by its lesion (nats a token)", pad=16)
+    axes[0, 1].set_title("when: its activity, the model reading", pad=16)
+    axes[0, 2].set_title("without it: loss added, nats a token", pad=16)
     axes[-1, 0].set_xlabel("layer")
     axes[-1, 1].set_xlabel("token")
     axes[-1, 2].set_xticks(range(len(CONDITIONS)), CONDITIONS, rotation=35, ha="right")
@@ -132,7 +130,7 @@ def draw_returns(found: dict[str, Any]) -> Any:
         right.text(j, i, f"{effect[i, j]:.1f}", ha="center", va="center", fontsize=7, color=ink_on(effect[i, j], scale))
     right.set_xticks(range(len(CONDITIONS)), CONDITIONS, rotation=35, ha="right")
     right.set_yticks(y, names)
-    right.set_title("what they answer to (condition against the others; numbers: p <= .05, FWE)")
+    right.set_title("what they answer to (numbers: p <= .05, FWE)")
     return figure
 
 
