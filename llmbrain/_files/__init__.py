@@ -20,6 +20,8 @@ Reading
 ``read_json(path)``, ``read_tensors(path)``
     One file; what is damaged is one line that names it. `write_json(..., seal=True)` puts a checksum into the file
     itself, which ``read_json`` compares.
+``read_listed(path)``
+    A record that carries no checksum itself, verified against ``SHA256SUMS``.
 ``clear_damage(path, what)``
     Around any other reader: what it raises on a damaged file becomes one line.
 ``damages(folder)``
@@ -41,6 +43,7 @@ removed by the next writer.
 
 from __future__ import annotations
 
+from llmbrain._files.digests import file_digest, file_pages, file_sha256, is_same
 from llmbrain._files.errors import DamagedError, FileError, bytes_text, check_space, clear_damage, clear_errors
 from llmbrain._files.one import (
     plain,
@@ -60,8 +63,8 @@ from llmbrain._files.reading import (
     StoredFiles,
     UnverifiedWarning,
     damages,
-    file_sha256,
     read_json,
+    read_listed,
     read_tensors,
     reading,
     verify,
@@ -88,11 +91,15 @@ __all__ = [
     "discard",
     "discard_file",
     "discard_sum",
+    "file_digest",
+    "file_pages",
     "file_sha256",
+    "is_same",
     "locked",
     "owner",
     "plain",
     "read_json",
+    "read_listed",
     "read_sums",
     "read_tensors",
     "reading",

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from llmbrain._files.digests import file_digest
 from llmbrain._files.errors import DamagedError, hint
 
 try:
@@ -27,16 +28,27 @@ _FOREIGN_AGE = 86400.0  # seconds until the leftover of another host counts as o
 _numbers = count()
 
 
+# A line of `sha256sum`; one of the fast checksum of a large file is a comment to it, before the file's own line.
+_LINE = re.compile(r"(# pages )?([0-9a-f]{64}) [ *]([^/\\\x00-\x1f\ufffd][^\\\x00-\x1f\ufffd]*)")
+
+
 def read_sums(folder: Path, *, strict: bool = True, anew: str = "") -> dict[str, str]:
-    """Digest of each file; empty without the file. With `strict`, a line that is none is an error."""
+    """Digest of each file, as `file_digest` gives it; empty without the file.
+
+    With `strict`, a line that is none is an error.
+    """
     path = folder / SUMS
     if not path.is_file():
         return {}
-    sums = {}
+    sums: dict[str, str] = {}
+    pages: dict[str, str] = {}
     for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
-        found = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\x00-\x1f\ufffd][^\\\x00-\x1f\ufffd]*)", line)
-        if found and ".." not in found[2].split("/"):
-            sums[found[2]] = found[1]
+        found = _LINE.fullmatch(line)
+        if found and ".." not in found[3].split("/"):
+            if found[1]:
+                pages[found[3]] = f"+{found[2]}"
+            else:  # the line before, if it is there: another writer may have left one of an older file
+                sums[found[3]] = found[2] + pages.pop(found[3], "")
         elif line and strict:
             raise DamagedError(f"{path} is damaged: {line[:40]!r} is no line of checksums{hint(anew)}")
     if strict and not sums:
@@ -44,9 +56,14 @@ def read_sums(folder: Path, *, strict: bool = True, anew: str = "") -> dict[str,
     return sums
 
 
+def _lines(name: str, digest: str) -> str:
+    sha256, _, pages = digest.partition("+")
+    return (f"# pages {pages}  {name}\n" if pages else "") + f"{sha256}  {name}\n"
+
+
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """One line a file, as ``sha256sum -c`` reads it."""
-    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    text = "".join(_lines(name, digest) for name, digest in sorted(sums.items()))
     with (folder / SUMS).open("wb") as file:
         file.write(text.encode("utf-8"))
         file.flush()
@@ -80,7 +97,7 @@ def append_sum(folder: Path, name: str, digest: str) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(f"{digest}  {name}\n".encode())
+        file.write(_lines(name, digest).encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -138,13 +155,12 @@ def locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
 
 
 def flush(path: Path, *, digest: bool = False) -> str:
-    """Bring a file to the disk; with `digest`, its SHA-256. A file inside a prepared set waits for the set's end."""
+    """Bring a file to the disk; with `digest`, give its checksums. A file in a prepared set waits for the set's end."""
     if not digest and is_temporary(path.parent):
         return ""
     with path.open("rb+") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if digest else ""
         os.fsync(file.fileno())
-    return found
+    return file_digest(path) if digest else ""
 
 
 def flush_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmbrain._files.digests import file_pages, is_same
 from llmbrain._files.errors import DamagedError, FileError, bytes_text, clear_damage, hint, what_happened
 from llmbrain._files.one import SEAL, seal_of
 from llmbrain._files.parts import SUMS, locked, read_sums
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+AGAIN = f"copy that file along; or, if you know that all is whole, in the folder: sha256sum *.* > {SUMS}"
 LONGEST_JSON = 1 << 28  # bytes: no record of this project comes near
 _SMALL = 1 << 22  # bytes that are not worth a thread
 _verified: dict[str, tuple[int, int, int, str]] = {}
@@ -110,7 +111,9 @@ def reading(folder: str | os.PathLike[str], *, anew: str = "", required: bool = 
     with locked(folder, exclusive=False):
         sums = read_sums(folder, anew=anew)
         if required and not sums:
-            warnings.warn(f"{folder} holds no {SUMS}: its files are not verified", UnverifiedWarning, stacklevel=3)
+            warnings.warn(
+                f"{folder} holds no {SUMS}: its files are not verified ({AGAIN})", UnverifiedWarning, stacklevel=3
+            )
         yield StoredFiles(folder, sums, anew)
 
 
@@ -127,6 +130,10 @@ def damages(folder: str | os.PathLike[str]) -> dict[str, str]:
         except DamagedError as error:
             return {SUMS: str(error).removeprefix(f"{folder / SUMS} ")}
         found = {name: _compare(folder / name, digest, fresh=True) for name, digest in sums.items()}
+        for name, digest in sums.items():
+            pages = digest.partition("+")[2]
+            if pages and not found[name] and file_pages(folder / name) != pages:
+                found[SUMS] = f"has a damaged line: the fast checksum of {name}"
     return {name: reason for name, reason in found.items() if reason}
 
 
@@ -207,14 +214,8 @@ def read_tensors(path: str | os.PathLike[str], *, anew: str = "") -> dict[str, N
     return arrays
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify(path: str | os.PathLike[str], digest: str, *, anew: str = "") -> None:
-    """Compare a file with its SHA-256; once a process where it has not changed since.
+    """Compare a file with its checksum, as `file_digest` gives it; once a process where it has not changed since.
 
     Raises
     ------
@@ -240,9 +241,15 @@ def verify_listed(path: str | os.PathLike[str], *, anew: str = "") -> None:
         verify(path, sums[path.name], anew=anew)
 
 
+def read_listed(path: str | os.PathLike[str], *, anew: str = "") -> dict[str, Any]:
+    """A JSON record, compared with its line in the ``SHA256SUMS`` beside it, where there is one; see `read_json`."""
+    verify_listed(path, anew=anew)
+    return read_json(path, anew=anew)
+
+
 @contextmanager
 def verifying(sums: Mapping[Path, str], *, anew: str = "") -> Iterator[None]:
-    """Compare files with their SHA-256 while they are read: large ones in a thread beside the reader.
+    """Compare files with their checksums while they are read: large ones in a thread beside the reader.
 
     Raises
     ------
@@ -276,7 +283,7 @@ def _compare(path: Path, digest: str, *, fresh: bool = False) -> str | None:
         known = (facts.st_size, facts.st_mtime_ns, facts.st_ino, digest)
         if not fresh and _verified.get(os.fspath(path.absolute())) == known:
             return None
-        same = file_sha256(path) == digest
+        same = is_same(path, digest, fully=fresh)
     except FileNotFoundError:
         return "is missing, but its checksum is there"
     except OSError as error:

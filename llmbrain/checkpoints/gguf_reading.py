@@ -98,6 +98,13 @@ def load_gguf(
     return evaluation_mode(model), load_tokenizer(path, reader, fields, int(config_vocabulary(model)))
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What llmbrain noted in a file that it wrote: what was cut, and from what; empty for other files."""
+    field = open_gguf(path).fields.get(PROVENANCE)
+    record = {} if field is None else json.loads(field.contents())
+    return record if isinstance(record, dict) else {}
+
+
 def config_vocabulary(model: Any) -> int:
     """Rows of the embedding."""
     return int(model.get_input_embeddings().weight.shape[0])

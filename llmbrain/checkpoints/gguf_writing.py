@@ -26,6 +26,7 @@ from llmbrain.checkpoints.gguf_layout import (
     interleave,
     rotary_factors,
 )
+from llmbrain.checkpoints.gguf_opening import CHECKSUM, EMPTY, seal_gguf
 from llmbrain.checkpoints.gguf_tokenizers import copy_tokenizer, write_tokenizer, write_whole
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def write_gguf(
     with writing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, target.arch)
         try:
+            writer.add_string(CHECKSUM, EMPTY)
             _write_keys(writer, model, target, gguf_type)
             vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
             if like is not None:
@@ -102,6 +104,7 @@ def write_gguf(
             writer.write_tensors_to_file()
         finally:
             writer.close()
+        seal_gguf(temporary)
     return path
 
 

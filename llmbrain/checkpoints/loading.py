@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmbrain._files import SUMS, DamagedError, clear_damage, read_json, reading, verify, verifying
+from llmbrain._files.parts import is_temporary
 from llmbrain._files.sets import COMMIT
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts
@@ -128,13 +129,17 @@ def _verified(path_or_id: str | Path) -> Iterator[list[str]]:
     Records are compared before they are read, weights beside it. A folder of other people's is read as it is.
     """
     folder = Path(path_or_id)
-    if not folder.is_dir() or not any((folder / name).exists() for name in (SUMS, COMMIT)):
+    if (
+        not folder.is_dir()
+        or is_temporary(folder)
+        or not any((folder / name).exists() for name in (SUMS, COMMIT, PROVENANCE))
+    ):
         with clear_damage(path_or_id, "a model that can be read"):
             yield []
         return
-    with reading(folder, anew=ANEW) as files:
+    with reading(folder, anew=ANEW, required=True) as files:
         sums = {folder / name: digest for name, digest in files.sums.items() if name.endswith(READ)}
-        for name in sorted(p.name for p in folder.iterdir()):
+        for name in sorted(p.name for p in folder.iterdir()) if files.sums else ():
             if name not in files.sums and (name in ("config.json", PROVENANCE) or name.endswith(".safetensors")):
                 files.path(name)  # says that it is not listed
         for path, digest in sums.items():

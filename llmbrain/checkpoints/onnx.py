@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from llmbrain._files import transaction
+from llmbrain._files import transaction, write_json
 from llmbrain._validation import InputError, soft_import
 from llmbrain.anatomy.families import context_length
+from llmbrain.checkpoints.loading import PROVENANCE
+from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.hooks.text import evaluating
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ def export_onnx(
     *,
     overwrite: bool = False,
     verify: bool = True,
+    note: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a causal language model, pruned or not, as an ONNX graph.
 
@@ -49,6 +53,8 @@ def export_onnx(
         Replace a graph that is there.
     verify : bool
         Run the graph in ONNX Runtime on other texts, of another length, and compare.
+    note : dict, optional
+        Entries of ``pruning.json``, beside what was cut: JSON values.
 
     Returns
     -------
@@ -89,6 +95,8 @@ def export_onnx(
             model.config.save_pretrained(prepared)
             if tokenizer is not None:
                 tokenizer.save_pretrained(prepared)
+            record = {"format": "onnx", "class": type(model).__name__, "cuts": getattr(model, RECORD, [])}
+            write_json(prepared / PROVENANCE, record | dict(note or {}))
             if verify:
                 _check(model, prepared / FILE)
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ class Parts:
 @contextmanager
 def saving_by_part(
     model: Any, tokenizer: PreTrainedTokenizerBase | None, path: str | Path, *, format: str, n_parts: int,
-    needed: int, overwrite: bool = False, verify: bool = True,
+    needed: int, overwrite: bool = False, verify: bool = True, beside: Callable[[Path], object] | None = None,
 ) -> Iterator[Parts]:  # fmt: skip
     """A folder for a checkpoint that is written part by part: at the end all of it is there, or nothing.
 
@@ -124,6 +124,8 @@ def saving_by_part(
         Replace a model that is there already.
     verify : bool
         Open what was written, its blocks one by one, and let it read a few tokens.
+    beside : callable, optional
+        As in `save_pruned`.
 
     Raises
     ------
@@ -145,6 +147,8 @@ def saving_by_part(
             tokenizer.save_pretrained(new)
         if verify and tokenizer is not None and format != "remote-code":
             _check(model, new)
+        if beside is not None:
+            beside(new)
 
 
 def _check(model: nn.Module, folder: Path) -> None:

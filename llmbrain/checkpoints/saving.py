@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ def save_pruned(
     gguf_type: str = "f16",
     like: str | Path | None = None,
     verify: bool = True,
+    note: Mapping[str, Any] | None = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a model to a folder, or to a GGUF file, that loads again.
 
@@ -81,6 +84,10 @@ def save_pruned(
     verify : bool
         Open what was written in the format's own way, and compare shapes and one forward pass with `model`, before it
         is put into its place. Needs memory for a second copy.
+    note : dict, optional
+        More entries of ``pruning.json`` (of the record in a GGUF): JSON values.
+    beside : callable, optional
+        Called with a folder, to write more files of the same set: all of it gets into its place, or none. Not for GGUF.
 
     Returns
     -------
@@ -103,7 +110,7 @@ def save_pruned(
     path = Path(path)
     check_whole("multiple_of", multiple_of, 1)
     if format == "gguf":
-        return _save_gguf(model, tokenizer, path, gguf_type, like, overwrite)
+        return _save_gguf(model, tokenizer, path, gguf_type, like, overwrite, note or {})
     if like is not None:
         raise InputError(f"like={str(like)!r} is for format='gguf', this is format={format!r}")
     if path.exists() and not path.is_dir():
@@ -146,9 +153,11 @@ def save_pruned(
             tokenizer.save_pretrained(new)
         if format == "remote-code":
             write_remote_code(model, new)
-        write_json(new / PROVENANCE, provenance(model, format))
+        write_json(new / PROVENANCE, provenance(model, format) | dict(note or {}))
         if said is not None:
             check_loads(model, said, new, format)
+        if beside is not None:
+            beside(new)
     return path
 
 
@@ -166,6 +175,7 @@ def _save_gguf(
     gguf_type: str,
     like: str | Path | None,
     overwrite: bool,
+    note: Mapping[str, Any],
 ) -> Path:
     if path.exists() and (path.is_dir() or not overwrite):
         raise FileExistsError(f"{path} exists already: give another name that ends in .gguf, or overwrite=True")
@@ -173,7 +183,7 @@ def _save_gguf(
     if has_experts(model):
         raise InputError("format='gguf' is not written for a mixture of experts yet: use 'uniform'")
     record_shapes(model)
-    record = provenance(model, "gguf")
+    record = provenance(model, "gguf") | dict(note)
     for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use
         cut.get("plan", {}).pop("scores", None)
     return write_gguf(model, tokenizer, path, gguf_type=gguf_type, like=like, record=record)

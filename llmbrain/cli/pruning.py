@@ -174,9 +174,10 @@ def prune(
     """Cut neurons out of a model and save the smaller one."""
     from llmbrain.pruning.experts import ExpertPlan, read_plan
     from llmbrain.study import load_texts, smaller
+    from llmbrain.study.again import check_free
     from llmbrain.study.experts import cut_fewer
 
-    smaller.check_free(out, overwrite)
+    check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     given = read_plan(from_plan) if from_plan else None
     texts = load_texts(text, field) if text else None
@@ -237,13 +238,18 @@ def recover(
     """Train a pruned model for a while with low-rank updates, merge them, save it."""
     from llmbrain.checkpoints import save_pruned
     from llmbrain.pruning import recover as train
-    from llmbrain.study import load_texts, smaller
+    from llmbrain.study import load_texts
+    from llmbrain.study.again import MADE, check_free, made_from
 
-    smaller.check_free(out, overwrite)
+    check_free(out, overwrite)
     texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device)
+    made = made_from("recover", loaded, texts, steps=steps, rank=rank, random_state=seed)
+    if check_free(out, overwrite, made):
+        say(f"done before: {out}")
+        return
     better, table = train(loaded, tokenizer, texts, steps=steps, rank=rank, random_state=seed, inplace=True)
-    save_pruned(better, tokenizer, out, overwrite=overwrite)
+    save_pruned(better, tokenizer, out, overwrite=overwrite, note={MADE: made})
     print_table(table)
     say(f"saved: {out}")
 

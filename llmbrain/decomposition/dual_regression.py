@@ -25,6 +25,7 @@ from llmbrain.imaging.confounds import Confounds
 from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
 from llmbrain.scanning.inputs import Runs
+from llmbrain.scanning.manifest import warn_of_other_model
 from llmbrain.stats.tails import t_to_z
 
 if TYPE_CHECKING:
@@ -175,8 +176,9 @@ def dual_regression(
         tables = [None if own is None else np.asarray(own, dtype=np.float64) for own in confounds]
         chosen["confounds"] = [array_digest(table) for table in tables]
     chosen |= {"maps": array_digest(group), "mask": array_digest(keep_neurons)}
+    warn_of_other_model(maps, runs.origin())
     with owner(out) if out is not None else nullcontext():
-        store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen)
+        store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen, runs.digest)
         space = getattr(maps, "space", None) or getattr(maps, "space_", None)
         if space is None and store.done:
             runs.read(0)  # to know where neurons lie, if nothing else is left to read

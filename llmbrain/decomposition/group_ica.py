@@ -40,7 +40,7 @@ from llmbrain.imaging.nifti import maps_to_nifti
 from llmbrain.scanning.inputs import Runs
 
 SAVED_VALUES = ("n_components_", "n_iter_", "converged_", "convergence_", "joint_explained_variance_ratio_",
-                 "start_scores_", "order_estimates_", "preprocessing_report_")  # fmt: skip
+                 "start_scores_", "order_estimates_", "preprocessing_report_", "origin_")  # fmt: skip
 SAVED_ARRAYS = ("components_", "explained_variance_ratio_", "constant_neurons_", "component_layers_")
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
@@ -125,6 +125,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         The brain mask that NIfTI runs were read with.
     surface_ : Grayordinates or None
         Where the columns of CIFTI or GIFTI runs lie; not saved.
+    origin_ : dict
+        The `Scan.origin` of the runs, where they are of one scan in a store.
     component_layers_ : int array (n_components_, 2) or None
         First and last layer of each component's window; None for ``scope="model"``.
     constant_neurons_ : int array
@@ -236,6 +238,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self.space_ = source.runs.space
         self.brain_mask_ = source.runs.mask
         self.surface_ = source.runs.surface
+        self.origin_ = source.runs.origin()
         return self
 
     def fit_transform(self, runs: Any, y: Any = None, **fit_params: Any) -> list[np.ndarray]:

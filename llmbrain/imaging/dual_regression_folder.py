@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmbrain._files import (
 from llmbrain.imaging.interchange import write_components_over_runs, write_stages_of_run
 
 RECORD, MAPS, Z_MAPS = "dual_regression.json", "dr_maps.npy", "dr_z_maps.npy"
-COURSES = "dr_stage1"
+COURSES, DATA = "dr_stage1", "data"  # checksums of a run's time courses, and of what was read
 ANEW = "remove the folder, and run the dual regression again"
 
 
@@ -61,10 +62,14 @@ class FolderStore(MemoryStore):
 
     The record holds the settings and the checksums of every run that is whole: the same call on the same folder goes on
     with the next run, another call is refused. A run whose numbers are damaged is made anew, with those after it.
+    `digest` says what a run is: a run of the same name with other data is another one.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, shape: tuple[int, ...], settings: dict[str, Any], digest: Callable[[int], str]
+    ) -> None:
         super().__init__(shape)
+        self.digest = digest
         self.folder = folder
         self.settings = settings
         self.sums: list[dict[str, str]] = []
@@ -78,7 +83,10 @@ class FolderStore(MemoryStore):
             differ = sorted(k for k in settings if known.get(k) != settings[k])
             raise FileExistsError(f"{folder} holds another dual regression (other {', '.join(differ)}): choose another")
         with clear_damage(folder / RECORD, "the record of a dual regression", ANEW):
-            runs = [{name: str(run[name]) for name in (MAPS, Z_MAPS, COURSES)} for run in record["runs"]]
+            runs = [{name: str(run[name]) for name in (MAPS, Z_MAPS, COURSES, DATA)} for run in record["runs"]]
+        for i, run in enumerate(runs[: shape[0]]):
+            if run[DATA] != digest(i):
+                raise FileExistsError(f"{folder} holds another dual regression (other data in run {i}): choose another")
         try:
             self._open(runs)
         except DamagedError as error:
@@ -114,6 +122,7 @@ class FolderStore(MemoryStore):
             write_stages_of_run(new, run, course, maps, z_maps, geometry)
             table = new / f"dr_stage1_subject{run:05d}.txt"
             sums = {MAPS: array_sum(self.maps[run]), Z_MAPS: array_sum(self.z_maps[run]), COURSES: file_sha256(table)}
+            sums[DATA] = self.digest(run)
             record = {"settings": self.settings, "runs": [*self.sums, sums], "shape": list(self.shape)}
             write_json(new / RECORD, record, seal=True)
         self.sums.append(sums)

@@ -43,6 +43,7 @@ from llmbrain.intervention.evaluations import (
 from llmbrain.intervention.mixture_table import MixtureSets
 from llmbrain.intervention.targets import Heads, spans_heads, unit_mask, unit_space
 from llmbrain.networks import FunctionalNetworks, Network
+from llmbrain.scanning.manifest import warn_of_other_model
 from llmbrain.stats.bootstrap import bootstrap_mean
 from llmbrain.stats.tails import benjamini_hochberg
 
@@ -237,6 +238,7 @@ def lesion_table(
     check_range("level", level, 0, 1, open_low=True, open_high=True)
     masks, space = _named_masks(networks, anatomy(model)) if mixture is None else (mixture.masks, mixture.space)
     heads = mixture is None and space.n_layers > len(anatomy(model).layers)
+    warn_of_other_model(networks, model)
     if heads and (value == "mean" or reference is not None):
         raise InputError(
             f"value={value!r} with reference={_given(reference)}: heads take value='zero' and no reference"

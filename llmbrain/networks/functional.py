@@ -195,6 +195,8 @@ class FunctionalNetworks:
             value = value.item() if isinstance(value, np.generic) else value
             if isinstance(value, (bool, int, float, str)):
                 provenance[key.rstrip("_")] = value
+        if getattr(ica, "origin_", None):
+            provenance["origin"] = dict(ica.origin_)
         space = space if space is not None else getattr(ica, "space_", None)
         places = getattr(ica, "brain_mask_", None) or getattr(ica, "surface_", None)
         return cls(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ def prune_offloaded(
     format: str = "per-layer",
     overwrite: bool = False,
     verify: bool = True,
+    beside: Callable[[Path], object] | None = None,
     **text: Any,
 ) -> Path:
     """Cut what a plan removes, and save the smaller model, with one block in memory at a time.
@@ -66,6 +67,8 @@ def prune_offloaded(
         Replace a model that is there already.
     verify : bool
         Try on a copy of one block that cutting equals silencing, first; open what was written, block by block.
+    beside : callable, optional
+        As in `save_pruned`.
 
     Returns
     -------
@@ -123,7 +126,15 @@ def prune_offloaded(
         mine.block.to("meta")
 
     with saving_by_part(
-        small, tokenizer, path, format=format, n_parts=len(layers) + 1, needed=size, overwrite=overwrite, verify=verify
+        small,
+        tokenizer,
+        path,
+        format=format,
+        n_parts=len(layers) + 1,
+        needed=size,
+        overwrite=overwrite,
+        verify=verify,
+        beside=beside,
     ) as parts:
         if windows is None:
             for layer in body.layers:

@@ -36,6 +36,7 @@ from llmbrain.pruning.forget.neurons import LEVEL, neurons_to_forget
 from llmbrain.pruning.forget.relearning import lines_of
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_digest
 from llmbrain.pruning.repair.fit import fit
+from llmbrain.scanning.manifest import warn_of_other_model
 from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def plan_pruning(
     InputError
         If the ratio is impossible, the method unknown, or what it needs is missing or too short.
     """
+    warn_of_other_model(networks, model)
     if expert_ratio is not None:
         beside = {"ratio": ratio, "protect": protect, "head_ratio": head_ratio or None, "keep": keep, "forget": forget}
         return _plan_experts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -147,6 +148,23 @@ class Runs(Sequence[np.ndarray]):
         """Position of each token in its context block, for scans; None for what does not know."""
         positions = getattr(self._items[index], "positions", None)
         return None if positions is None or callable(positions) else np.asarray(positions)
+
+    def origin(self) -> dict[str, str]:
+        """The `Scan.origin` that all runs share; empty where they have none, or several."""
+        found = [dict(getattr(item, "origin", None) or {}) for item in self._items]
+        return found[0] if all(own == found[0] for own in found) else {}
+
+    def digest(self, index: int) -> str:
+        """Hash of a run: of where it comes from, for a scan in a store; else of its numbers, which are read."""
+        item = self._items[index]
+        scan = (getattr(item, "origin", None) or {}).get("scan")
+        if isinstance(scan, str) and self._confounds is None:
+            facts = [scan, getattr(item, "name", ""), getattr(item, "site", ""), str(getattr(item, "text", ""))]
+            return hashlib.sha256("\0".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
+        data = self.read(index, check=False)
+        digest = hashlib.sha256(f"{data.dtype.str} {data.shape} ".encode())
+        digest.update(np.ascontiguousarray(data).data)
+        return digest.hexdigest()
 
     def lattice(self) -> np.ndarray | None:
         """Where voxels of a brain mask lie, int (n_voxels, 3); None for neurons, whose numbers are one axis."""

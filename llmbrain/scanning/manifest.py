@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmbrain._files.errors import bytes_text
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
 from llmbrain.hooks.listen import Kinds, Reader
-from llmbrain.hooks.text import Run
+from llmbrain.hooks.text import Run, ScanWarning
 from llmbrain.scanning.mixture import Mixture
 from llmbrain.scanning.schedule import Schedule
 from llmbrain.scanning.shares import Share
@@ -103,6 +104,32 @@ def weights_sum(model: nn.Module) -> str:
         total = int(content[:n].view(torch.int64).sum()), int(content[n:].sum())  # wraps around, which is no matter
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
     return digest.hexdigest()
+
+
+def warn_of_other_model(found: object, here: nn.Module | Mapping[str, str]) -> None:
+    """Say that networks were found in another model than the one they are used on.
+
+    Parameters
+    ----------
+    found : FunctionalNetworks or GroupICA
+        Says nothing where it does not know its scan; see `Scan.origin`.
+    here : model, or the origin of a scan of it
+    """
+    provenance = getattr(found, "provenance", None)
+    there = (provenance.get("origin") if isinstance(provenance, dict) else None) or getattr(found, "origin_", None)
+    if not isinstance(there, Mapping) or not there.get("weights"):
+        return
+    if isinstance(here, nn.Module):
+        if any(parameter.is_meta for parameter in here.parameters()):
+            return
+        here = {"weights": weights_sum(here), "model": model_id(here)}
+    if here.get("weights", there["weights"]) != there["weights"]:
+        warnings.warn(
+            f"these networks were found in other weights: in {there.get('model')} ({there['weights'][:8]}), not in "
+            f"{here.get('model')} ({here['weights'][:8]}); its neurons need not do the same",
+            ScanWarning,
+            stacklevel=3,
+        )
 
 
 def check_same(reader: Reader, schedule: Schedule, shards: FileShards, done: int, kinds: Kinds) -> None:

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmbrain._files import append_sum, bytes_text, check_space, clear_errors, file_sha256, owner, write_json, writing
+from llmbrain._files import (
+    append_sum,
+    bytes_text,
+    check_space,
+    clear_errors,
+    file_sha256,
+    is_same,
+    owner,
+    write_json,
+    writing,
+)
 from llmbrain._validation import InputError
 from llmbrain.scanning.scans import Scan
 from llmbrain.scanning.shares import say_missing, settle_ranks
@@ -73,7 +83,7 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
             with writing(out / name, needed=_size(part, index)) as temporary:
                 with clear_errors(part.folder / name, doing="read"):
                     shutil.copyfile(part.folder / name, temporary)
-                if file_sha256(temporary) != part.sums[name]:
+                if not is_same(temporary, part.sums[name], fully=True):
                     raise CorruptStoreError(
                         f"{part.folder / name} does not match its checksum: it was truncated or edited after it was "
                         f"written. Delete it and run the same scan into {part.folder} again to make it anew"
@@ -106,7 +116,7 @@ def _sources(parts: Sequence[FileShards]) -> dict[int, FileShards]:
                 continue
             known = source.setdefault(index, part)
             name = part.name(index)
-            if known.sums[name] != part.sums[name]:
+            if known.sums[name].partition("+")[0] != part.sums[name].partition("+")[0]:
                 raise InputError(
                     f"{known.folder / name} and {part.folder / name} differ: the same text gave other numbers there "
                     "(another machine or library?). Leave one of the folders out, or delete one of the files"

@@ -27,7 +27,7 @@ from llmbrain.scanning.mixture import Mixture
 from llmbrain.scanning.scans import Scan
 from llmbrain.scanning.schedule import Schedule
 from llmbrain.scanning.shares import Share
-from llmbrain.scanning.store import FileShards, MemoryShards, Shards, key_of, open_study, scans_of
+from llmbrain.scanning.store import FileShards, MemoryShards, Shards, key_of, open_study, origin_of, scans_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -122,6 +122,7 @@ def scan(
             per_token = sum(dtype.itemsize * units for dtype, units in kinds.values())
             schedule = Schedule.make(blocks, per_token, int(batch_size))
             shards: Shards
+            origin: dict[str, str] | None = None
             if out is None:
                 shards, todo = MemoryShards(schedule.rows), list(range(len(schedule.shards)))
             else:
@@ -129,6 +130,7 @@ def scan(
                 share.team.agree("scan", **manifest["study"], batch_size=int(batch_size), verify=bool(verify))
                 owned.enter_context(share.owning(out))
                 shards, manifest = open_study(Path(out), manifest, runs, share)
+                origin = origin_of(manifest)
                 schedule = Schedule(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
                 todo = shards.resume()
                 share.note(Path(out), len(shards.sums), batch_size=int(batch_size), verify=bool(verify))
@@ -143,7 +145,7 @@ def scan(
         widths = {name: [units for (site, _), (_, units) in kinds.items() if site == name] for name in sites}
         if mixture is not None:
             widths = {name: units for name, units in widths.items() if name == "block_out"}
-        return scans_of(shards, runs, widths, size, model_id(model), mixture)
+        return scans_of(shards, runs, widths, size, model_id(model), mixture, origin)
 
 
 # -- before the first token ------------------------------------------------------------------------------------------

@@ -99,6 +99,9 @@ class Scan:
     events : DataFrame
         ``onset``, ``duration`` (in tokens) and ``trial_type``; no rows where the text has no conditions.
     text, name, model_id : str
+    origin : dict of str
+        Of a scan in a store: digests of what was scanned (``scan``) and of the model's ``weights``, and the ``model``'s
+        name. Empty for others.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Scan:
         events: pd.DataFrame | None = None,
         model_id: str = "",
         visits: Signals | None = None,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         self._visits = visits
         self._signals = dict(signals)
@@ -123,6 +127,7 @@ class Scan:
         self.n_tokens = self._signals[self.site].n_tokens
         n = self.n_tokens
         self.name, self.text, self.model_id = name, text, model_id
+        self.origin = dict(origin or {})
         # A study of many tokens holds all its scans: int32, nothing that can be computed, no copies of strings.
         self._ids = (
             np.full(n, -1, np.int32) if token_ids is None else np.asarray(token_ids).astype(np.int32, copy=False)

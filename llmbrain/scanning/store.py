@@ -34,7 +34,9 @@ from llmbrain._files import (
     FileError,
     append_sum,
     clear_errors,
+    file_digest,
     file_sha256,
+    is_same,
     locked,
     read_json,
     read_sums,
@@ -124,7 +126,7 @@ class FileShards:
             raise FileError(f"{self.folder} is gone: it was removed while the scan wrote into it")
         with writing(path, needed=needed, stands=stands) as temporary:
             save_file(dict(tensors), temporary)
-            digest = file_sha256(temporary)
+            digest = file_digest(temporary)
         with clear_errors(self.folder, stands=stands):
             append_sum(self.share.folder(self.folder), self.name(index), digest)
         self.sums[self.name(index)] = digest
@@ -158,8 +160,8 @@ class FileShards:
                 f"{path} is missing: the study is not complete. Run the same scan into {self.folder} again to finish it"
             )
         with clear_errors(path, doing="read"):
-            digest = file_sha256(path)
-        if digest != self.sums[self.name(index)]:
+            same = is_same(path, self.sums[self.name(index)])
+        if not same:
             raise CorruptStoreError(
                 f"{path} does not match its checksum: it was truncated or edited after it was written. Delete it and "
                 f"run the same scan into {self.folder} again to make it anew"
@@ -245,6 +247,7 @@ def scans_of(
     block_size: int | None,
     model_id: str,
     mixture: Mixture | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> list[Scan]:
     """One `Scan` a run over shards that hold them all; `widths` of each site that is stored."""
     widths = {**widths, **(mixture.stored() if mixture is not None else {})}
@@ -273,6 +276,7 @@ def scans_of(
                 events=run.events,
                 model_id=model_id,
                 visits=visits,
+                origin=origin,
             )
         )
         first += n
@@ -395,7 +399,14 @@ def load_scans(folder: str | Path) -> list[Scan]:
     study = manifest["study"]
     widths = {site: facts["widths"] for site, facts in study["sites"].items()}
     mixture = Mixture.from_record(study["mixture"]) if "mixture" in study else None
-    return scans_of(shards, runs, widths, study["block_size"], manifest["model"]["id"], mixture)
+    return scans_of(shards, runs, widths, study["block_size"], manifest["model"]["id"], mixture, origin_of(manifest))
+
+
+def origin_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What tells a scan from others, and its model: see `Scan.origin`."""
+    study = manifest["study"]
+    digest = hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
+    return {"scan": digest, "weights": str(study["weights_sum"]), "model": str(manifest["model"]["id"])}
 
 
 def unfinished(folder: str | Path) -> str:

@@ -127,6 +127,7 @@ def _kind(path: Path) -> str:
 def _part(folder: Path) -> tuple[str, str]:
     """What a folder is, and the command that makes it anew."""
     for mark, part, anew in (
+        ("model.onnx", "ONNX", f"llmbrain export ... --out {folder} --overwrite"),
         ("pruning.json", "pruned model", f"llmbrain prune ... --out {folder} --overwrite"),
         ("summary.json", "study", f"llmbrain run ... --out {folder}"),
         ("manifest.json", "scan", f"llmbrain scan ... --out {folder}"),

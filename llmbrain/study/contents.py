@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,9 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def _study(path: Path) -> dict[str, Any]:
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    from llmbrain._files import read_listed
+
+    summary = read_listed(path / "summary.json", anew="run the job again")
     return {"what": "study of `llmbrain run`", **{k: v for k, v in summary.items() if k != "provenance"}}
 
 

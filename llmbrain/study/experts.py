@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from llmbrain._files import read_json
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
-from llmbrain.checkpoints import save_pruned
+from llmbrain.checkpoints import load_model, save_pruned
+from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.pruning import plan_pruning, prune
 from llmbrain.pruning.expert_neurons import methods
 from llmbrain.pruning.experts import ExpertPlan
+from llmbrain.study.again import MADE, check_free, made_from
 from llmbrain.study.folder import Study
 from llmbrain.study.settings import Settings
 
@@ -69,12 +72,19 @@ def cut_fewer(
     out, format, overwrite
         See `save_pruned`.
     """
-    made = plan_fewer(model, tokenizer, texts, **options) if plan is None else plan
+    study = options.get("study")
+    folder = study.folder if isinstance(study, Study) else study and Path(study)
+    made = made_from("prune experts", model, texts, folder or None, format=format, compensate=compensate,
+                     plan=plan and plan.to_dict(), **{k: v for k, v in options.items() if k != "study"})  # fmt: skip
+    if check_free(out, overwrite, made):
+        small, _ = load_model(out)
+        return small, ExpertPlan(**read_json(Path(out) / PROVENANCE)["cuts"][-1]["plan"])
+    plan = plan_fewer(model, tokenizer, texts, **options) if plan is None else plan
     texts = texts if texts is not None else calibration_of(options.get("study"))
     how = {"compensate": compensate, "tokenizer": tokenizer, "calibration": texts} if texts else {}
-    small = prune(model, made, **how)
-    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite)
-    return small, made
+    small = prune(model, plan, **how)
+    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, note={MADE: made} if made else None)
+    return small, plan
 
 
 def calibration_of(study: Study | str | Path | None) -> list[str] | None:

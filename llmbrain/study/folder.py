@@ -34,8 +34,10 @@ from llmbrain._files import (
     owner,
     plain,
     read_json,
+    read_listed,
     remove_folder,
     transaction,
+    verify_listed,
     write_json,
 )
 from llmbrain._validation import InputError
@@ -48,6 +50,7 @@ from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.experts import ExpertPlan, read_plan
 from llmbrain.reporting import build_report, report
 from llmbrain.scanning import Scan, load_scans
+from llmbrain.scanning.store import origin_of, read_manifest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +120,10 @@ class Study:
     @cached_property
     def ica(self) -> GroupICA:
         """The decomposition that the networks come from."""
-        return read_ica(self.place("ica") / "ica")
+        folder = self.place("ica")
+        found = read_ica(folder / "ica")
+        self._check_origin(found.origin_, f"components in {folder}")
+        return found
 
     @cached_property
     def networks(self) -> FunctionalNetworks:
@@ -130,6 +136,7 @@ class Study:
         """
         folder = self.place("networks")
         found = FunctionalNetworks.load(folder)
+        self._check_origin(found.provenance.get("origin"), f"networks in {folder}")
         if found.time_courses and self.has("scans"):
             there = [len(run) for run in found.time_courses]
             here = [run.n_tokens for run in self.scans[: len(there)]]
@@ -140,10 +147,25 @@ class Study:
                 )
         return found
 
+    def _check_origin(self, origin: Any, what: str) -> None:
+        """Whether what knows the scan that it was found in was found in this one."""
+        there = origin if isinstance(origin, dict) else {}
+        if not there.get("scan") or not self.has("scans"):
+            return
+        here = self.scans[0].origin if "scans" in vars(self) else origin_of(read_manifest(self.place("scans")))
+        if here and here["scan"] != there["scan"]:
+            raise InputError(
+                f"{what} are of another study: found in a scan of {there.get('model')} ({there['scan'][:8]}), the scan "
+                f"here is one of {here['model']} ({here['scan'][:8]}). Find them again: llmbrain decompose "
+                f"{self.folder} --overwrite"
+            )
+
     @cached_property
     def plan(self) -> PruningPlan | ExpertPlan:
         """What was cut."""
-        return read_plan(self.place("plan") / "plan.json")
+        path = self.place("plan") / "plan.json"
+        verify_listed(path, anew="make the plan again (llmbrain plan)")  # or it is another study's
+        return read_plan(path)
 
     @cached_property
     def pruned(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -169,7 +191,7 @@ class Study:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds: the dense and the pruned model side by side, held-out text, provenance."""
-        return read_json(self.place("summary") / "summary.json", anew="run the job again")
+        return read_listed(self.place("summary") / "summary.json", anew="run the job again")
 
     @property
     def report(self) -> Report:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from llmbrain._files import file_sha256, write_figure, write_table
+from llmbrain._files import write_figure, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
@@ -19,6 +19,7 @@ from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivi
 from llmbrain.plotting import plot_connectivity, plot_layer_profile
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan, live_scans, scan
+from llmbrain.scanning.store import origin_of, read_manifest
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.study.folder import Study, claim
 from llmbrain.study.texts import limit_tokens
@@ -141,7 +142,7 @@ def decompose(
     store = study.place("scans")
     scans = study.scans[:n_runs]
     target = Path(out) if out is not None else study.folder / "networks"
-    digest = file_sha256(store / "manifest.json")
+    digest = origin_of(read_manifest(store))["scan"]
     if random_state is not None:
         random_state = seed_of(random_state)  # a generator has no lasting name
     settings = {

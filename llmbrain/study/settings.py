@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from llmbrain._files import verify_listed
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.checkpoints import FORMATS
 from llmbrain.checkpoints.gguf_writing import GGUF_TYPES
@@ -171,6 +172,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config: no file at {path}")
+    verify_listed(path, anew="change a copy of it in another folder, or run the job again")
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

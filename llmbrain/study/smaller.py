@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmbrain._files import write_figure, write_table
+from llmbrain._files import read_json, write_figure, write_json, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
-from llmbrain.checkpoints import load_model, save_pruned
+from llmbrain.checkpoints import load_model, load_pruned, save_pruned
 from llmbrain.checkpoints.gguf_reading import is_gguf
 from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
+from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.parts import FORMATS_BY_PART
+from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
@@ -28,6 +30,7 @@ from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
+from llmbrain.study.again import MADE, check_free, made_from
 from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, plan_passes, step_cost, together
 from llmbrain.study.folder import Study
 from llmbrain.study.forecasting import forecast_of
@@ -88,7 +91,7 @@ def evidence_of(
         Say what is done, on stderr or to a function of a line.
     """
     check_range("self_text", self_text, 0)
-    study = study if study is None or isinstance(study, Study) else Study(study)
+    study = None if study is None else _study(study)
     scans = None if study is None else study.scans
     networks = study.networks if study is not None and study.has("networks") else None
     texts = list(texts) if texts is not None else [run.text for run in scans or () if run.text]
@@ -110,6 +113,10 @@ def evidence_of(
     return Evidence(networks, scans, texts or None, windows)
 
 
+def _study(study: Study | str | Path) -> Study:
+    return study if isinstance(study, Study) else Study(study)
+
+
 def plan_cost(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *,
     study: Study | str | Path | None = None, method: str = "networks", allocation: str | None = None,
@@ -117,7 +124,7 @@ def plan_cost(
 ) -> Cost | None:  # fmt: skip
     """What a plan (and the repair after it) will take; None where there is no text to measure on."""
     if texts is None and study is not None:
-        texts = [run.text for run in (study if isinstance(study, Study) else Study(study)).scans if run.text]
+        texts = [run.text for run in _study(study).scans if run.text]
     if not texts:
         return None
     often = plan_passes(method, allocation, passes, head_ratio) + (OF_REPAIR if repair else 0.0)
@@ -252,11 +259,19 @@ def cut(
     Raises
     ------
     InputError
-        If `out` holds a model already and `overwrite` is not set, before anything is done.
+        If `out` holds another model already and `overwrite` is not set, before anything is done. One that the same call
+        made is given back.
     """
-    check_free(out, overwrite)
     if offload:
         check_option("format", format, FORMATS_BY_PART)
+    made = "" if evidence is not None else made_from(
+        "prune", model, texts, None if study is None else _study(study).folder, plan=plan and plan.to_dict(),
+        compensate=compensate, format=format, self_text=self_text, gguf_type=gguf_type, like=like and str(like),
+        random_state=random_state, **options,
+    )  # fmt: skip
+    if check_free(out, overwrite, made):
+        speaker(progress)("the smaller model: done before")
+        return _before(out, tokenizer, plan, offload)
     if format == "gguf":
         check_gguf_path(out)
         demands(model)  # whether there is a place for it: before the work
@@ -274,36 +289,51 @@ def cut(
     calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
     intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
     how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept, **calibration}
-    if offload:
-        prune_offloaded(model, plan, out, format=format, overwrite=overwrite, **how)
-        small, _ = load_model(out, offload=True)
-    else:
-        small = prune(model, plan, **how)
-        of_gguf: dict[str, Any] = {}
-        if format == "gguf":
-            source = Path(model_id(model))
-            like = like or (source if is_gguf(source) and source.is_file() else None)
-            of_gguf = {"gguf_type": gguf_type, "like": like}
-        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, **of_gguf)
-    if report:
+    note = {MADE: made} if made else {}
+    foretold = forecast_of(model, plan, evidence.networks, evidence.scans, compensate) if report else None
+
+    def page(path: Path, smaller: nn.Module) -> None:
+        """The report, with what was foretold beside what it is."""
+        found = foretold if foretold is None else foretold.measure(model, smaller)
         title = f"{model_id(model)}, pruned"
-        page = Path(out).with_suffix(".html") if format == "gguf" else Path(out) / "report.html"
-        found = forecast_of(model, plan, evidence.networks, evidence.scans, compensate)
-        if found is not None:
-            found = found.measure(model, small)
-        write_report(page, title=title, plan=plan, networks=evidence.networks, forecast=found)
+        write_report(path, title=title, plan=plan, networks=evidence.networks, forecast=found)
+
+    def beside(folder: Path, smaller: nn.Module | None = None) -> None:
+        """What is of one set with the model."""
+        write_json(folder / PROVENANCE, read_json(folder / PROVENANCE) | note)
+        if report:
+            page(folder / "report.html", smaller or load_model(folder, offload=True)[0])
+
+    if offload:
+        prune_offloaded(model, plan, out, format=format, overwrite=overwrite, beside=beside, **how)
+        return load_model(out, offload=True)[0], plan
+    small = prune(model, plan, **how)
+    if format != "gguf":
+        save_pruned(
+            small, tokenizer, out, format=format, overwrite=overwrite, beside=lambda folder: beside(folder, small)
+        )
+        return small, plan
+    if report:  # first: the model says that all of it is done
+        page(Path(out).with_suffix(".html"), small)
+    source = Path(model_id(model))
+    like = like or (source if is_gguf(source) and source.is_file() else None)
+    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, gguf_type=gguf_type, like=like, note=note)
     return small, plan
 
 
 _plan = plan  # the name that `cut` uses for its argument
 
 
-def check_free(out: str | Path, overwrite: bool) -> None:
-    """Before the work, not after it: `out` holds no model yet, or may be written over."""
-    if Path(out).suffix.lower() == ".gguf" and Path(out).exists() and not overwrite:
-        raise InputError(f"out={str(out)!r} exists already: choose another name, or --overwrite")
-    if (Path(out) / "config.json").exists() and not overwrite:
-        raise InputError(f"out={str(out)!r} holds a model already: choose another folder, or --overwrite")
+def _before(
+    out: str | Path, tokenizer: PreTrainedTokenizerBase | None, plan: PruningPlan | None, offload: bool
+) -> tuple[nn.Module, PruningPlan]:
+    """The model that the same call wrote, and its plan."""
+    whole = is_gguf(out) or tokenizer is not None
+    model, _ = load_model(out, offload=offload) if whole else load_pruned(out)
+    if plan is None:
+        record = getattr(model, RECORD)[-1]
+        plan = PruningPlan.from_dict({**record["plan"], "kept": record["kept"], "kept_heads": record["kept_heads"]})
+    return model, plan
 
 
 def _halves(texts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -244,3 +244,50 @@ def test_a_foreign_list_of_checksums_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "SHA256SUMS").write_text("not ours\n")
     files.write_text(tmp_path / "a.txt", "a")
     assert (tmp_path / "SHA256SUMS").read_text() == "not ours\n"
+
+
+def test_the_fast_checksum_tells_every_change(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    whole = rng.integers(256, size=3 * 4096 + 77, dtype=np.uint8)
+    path = tmp_path / "a.bin"
+    path.write_bytes(whole.tobytes())
+    right = files.file_pages(path)
+    assert files.file_pages(path) == right
+    assert files.file_pages(path, slice(10, 20)) != right
+    pages = whole[: 3 * 4096].reshape(3, 4096)
+    changed = [
+        whole[:-1], np.append(whole, np.uint8(0)), np.append(pages[[1, 0, 2]].ravel(), whole[-77:]),
+        np.append(pages * np.array([[1], [0], [1]], np.uint8), whole[-77:]), whole[4096:],
+    ]  # fmt: skip
+    for at in rng.integers(len(whole) * 8, size=300):
+        flipped = whole.copy()
+        flipped[at // 8] ^= 1 << (at % 8)
+        changed.append(flipped)
+    for content in changed:
+        path.write_bytes(content.tobytes())
+        assert files.file_pages(path) != right
+    path.write_bytes(b"")
+    assert files.file_pages(path) != right
+
+
+def test_large_files_are_read_by_the_fast_checksum_and_checked_by_sha256(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("llmbrain._files.digests.LARGE", 1)
+    save(tmp_path / "set", 1)
+    sums = (tmp_path / "set" / "SHA256SUMS").read_text()
+    assert sums.count("# pages ") == 2
+    tool = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "set", capture_output=True, check=False)
+    assert tool.returncode == 0, tool.stderr
+    asked = []
+    monkeypatch.setattr("llmbrain._files.digests.file_sha256", lambda path: asked.append(path) or "")
+    assert load(tmp_path / "set") == 1
+    assert asked == []
+    monkeypatch.undo()
+    assert files.damages(tmp_path / "set") == {}
+    line = next(line for line in sums.splitlines() if line.startswith("# pages") and line.endswith("net.json"))
+    (tmp_path / "set" / "SHA256SUMS").write_text(sums.replace(line, line.replace(line[8:12], "0000")))
+    assert load(tmp_path / "set") == 1  # SHA-256 decides
+    assert files.damages(tmp_path / "set") == {"SHA256SUMS": "has a damaged line: the fast checksum of net.json"}
+    path = tmp_path / "set" / "net.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DamagedError, match=r"net\.safetensors does not match"):
+        load(tmp_path / "set")

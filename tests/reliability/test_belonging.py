@@ -1,0 +1,149 @@
+"""What belongs together is known by what it was made from."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_calls import call
+from reliability import campaign
+from tiny_models import tiny, tiny_tokenizer
+
+import llmbrain as lb
+from llmbrain import InputError
+from llmbrain import _files as files
+from llmbrain._files import UnverifiedWarning, read_json
+from llmbrain.checkpoints.gguf_reading import load_gguf
+from llmbrain.scanning.manifest import warn_of_other_model
+from llmbrain.study import Study, decompose
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return campaign.make(tmp_path_factory.mktemp("belonging") / "study")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same texts in a model of the same shape: every length is the same."""
+    folder = tmp_path_factory.mktemp("belonging") / "other"
+    lb.scan(tiny("llama", seed=5), tiny_tokenizer(), campaign.TEXTS, out=folder / "scan", block_size=32)
+    with campaign.quiet():
+        decompose(folder, 3, progress=False)
+    return folder
+
+
+def test_networks_of_another_study_are_refused_by_name(study: Path, other: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(study, mixed)
+    shutil.rmtree(mixed / "networks")
+    shutil.copytree(other / "networks", mixed / "networks")
+    for part in ("networks", "ica"):
+        with pytest.raises(InputError, match=rf"in {mixed}/networks are of another study: found in a scan of"):
+            getattr(Study(mixed), part)
+    assert len(Study(study).networks) == len(Study(study).ica.components_)
+
+
+def test_networks_of_another_model_are_said(study: Path, other: Path, recwarn) -> None:
+    networks = Study(study).networks
+    warn_of_other_model(networks, tiny("llama"))
+    warn_of_other_model(networks, lb.load_scans(study / "scan")[0].origin)
+    assert not recwarn.list
+    for here in (tiny("llama", seed=5), lb.load_scans(other / "scan")[0].origin):
+        with pytest.warns(UserWarning, match="found in other weights"):
+            warn_of_other_model(networks, here)
+    with pytest.warns(UserWarning, match="found in other weights"):
+        lb.dual_regression(networks, lb.load_scans(other / "scan"), device="cpu")
+
+
+def test_a_dual_regression_of_other_data_is_refused(study: Path, other: Path, tmp_path: Path) -> None:
+    out, networks = tmp_path / "dr", Study(study).networks
+    scans = lb.load_scans(study / "scan")
+    first = lb.dual_regression(networks, scans, out=out, device="cpu")
+    again = lb.dual_regression(networks, scans, out=out, device="cpu")
+    assert np.array_equal(first.maps, again.maps)
+    with pytest.raises(FileExistsError, match="other data in run 0"), campaign.quiet():
+        lb.dual_regression(networks, lb.load_scans(other / "scan"), out=out, device="cpu")
+    arrays = [scan.data() for scan in scans]
+    lb.dual_regression(networks, arrays, out=tmp_path / "arrays", device="cpu")
+    lb.dual_regression(networks, arrays, out=tmp_path / "arrays", device="cpu")
+    arrays[1] = arrays[1] + np.float32(1e-3)
+    with pytest.raises(FileExistsError, match="other data in run 1"):
+        lb.dual_regression(networks, arrays, out=tmp_path / "arrays", device="cpu")
+
+
+def test_a_plan_and_a_summary_of_another_study_are_found(study: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(study, mixed)
+    with files.transaction(mixed) as new:
+        files.write_json(new / "summary.json", {"pruned": 1})
+        shutil.copy(mixed / "plan.json", new / "plan.json")
+    assert Study(mixed).summary == {"pruned": 1}
+    (mixed / "summary.json").write_text('{"pruned": 2}')
+    whole = tiny("llama", seed=5)
+    lb.plan_pruning(whole, ratio=0.5, method="magnitude").save(tmp_path / "plan.json")
+    shutil.copy(tmp_path / "plan.json", mixed / "plan.json")
+    for part in ("summary", "plan"):
+        with pytest.raises(InputError, match=rf"{part}\.json does not match its checksum"):
+            getattr(Study(mixed), part)
+
+
+def test_a_model_without_checksums_says_so(study: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(study / "pruned", moved)
+    (moved / "SHA256SUMS").unlink()
+    with pytest.warns(UnverifiedWarning, match=r"holds no SHA256SUMS: its files are not verified \(copy that file"):
+        lb.load_pruned(moved)
+    lines = "".join(f"{files.file_sha256(p)}  {p.name}\n" for p in sorted(moved.glob("*.*")))
+    (moved / "SHA256SUMS").write_text(lines)  # what `sha256sum *.*` prints
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnverifiedWarning)
+        lb.load_pruned(moved)
+
+
+def test_every_flip_in_a_gguf_is_found(tmp_path: Path, shared_data: Path) -> None:
+    pytest.importorskip("gguf")
+    model = lb.load_model(shared_data / "models/stories260K")
+    path = lb.save_pruned(*model, tmp_path / "a.gguf", format="gguf", gguf_type="q8_0")
+    whole = path.read_bytes()
+    right, counts = str(load_gguf(path)[0].state_dict()), Counter[str]()
+    rng = np.random.default_rng(0)
+    for at in [*rng.integers(len(whole) * 8, size=20), whole.find(b"llmbrain.checksum") * 8]:
+        broken = bytearray(whole)
+        broken[at // 8] ^= 1 << (at % 8)
+        path.write_bytes(broken)
+        said = campaign.outcome(lambda path: str(load_gguf(path)[0].state_dict()), path, right)
+        assert said in ("found", "harmless")
+        counts[said] += 1
+    assert counts["harmless"] <= 1
+
+
+def test_the_same_command_again_is_done_before(tmp_path: Path, monkeypatch, capsys) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("".join(campaign.TEXTS) * 4)
+    prune = ["prune", tmp_path / "model", "--method", "magnitude", "--text", tmp_path / "text.txt"]
+    out = tmp_path / "small"
+    assert call(monkeypatch, capsys, *prune, "--out", out)[0] == 0
+    assert read_json(out / "pruning.json")["made_from"]
+    before = campaign.keep(out)
+    code, _, err = call(monkeypatch, capsys, *prune, "--out", out)
+    assert code == 0, err
+    assert "done before" in err
+    assert campaign.keep(out) == before
+    code, _, err = call(monkeypatch, capsys, *prune, "--out", out, "--ratio", "0.5")
+    assert code == 2
+    assert "holds a model already" in err
+
+
+def test_the_same_export_again_is_done_before(tmp_path: Path, monkeypatch, capsys, shared_data: Path) -> None:
+    pytest.importorskip("gguf")
+    export = ["export", shared_data / "models/stories260K", "--format", "gguf", "--out", tmp_path / "a.gguf"]
+    assert call(monkeypatch, capsys, *export)[0] == 0
+    code, _, err = call(monkeypatch, capsys, *export)
+    assert (code, "done before" in err) == (0, True), err
+    assert call(monkeypatch, capsys, *export, "--gguf-type", "f32")[0] == 2
