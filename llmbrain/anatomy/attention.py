@@ -10,6 +10,7 @@ from torch import nn
 
 from llmbrain.anatomy.family import Family
 from llmbrain.anatomy.layers import PerHead, Projection, get, is_linear, projection, sizes
+from llmbrain.anatomy.nothing import Nothing
 
 STREAM_NORM = re.compile(r"((self_attn_)?layer_?norm|ln|norm)\.", re.IGNORECASE)
 
@@ -28,6 +29,9 @@ def attention_of(path: str, block: nn.Module, family: Family, config: object | N
     out = None if attention is None else get(attention, family.out)
     if attention is None or out is None or not is_linear(out):
         return {}
+    if isinstance(attention, Nothing):
+        out_ = projection(out, f"{path}.{family.attention}.{family.out}", 0, size=0, out=False)
+        return {"attention": attention, "out": out_, "gives": family.gives}
     none = {"attention": attention}
     inner = sizes(out)[0]
     owners = [attention, get(attention, "self")]
@@ -71,6 +75,7 @@ def _fields(
     return {
         "attention": attention, "heads": heads, "out": out, "n_heads": n_heads, "n_kv_heads": n_kv,
         "head_dim": head_dim, "per_head": per_head, "reads_config": family.reads_config, "heads_fixed": why,
+        "gives": family.gives,
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from llmbrain.anatomy import structure
 from llmbrain.anatomy.attention import attention_of
 from llmbrain.anatomy.family import Family
 from llmbrain.anatomy.layers import Anatomy, LayerAnatomy, PerHead, Projection, get
+from llmbrain.anatomy.nothing import Nothing
 
 __all__ = [
     "FAMILIES", "HEADS_FIXED", "REFUSED", "Anatomy", "Family", "LayerAnatomy", "PerHead", "Projection", "anatomy",
@@ -209,7 +210,9 @@ def _fits(blocks: list[nn.Module], family: Family) -> bool:
         return False
     if any(structure.left_over(block, family.mlp_paths()) for block in blocks):
         return False
-    return not family.attention or any(_has(block, family.attention_paths()) for block in blocks)
+    return not family.attention or any(
+        _has(block, family.attention_paths()) or isinstance(get(block, family.attention), Nothing) for block in blocks
+    )
 
 
 def _of_the_decoder(model: nn.Module, fits: list[tuple[str, list[nn.Module]]]) -> list[tuple[str, list[nn.Module]]]:

@@ -12,7 +12,8 @@ class Family:
     ``qkv_layout`` says how a fused attention projection is ordered: ``"split"`` is all queries, all keys, all values;
     ``"grouped"`` is one run of rows a key/value group (its queries, its key, its value). ``per_head`` names what the
     attention holds for each head beside these: parameters, linear layers or lists of modules. ``reads_config`` says
-    that its forward pass asks the config for the number of heads. ``attention`` is empty where there is none.
+    that its forward pass asks the config for the number of heads; ``gives`` how many values it returns (0: one tensor,
+    not in a tuple). ``attention`` is empty where there is none.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Family:
     out: str = "o_proj"
     per_head: tuple[str, ...] = ()
     reads_config: bool = False
+    gives: int = 2
 
     def mlp_paths(self) -> list[str]:
         """What the MLP of a block of this family must have."""

@@ -82,6 +82,8 @@ class LayerAnatomy:
         Whether the attention asks the config for its number of heads; see `llmbrain.anatomy.surgery.keep_heads`.
     neurons_fixed, heads_fixed : str
         Why neurons or heads can not be cut; empty where they can.
+    gives : int
+        How many values the attention returns: see `Family`.
     """
 
     index: int
@@ -100,6 +102,7 @@ class LayerAnatomy:
     reads_config: bool = False
     neurons_fixed: str = ""
     heads_fixed: str = ""
+    gives: int = 2
 
     @property
     def gated(self) -> bool:

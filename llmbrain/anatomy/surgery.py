@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy import structure
-from llmbrain.anatomy.layers import Anatomy, LayerAnatomy, PerHead, Projection
+from llmbrain.anatomy.layers import Anatomy, LayerAnatomy, PerHead, Projection, get
+from llmbrain.anatomy.nothing import become_nothing, empty_linear
 from llmbrain.anatomy.offload import entries, is_away, put_back
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 
@@ -35,8 +36,13 @@ def check_no_adapter(model: nn.Module) -> None:
             )
 
 
-def check_cuttable(anatomy: Anatomy, units: Units = NEURONS) -> None:
+def check_cuttable(anatomy: Anatomy, units: Units = NEURONS, stays: Sequence[int] | None = None) -> None:
     """Refuse weights that can not be cut: with an adapter, mixed, quantized, without values, or shared between layers.
+
+    Parameters
+    ----------
+    stays : sequence of int, optional
+        How many units of each layer are to stay, where that is known: none is another thing than fewer (`drop`).
 
     Raises
     ------
@@ -46,7 +52,12 @@ def check_cuttable(anatomy: Anatomy, units: Units = NEURONS) -> None:
     seen: dict[int, str] = {}
     for layer in anatomy.layers:
         check_no_adapter(layer.block)
-        if why := units.fixed(layer):
+        if units.is_gone(layer):
+            continue
+        left = None if stays is None else stays[layer.index]
+        if left == 0:
+            check_droppable(layer, units)
+        elif left != units.count(layer) and (why := units.fixed(layer)):
             raise InputError(f"{layer.path}: the {units.name} of this model cannot be cut: {why}")
         modules = {id(p.module): p for p in units.projections(layer)}
         for projection in modules.values():
@@ -87,6 +98,96 @@ def cut(layer: LayerAnatomy, units: Units, kept: Sequence[int] | Tensor) -> None
             for part in layer.per_head:
                 _keep_part(part, kept)
         _count_heads(layer.attention, len(torch.as_tensor(kept)) / before, layer.reads_config)
+
+
+def check_droppable(layer: LayerAnatomy, units: Units) -> None:
+    """Refuse an MLP or an attention that can not be set to nothing.
+
+    Raises
+    ------
+    InputError
+        Saying why.
+    """
+    output = units.output(layer)
+    if output is None:
+        raise InputError(f"{layer.path}: it has no {_NAMES[units]} that could be dropped")
+    if units is HEADS and layer.attention is not None and not _is_child(output.module, layer.attention):
+        raise InputError(
+            f"{layer.path}: its attention adds to the residual stream and norms it itself, so that it cannot be "
+            "dropped: drop MLPs, or cut heads (head_ratio)"
+        )
+
+
+def drop(layer: LayerAnatomy, units: Units) -> None:
+    """Set a layer's MLP (neurons) or its attention (heads) to nothing: it is not run, and adds nothing, no bias either.
+
+    `layer` describes the weights as they were: look the anatomy up again afterwards.
+
+    Raises
+    ------
+    InputError
+        If it can not be.
+    """
+    check_droppable(layer, units)
+    if units.is_gone(layer):
+        return
+    if units is HEADS:
+        assert layer.attention is not None
+        assert layer.out is not None
+        _hollow(layer.attention, [layer.out.module])
+        empty_linear(layer.out.module, layer.out.axis)
+        _set_sizes(layer.out.module, 0, output=False)
+        number = getattr(layer.attention, "layer_idx", None)
+        become_nothing(layer.attention, gives=layer.gives, layer=number if isinstance(number, int) else layer.index)
+        return
+    structure.remember(layer)
+    holder = _holder(layer)
+    if holder is not None:
+        _hollow(holder, [p.module for p in layer.neuron_projections])
+    for p in {id(p.module): p for p in layer.neuron_projections}.values():
+        empty_linear(p.module, p.axis)
+        _set_sizes(p.module, 0, output=p.is_output)
+    if holder is not None:
+        become_nothing(holder)
+
+
+def part_parameters(layer: LayerAnatomy, units: Units) -> int:
+    """Parameters of a layer's MLP or attention: those that go when it is dropped."""
+    if units.output(layer) is None:
+        return 0
+    holder = layer.attention if units is HEADS else _holder(layer)
+    modules = [p.module for p in units.projections(layer)] if holder is None else [holder]
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+
+_NAMES = {NEURONS: "MLP", HEADS: "attention"}
+
+
+def _is_child(module: nn.Module, parent: nn.Module) -> bool:
+    return any(child is module for child in parent.children())
+
+
+def _holder(layer: LayerAnatomy) -> nn.Module | None:
+    """The module that is the MLP and nothing else, where there is one."""
+    skip = len(layer.path) + 1
+    parents = {p.path[skip:].rpartition(".")[0] for p in layer.neuron_projections}
+    holder = get(layer.block, next(iter(parents))) if len(parents) == 1 and "" not in parents else None
+    if holder is None or any(module is layer.attention for module in holder.modules()):
+        return None
+    return holder
+
+
+def _hollow(module: nn.Module, stays: Sequence[nn.Module]) -> None:
+    """Take all weights out of a module but those of some modules in it."""
+    kept = {id(m) for m in stays}
+    for name, child in list(module.named_children()):
+        if id(child) not in kept and any(True for _ in child.parameters()):
+            if any(id(m) in kept for m in child.modules()):
+                _hollow(child, stays)
+            else:
+                delattr(module, name)
+    for name in list(module._parameters):
+        module._parameters[name] = None
 
 
 def _count_heads(attention: Any, ratio: float, reads_config: bool) -> None:
@@ -236,6 +337,8 @@ def write(output: Projection, change: Change) -> None:
             gone = torch.ones(len(weight), dtype=torch.bool)
             gone[rows] = False
             weight[gone.to(device)] = 0
+            if not len(change.kept) and isinstance(bias := getattr(output.module, "bias", None), Tensor):
+                bias.zero_()  # nothing is left of it
             return
         new = torch.zeros_like(weight)
         new[rows.to(device)] = change.refit.weight.to(device, weight.dtype)

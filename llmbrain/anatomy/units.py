@@ -51,6 +51,11 @@ class Units(ABC):
         output = self.output(layer)
         return 0 if output is None else output.units
 
+    def is_gone(self, layer: LayerAnatomy) -> bool:
+        """Whether a layer had them, and all were taken: see `llmbrain.anatomy.surgery.drop`."""
+        output = self.output(layer)
+        return output is not None and not output.units
+
     def counts(self, body: Anatomy) -> tuple[int, ...]:
         """How many of them each layer has."""
         return tuple(self.count(layer) for layer in body.layers)
@@ -68,6 +73,8 @@ class Units(ABC):
             Naming the share that was asked for.
         """
         for layer in body.layers:
+            if self.is_gone(layer):
+                continue
             why = self.fixed(layer)
             if why or not self.inputs(layer) or self.output(layer) is None:
                 why = why or f"none were found in layer {layer.index}"
@@ -118,5 +125,7 @@ KINDS: tuple[Units, ...] = (HEADS, NEURONS)
 
 
 def _of_one(projection: Projection) -> int:
+    if not projection.units:
+        return 0
     bias = projection.bias()
     return (projection.weight().numel() + (0 if bias is None else bias.numel())) // projection.units

@@ -11,6 +11,9 @@ CONFIG = "llmbrain.config"  # our own key: config.json of the model, so that fil
 CLASS = "llmbrain.class"
 PROVENANCE = "llmbrain.pruning"
 ROPE_FACTORS = "rope_freqs.weight"
+ZEROS_OF_MLP = ("ffn_gate", "ffn_up", "ffn_down")  # what stands for a part that was dropped; the output comes last
+ZEROS_OF_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+NORM_OF_ATTENTION = "input_layernorm"  # not written where there is no attention
 
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _COMMON = {

@@ -7,7 +7,7 @@ pre-tokenizer, Llama 3's rotary factors) is put right here or refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,17 @@ from torch import Tensor
 from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.units import HEADS, NEURONS
 from llmbrain.checkpoints.gguf_layout import (
     CLASS,
     CONFIG,
+    NORM_OF_ATTENTION,
     PROVENANCE,
     ROPE_FACTORS,
     TARGETS,
     WHOLE,
+    ZEROS_OF_ATTENTION,
+    ZEROS_OF_MLP,
     Target,
     rotary_factors,
     split_halves,
@@ -34,6 +38,7 @@ from llmbrain.checkpoints.gguf_opening import MAGIC, first_line, open_gguf
 from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, read_whole, set_pre_tokenizer
 from llmbrain.checkpoints.gguf_tokenizers import WHOLE as WHOLE_TOKENIZER
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, stock_config, text_config
+from llmbrain.checkpoints.shrinking import blocks_of, is_empty
 from llmbrain.hooks.text import evaluation_mode
 
 if TYPE_CHECKING:
@@ -156,13 +161,28 @@ def _own_model(
     state = _state(path, model, arrays, target)
     missing = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    lacking = sorted(set(missing.missing_keys) - tied)
+    unread = _norms_that_nothing_reads(model, missing.missing_keys)
+    with torch.no_grad():
+        for name in unread:
+            model.get_parameter(name).fill_(1)
+    lacking = sorted(set(missing.missing_keys) - tied - unread)
     if lacking:
         raise InputError(f"{path} does not fill its model: it lacks {lacking[0]} ({len(lacking)} in all)")
     model.tie_weights()
     if PROVENANCE in fields:
         setattr(model, RECORD, json.loads(fields[PROVENANCE]).get("cuts", []))
     return model.to(torch.float32 if dtype in (None, "auto") else _dtype(dtype))
+
+
+def _norms_that_nothing_reads(model: Any, missing: Sequence[str]) -> set[str]:
+    """Weights that a file leaves out, of layers whose attention was dropped, or all."""
+    found: set[str] = set()
+    for layer in anatomy(model).layers:
+        if is_empty(layer):
+            found |= {name for name in missing if name.startswith(f"{layer.path}.")}
+        elif HEADS.is_gone(layer):
+            found |= {name for name in missing if name == f"{layer.path}.{NORM_OF_ATTENTION}.weight"}
+    return found
 
 
 def _dtype(dtype: Any) -> torch.dtype:
@@ -172,8 +192,15 @@ def _dtype(dtype: Any) -> torch.dtype:
 def _state(path: Path, model: Any, arrays: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     """Entries of the state dict, put back to transformers' names and order of rows."""
     state: dict[str, Tensor] = {}
-    for layer in anatomy(model).layers:
-        head, block = layer.head_dim, f"blk.{layer.index}."
+    for i, layer in enumerate(blocks_of(anatomy(model).layers)):
+        head, block = layer.head_dim, f"blk.{i}."
+        for units, names in ((NEURONS, ZEROS_OF_MLP), (HEADS, ZEROS_OF_ATTENTION)):
+            for name in names if units.is_gone(layer) else ():
+                zeros = arrays.pop(f"{block}{name}.weight", None)
+                if zeros is not None and zeros.any():
+                    raise InputError(
+                        f"{path} does not fit its config: {block}{name} is not zero, of a part that is gone"
+                    )
         for suffix in ("weight", "bias"):
             whole = arrays.pop(f"{block}attn_qkv.{suffix}", None)
             if whole is not None:

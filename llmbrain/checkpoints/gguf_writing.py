@@ -15,19 +15,24 @@ from torch import Tensor, nn
 from llmbrain._files import writing
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import LayerAnatomy, anatomy
+from llmbrain.anatomy.units import HEADS, NEURONS
 from llmbrain.checkpoints.gguf_layout import (
     CLASS,
     CONFIG,
+    NORM_OF_ATTENTION,
     PROVENANCE,
     ROPE_FACTORS,
     TARGETS,
     WHOLE,
+    ZEROS_OF_ATTENTION,
+    ZEROS_OF_MLP,
     Target,
     interleave,
     rotary_factors,
 )
 from llmbrain.checkpoints.gguf_opening import CHECKSUM, EMPTY, seal_gguf
 from llmbrain.checkpoints.gguf_tokenizers import copy_tokenizer, write_tokenizer, write_whole
+from llmbrain.checkpoints.shrinking import blocks_of, is_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,11 +138,17 @@ def target_of(model: nn.Module) -> Target:
     own, other = TARGETS[kind]
     layers = anatomy(model).layers
     _check_config(model, kind)
-    uneven = len({(layer.width, layer.n_heads, layer.n_kv_heads) for layer in layers}) > 1
-    biased = any(_bias(part) for layer in layers for part in (layer.down, layer.out))
-    missing = any(layer.out is None or layer.n_kv_heads < 1 for layer in layers)
+    blocks = blocks_of(layers)
+    uneven = len({(width_of(layer), *heads_of(i, layer)) for i, layer in enumerate(blocks)}) > 1
+    biased = any(_bias(part) for layer in blocks for part in (layer.down, layer.out))
+    missing = any(layer.out is None or (layer.n_kv_heads < 1 and not HEADS.is_gone(layer)) for layer in blocks)
     if missing:
         raise InputError(f"format='gguf': the heads of {type(model).__name__} could not be counted")
+    if any(HEADS.is_gone(layer) for layer in blocks) and (other is None or other.fused):
+        raise InputError(
+            f"format='gguf': llama.cpp reads no {kind} model whose layers lack their attention alone: save as 'padded' "
+            "(plain transformers), or plan whole layers (method='shortgpt')"
+        )
     if not uneven and (not biased or own.output_bias):
         return own
     why = "layers that differ" if uneven else "a bias (the intercept of the repair)"
@@ -147,6 +158,22 @@ def target_of(model: nn.Module) -> Target:
         what = "a bias (the intercept of the repair)" if biased else "an output matrix of its own (untied embeddings)"
         raise InputError(f"format='gguf': llama.cpp reads a {kind} model with {why} only without {what}: {_INSTEAD}")
     return other
+
+
+def width_of(layer: LayerAnatomy) -> int:
+    """Neurons that a file gives a layer.
+
+    One without an MLP gets some that are zero: llama.cpp leaves out the attention too where there are none.
+    """
+    return _BLOCK if NEURONS.is_gone(layer) else layer.width
+
+
+def heads_of(number: int, layer: LayerAnatomy) -> tuple[int, int]:
+    """Query and key/value heads that a file gives its block of this number.
+
+    The first one without an attention gets a head that is zero: llama.cpp reads the size of all heads there.
+    """
+    return (1, 1) if not number and HEADS.is_gone(layer) else (layer.n_heads, layer.n_kv_heads)
 
 
 def demands(model: nn.Module) -> tuple[bool, bool]:
@@ -163,6 +190,13 @@ def demands(model: nn.Module) -> tuple[bool, bool]:
     if other is None or (other.fused and not config.tie_word_embeddings):
         return True, not own.output_bias
     return False, not other.output_bias
+
+
+def holds_lone_mlps(model: nn.Module) -> bool:
+    """Whether llama.cpp has a place for layers of this model without their attention."""
+    config: Any = model.config
+    other = TARGETS[config.model_type][1]
+    return other is not None and not other.fused
 
 
 def odd_widths(widths: Sequence[int], gguf_type: str = "f16") -> str | None:
@@ -203,12 +237,11 @@ def _check_config(model: nn.Module, kind: str) -> None:
         raise InputError(f"format='gguf': use_sliding_window=True of {kind} is not written")
     if kind in ("gemma2", "gemma3_text"):
         every = 2 if kind == "gemma2" else 6
-        wanted = [
-            "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
-        ]
-        if list(config.layer_types) != wanted:
+        blocks = blocks_of(anatomy(model).layers)
+        wanted = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(blocks))]
+        if [config.layer_types[layer.index] for layer in blocks] != wanted:
             raise InputError(f"format='gguf': llama.cpp computes every {every}th layer of {kind} with full attention")
-        head = anatomy(model).layers[0].head_dim
+        head = max(layer.head_dim for layer in blocks)
         if config.query_pre_attn_scalar != head:
             raise InputError(
                 f"format='gguf': query_pre_attn_scalar={config.query_pre_attn_scalar}, llama.cpp takes head_dim={head}"
@@ -221,8 +254,8 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
     import gguf
 
     config: Any = model.config
-    layers = anatomy(model).layers
-    first = layers[0]
+    layers = blocks_of(anatomy(model).layers)
+    first = max(layers, key=lambda layer: layer.head_dim)  # one that has its attention
     rope = dict(config.rope_parameters)
     full = rope.get("full_attention", rope)
 
@@ -233,9 +266,10 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
-    writer.add_feed_forward_length(each([layer.width for layer in layers]))
-    writer.add_head_count(each([layer.n_heads for layer in layers]))
-    writer.add_head_count_kv(each([layer.n_kv_heads for layer in layers]))
+    writer.add_feed_forward_length(each([width_of(layer) for layer in layers]))
+    heads = [heads_of(i, layer) for i, layer in enumerate(layers)]
+    writer.add_head_count(each([n for n, _ in heads]))
+    writer.add_head_count_kv(each([n for _, n in heads]))
     writer.add_key_length(first.head_dim)
     writer.add_value_length(first.head_dim)
     writer.add_rope_dimension_count(first.head_dim)
@@ -254,7 +288,7 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
 def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tuple[str, NDArray[Any], Any]]:
     """``(name, values, quantization)`` of every tensor of a file, in order."""
     config: Any = model.config
-    layers = anatomy(model).layers
+    layers = blocks_of(anatomy(model).layers)
     state = model.state_dict()
     written = set()
     for name, tensor in state.items():
@@ -271,6 +305,9 @@ def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tup
             if inner == name:
                 continue
             module, _, suffix = inner.rpartition(".")
+            if module == NORM_OF_ATTENTION and not heads_of(i, layer)[0]:
+                written.add(name)
+                continue
             if module not in target.names:
                 raise InputError(f"format='gguf': {name} has no place in llama.cpp's {target.arch}: {_INSTEAD}")
             written.add(name)
@@ -281,11 +318,21 @@ def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tup
                 fused.setdefault(suffix, []).append(value)
             else:
                 yield _encoded(f"blk.{i}.{target.names[module]}.{suffix}", value, gguf_type)
+        zeros = _BLOCK if NEURONS.is_gone(layer) else 0
+        for name in ZEROS_OF_MLP if zeros else ():
+            shape = (config.hidden_size, zeros) if name == ZEROS_OF_MLP[-1] else (zeros, config.hidden_size)
+            yield _encoded(f"blk.{i}.{name}.weight", torch.zeros(shape), gguf_type)
+        zeros = max(x.head_dim for x in layers) if HEADS.is_gone(layer) and heads_of(i, layer)[0] else 0
+        for name in ZEROS_OF_ATTENTION if zeros else ():
+            shape = (config.hidden_size, zeros) if name == ZEROS_OF_ATTENTION[-1] else (zeros, config.hidden_size)
+            yield _encoded(f"blk.{i}.{name}.weight", torch.zeros(shape), gguf_type)
         for suffix, parts in fused.items():
             yield _encoded(f"blk.{i}.attn_qkv.{suffix}", torch.cat(parts), gguf_type)
     factors = _factors(model, layers)
     if factors is not None:
         yield _encoded(ROPE_FACTORS, factors, gguf_type)
+    empty = tuple(f"{layer.path}." for layer in anatomy(model).layers if is_empty(layer))
+    written |= {name for name in state if name.startswith(empty)}  # norms that nothing reads
     left = sorted(set(state) - written - ({"lm_head.weight"} if config.tie_word_embeddings else set()))
     if left:
         raise InputError(f"format='gguf': {left[0]} has no place in llama.cpp's {target.arch}: {_INSTEAD}")
@@ -300,7 +347,8 @@ def _factors(model: Any, layers: list[LayerAnatomy]) -> Tensor | None:
     rope = dict(model.config.rope_parameters)
     if rope.get("rope_type", "default") != "llama3":
         return None
-    return rotary_factors(model.model.rotary_emb.inv_freq, float(rope["rope_theta"]), layers[0].head_dim)
+    head_dim = max(layer.head_dim for layer in layers)
+    return rotary_factors(model.model.rotary_emb.inv_freq, float(rope["rope_theta"]), head_dim)
 
 
 def _encoded(name: str, tensor: Tensor, gguf_type: str) -> tuple[str, NDArray[Any], Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmbrain._files import read_json, write_json, write_text
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.nothing import Nothing
 from llmbrain.anatomy.surgery import ConfigOfLayer
+from llmbrain.anatomy.units import HEADS
 from llmbrain.checkpoints.shapes import OURS, STANDARD, build_empty, own_layers, stock_config, text_config
 
 FILE = "modeling_pruned.py"
@@ -37,6 +40,13 @@ ATTRIBUTES = $attributes
 # module: what its config says otherwise than that of the model
 CONFIGS = $configs
 
+# parts of blocks that are not there: what they are to know
+NOTHING = $nothing
+
+# linear layers of such parts: the shape of what is left
+EMPTY = $empty
+
+$code_of_nothing
 
 class ConfigOfLayer:
     """The model's config as one layer sees it."""
@@ -72,6 +82,17 @@ class Pruned:
             if name.startswith(self.PREFIX):
                 parent, _, child = name[len(self.PREFIX):].rpartition(".")
                 delattr(self.get_submodule(parent), child)
+        for name, known in self.mine(NOTHING):
+            module = self.get_submodule(name)
+            for parameter in list(module._parameters):
+                module._parameters[parameter] = None
+            module.nothing = known
+            module.__class__ = type("Dropped" + type(module).__name__, (Nothing, type(module)), {})
+        for name, shape in self.mine(EMPTY):
+            module = self.get_submodule(name)
+            value = module._parameters.pop("weight").new_empty(shape)
+            module.register_buffer("weight", value, persistent=False)
+            module.bias = None
         for name, shapes in self.mine(PARAMETERS):
             module = self.get_submodule(name)
             like = next(module.parameters(recurse=False))
@@ -100,10 +121,14 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
     """Put the class into a folder that `save_pretrained` wrote, and point its config to it."""
     base = type(model).__name__
     stock = dict(build_empty(type(model), stock_config(model.config)).named_modules())
-    tables: dict[str, dict[str, Any]] = {"parameters": {}, "attributes": {}, "configs": {}}
+    tables: dict[str, dict[str, Any]] = {"parameters": {}, "attributes": {}, "configs": {}, "nothing": {}, "empty": {}}
     names = set()
     for name, module in model.named_modules():
         names.add(name)
+        if isinstance(module, Nothing):
+            tables["nothing"][name] = dict(module.nothing)
+        if isinstance(left := module._buffers.get("weight"), Tensor) and not left.numel():
+            tables["empty"][name] = list(left.shape)
         if name not in stock:  # made while the model ran
             if any(True for _ in module.parameters(recurse=False)):
                 raise InputError(f"format='remote-code': a plain {base} has no module {name}")
@@ -124,6 +149,7 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
     ours_here = OURS if own_layers(model.config) is not None else (*OURS, *STANDARD)
     code = CODE.substitute(
         base=base, imported=", ".join(sorted(bases)), ours=repr(ours_here), dropped=repr(dropped),
+        code_of_nothing=f"from typing import Any\n\n\n{inspect.getsource(Nothing)}" if tables["nothing"] else "",
         classes="".join(CLASS.substitute(base=n, prefix=repr(prefix)) for n, prefix in bases.items()),
         **{k: _literal(table) for k, table in tables.items()},
     )  # fmt: skip
@@ -159,14 +185,19 @@ def _say_standard(model: nn.Module, config: dict[str, Any]) -> None:
     entries = text.get("per_layer_config")
     if not entries or own_layers(model.config) is not None:
         return
-    for i, layer in enumerate(anatomy(model).layers):
+    layers = anatomy(model).layers
+    head_dim = max(layer.head_dim for layer in layers)
+    kind = type(text_config(model.config))
+    divides = isinstance(getattr(kind, "head_dim", None), property)  # Falcon divides by the number of heads
+    for i, layer in enumerate(layers):
         entry = entries.setdefault(str(i), {})
         entry["intermediate_size"] = layer.width
-        if layer.out is not None and layer.n_kv_heads:
-            for name, value in zip(STANDARD, (layer.n_heads, layer.n_kv_heads, layer.head_dim)):
-                if not isinstance(getattr(type(text_config(model.config)), name, None), property):  # Falcon's head_dim
+        if layer.n_kv_heads or (HEADS.is_gone(layer) and not divides):
+            for name, value in zip(STANDARD, (layer.n_heads, layer.n_kv_heads, layer.head_dim or head_dim)):
+                if not isinstance(getattr(kind, name, None), property):
                     entry[name] = value
-                    text.setdefault(name, value)  # Qwen2 has no head_dim of its own
+                    if value:
+                        text.setdefault(name, value)  # Qwen2 has no head_dim of its own
     text["allow_global_per_layer_attribute_access"] = True  # stock code reads the model's own, as it always did
 
 

@@ -17,6 +17,7 @@ from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
 from llmbrain.anatomy.offload import check_in_memory
 from llmbrain.anatomy.surgery import check_no_adapter
+from llmbrain.anatomy.units import HEADS
 from llmbrain.checkpoints.expert_shapes import record_expert_shapes, shapes_text
 from llmbrain.checkpoints.gguf_writing import write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
@@ -32,6 +33,7 @@ from llmbrain.checkpoints.shapes import (
     stock_config,
     text_config,
 )
+from llmbrain.checkpoints.shrinking import kept_layers, prefixes_of_nothing, renumber, shrink_config
 from llmbrain.hooks.change import refuse_changed
 
 if TYPE_CHECKING:
@@ -68,9 +70,9 @@ def save_pruned(
     format : str
         ``"per-layer"``: widths in ``per_layer_config``; `load_model` and `load_pruned` open it. ``"remote-code"``: the
         same and a class in the folder; plain transformers open it with ``trust_remote_code=True``. ``"uniform"``: an
-        ordinary checkpoint; needs one width in all layers. ``"padded"``: an ordinary checkpoint, with zeros up to the
-        widest layer. ``"masked"``: an ordinary checkpoint with the shapes of the uncut model and zeros where neurons
-        were. ``"gguf"``: one file for llama.cpp; see `write_gguf`.
+        ordinary checkpoint; needs one width in all layers (those that were dropped whole are left out). ``"padded"``:
+        an ordinary checkpoint, with zeros up to the widest layer. ``"masked"``: an ordinary checkpoint with the shapes
+        of the uncut model and zeros where neurons were. ``"gguf"``: one file for llama.cpp; see `write_gguf`.
     max_shard_size : int or str
         Bytes in one safetensors file, e.g. ``"5GB"``.
     overwrite : bool
@@ -141,7 +143,7 @@ def save_pruned(
         )
     exported: Any = model
     if format == "uniform" and not mixture:
-        exported = _stock_copy(model, format, width=_one_width(model))
+        exported = _stock_copy(model, format, width=_one_width(model), keep=kept_layers(model, format))
     elif format == "padded":
         exported = _stock_copy(model, format, width=-(-max(anatomy(model).widths) // multiple_of) * multiple_of)
     elif format == "masked":
@@ -153,7 +155,8 @@ def save_pruned(
             tokenizer.save_pretrained(new)
         if format == "remote-code":
             write_remote_code(model, new)
-        write_json(new / PROVENANCE, provenance(model, format) | dict(note or {}))
+        told = provenance(exported if format == "uniform" else model, format)
+        write_json(new / PROVENANCE, told | dict(note or {}))
         if said is not None:
             check_loads(model, said, new, format)
         if beside is not None:
@@ -240,7 +243,7 @@ def provenance(model: nn.Module, format: str) -> dict[str, Any]:
 
 
 def _one_width(model: nn.Module) -> int:
-    layers = anatomy(model).layers
+    layers = [anatomy(model).layers[i] for i in kept_layers(model, "uniform")]
     widths = sorted({layer.width for layer in layers})
     if len(widths) > 1:
         raise InputError(
@@ -255,13 +258,23 @@ def _one_width(model: nn.Module) -> int:
     return widths[0]
 
 
-def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
-    """The same function in the shapes that a plain config builds, sharing what needs no change."""
+def _stock_copy(model: Any, format: str, *, width: int | None, keep: list[int] | None = None) -> nn.Module:
+    """The same function in the shapes that a plain config builds, sharing what needs no change.
+
+    With `keep` only these layers are there; the others hold nothing.
+    """
     config = stock_config(model.config)
     text = text_config(config)
     cuts = getattr(model, RECORD, [])
-    before = cuts[0]["widths_before"] if cuts else list(anatomy(model).widths)
-    target = list(before) if width is None else [width] * len(before)
+    layers = anatomy(model).layers
+    before = cuts[0]["widths_before"] if cuts else [layer.width for layer in layers]
+    if width is None and any("kept_layers" in cut for cut in cuts):
+        raise InputError(f"format={format!r}: layers of this model were left out when it was saved: use another format")
+    if keep is not None and len(keep) < len(layers):
+        shrink_config(text, keep, len(layers))
+        cuts = [*cuts, {"kept_layers": keep}]
+        layers = [layers[i] for i in keep]
+    target = list(before) if width is None else [width] * len(layers)
     _ask_for_biases(model, text)
     if width is not None:
         _ask_for_heads(model, text)
@@ -269,7 +282,7 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     if [s["intermediate_size"] for s in shapes_of(type(model), config)] != target:
         set_widths(type(model), config, target)
     empty = build_empty(type(model), config)
-    layers, stock = anatomy(model).layers, anatomy(empty).layers
+    stock = anatomy(empty).layers
     if [s.width for s in stock] != target:
         raise InputError(
             f"format={format!r}: {type(model).__name__} has no config entry for the width of its MLP (it is always "
@@ -284,9 +297,14 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
             f"format='uniform': the config of {type(model).__name__} cannot say that heads are fewer and no wider: use "
             "'per-layer', 'remote-code', 'padded' or 'masked'"
         )
-    state = {**dict(model.state_dict()), **_padded(layers, stock, None if padded else cuts if width is None else [])}
+    state = dict(model.state_dict())
+    if len(layers) < len(anatomy(model).layers):
+        state = renumber(state, layers)
+    else:
+        state |= _padded(layers, stock, None if padded else cuts if width is None else [])
+    nothing = prefixes_of_nothing(model)
     for name, tensor in empty.state_dict().items():
-        if name not in state and name.endswith("bias"):
+        if (name.startswith(nothing) and keep is None) or (name not in state and name.endswith("bias")):
             state[name] = torch.zeros(tensor.shape, dtype=model.dtype)
         elif name not in state or state[name].shape != tensor.shape:
             raise InputError(
@@ -302,6 +320,7 @@ def _stock_copy(model: Any, format: str, *, width: int | None) -> nn.Module:
     empty.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         empty.generation_config = model.generation_config
+    setattr(empty, RECORD, cuts)
     return empty
 
 
@@ -342,7 +361,7 @@ def _padded(
     state: dict[str, Tensor] = {}
     for i, (small, full) in enumerate(zip(layers, stock)):
         jobs = [(small.neuron_projections, full.neuron_projections, places("kept", i, small.width))]
-        if small.out is not None and full.out is not None:
+        if small.out is not None and full.out is not None and not HEADS.is_gone(small):
             heads = ((*small.heads, small.out), (*full.heads, full.out))
             jobs.append((*heads, places("kept_heads", i, small.out.units)))
         for smalls, fulls, kept in jobs:

@@ -11,7 +11,8 @@ from torch import nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import LayerAnatomy, anatomy
-from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
+from llmbrain.anatomy.surgery import add_bias, drop, keep_heads, keep_neurons
+from llmbrain.anatomy.units import HEADS, NEURONS
 
 # Where the families keep the width of their MLP. BLOOM has none: it is always four times the hidden size.
 WIDTH_KEYS = (
@@ -90,6 +91,8 @@ def set_widths(model_class: type[nn.Module], config: Any, widths: Sequence[int])
     Families keep the width under many names, some derive it from the entry (RecurrentGemma halves it, LFM2 rounds it
     unless told not to), one keeps a list. So an entry is believed only once a model built from it has the widths.
     """
+    if not all(widths):
+        return False  # no config says of a layer that it has no MLP
     text = text_config(config)
     before = {key: value for key in WIDTH_KEYS if (value := vars(text).get(key, text)) is not text}
     for key, value in before.items():
@@ -188,13 +191,17 @@ def apply_shapes(model: nn.Module, shapes: list[dict[str, Any]]) -> None:
             raise InputError(
                 f"per_layer_config: {layer.path} cannot have {width} neurons, its config gives {layer.width}"
             )
-        if width < layer.width:
+        if not width:
+            drop(layer, NEURONS)
+        elif width < layer.width:
             keep_neurons(layer, range(width))
         if layer.out is not None:
             groups = shape.get("attention_groups", layer.out.units)
-            if groups < layer.out.units:
+            if not groups:
+                drop(layer, HEADS)
+            elif groups < layer.out.units:
                 keep_heads(layer, range(groups))
-            if shape.get("attention_out_bias"):
+            if groups and shape.get("attention_out_bias"):
                 add_bias(layer.out)
-        if shape.get("mlp_down_bias"):
+        if width and shape.get("mlp_down_bias"):
             add_bias(layer.down)

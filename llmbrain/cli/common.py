@@ -72,6 +72,10 @@ HEADS = Annotated[
     float,
     typer.Option("--head-ratio", min=0.0, max=1.0, help="Share of the attention heads to remove, in key/value groups."),
 ]
+DROP = Annotated[
+    list[str] | None,
+    typer.Option("--drop", help="Parts that may be set to nothing in some layers: mlp, attention, or both."),
+]
 EXPERTS = Annotated[
     float | None,
     typer.Option("--expert-ratio", help="Of a mixture of experts: share of each layer's routed experts to remove."),

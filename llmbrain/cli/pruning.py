@@ -14,6 +14,7 @@ from llmbrain.cli.common import (
     COMPENSATE,
     DEVICE,
     DEVICE_MAP,
+    DROP,
     DRY_RUN,
     EXPERTS,
     FIELD,
@@ -78,6 +79,7 @@ def plan(
     multiple_of: MULTIPLE = 1,
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
+    drop: DROP = None,
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
@@ -93,12 +95,15 @@ def plan(
     dry_run: DRY_RUN = False,
 ) -> None:
     """Say what a cut would remove, layer by layer; nothing is cut."""
+    from llmbrain.pruning.allocate.blocks import check_drop
     from llmbrain.study import load_texts, smaller
     from llmbrain.study.experts import plan_fewer
 
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     texts = load_texts(text, field) if text else None
     if expert_ratio is not None:
+        if parts(drop):
+            raise InputError("--expert-ratio takes no --drop")
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
         fewer = plan_fewer(
             loaded, tokenizer, texts, expert_ratio=expert_ratio, method=method, study=study, out=out, random_state=seed,
@@ -110,7 +115,7 @@ def plan(
         return
     costs = smaller.plan_cost(
         loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
-        head_ratio=head_ratio,
+        head_ratio=head_ratio, drop=check_drop(parts(drop)),
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -119,7 +124,8 @@ def plan(
     made = smaller.plan(
         loaded, tokenizer, texts, study=study, out=out, self_text=self_text,
         ratio=ratio, method=method, allocation=allocation or None, multiple_of=multiple_of,
-        protect=parse_layers(protect), head_ratio=head_ratio, passes=passes, token_balance=token_balance,
+        protect=parse_layers(protect), head_ratio=head_ratio, drop=parts(drop), passes=passes,
+        token_balance=token_balance,
         keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
     )  # fmt: skip
     print_table(made.to_frame())
@@ -156,6 +162,7 @@ def prune(
     multiple_of: MULTIPLE = 1,
     protect: PROTECT = None,
     head_ratio: HEADS = 0.0,
+    drop: DROP = None,
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
@@ -172,6 +179,7 @@ def prune(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Cut neurons out of a model and save the smaller one."""
+    from llmbrain.pruning.allocate.blocks import check_drop
     from llmbrain.pruning.experts import ExpertPlan, read_plan
     from llmbrain.study import load_texts, smaller
     from llmbrain.study.again import check_free
@@ -184,6 +192,8 @@ def prune(
     if expert_ratio is not None and given is not None:
         raise InputError("--expert-ratio and --plan exclude each other")
     if expert_ratio is not None or isinstance(given, ExpertPlan):
+        if parts(drop):
+            raise InputError("--expert-ratio takes no --drop")
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
         small, fewer = cut_fewer(
             loaded, tokenizer, texts, out=out, plan=given if isinstance(given, ExpertPlan) else None,
@@ -196,7 +206,7 @@ def prune(
         return
     costs = smaller.plan_cost(
         loaded, tokenizer, texts, study=study, method="magnitude" if given else method, allocation=allocation or None,
-        passes=passes, head_ratio=head_ratio, repair=compensate != "none",
+        passes=passes, head_ratio=head_ratio, repair=compensate != "none", drop=check_drop(parts(drop)),
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -207,8 +217,8 @@ def prune(
         compensate=None if compensate == "none" else compensate,
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
-        passes=passes, token_balance=token_balance, keep=parts(keep) or None, forget=parts(forget) or None,
-        random_state=seed, overwrite=overwrite, offload=offload or bool(device_map),
+        drop=parts(drop), passes=passes, token_balance=token_balance, keep=parts(keep) or None,
+        forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=offload or bool(device_map),
     )  # fmt: skip
     say(made.summary())
     say(f"saved: {out}")

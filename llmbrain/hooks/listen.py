@@ -232,7 +232,7 @@ class Recorder:
             if tap.by_visit:
                 by_visit.setdefault(tap.module, []).append(tap)
         experts = {module: partial(self._hear_visits, taps) for module, taps in by_visit.items()}
-        places = [self._place(tap) for tap in self.taps if not tap.by_visit]
+        places = [self._place(tap) for tap in self.taps if not tap.by_visit and not tap.silent]
         with Hooks(None, places), hearing_experts(experts) if experts else nullcontext():
             yield
 
@@ -252,7 +252,7 @@ class Recorder:
 
     def _hear(self, tap: Tap, value: Any) -> None:
         signal = tap.read(value)
-        signal = signal.reshape(-1, signal.shape[-1])
+        signal = signal.flatten(0, -2)
         if signal.shape[0] == self.n_cells:
             if self._keep is not None:
                 keep = self._keep_on.setdefault(signal.device, self._keep.to(signal.device))
@@ -272,6 +272,10 @@ class Recorder:
     def check_heard(self) -> None:
         """Every tap must have been passed exactly once."""
         for tap in self.taps:
+            if tap.silent:
+                like = tap.module.weight
+                assert isinstance(like, Tensor)
+                self._hear(tap, like.new_zeros(self.n_rows, tap.width or 0))
             times = self._heard[tap.site, tap.layer]
             if times != 1:
                 why = "" if times else f": {WHY_SILENT}"

@@ -16,6 +16,8 @@ SAME = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfl
 
 def nearly_equal(one: Tensor, other: Tensor) -> bool:
     """Whether two readings of one signal differ by no more than rounding in the dtype that was computed in."""
+    if not one.numel() and one.shape == other.shape:
+        return True
     limit = SAME.get(one.dtype, 1e-4) * float(other.double().abs().max().clamp_min(1e-12))
     return float((one.double() - other.double()).abs().max()) <= limit
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import ExpertAnatomy
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy
+from llmbrain.anatomy.layers import sizes
+from llmbrain.anatomy.units import HEADS, NEURONS
 
 SITES = ("neuron", "gate", "up", "mlp_out", "block_out", "head", "router")
 """Input of the down projection; its two factors (activated gate, up); output of the down projection; output of the
 block; L2 norm of each attention head's output (its slice of the output projection's input); of a mixture of experts,
 what the output of each routed expert is multiplied with (its gate, zero where it is not called)."""
 
+_OF_MLP = ("neuron", "gate", "up", "mlp_out")
 OF_EXPERTS = ("neuron", "router", "block_out")
 """Sites that a mixture of experts has."""
 BY_VISIT = ("shared", "visited", "weight", "routed")
@@ -37,6 +40,7 @@ class Tap:
     width: int | None = None
     heads: int = 0
     by_visit: bool = False
+    silent: bool = False  # of a part that was dropped: it is not run, and says zeros of this `width`
 
     def read(self, value: Any) -> Tensor:
         """The signal in what the module got or gave; units on the last axis."""
@@ -102,6 +106,11 @@ def expert_taps(body: ExpertAnatomy, sites: Sequence[str]) -> list[Tap]:
 
 def _tap(site: str, layer: LayerAnatomy, family: str) -> Tap:
     i = layer.index
+    if site in _OF_MLP and NEURONS.is_gone(layer):
+        width = sizes(layer.down.module)[1] if site == "mlp_out" else 0
+        return Tap(site, i, layer.down.module, output=True, width=width, silent=True)
+    if site == "head" and HEADS.is_gone(layer) and layer.out is not None:
+        return Tap(site, i, layer.out.module, output=True, width=0, silent=True)
     if site == "neuron":
         return Tap(site, i, layer.down.module, output=False)
     if site == "mlp_out":

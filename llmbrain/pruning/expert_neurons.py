@@ -47,7 +47,8 @@ def methods() -> list[str]:
 
 
 def _alone(of: type[Criterion]) -> bool:
-    return of.needs <= {"activations", "gradients"} and of.prepare is Criterion.prepare and of.weigh is Criterion.weigh
+    plain = of.prepare is Criterion.prepare and of.weigh is Criterion.weigh and not of.blocks
+    return plain and of.needs <= {"activations", "gradients"}
 
 
 @dataclass

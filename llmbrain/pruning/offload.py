@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.families import LayerAnatomy, anatomy
 from llmbrain.anatomy.offload import is_away, lend, lend_rest, present, shell
-from llmbrain.anatomy.surgery import check_cuttable, check_no_adapter, cut, restored
+from llmbrain.anatomy.surgery import check_cuttable, check_no_adapter, restored
 from llmbrain.checkpoints.parts import FORMATS_BY_PART, Parts, saving_by_part
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.hooks.change import refuse_changed
@@ -21,7 +20,7 @@ from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.prune import COMPENSATIONS, record_of, repair_text
 from llmbrain.pruning.repair.fit import repair
-from llmbrain.pruning.verify import check_cut_is_zeroing
+from llmbrain.pruning.verify import check_cut_is_zeroing, take
 from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
@@ -96,8 +95,8 @@ def prune_offloaded(
     refuse_changed(model, "prune_offloaded")
     check_no_adapter(model)
     body, kept = plan.check_model(model), plan.kept_units
-    for units in kept:
-        check_cuttable(body, units)
+    for units, of in kept.items():
+        check_cuttable(body, units, [len(stays) for stays in of])
     if format == "uniform" and any(len({len(stays) for stays in of}) > 1 for of in kept.values()):
         raise InputError(
             "format='uniform' needs one width in all layers: plan with allocation='uniform' and nothing protected, or "
@@ -119,9 +118,7 @@ def prune_offloaded(
         mine = layers[layer.index]
         lend(layer.block, mine.block)
         for units, of in kept.items():
-            stays = of[layer.index]
-            if len(stays) < units.count(mine):
-                cut(mine, units, torch.from_numpy(stays))
+            take(mine, units, of[layer.index])
         parts.add({f"{mine.path}.{name}": value.cpu() for name, value in mine.block.state_dict().items()})
         mine.block.to("meta")
 

@@ -20,6 +20,7 @@ from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.offload import present
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.anatomy.surgery import part_parameters
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
@@ -43,12 +44,13 @@ class PruningPlan:
     ratio : float
         Share of MLP neurons that was asked to be removed; `removed` is what the plan removes.
     kept : tuple of int64 arrays
-        Per layer, ascending indices of the neurons that stay.
+        Per layer, ascending indices of the neurons that stay; none of them: the MLP is dropped.
     widths_before : tuple of int
     digest : str
         Of the weights the plan was made for.
     kept_heads : tuple of int64 arrays, optional
-        Per layer, the key/value groups of heads that stay; None where heads are not touched.
+        Per layer, the key/value groups of heads that stay (none of them: the attention is dropped); None where heads
+        are not touched.
     groups_before : tuple of int
         Key/value groups per layer before.
     protect : tuple of int
@@ -79,7 +81,7 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "widths_before": _counts("widths_before", self.widths_before, 1),
+            "widths_before": _counts("widths_before", self.widths_before, 0),
             "groups_before": _counts("groups_before", self.groups_before, 0),
         }
         n = len(checked["widths_before"])
@@ -126,6 +128,15 @@ class PruningPlan:
         return found
 
     @property
+    def dropped(self) -> dict[str, tuple[int, ...]]:
+        """Layers whose ``"mlp"`` and whose ``"attention"`` are set to nothing."""
+        heads = zip(self.groups_before, self.kept_heads or ())
+        return {
+            "mlp": tuple(i for i, (n, k) in enumerate(zip(self.widths_before, self.kept)) if n and not len(k)),
+            "attention": tuple(i for i, (n, k) in enumerate(heads) if n and not len(k)),
+        }
+
+    @property
     def removed(self) -> float:
         """Share of the MLP neurons that goes."""
         return 1 - sum(self.widths) / sum(self.widths_before)
@@ -151,7 +162,7 @@ class PruningPlan:
         before = np.array(self.widths_before)
         frame = pd.DataFrame({"layer": np.arange(len(before)), "before": before, "kept": self.widths})
         frame["removed"] = frame["before"] - frame["kept"]
-        frame["share_removed"] = frame["removed"] / frame["before"]
+        frame["share_removed"] = frame["removed"] / frame["before"].clip(lower=1)
         frame["protected"] = frame["layer"].isin(self.protect)
         if self.kept_heads is not None:
             frame["groups_before"] = self.groups_before
@@ -170,6 +181,9 @@ class PruningPlan:
             lines.append(f"neurons of each expert {self.expert_widths} (shared ones first)")
         if self.kept_heads is not None:
             lines.append(f"key/value groups {[len(k) for k in self.kept_heads]} (before {_runs(self.groups_before)})")
+        for part, layers in self.dropped.items():
+            if layers:
+                lines.append(f"{'MLP' if part == 'mlp' else part} of layers {list(layers)} dropped whole")
         if self.protect:
             lines.append(f"layers {list(self.protect)} protected")
         lines += [f"note: {note}" for note in self.details.get("notes", [])]
@@ -306,20 +320,20 @@ def _counts(name: str, values: Any, low: int) -> tuple[int, ...]:
 
 
 def _kept(name: str, kept: Any, before: Sequence[int]) -> Kept:
-    """Indices of what stays in each layer: ascending, each once, at least one, within the layer."""
+    """Indices of what stays in each layer: ascending, each once, within the layer."""
     if isinstance(kept, (str, bytes)) or not isinstance(kept, Sequence) or len(kept) != len(before):
         size = len(kept) if isinstance(kept, Sequence) else repr(kept)
         raise InputError(f"{name} of this plan has {size} layers, the model had {len(before)}")
     found = []
     for i, (units, width) in enumerate(zip(kept, before)):
         indices = np.array(_counts(f"{name}[{i}]", units, 0), dtype=np.int64)
-        if not len(indices) and width:
-            raise InputError(f"{name}[{i}] of this plan is empty: a layer keeps at least one unit")
         if len(indices) and int(indices.max()) >= width:
             raise InputError(f"{name}[{i}] of this plan names unit {int(indices.max())} of {width}")
         if (np.diff(indices) <= 0).any():
             raise InputError(f"{name}[{i}] of this plan must be ascending, each unit once")
         found.append(indices)
+    if before and any(before) and not any(len(k) for k in found):
+        raise InputError(f"{name} of this plan is empty: the model keeps at least one unit")
     return tuple(found)
 
 
@@ -336,9 +350,9 @@ def weights_digest(body: Anatomy) -> str:
 
 
 def parameters_removed(body: Anatomy, kept: Mapping[Units, Kept]) -> int:
-    """Parameters that go with the units that are not kept."""
+    """Parameters that go with the units that are not kept, or with a part that keeps none."""
     return sum(
-        (units.count(layer) - len(k)) * units.parameters(layer)
+        (units.count(layer) - len(k)) * units.parameters(layer) if len(k) else part_parameters(layer, units)
         for units, of in kept.items()
         for layer, k in zip(body.layers, of)
     )

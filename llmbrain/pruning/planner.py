@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import Change, restored
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
+from llmbrain.pruning.allocate.blocks import CHOOSERS, BlockBudget, check_drop, check_whole, search_blocks
 from llmbrain.pruning.allocate.budget import Budget, given_widths
 from llmbrain.pruning.allocate.search import PASSES, Allocator
 from llmbrain.pruning.allocate.shares import uniform
@@ -69,6 +71,10 @@ class PlanOptions:
         looking), and the repair works against an adversary that learns it again: see `llmbrain.pruning.forget`.
     rule : dict, optional
         Options of the criterion's own: for ``"published"`` those of `published_scores`.
+    drop : str or sequence of str
+        ``"mlp"``, ``"attention"`` or both: MLPs and attentions that may be set to nothing, where that costs less than
+        as many parameters of neurons, as measured: see `llmbrain.pruning.allocate.blocks.search_blocks`. With
+        ``"attention"`` the ratio is met in parameters: as many go as with neurons alone.
     """
 
     multiple_of: int = 1
@@ -79,6 +85,7 @@ class PlanOptions:
     attribution: str = "gradient"
     last: bool = False
     rule: dict[str, Any] | None = None
+    drop: Sequence[str] | str = ()
 
 
 CALIBRATION_OPTIONS = ("window", "max_windows", "weights")  # fields of `Calibration` that are taken as keywords too
@@ -155,8 +162,9 @@ def plan_pruning(
     random_state : int, optional
         Of random scores and of FastICA.
     **options
-        ``multiple_of``, ``sequential``, ``passes``, ``token_balance``, ``level``, ``attribution``, ``last``, ``rule``:
-        see `PlanOptions`; and ``window``, ``max_windows``, ``weights`` of the calibration text: see `Calibration`.
+        ``multiple_of``, ``sequential``, ``passes``, ``token_balance``, ``level``, ``attribution``, ``last``, ``rule``,
+        ``drop`` (whole MLPs and attentions): see `PlanOptions`; and ``window``, ``max_windows``, ``weights`` of the
+        calibration text: see `Calibration`.
 
     Returns
     -------
@@ -178,7 +186,8 @@ def plan_pruning(
     given = Calibration.of(calibration, tokenizer, **text)
     how = plan_options(options)
     if has_experts(model):
-        refused = {"head_ratio": head_ratio or None, "keep": keep, "forget": forget}
+        whole = check_drop(how.drop) or criterion(method).blocks or None
+        refused = {"head_ratio": head_ratio or None, "keep": keep, "forget": forget, "whole blocks": whole}
         return _plan_expert_neurons(model, ratio, method, refused, allocation, protect, given, scans, how, random_state)
     body = anatomy(model)
     functions: _Functions | None = None
@@ -198,7 +207,9 @@ def plan_pruning(
     if ratio is None and (allocation is None or isinstance(allocation, str)):
         raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
     protected = check_protect(protect, len(body.layers))
-    if ratio is not None and functions is None:
+    own = criterion(method).blocks
+    check_whole(method, own, check_drop(how.drop), ratio, allocation, head_ratio, functions is not None)
+    if ratio is not None and functions is None and not own:
         Budget.of(body.widths, ratio, protected, how.multiple_of)  # fails before any work
     if head_ratio:
         HEADS.check(body, head_ratio)
@@ -212,7 +223,7 @@ def plan_pruning(
         planner.material.details["functions"] = functions.record
     return planner.plan(
         ratio, allocation=allocation, protect=protect, multiple_of=how.multiple_of, sequential=how.sequential,
-        head_ratio=head_ratio,
+        head_ratio=head_ratio, drop=how.drop,
     )  # fmt: skip
 
 
@@ -376,6 +387,7 @@ class Planner:
         multiple_of: int = 1,
         sequential: bool | None = None,
         head_ratio: float = 0.0,
+        drop: Sequence[str] | str = (),
     ) -> PruningPlan:
         """The plan of one ratio; parameters as in `plan_pruning`."""
         criterion, material, body = self.scorer.criterion, self.material, self.body
@@ -395,8 +407,18 @@ class Planner:
         if named != "given":
             self.allocator.check(named)
         budgets: dict[Units, Budget] = {}
-        NEURONS.check(body, ratio)
-        if widths is None:
+        drop = check_drop(drop)
+        check_whole(criterion.name, criterion.blocks, drop, ratio, allocation, head_ratio)
+        if not criterion.blocks:
+            NEURONS.check(body, ratio)
+        if criterion.blocks or drop:
+            if self.windows is None:
+                raise InputError(f"drop={list(drop)} needs calibration texts (or scans with tokens): it is measured")
+            if is_away(self.model):
+                raise InputError(f"drop={list(drop)}: weights of the model are offloaded: load it whole to drop parts")
+            if not criterion.blocks:
+                named = allocation if isinstance(allocation, str) else criterion.allocation
+        elif widths is None:
             budgets[NEURONS] = Budget.of(body.widths, ratio, protected, multiple_of)
         if head_ratio:
             HEADS.check(body, head_ratio)
@@ -404,7 +426,12 @@ class Planner:
             self.scorer.learn(HEADS)  # while the model is dense
         self.allocator.kinds = 2 if head_ratio else 1
         sequential = self.windows is not None and (criterion.sequential if sequential is None else sequential)
-        counts, details = self._counts(named, widths, budgets, sequential=sequential)
+        if criterion.blocks or drop:
+            given = BlockBudget(body, ratio, protected, multiple_of)
+            counts, details = self._blocks(given, drop, named, sequential=sequential)
+            named = "blocks" if criterion.blocks else named
+        else:
+            counts, details = self._counts(named, widths, budgets, sequential=sequential)
         kept = self._choose(counts, sequential=sequential)
         details |= criterion.facts(self.scorer.dense_scores, kept[NEURONS], protected)
         if self.windows is not None:
@@ -426,6 +453,19 @@ class Planner:
             details={**material.details, **details, "notes": [*material.notes, *notes]},
             _model=ref(self.model),
         )
+
+    def _blocks(
+        self, given: BlockBudget, drop: Sequence[str], named: str, *, sequential: bool
+    ) -> tuple[dict[Units, tuple[int, ...]], dict[str, Any]]:
+        """How many units each layer keeps where some lose their MLP or attention whole."""
+        own = self.scorer.criterion.blocks
+        if own:
+            blocks, widths, facts = CHOOSERS[own](self.allocator, given)
+        else:
+            blocks, widths, facts = search_blocks(self.allocator, given, drop, named, sequential=sequential)
+        counts: dict[Units, tuple[int, ...]] = {HEADS: given.heads(blocks)} if blocks.attention else {}
+        counts[NEURONS] = widths
+        return counts, {**self.allocator.facts(named, NEURONS), "blocks": {**blocks.record(), **facts}}
 
     def _counts(
         self, named: str, widths: tuple[int, ...] | None, budgets: dict[Units, Budget], *, sequential: bool
@@ -449,10 +489,11 @@ class Planner:
         """The best units of each layer; sequentially, on the prefix as pruned and refitted so far."""
         if not sequential:
             return {units: self.scorer.best(counts[units], units) for units in (NEURONS, HEADS) if units in counts}
-        kept: dict[Units, list[NDArray[np.int64]]] = {units: [] for units in counts}
+        none = np.zeros(0, dtype=np.int64)
+        kept: dict[Units, list[NDArray[np.int64]]] = {units: [none] * len(self.body.layers) for units in counts}
 
         def step(measured: Measured, chosen: NDArray[np.int64]) -> Change | None:
-            kept[measured.units].append(chosen)
+            kept[measured.units][measured.layer.index] = chosen
             last = measured.layer is self.body.layers[-1] and measured.units is NEURONS
             if last or len(chosen) == measured.output.units:
                 return None

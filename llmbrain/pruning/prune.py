@@ -15,7 +15,7 @@ from llmbrain._validation import InputError, check_option, check_range
 from llmbrain._version import __version__
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.offload import check_in_memory
-from llmbrain.anatomy.surgery import check_cuttable, cut
+from llmbrain.anatomy.surgery import check_cuttable
 from llmbrain.anatomy.units import Units
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
 from llmbrain.hooks.change import refuse_changed
@@ -28,7 +28,7 @@ from llmbrain.pruning.forget.relearning import Known, Relearning, attacked, spli
 from llmbrain.pruning.forget.unlearning import unlearn
 from llmbrain.pruning.plan import Kept, PruningPlan
 from llmbrain.pruning.repair.fit import repair
-from llmbrain.pruning.verify import check_cut_is_zeroing
+from llmbrain.pruning.verify import check_cache, check_cut_is_zeroing, take
 from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def prune(
     if inplace and functions.get("last") and compensate == "least-squares":
         raise InputError("inplace=True: a repair that makes forgetting last trains all weights, so it needs a copy")
     body, kept = plan.check_model(model), plan.kept_units
-    for units in kept:
-        check_cuttable(body, units)
+    for units, of in kept.items():
+        check_cuttable(body, units, [len(k) for k in of])
     given, windows, token_weights = Calibration.of(calibration, tokenizer, **text), None, None
     if compensate is not None:
         windows, token_weights = repair_text(model, plan, given, compensate)
@@ -156,9 +156,10 @@ def prune(
     try:
         for units, of in kept.items():
             for layer, stays in zip(body.layers, of):
-                if len(stays) < units.count(layer):
-                    cut(layer, units, torch.from_numpy(stays))
+                take(layer, units, stays)
         record_shapes(small)
+        if verify and plan.dropped["attention"]:
+            check_cache(small, windows)
     except BaseException as error:
         if inplace:
             error.add_note("the model was being cut in place when this happened: part of it is cut, load it again")

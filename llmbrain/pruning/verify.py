@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, anatomy
 from llmbrain.anatomy.offload import copied, is_away
-from llmbrain.anatomy.surgery import cut
+from llmbrain.anatomy.surgery import cut, drop
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.change import change_inputs, zero
 from llmbrain.hooks.listen import Call, hear_calls
@@ -84,6 +84,47 @@ def check_reads(model: nn.Module, windows: Tensor) -> None:
         ) from error
 
 
+def take(layer: LayerAnatomy, units: Units, stays: NDArray[np.int64]) -> None:
+    """Leave a layer the units that stay; with none of them its MLP or attention is dropped."""
+    if not len(stays) and units.count(layer):
+        drop(layer, units)
+    elif len(stays) < units.count(layer):
+        cut(layer, units, torch.from_numpy(stays))
+
+
+def check_cache(model: Any, windows: Tensor | None = None) -> None:
+    """Read a few tokens at once, and again in two parts with the cache between them: both must say the same.
+
+    Raises
+    ------
+    InputError
+        If they do not: the model without an attention would write other texts than it should.
+    """
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        return
+    ids = _tokens(model, windows)
+    ids = ids.to(input_device(model))
+    with evaluating(model, cache=True):
+        try:
+            whole = model(input_ids=ids).logits[:, -1]
+            first = model(input_ids=ids[:, :-2], use_cache=True)
+            cache = first.past_key_values
+            second = model(input_ids=ids[:, -2:-1], past_key_values=cache, use_cache=True)
+            parts = model(input_ids=ids[:, -1:], past_key_values=second.past_key_values, use_cache=True).logits[:, -1]
+        except FAILURES as error:
+            raise InputError(
+                f"the attention of this model cannot be dropped: {type(model).__name__} does not go on from its cache "
+                f"without it ({type(error).__name__}: {_line(error)})"
+            ) from error
+    size = float(whole.float().square().mean().sqrt())
+    apart = float((whole.float() - parts.float()).square().mean().sqrt())
+    if not apart <= (1e-3 if _exact(model) else 0.1) * max(size, 1e-30):
+        raise InputError(
+            f"the attention of this model cannot be dropped: with a cache {type(model).__name__} says something else "
+            f"(difference {apart / max(size, 1e-30):.2g} of the output's size)"
+        )
+
+
 def _cuts(units: Units, body: Anatomy, kept: Sequence[NDArray[np.int64]]) -> bool:
     return any(len(k) < units.count(layer) for layer, k in zip(body.layers, kept))
 
@@ -101,8 +142,7 @@ def _try_whole(model: nn.Module, kept: Kept, kinds: Sequence[Units], ids: Tensor
             layers = anatomy(trial).layers
             silenced = _with_zeros(layers, kept[units], units, run)
             for layer, stays in zip(layers, kept[units]):
-                if len(stays) < units.count(layer):
-                    cut(layer, units, torch.from_numpy(stays))
+                take(layer, units, stays)
             _compare(model, units, dense, silenced, run, exact)
             dense = silenced
 
@@ -149,7 +189,7 @@ def _try_blocks(model: nn.Module, body: Anatomy, kept: Kept, kinds: Sequence[Uni
                 if len(stays) == units.count(layer):
                     continue
                 silenced = _with_zeros([trial], [stays], units, run)
-                cut(trial, units, torch.from_numpy(stays))
+                take(trial, units, stays)
                 _compare(model, units, dense, silenced, run, _exact(trial.block))
                 dense = silenced
 
@@ -157,11 +197,19 @@ def _try_blocks(model: nn.Module, body: Anatomy, kept: Kept, kinds: Sequence[Uni
 def _with_zeros(
     layers: Sequence[LayerAnatomy], kept: Sequence[NDArray[np.int64]], units: Units, run: Callable[[], Tensor]
 ) -> Tensor:
-    """What comes out while the units that go are zero where they enter their output projection."""
+    """What comes out while the units that go are zero where they enter their output projection.
+
+    Of a part that goes whole, the projection of the copy itself is set to zero, bias included.
+    """
     edits = []
     for layer, stays in zip(layers, kept):
         output = units.output(layer)
         if output is None or len(stays) == output.units:
+            continue
+        if not len(stays):
+            with torch.no_grad():
+                for parameter in output.module.parameters():
+                    parameter.zero_()
             continue
         width = output.weight().shape[0]
         chosen = torch.ones(width, dtype=torch.bool)

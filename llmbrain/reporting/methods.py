@@ -53,6 +53,14 @@ REFERENCES = {
         "Sun M, Liu Z, Bair A, Kolter JZ (2024). A Simple and Effective Pruning Approach for Large Language Models. "
         "ICLR. arXiv:2306.11695."
     ),
+    "shortgpt": (
+        "Men X, Xu M, Zhang Q, Wang B, Lin H, Lu Y, Han X, Chen W (2024). ShortGPT: Layers in Large Language Models "
+        "are More Redundant Than You Expect. arXiv:2403.03853."
+    ),
+    "2ssp": (
+        "Sandri F, Cunegatti E, Iacca G (2025). 2SSP: A Two-Stage Framework for Structured Pruning of LLMs. "
+        "Transactions on Machine Learning Research. arXiv:2501.17771."
+    ),
     "taylor": (
         "Ma X, Fang G, Wang X (2023). LLM-Pruner: On the Structural Pruning of Large Language Models. NeurIPS. "
         "arXiv:2305.11627."
@@ -75,6 +83,7 @@ REFERENCES = {
 _CRITERIA = {
     "published": "pruning", "network": "networks", "flap": "flap", "fluctuation": "flap",
     "wanda": "wanda", "taylor": "taylor", "obs": "obs", "surgeon": "surgeon", "gradient": "surgeon",
+    "shortgpt": "shortgpt", "2ssp": "2ssp",
 }  # fmt: skip
 
 
@@ -206,11 +215,14 @@ def _pruning(held: Contents, cite: Any) -> str:
     repair = str(first(plan, "compensate") or first(settings or {}, "compensate") or "none")
     names = {"pruning": "Liu et al. 2025a", "networks": "Liu et al. 2025b", "flap": "An et al. 2024",
              "wanda": "Sun et al. 2024", "taylor": "Ma et al. 2023", "obs": "Kurtic et al. 2023",
-             "surgeon": "van der Ouderaa et al. 2024"}  # fmt: skip
+             "surgeon": "van der Ouderaa et al. 2024", "shortgpt": "Men et al. 2024",
+             "2ssp": "Sandri et al. 2025"}  # fmt: skip
     keys = list(dict.fromkeys(key for word, key in _CRITERIA.items() if word in method.lower()))
     cited = "; ".join(cite(key, names[key]) for key in keys)
     units = "routed experts" if hasattr(plan, "before") else "MLP neurons"
     share = "neurons" if ratio is None else f"{100 * float(ratio):.4g}% of the {units}"
+    if any(getattr(plan, "dropped", {}).values()) and ratio is not None:
+        share = f"As many parameters as {share} hold"
     text = f"{share[0].upper() + share[1:]} were removed by the criterion '{method}'{f' ({cited})' if cited else ''}"
     if allocation:
         text += f", spread over layers by the allocation '{allocation}'"

@@ -230,6 +230,8 @@ def _finish(
 ) -> None:
     """Check a full shard, and write it."""
     for (site, layer), signal in signals.items():
+        if not signal.numel():
+            continue  # of a layer whose MLP was dropped
         low, high = torch.aminmax(signal)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             _refuse(site, layer, signal, schedule.blocks[slice(*schedule.shards[index])], runs)

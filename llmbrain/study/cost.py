@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Passes of a plan at one share everywhere, and of each way to spread it: counted on a small model.
 OF_METHOD = {"random": 0.0, "magnitude": 0.0, "wanda-sp": 1.1, "flap": 1.1, "taylor": 3.0, "published": 1.0, "obs": 2.0,
-             "obs-gradient": 5.0, "networks": 7.0}  # fmt: skip
+             "obs-gradient": 5.0, "networks": 7.0, "shortgpt": 1.0, "2ssp": 3.0}  # fmt: skip
 OF_EXPERTS = 3.0  # times as many passes as that takes the repair of experts, which is done three times a layer
 SEQUENTIAL = {"obs", "obs-gradient", "networks"}
 OF_REPAIR = 2.0  # of the sequential repair: what a block gave before, and what it gives now
@@ -40,7 +40,9 @@ SLOW = 5.0  # seconds of one text: then no larger batch is measured
 BATCH = 2048  # tokens in a forward pass of an evaluation or a scan
 
 
-def plan_passes(method: str, allocation: str | None, passes: float, head_ratio: float = 0.0) -> float:
+def plan_passes(
+    method: str, allocation: str | None, passes: float, head_ratio: float = 0.0, drop: Sequence[str] = ()
+) -> float:
     """Forward passes over the calibration text that a plan takes."""
     if allocation is None and method in CRITERIA:
         allocation = {"published": "global", "networks": "search"}.get(method, "uniform")
@@ -49,8 +51,12 @@ def plan_passes(method: str, allocation: str | None, passes: float, head_ratio: 
         found += 1.0
     elif allocation == "sensitivity":
         found += min(passes, 24) / 3 + (0.8 if method in SEQUENTIAL else 0.0)
-    elif allocation == "search":
+    elif allocation == "search" and not drop:
         found += 0.92 * min(passes, 24)
+    elif allocation == "search":
+        found += min(passes, 24) / 3
+    if drop:
+        found += min(passes, 24) * 2 / 3
     return found + (1.0 if head_ratio else 0.0)
 
 

@@ -15,7 +15,7 @@ from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import load_model, load_pruned, save_pruned
 from llmbrain.checkpoints.gguf_reading import is_gguf
-from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
+from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, holds_lone_mlps, odd_widths
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.parts import FORMATS_BY_PART
 from llmbrain.checkpoints.shapes import RECORD
@@ -23,6 +23,7 @@ from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
+from llmbrain.pruning.allocate.blocks import WHOLE_LAYERS, check_drop
 from llmbrain.pruning.allocate.search import PASSES
 from llmbrain.pruning.benchmark import REPEATED, ROWS, WINDOW, compare_methods
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
@@ -120,14 +121,14 @@ def _study(study: Study | str | Path) -> Study:
 def plan_cost(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *,
     study: Study | str | Path | None = None, method: str = "networks", allocation: str | None = None,
-    passes: float = 24, head_ratio: float = 0.0, repair: bool = False,
+    passes: float = 24, head_ratio: float = 0.0, repair: bool = False, drop: Sequence[str] = (),
 ) -> Cost | None:  # fmt: skip
     """What a plan (and the repair after it) will take; None where there is no text to measure on."""
     if texts is None and study is not None:
         texts = [run.text for run in _study(study).scans if run.text]
     if not texts:
         return None
-    often = plan_passes(method, allocation, passes, head_ratio) + (OF_REPAIR if repair else 0.0)
+    often = plan_passes(method, allocation, passes, head_ratio, drop) + (OF_REPAIR if repair else 0.0)
     most = TEXT_WINDOWS * window_length(model)
     return step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
 
@@ -158,7 +159,7 @@ def plan(
         What it will be saved as: ``"uniform"`` needs one width everywhere.
     **options
         As for `plan_pruning`: ``ratio`` (default 0.3, with `forget` as many as it takes), ``method``, ``allocation``,
-        ``multiple_of``, ``protect``, ``head_ratio``, ``keep``, ``forget``, ...
+        ``multiple_of``, ``protect``, ``head_ratio``, ``drop``, ``keep``, ``forget``, ...
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
     """
@@ -172,7 +173,16 @@ def plan(
     if options.get("ratio") is None and not options.get("forget"):
         options["ratio"] = RATIO
     if (format == "uniform" or (format == "gguf" and demands(model)[0])) and not has_experts(model):
-        _one_width(model, options, format)
+        blocks = CRITERIA[method].blocks if method in CRITERIA else ""
+        if options.get("drop") or (blocks and blocks != WHOLE_LAYERS):
+            raise InputError(
+                f"format={format!r} holds whole layers of one width only, no layer that lacks its MLP or its attention "
+                "alone: use method='shortgpt', or another format"
+            )
+        if not blocks:
+            _one_width(model, options, format)
+    elif format == "gguf":
+        check_drop_fits(model, check_drop(options.get("drop")), method)
     if functions and evidence.scans is None:
         raise InputError("keep and forget need a study (--study): a scan whose texts have conditions")
     if functions and evidence.windows is not None:
@@ -189,6 +199,16 @@ def plan(
         made.save(out)
         write_figure(Path(out).with_suffix(".png"), plot_widths(made), dpi=130)
     return made
+
+
+def check_drop_fits(model: nn.Module, drop: Sequence[str], method: str) -> None:
+    """Before the work: whether llmbrain has a place in llama.cpp for what will be dropped."""
+    alone = method in CRITERIA and CRITERIA[method].blocks not in ("", WHOLE_LAYERS)
+    if (alone or "attention" in drop) and not holds_lone_mlps(model):
+        raise InputError(
+            f"format='gguf': llama.cpp reads no {type(model).__name__} whose layers lack their attention alone: "
+            "drop='mlp', or method='shortgpt', or another format"
+        )
 
 
 def _one_width(model: nn.Module, options: dict[str, Any], format: str) -> None:

@@ -73,7 +73,7 @@ def test_scan_lesion_and_evaluation_are_the_same(pair) -> None:
     np.testing.assert_allclose(tables[1].frame["random_effect"], tables[0].frame["random_effect"], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", sorted(set(CRITERIA) - {"published", "taylor"}))
+@pytest.mark.parametrize("method", sorted(set(CRITERIA) - {"published", "taylor", "shortgpt", "2ssp"}))
 def test_plans_are_the_same(folder: Path, method: str) -> None:
     whole, _ = lb.load_model(folder)
     for place in ("offload",) if method == "networks" else ("offload", "disk"):
@@ -228,3 +228,15 @@ def test_mixtures_of_experts(tmp_path: Path) -> None:
         lb.prune(placed, plans[0])
     with pytest.raises(InputError, match="block by block"):
         lb.prune_offloaded(placed, plans[0], tmp_path / "s")
+
+
+def test_whole_blocks_are_chosen_in_memory_and_cut_anywhere(folder: Path, tmp_path: Path) -> None:
+    whole, tokenizer = lb.load_model(folder)
+    placed, _ = lb.load_model(folder, **PLACES["offload"])
+    with pytest.raises(InputError, match="load it whole to drop parts"):
+        lb.plan_pruning(placed, ratio=0.4, method="shortgpt", calibration=WINDOWS)
+    plan = lb.plan_pruning(whole, ratio=0.4, method="shortgpt", calibration=WINDOWS)
+    lb.prune_offloaded(placed, plan, tmp_path / "small", tokenizer=tokenizer)
+    found, wanted = lb.load_model(tmp_path / "small")[0], lb.prune(whole, plan)
+    with torch.no_grad():
+        assert torch.equal(found(WINDOWS[:1]).logits, wanted(WINDOWS[:1]).logits)

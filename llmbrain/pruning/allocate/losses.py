@@ -37,7 +37,7 @@ def from_losses(
         y = np.maximum.accumulate(np.concatenate([[0.0], losses[i]]))
         y = np.append(y, y[-1] + 4 * max(y[-1] - y[-2], 1e-12))  # an empty layer is never measured: steep
         most = 0 if budget.fixed[i] else (w[i] - budget.low[i]) // unit
-        tables.append(np.interp(np.arange(most + 1) * unit / w[i], x, y))
+        tables.append(np.interp(np.arange(most + 1) * unit / max(w[i], 1), x, y))
     target = round(float(w.sum() - budget.keep) / unit)
     target = min(target, sum(len(t) - 1 for t in tables))
     best, choices = np.full(target + 1, np.inf), []
@@ -74,10 +74,11 @@ def from_curves(budget: Budget, losses: NDArray[np.float64], levels: Sequence[fl
     from scipy.optimize import nnls
 
     w, powers, shares = np.array(budget.widths, dtype=float), np.array(POWERS), np.array(levels)
+    whole = np.maximum(w, 1)  # layers that have none any more are divided by nothing
     powered = shares[:, None] ** powers
     curves = np.array([nnls(powered, np.maximum.accumulate(np.maximum(y, 0)))[0] for y in losses])
     curves += 1e-9 * max(curves.max(), 1e-9)  # strictly rising
-    most = 1 - budget.low / w
+    most = 1 - budget.low / whole
     goal = w.sum() - budget.keep
 
     def removed(price: float) -> NDArray[np.float64]:
@@ -85,7 +86,7 @@ def from_curves(budget: Budget, losses: NDArray[np.float64], levels: Sequence[fl
         low, high = np.zeros(len(w)), most.copy()
         for _ in range(50):
             middle = (low + high) / 2
-            cheap = (curves * powers * middle[:, None] ** (powers - 1)).sum(1) / w < price
+            cheap = (curves * powers * middle[:, None] ** (powers - 1)).sum(1) / whole < price
             low, high = np.where(cheap, middle, low), np.where(cheap, high, middle)
         return np.asarray(w * low)
 

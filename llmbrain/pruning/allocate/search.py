@@ -146,11 +146,11 @@ class Allocator:
         objective = self._objective(held_out=False, tokens=int(of_layer / len(self._levels)))
         base = objective.mean()
         losses = np.zeros((n_layers, len(self._levels)))
-        scores: list[NDArray[np.float64]] = []
+        scores: list[NDArray[np.float64]] = [np.zeros(0) for _ in losses]
 
         def look(measured: Measured) -> None:
             i, output = measured.layer.index, measured.output
-            scores.append(self.scorer.score(measured, i, units))
+            scores[i] = self.scorer.score(measured, i, units)
             known: dict[int, float] = {output.units: 0.0}  # few heads: several levels are the same cut
             with restored([measured.layer], [units]):
                 for k, level in enumerate(self._levels):

@@ -27,7 +27,9 @@ def ranked(budget: Budget, scores: Sequence[NDArray[np.float64]], *, standardize
 
     With `clamp` each layer loses between 0.5 and 1.5 times its share (FANG's bounds).
     """
-    values = [_standardized(s) if standardize else np.asarray(s, dtype=float) for s in scores]
+    values = [
+        _standardized(s[:w]) if standardize else np.asarray(s[:w], dtype=float) for s, w in zip(scores, budget.widths)
+    ]
     free = [i for i in range(len(values)) if i not in budget.protect]
     n_free = budget.keep - sum(budget.widths[i] for i in budget.protect)
     pool = np.concatenate([values[i] for i in free])
@@ -73,6 +75,8 @@ def by_density(budget: Budget, maps: NDArray[np.floating], space: NeuronSpace) -
 
 
 def _standardized(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not len(scores):
+        return scores
     spread = scores.std()
     return (scores - scores.mean()) / (spread if spread > 0 else 1.0)
 

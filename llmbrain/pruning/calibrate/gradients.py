@@ -70,7 +70,7 @@ def gradient_pass(
             "or load the model whole"
         )
     probe = torch.Generator().manual_seed(0)
-    outputs = [] if places is not None else [units.output(layer) for layer in body.layers]
+    outputs = [None if units.is_gone(layer) else units.output(layer) for layer in body.layers if places is None]
     listened = places if places is not None else [None if out is None else out.module for out in outputs]
     grams: list[Any] = [0.0] * len(listened)
     counts: Tensor | None = None  # weights of the tokens of the batch at hand
@@ -85,7 +85,8 @@ def gradient_pass(
 
         return hook
 
-    projections = [units.projections(layer) for layer in body.layers] if places is None else []
+    layers = body.layers if places is None else []
+    projections = [() if units.is_gone(layer) else units.projections(layer) for layer in layers]
     wanted = {id(p) for of in projections for j in of for p in j.module.parameters(recurse=False)}
     before = [(p, p.requires_grad) for p in model.parameters()]
     heard: list[tuple[nn.Module, Any]] = [(m, watch(i)) for i, m in enumerate(listened) if m is not None]

@@ -342,7 +342,7 @@ def walk(
             with present(layer.block):
                 for units in (kind for kind in KINDS if kind in steps):
                     output = units.output(layer)
-                    if output is None:
+                    if output is None or units.is_gone(layer):
                         continue
                     measured, after = _measure(stream, layer, units, output, token_weights)
                     change = steps[units](measured)

@@ -11,6 +11,7 @@ from llmbrain.pruning.criteria import (
     relp,
     taylor,
     wanda,
+    whole,
 )
 from llmbrain.pruning.criteria.base import CRITERIA, NEEDS, Criterion, Evidence, Material, criterion, register
 
@@ -32,4 +33,5 @@ __all__ = [
     "relp",
     "taylor",
     "wanda",
+    "whole",
 ]

@@ -124,6 +124,9 @@ class Criterion:
         Whether it is meant to be computed on the already pruned prefix.
     allocation : str
         How it spreads the budget over layers where the user does not say.
+    blocks : str
+        How it chooses whole MLPs and attentions, a key of `llmbrain.pruning.allocate.blocks.CHOOSERS`; "" where it
+        scores units only.
     """
 
     name: ClassVar[str] = ""
@@ -131,6 +134,7 @@ class Criterion:
     standardize: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
     allocation: ClassVar[str] = "uniform"
+    blocks: ClassVar[str] = ""
 
     def sites(self, body: Anatomy) -> tuple[str, ...]:
         """Sites that scans should have beside the neurons."""

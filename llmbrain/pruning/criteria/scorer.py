@@ -115,11 +115,15 @@ class Scorer:
         """Scores of all layers' units in the dense model; computed once."""
         self.learn(units)
         if units not in self._dense:
-            found: Scores = []
+            layers = self.material.body.layers
+            found: Scores = [np.zeros(0) for _ in layers]
             if "activations" in self.criterion.needs:
-                self.look("score", lambda at: found.append(self.score(at, at.layer.index, units)), units)
+                self.look("score", lambda at: found.__setitem__(at.layer.index, self.score(at, at.layer.index, units)),
+                          units)  # fmt: skip
             else:
-                found = [self.score(None, i, units) for i in range(len(self.material.body.layers))]
+                for i, layer in enumerate(layers):
+                    if not units.is_gone(layer):
+                        found[i] = self.score(None, i, units)
             self._dense[units] = found
         return self._dense[units]
 
@@ -134,6 +138,9 @@ class Scorer:
 
     def best(self, counts: Sequence[int], units: Units) -> Kept:
         """The units of each layer that stay, by the scores of the dense model."""
+        layers = self.material.body.layers
+        if all(n in (0, units.count(layer)) for n, layer in zip(counts, layers)):
+            return tuple(np.arange(n) for n in counts)
         scores = self.dense_scores(units)
         return tuple(self.criterion.choose(s, n, i, units) for i, (s, n) in enumerate(zip(scores, counts)))
 
@@ -156,6 +163,8 @@ class Scorer:
                 i = measured.layer.index
                 if known:
                     return then(measured, known[units][i])
+                if counts[units][i] in (0, measured.output.units):  # nothing to choose from
+                    return then(measured, np.arange(counts[units][i]))
                 scores = self.score(measured, i, units)
                 return then(measured, self.criterion.choose(scores, counts[units][i], i, units))
 

@@ -68,7 +68,12 @@ def fit(
     intercept: bool = True,
     on: Moments | None = None,
 ) -> Change:
-    """The refit of one output projection for the units that stay, `on` all its moments or those given."""
+    """The refit of one output projection for the units that stay, `on` all its moments or those given.
+
+    Where none stays nothing is fitted: what is dropped adds nothing, and what comes after it is fitted to that.
+    """
+    if not len(kept):
+        return Change(kept)
     weight, output = measured.weight, measured.output
     columns = (output.rows(kept) - output.start).to(weight.device)
     if kind == "bias":
