@@ -55,6 +55,7 @@ def become_nothing(module: nn.Module, *, gives: int = 0, layer: int = -1) -> Non
     names = [n for n in inspect.signature(kind.forward).parameters if n != "self"]
     residual = names.index("residual") if "residual" in names else -1
     vars(module)["nothing"] = {"gives": gives, "residual": residual, "layer": layer}
+    vars(module).pop("forward", None)  # accelerate's, on devices of their own
     module.__class__ = _class_of_nothing(kind)
 
 
