@@ -246,6 +246,8 @@ class PruningPlan:
         known = self._model() if model is None and self._model is not None else model
         if known is not None:
             self.check_model(known)
+        if any(self.dropped.values()):
+            raise InputError("this plan drops whole blocks: a forecast is for cuts of neurons only")
         if self.kept_heads is not None and predictor != "share":
             raise InputError("this plan cuts heads as well: a forecast is for cuts of neurons only")
         return forecast(

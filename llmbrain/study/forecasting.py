@@ -36,7 +36,7 @@ def forecast_of(
     if isinstance(plan, ExpertPlan) or plan.experts_before is not None:
         return None
     known = [s for s in scans_with_tokens(scans) if tuple(s.space.widths) == plan.widths_before]
-    if not known or plan.kept_heads is not None or not predicts_next_token(model):
+    if not known or plan.kept_heads is not None or any(plan.dropped.values()) or not predicts_next_token(model):
         return None
     if networks is not None and (networks.space is None or tuple(networks.space.widths) != plan.widths_before):
         networks = None
