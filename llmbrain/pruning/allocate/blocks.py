@@ -24,10 +24,8 @@ from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.listen import hear_outputs
 from llmbrain.hooks.text import batches, evaluating, input_device
 from llmbrain.pruning.allocate.budget import Budget, check_multiple
-from llmbrain.pruning.allocate.search import LOSS_TOKENS, OF_CANDIDATE, OF_SENSITIVITY, SURE, Allocator
+from llmbrain.pruning.allocate.search import OF_CANDIDATE, OF_SENSITIVITY, SURE, Allocator
 from llmbrain.pruning.allocate.shares import uniform
-from llmbrain.pruning.calibrate.losses import Objective
-from llmbrain.pruning.calibrate.stream import split_windows
 from llmbrain.pruning.criteria.base import Material
 
 PARTS: dict[str, Units] = {"mlp": NEURONS, "attention": HEADS}
@@ -241,8 +239,8 @@ def _alone(allocator: Allocator, candidates: Sequence[tuple[str, int]]) -> dict[
     """Loss added when one block alone is silenced, on training windows."""
     material = allocator.scorer.material
     assert material.windows is not None
-    tokens = min(LOSS_TOKENS, int(OF_BLOCKS * allocator.passes * material.windows.numel() / len(candidates)))
-    objective = _objective(material, tokens)
+    tokens = int(OF_BLOCKS * allocator.passes * material.windows.numel() / len(candidates))
+    objective = allocator.objective(held_out=False, tokens=tokens)
     base = objective.mean()
     losses = {}
     for part, i in candidates:
@@ -251,13 +249,6 @@ def _alone(allocator: Allocator, candidates: Sequence[tuple[str, int]]) -> dict[
             _silence(layer, PARTS[part])
             losses[part, i] = objective.mean() - base
     return losses
-
-
-def _objective(material: Material, tokens: int) -> Objective:
-    """The loss on about so many tokens of the training windows, spread over the text."""
-    parts = [split_windows(x)[1] for x in (material.windows, material.weights) if x is not None]
-    count = max(1, tokens // parts[0].shape[1])
-    return Objective(material.model, *(p[:: max(1, len(p) // count)][:count] for p in parts))
 
 
 def _silence(layer: LayerAnatomy, units: Units) -> None:
@@ -332,7 +323,7 @@ def two_stages(allocator: Allocator, given: BlockBudget) -> tuple[Blocks, tuple[
         raise InputError(f"ratio={given.ratio} cannot be met")
     widths = uniform(budget)
     kept = allocator.scorer.best(widths, NEURONS)
-    objective = _objective(material, STAGE_TOKENS)
+    objective = allocator.objective(held_out=False, tokens=STAGE_TOKENS)
     gone: list[int] = []
     with restored(layers, [NEURONS, HEADS]):
         for layer, stays in zip(layers, kept):

@@ -143,7 +143,7 @@ class Allocator:
         of_layer = OF_SENSITIVITY * self.passes * windows.numel() / (n_layers * self.kinds)
         plans = (LEVELS, LEVELS[::2], LEVELS[2::4])
         self._levels = next((levels for levels in plans if of_layer / len(levels) >= ENOUGH), plans[-1])
-        objective = self._objective(held_out=False, tokens=int(of_layer / len(self._levels)))
+        objective = self.objective(held_out=False, tokens=int(of_layer / len(self._levels)))
         base = objective.mean()
         losses = np.zeros((n_layers, len(self._levels)))
         scores: list[NDArray[np.float64]] = [np.zeros(0) for _ in losses]
@@ -170,7 +170,7 @@ class Allocator:
 
     def measure(self, counts: Mapping[Units, Sequence[int]], *, sequential: bool = True) -> NDArray[np.float64]:
         """Loss on each held-out window after a whole cut to these sizes, chosen and refitted on the others."""
-        objective = self._objective(held_out=True)
+        objective = self.objective(held_out=True)
 
         def step(measured: Measured, kept: NDArray[np.int64]) -> Change | None:
             if len(kept) == measured.output.units and not sequential:
@@ -181,7 +181,7 @@ class Allocator:
             self.scorer.cut("search", step, counts, sequential=sequential)
             return objective.by_window()
 
-    def _objective(self, *, held_out: bool, tokens: int = LOSS_TOKENS) -> Objective:
+    def objective(self, *, held_out: bool, tokens: int = LOSS_TOKENS) -> Objective:
         """The loss on about so many tokens of held-out windows or of training ones, spread over the text."""
         given, tokens = self.scorer.material, min(tokens, LOSS_TOKENS)
         assert given.windows is not None
