@@ -309,7 +309,7 @@ def two_stages(allocator: Allocator, given: BlockBudget) -> tuple[Blocks, tuple[
     parameters that goes, m and a the parameters of an MLP and an attention. Each is the one without which the model,
     its neurons cut, predicts best.
     """
-    material, layers = allocator.scorer.material, given.body.layers
+    layers = given.body.layers
     candidates = [i for _, i in given.candidates(["attention"])]
     mlp, attention = (np.mean([given.cost(layer, units) for layer in layers]) for units in (NEURONS, HEADS))
     share = given.parameters / sum(p.numel() for layer in layers for p in layer.block.parameters())
