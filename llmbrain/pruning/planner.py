@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
-from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import Change, restored
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.pruning.allocate.blocks import CHOOSERS, BlockBudget, check_drop, check_whole, search_blocks
+from llmbrain.pruning.allocate.blocks import (
+    BlockBudget,
+    check_drop,
+    check_measurable,
+    check_whole,
+    choose_blocks,
+)
 from llmbrain.pruning.allocate.budget import Budget, given_widths
 from llmbrain.pruning.allocate.search import PASSES, Allocator
 from llmbrain.pruning.allocate.shares import uniform
@@ -412,10 +417,7 @@ class Planner:
         if not criterion.blocks:
             NEURONS.check(body, ratio)
         if criterion.blocks or drop:
-            if self.windows is None:
-                raise InputError(f"drop={list(drop)} needs calibration texts (or scans with tokens): it is measured")
-            if is_away(self.model):
-                raise InputError(f"drop={list(drop)}: weights of the model are offloaded: load it whole to drop parts")
+            check_measurable(material, drop)
             if not criterion.blocks:
                 named = allocation if isinstance(allocation, str) else criterion.allocation
         elif widths is None:
@@ -428,7 +430,7 @@ class Planner:
         sequential = self.windows is not None and (criterion.sequential if sequential is None else sequential)
         if criterion.blocks or drop:
             given = BlockBudget(body, ratio, protected, multiple_of)
-            counts, details = self._blocks(given, drop, named, sequential=sequential)
+            counts, details = choose_blocks(self.allocator, given, drop, named, sequential=sequential)
             named = "blocks" if criterion.blocks else named
         else:
             counts, details = self._counts(named, widths, budgets, sequential=sequential)
@@ -453,19 +455,6 @@ class Planner:
             details={**material.details, **details, "notes": [*material.notes, *notes]},
             _model=ref(self.model),
         )
-
-    def _blocks(
-        self, given: BlockBudget, drop: Sequence[str], named: str, *, sequential: bool
-    ) -> tuple[dict[Units, tuple[int, ...]], dict[str, Any]]:
-        """How many units each layer keeps where some lose their MLP or attention whole."""
-        own = self.scorer.criterion.blocks
-        if own:
-            blocks, widths, facts = CHOOSERS[own](self.allocator, given)
-        else:
-            blocks, widths, facts = search_blocks(self.allocator, given, drop, named, sequential=sequential)
-        counts: dict[Units, tuple[int, ...]] = {HEADS: given.heads(blocks)} if blocks.attention else {}
-        counts[NEURONS] = widths
-        return counts, {**self.allocator.facts(named, NEURONS), "blocks": {**blocks.record(), **facts}}
 
     def _counts(
         self, named: str, widths: tuple[int, ...] | None, budgets: dict[Units, Budget], *, sequential: bool

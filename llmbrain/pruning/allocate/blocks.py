@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.layers import Anatomy, LayerAnatomy
+from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.surgery import Change, check_droppable, part_parameters, restored, write
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.hooks.listen import hear_outputs
@@ -162,6 +163,20 @@ def check_whole(
         raise InputError(f"{what} is chosen by its own measure: leave {given} away")
     if ratio is None:
         raise InputError(f"{what} needs ratio=, in (0, 1)")
+
+
+def check_measurable(material: Material, drop: Sequence[str]) -> None:
+    """Refuse to choose blocks without text, or of a model whose weights are not there.
+
+    Raises
+    ------
+    InputError
+        Saying what to give.
+    """
+    if material.windows is None:
+        raise InputError(f"drop={list(drop)} needs calibration texts (or scans with tokens): it is measured")
+    if is_away(material.model):
+        raise InputError(f"drop={list(drop)}: weights of the model are offloaded: load it whole to drop parts")
 
 
 def sorted_blocks(chosen: Sequence[tuple[str, int]]) -> Blocks:
@@ -344,3 +359,17 @@ def two_stages(allocator: Allocator, given: BlockBudget) -> tuple[Blocks, tuple[
 WHOLE_LAYERS = "influence"
 CHOOSERS = {WHOLE_LAYERS: by_influence, "two-stages": two_stages}
 """By what a criterion says of itself (`Criterion.blocks`)."""
+
+
+def choose_blocks(
+    allocator: Allocator, given: BlockBudget, drop: Sequence[str], allocation: str, *, sequential: bool
+) -> tuple[dict[Units, tuple[int, ...]], dict[str, Any]]:
+    """How many units each layer keeps where some lose their MLP or attention whole, and what a plan records of it."""
+    own = allocator.scorer.criterion.blocks
+    if own:
+        blocks, widths, facts = CHOOSERS[own](allocator, given)
+    else:
+        blocks, widths, facts = search_blocks(allocator, given, drop, allocation, sequential=sequential)
+    counts: dict[Units, tuple[int, ...]] = {HEADS: given.heads(blocks)} if blocks.attention else {}
+    counts[NEURONS] = widths
+    return counts, {**allocator.facts(allocation, NEURONS), "blocks": {**blocks.record(), **facts}}
