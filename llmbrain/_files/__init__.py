@@ -44,7 +44,15 @@ removed by the next writer.
 from __future__ import annotations
 
 from llmbrain._files.digests import file_digest, file_pages, file_sha256, is_same
-from llmbrain._files.errors import DamagedError, FileError, bytes_text, check_space, clear_damage, clear_errors
+from llmbrain._files.errors import (
+    DamagedError,
+    FileError,
+    bytes_text,
+    check_space,
+    clear_damage,
+    clear_errors,
+    refuse_device,
+)
 from llmbrain._files.one import (
     plain,
     seal_of,
@@ -103,6 +111,7 @@ __all__ = [
     "read_sums",
     "read_tensors",
     "reading",
+    "refuse_device",
     "remove_folder",
     "replace_sums",
     "seal_of",

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,22 @@ def clear_errors(
         raise FileError(f"{path} cannot be {doing}: {what_happened(found, Path(path), needed)}{stands}") from error
 
 
+def refuse_device(path: str | os.PathLike[str]) -> None:
+    """A disk or a terminal has no end that could be read; what is not there is for the reader to say.
+
+    Raises
+    ------
+    InputError
+        If `path` is a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"{path} is a device, not a file")
+
+
 @contextmanager
 def clear_damage(path: str | os.PathLike[str], what: str, anew: str = "") -> Iterator[None]:
     """Turn what is raised while a file is taken apart into a `DamagedError` of one line.
@@ -90,6 +107,7 @@ def clear_damage(path: str | os.PathLike[str], what: str, anew: str = "") -> Ite
     FileError
         In place of OSError with a number: the disk's word.
     """
+    refuse_device(path)
     try:
         yield
     except (InputError, FileNotFoundError, NameError, ImportError, AssertionError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmbrain._files.digests import file_pages, is_same
-from llmbrain._files.errors import DamagedError, FileError, bytes_text, clear_damage, hint, what_happened
+from llmbrain._files.errors import DamagedError, FileError, bytes_text, clear_damage, hint, refuse_device, what_happened
 from llmbrain._files.one import SEAL, seal_of
 from llmbrain._files.parts import SUMS, locked, read_sums
 from llmbrain._files.sets import settle
@@ -166,6 +166,7 @@ def read_json(
         If the system cannot read it.
     """
     path = Path(path)
+    refuse_device(path)
     try:
         size = path.stat().st_size
         if size > longest:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llmbrain._files import refuse_device
 from llmbrain._validation import InputError
 
 Array = NDArray[np.float64]
@@ -46,6 +47,7 @@ def read_plain(path: Path, what: str) -> str:
     InputError
         If the encoding cannot be told.
     """
+    refuse_device(path)
     raw = path.read_bytes()
     text = _decode(raw)
     if text is None:

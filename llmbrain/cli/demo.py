@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from llmbrain.cli.common import COMPONENTS, DEVICE, SEED, parse_components, path_of, print_table, say
+from llmbrain.cli.lists import ListCommand
 
 if TYPE_CHECKING:
     from llmbrain.study import Study
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("demo")(demo)
+    app.command("demo", cls=ListCommand)(demo)
 
 
 def demo(

@@ -7,9 +7,13 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from llmbrain._validation import InputError
+
+LARGEST = 2**40
+
 
 class ListCommand(TyperCommand):
-    """A command whose repeatable options take several values one after the other, too."""
+    """A command whose repeatable options take several values one after the other, too; its numbers are finite."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse `args` after every value of a repeatable option has got the option's name before it."""
@@ -21,7 +25,13 @@ class ListCommand(TyperCommand):
                 repeatable.update(parameter.opts)
             elif not getattr(parameter, "is_flag", False):
                 single.update(parameter.opts)
-        return list(super().parse_args(ctx, spread(args, repeatable, single, n_arguments)))
+        rest = list(super().parse_args(ctx, spread(args, repeatable, single, n_arguments)))
+        for name, value in ctx.params.items():
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(number, (int, float)) and not abs(number) <= LARGEST:  # nan is neither
+                    option = f"--{name.replace('_', '-')}"
+                    raise InputError(f"{option}={number} is no number that could be meant: at most {LARGEST:,}")
+        return rest
 
 
 def spread(args: Sequence[str], repeatable: set[str], single: set[str], n_arguments: int) -> list[str]:

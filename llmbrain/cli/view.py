@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from llmbrain.cli.lists import ListCommand
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("view")(view)
+    app.command("view", cls=ListCommand)(view)
 
 
 def view(

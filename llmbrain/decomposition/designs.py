@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import null_space
 from scipy.special import digamma
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 
 Array = NDArray[np.float64]
@@ -36,7 +37,8 @@ def read_fsl_matrix(path: str | Path) -> Array:
     float64 array ``(n_rows, n_columns)``
         Runs by regressors, contrasts by regressors, F tests by contrasts, runs by 1.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    with clear_damage(path, "a design file of FSL"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     start = next((i for i, line in enumerate(lines) if line.strip().lower() == "/matrix"), None)
     if start is None:
         raise InputError(f"{path} has no line /Matrix: it is no design file of FSL")
@@ -46,7 +48,8 @@ def read_fsl_matrix(path: str | Path) -> Array:
         raise InputError(f"{path} holds something that is no number after /Matrix: {error}") from None
     if not rows or len({len(row) for row in rows}) != 1:
         raise InputError(f"{path}: the rows after /Matrix differ in length, or there are none")
-    said = {line.split()[0].lower(): int(float(line.split()[1])) for line in lines[:start] if line.startswith("/Num")}
+    with clear_damage(path, "a design file of FSL"):
+        said = {w[0].lower(): int(float(w[1])) for w in map(str.split, lines[:start]) if w and w[0].startswith("/Num")}
     if said.get("/numwaves", len(rows[0])) != len(rows[0]):
         raise InputError(f"{path} says /NumWaves {said['/numwaves']}, its rows have {len(rows[0])} numbers")
     return np.array(rows)

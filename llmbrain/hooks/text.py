@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 MAX_WINDOW = 2048
-ENCODED_AT_ONCE = 2**17  # characters
+ENCODED_AT_ONCE = 2**14  # characters
 JSON_PIECE = 4096  # tokens
 BATCH_TOKENS = 2048  # tokens in one forward pass: enough to be fast, few enough for logits over a large vocabulary
 # How any text becomes tokens, in scans and windows alike: whole, with the tokenizer's default special tokens.

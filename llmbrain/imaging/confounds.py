@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError, check_range
 
 Array = NDArray[np.float64]
@@ -46,8 +47,9 @@ def read_confounds(
     InputError
         If a column is not there, or holds ``n/a`` later on.
     """
-    table = pd.read_csv(path, sep=None if str(path).endswith((".csv", ".txt")) else "\t", engine="python",
-                        na_values=["n/a", "N/A", "NaN", "nan", ""], keep_default_na=False)  # fmt: skip
+    with clear_damage(path, "a table of confounds"):
+        table = pd.read_csv(path, sep=None if str(path).endswith((".csv", ".txt")) else "\t", engine="python",
+                            na_values=["n/a", "N/A", "NaN", "nan", ""], keep_default_na=False)  # fmt: skip
     chosen: list[str] = []
     for wanted in columns:
         found = [name for name in table.columns if fnmatch(str(name), wanted)]

@@ -225,6 +225,7 @@ class Scan:
                 text=run.text, token_ids=run.token_ids, tokens=run.tokens, offsets=run.offsets,
                 block_size=self._block_size, events=run.events, model_id=self.model_id,
                 visits=None if self._visits is None else PartSignals(self._visits, start, stop),
+                origin=self.origin,
             )  # fmt: skip
             part._first = self._first + start
             parts.append(part)

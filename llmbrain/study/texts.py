@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmbrain._files import refuse_device
 from llmbrain._validation import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def load_texts(path: str | Path, field: str = "text") -> list[str]:
     """
     path = Path(path)
     number = 0
+    refuse_device(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -46,6 +48,8 @@ def load_texts(path: str | Path, field: str = "text") -> list[str]:
             records = [content]
     except UnicodeDecodeError as error:
         raise InputError(f"text file {path} is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise InputError(f"text file {path} is no list of texts: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         line_number = error.lineno + number
         raise InputError(f"text file {path} is not valid {path.suffix[1:]}: line {line_number}, {error.msg}") from None
