@@ -110,6 +110,13 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def read_written(path: Path) -> PreTrainedModel:
+    """The model of a file that llmbrain wrote, without its tokenizer; float32."""
+    reader = open_gguf(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if name.split(".")[-1] not in _LONG}
+    return evaluation_mode(_own_model(path, reader, fields, str(fields.get("general.architecture", "")), None))
+
+
 def config_vocabulary(model: Any) -> int:
     """Rows of the embedding."""
     return int(model.get_input_embeddings().weight.shape[0])
@@ -161,7 +168,7 @@ def _own_model(
     state = _state(path, model, arrays, target)
     missing = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    unread = _norms_that_nothing_reads(model, missing.missing_keys)
+    unread = norms_that_nothing_reads(model, missing.missing_keys)
     with torch.no_grad():
         for name in unread:
             model.get_parameter(name).fill_(1)
@@ -174,8 +181,8 @@ def _own_model(
     return model.to(torch.float32 if dtype in (None, "auto") else _dtype(dtype))
 
 
-def _norms_that_nothing_reads(model: Any, missing: Sequence[str]) -> set[str]:
-    """Weights that a file leaves out, of layers whose attention was dropped, or all."""
+def norms_that_nothing_reads(model: Any, missing: Sequence[str]) -> set[str]:
+    """Those of some names that are weights of norms whose attention, or whole layer, was dropped."""
     found: set[str] = set()
     for layer in anatomy(model).layers:
         if is_empty(layer):

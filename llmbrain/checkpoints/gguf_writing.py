@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ def write_gguf(
     gguf_type: str = "f16",
     like: str | Path | None = None,
     record: dict[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model as a GGUF file, whole or not at all.
 
@@ -68,6 +69,8 @@ def write_gguf(
         A GGUF of the dense model, whose tokenizer is taken.
     record : dict, optional
         What was cut; kept in the file under ``llmbrain.pruning``.
+    check : function, optional
+        Gets the written file before it is put into its place; what it raises keeps it from there.
 
     Returns
     -------
@@ -110,6 +113,8 @@ def write_gguf(
         finally:
             writer.close()
         seal_gguf(temporary)
+        if check is not None:
+            check(Path(temporary))
     return path
 
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.checkpoints.gguf_reading import norms_that_nothing_reads, read_written
 from llmbrain.checkpoints.loading import load_pruned
 from llmbrain.checkpoints.remote import FILE
 from llmbrain.hooks.text import evaluating, evaluation_mode, input_device
 
 N_TOKENS = 8  # of the pass that is compared
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest number; rounding only
+ANSWER_OF_ROUNDED = 0.3  # the same where every weight was rounded; the weights themselves are compared closely
 CLOSE_HALF = 5e-2  # of 16-bit models, which add up in another order elsewhere
 
 
@@ -81,6 +83,51 @@ def check_loads(model: nn.Module, said: Tensor, folder: Path, format: str) -> No
         raise InputError(
             f"format={format!r}: saved and loaded again, the model says something else (difference {error:.2g} of "
             f"{size:.2g}): this model cannot be saved so"
+        )
+
+
+ROUNDED = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2}
+"""How far a stored number may lie from the model's, relative to the largest of its tensor (or to 1)."""
+
+
+def check_gguf(model: nn.Module, said: Tensor, file: Path, gguf_type: str) -> None:
+    """Read a written GGUF back: every tensor within what its type rounds, and one forward pass that says the same.
+
+    Parameters
+    ----------
+    model : module
+        What was written.
+    said : Tensor
+        Its `answer`.
+    file : Path
+    gguf_type : str
+
+    Raises
+    ------
+    InputError
+        Naming the tensor.
+    """
+    loaded: Any = read_written(file)
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    idle = norms_that_nothing_reads(model, list(ours))
+    for name in sorted((ours.keys() | theirs.keys()) - idle):
+        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+            raise InputError(f"format='gguf': written and read again, {name} is not what it was: nothing was written")
+        mine, read = ours[name].detach().float().cpu(), theirs[name].float()
+        size = max(1.0, float(mine.abs().max())) if gguf_type == "f32" else float(mine.abs().max())
+        apart = float((mine - read).abs().max())
+        if not apart <= ROUNDED[gguf_type] * size:
+            raise InputError(
+                f"format='gguf': written and read again, {name} is off by {apart:.2g} of {size:.2g}: nothing was "
+                "written"
+            )
+    got = answer(loaded)
+    size = max(1.0, float(said.double().abs().max()))
+    error = float((got.double() - said.double()).abs().max()) if got.shape == said.shape else float("nan")
+    if not error <= (CLOSE[torch.float32] if gguf_type == "f32" else ANSWER_OF_ROUNDED) * size:
+        raise InputError(
+            f"format='gguf': written and read again, the model says something else (difference {error:.2g} of "
+            f"{size:.2g}): nothing was written"
         )
 
 

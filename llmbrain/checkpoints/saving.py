@@ -19,9 +19,9 @@ from llmbrain.anatomy.offload import check_in_memory
 from llmbrain.anatomy.surgery import check_no_adapter
 from llmbrain.anatomy.units import HEADS
 from llmbrain.checkpoints.expert_shapes import record_expert_shapes, shapes_text
-from llmbrain.checkpoints.gguf_writing import write_gguf
+from llmbrain.checkpoints.gguf_writing import GGUF_TYPES, check_gguf_path, target_of, write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
-from llmbrain.checkpoints.proof import answer, check_loads
+from llmbrain.checkpoints.proof import answer, check_gguf, check_loads
 from llmbrain.checkpoints.remote import write_remote_code
 from llmbrain.checkpoints.shapes import (
     RECORD,
@@ -112,7 +112,7 @@ def save_pruned(
     path = Path(path)
     check_whole("multiple_of", multiple_of, 1)
     if format == "gguf":
-        return _save_gguf(model, tokenizer, path, gguf_type, like, overwrite, note or {})
+        return _save_gguf(model, tokenizer, path, gguf_type, like, overwrite, note or {}, verify)
     if like is not None:
         raise InputError(f"like={str(like)!r} is for format='gguf', this is format={format!r}")
     if path.exists() and not path.is_dir():
@@ -179,6 +179,7 @@ def _save_gguf(
     like: str | Path | None,
     overwrite: bool,
     note: Mapping[str, Any],
+    verify: bool,
 ) -> Path:
     if path.exists() and (path.is_dir() or not overwrite):
         raise FileExistsError(f"{path} exists already: give another name that ends in .gguf, or overwrite=True")
@@ -189,7 +190,17 @@ def _save_gguf(
     record = provenance(model, "gguf") | dict(note)
     for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use
         cut.get("plan", {}).pop("scores", None)
-    return write_gguf(model, tokenizer, path, gguf_type=gguf_type, like=like, record=record)
+    check: Callable[[Path], None] | None = None
+    if verify:
+        check_option("gguf_type", gguf_type, GGUF_TYPES)
+        check_gguf_path(path)
+        target_of(model)  # why there is no place for it, before the model is read
+        said = answer(model)
+
+        def check(file: Path) -> None:
+            check_gguf(model, said, file, gguf_type)
+
+    return write_gguf(model, tokenizer, path, gguf_type=gguf_type, like=like, record=record, check=check)
 
 
 # What an earlier model leaves in a folder that is written anew.

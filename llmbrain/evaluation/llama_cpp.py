@@ -98,9 +98,18 @@ class LlamaCpp:
     def _writable(self) -> int:
         return self.tokenize(" the")[-1]
 
+    def logprob(self, ids: Sequence[int], token: int, vocabulary: int) -> float:
+        """Log-probability of one token after a text, which is made to be written; of all where it is no character."""
+        answer = self.ask("/completion", prompt=list(ids), n_predict=1, n_probs=1, temperature=0.0,
+                          logit_bias=[[token, 1000.0]], cache_prompt=True)  # fmt: skip
+        told = answer.get("completion_probabilities") or []
+        if told and told[0].get("id") == token:
+            return float(told[0]["logprob"])
+        return self.logprobs(ids, vocabulary)[token]
+
     def negative_log_likelihood(self, windows: Sequence[Sequence[int]], vocabulary: int) -> float:
         """Mean over all tokens but the first of each window; exp of it is the perplexity. One request a token."""
-        losses = [-self.logprobs(ids[:i], vocabulary)[ids[i]] for ids in windows for i in range(1, len(ids))]
+        losses = [-self.logprob(ids[:i], ids[i], vocabulary) for ids in windows for i in range(1, len(ids))]
         return float(np.mean(losses))
 
 

@@ -158,3 +158,18 @@ def test_padded_opens_in_plain_transformers(family, tokenizer, tmp_path):
         assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
     narrow = AutoModelForCausalLM.from_pretrained(lb.save_pruned(model, None, tmp_path / "narrow", format="padded"))
     assert narrow.config.intermediate_size == 64
+
+
+def test_a_file_that_does_not_read_back_as_the_model_is_not_put_in_place(tokenizer, tmp_path, monkeypatch):
+    from llmbrain.checkpoints import gguf_writing
+
+    encoded = gguf_writing._encoded
+
+    def wrong(name, tensor, kind):
+        return encoded(name, tensor.flip(0) if "attn_k" in name else tensor, kind)
+
+    monkeypatch.setattr(gguf_writing, "_encoded", wrong)
+    for kind in ("f32", "q8_0"):
+        with pytest.raises(InputError, match=r"read again, model\.layers\.0\.self_attn\.k_proj\.weight is off"):
+            lb.save_pruned(make("llama"), tokenizer, tmp_path / "small.gguf", format="gguf", gguf_type=kind)
+    assert not list(tmp_path.iterdir())

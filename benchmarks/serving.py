@@ -1,0 +1,254 @@
+"""Pruned models where they are served: ``python benchmarks/serving.py [--part checks|latency] [--quick]``.
+
+SmolLM2-135M-Instruct (4-bit GGUF) pruned on WikiText-2 valid. ``checks``: the file that ``llmbrain prune`` writes, in
+llama.cpp beside transformers (logits, greedy text, perplexity on WikiText-2 test). ``latency``: prefill and decode at
+30 and 50%, with widths that are multiples of 32 and without, and with whole blocks dropped, in transformers and in
+llama.cpp. Every row is written to ``benchmarks/results/serving.json`` when it is done and a second call goes on from
+there; ``--anew latency`` measures it again. ``serving.md`` is made from it. Models are kept in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import llmbrain as lb
+from llmbrain.evaluation import LlamaCpp
+from llmbrain.hooks.text import as_windows
+from llmbrain.study.speed import latency_table
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPT = "The history of the city begins with a small settlement on the river"
+WINDOW, WINDOWS = 256, 48  # of calibration text
+TESTED = 2  # windows of test text that llama.cpp reads token by token
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model of the latency table."""
+
+    label: str
+    plan: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+
+
+FLAP = {"method": "flap", "allocation": "global"}
+DROP = {"method": "flap", "allocation": "uniform", "drop": ("mlp", "attention"), "passes": 8, "multiple_of": 32}
+CASES = (
+    Case("dense", quick=True),
+    Case("30%", {"ratio": 0.3, **FLAP}),
+    Case("30%, multiples of 32", {"ratio": 0.3, **FLAP, "multiple_of": 32}, quick=True),
+    Case("50%", {"ratio": 0.5, **FLAP}),
+    Case("50%, multiples of 32", {"ratio": 0.5, **FLAP, "multiple_of": 32}, quick=True),
+    Case("50%, blocks by measure", {"ratio": 0.5, **DROP}),
+    Case("50%, 2SSP", {"ratio": 0.5, "method": "2ssp", "multiple_of": 32}),
+    Case("50%, whole layers (ShortGPT)", {"ratio": 0.5, "method": "shortgpt"}, quick=True),
+)
+
+
+def text(data: Path, part: str) -> list[str]:
+    """Lines of WikiText-2 without unknown words and marks around hyphens."""
+    raw = (data / f"corpora/wikitext2-{part}.tokens").read_text(encoding="utf-8")
+    return [re.sub(r"@(.)@", r"\1", raw.replace("<unk> ", ""))[:400_000]]
+
+
+class Record:
+    """What was measured so far."""
+
+    def __init__(self, file: Path, anew: list[str]) -> None:
+        self.file = file
+        self.held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for part in anew:
+            self.held.pop(part, None)
+
+    def done(self, part: str, label: str) -> bool:
+        return label in self.held.get(part, {})
+
+    def add(self, part: str, label: str, value: Any) -> None:
+        """Keep a row, on disk, and the table."""
+        self.held.setdefault(part, {})[label] = value
+        self.file.write_text(json.dumps(self.held, indent=1), encoding="utf-8")
+        self.file.with_suffix(".md").write_text(as_markdown(self.held), encoding="utf-8")
+        print(f"{part}: {label}: {json.dumps(value)[:300]}", flush=True)
+
+
+def build(case: Case, data: Path, work: Path) -> tuple[Path, Path]:
+    """The folder and the GGUF file of a case, pruned where they are not there yet."""
+    folder, file = work / case.name, work / f"{case.name}.gguf"
+    if folder.is_dir() and file.is_file():
+        return folder, file
+    model, tokenizer = lb.load_model(data / MODEL)
+    if case.plan:
+        windows = as_windows(model, tokenizer, text(data, "valid"), WINDOW, WINDOWS)
+        plan = lb.plan_pruning(model, calibration=windows, max_windows=WINDOWS, **case.plan)
+        print(plan.summary(), flush=True)
+        model = lb.prune(model, plan, calibration=windows, max_windows=WINDOWS, compensate="least-squares")
+    lb.save_pruned(model, tokenizer, folder, overwrite=True)
+    lb.save_pruned(model, tokenizer, file, format="gguf", gguf_type="f16", like=data / MODEL, overwrite=True)
+    return folder, file
+
+
+def checks(data: Path, work: Path, record: Record) -> None:
+    """The command of the guide, and what its file says in llama.cpp."""
+    small = work / "small.gguf"
+    command = ["prune", str(data / MODEL), "--text", str(work / "wiki.txt"), "--ratio", "0.3", "--method", "flap",
+               "--allocation", "global", "--format", "gguf", "--gguf-type", "f16", "--out", str(small)]  # fmt: skip
+    if not small.is_file():
+        (work / "wiki.txt").write_text(text(data, "valid")[0], encoding="utf-8")
+        subprocess.run([sys.executable, "-m", "llmbrain", *command], check=True)
+    model, tokenizer = lb.load_model(small)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    if not record.done("checks", "f32 logits"):
+        exact = lb.save_pruned(
+            model, tokenizer, work / "f32.gguf", format="gguf", gguf_type="f32", like=small, overwrite=True
+        )
+        engine = LlamaCpp(exact, exact=True, threads=torch.get_num_threads())
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1].double()
+        found = engine.logprobs(ids[0].tolist(), vocabulary)
+        reference = logits.log_softmax(-1)
+        record.add("checks", "f32 logits", {
+            "largest_difference": max(abs(found[i] - float(reference[i])) for i in found),
+            "largest_logit": float(logits.abs().max()), "entries": len(found),
+        })  # fmt: skip
+        wrote = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)  # type: ignore[operator]
+        theirs = engine.generate(ids[0].tolist(), 64)
+        ours = wrote[0, ids.shape[1] :].tolist()
+        same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
+        record.add("checks", "f32 greedy text", {"tokens": len(ours), "equal": same, "text": tokenizer.decode(ours)})
+    windows = as_windows(model, tokenizer, text(data, "test"), WINDOW, TESTED)
+    for kind in ("f16", "q8_0"):
+        if record.done("checks", f"{kind} perplexity"):
+            continue
+        file = small if kind == "f16" else lb.save_pruned(
+            model, tokenizer, work / f"{kind}.gguf", format="gguf", gguf_type=kind, like=small, overwrite=True
+        )  # fmt: skip
+        engine = LlamaCpp(file, context=WINDOW + 8, threads=torch.get_num_threads())
+        theirs = float(torch.tensor(engine.negative_log_likelihood(windows.tolist(), vocabulary)).exp())
+        ours = lb.perplexity(model, None, windows)
+        record.add("checks", f"{kind} perplexity", {
+            "llama.cpp": theirs, "llmbrain": ours, "apart": theirs / ours - 1, "tokens": windows.numel() - len(windows),
+            "bytes": file.stat().st_size, "bytes_dense_f16": 2 * 134_515_008,
+        })  # fmt: skip
+
+
+def latency(data: Path, work: Path, record: Record, args: argparse.Namespace) -> None:
+    """Every case in every engine, one batch size at a time."""
+    for case in CASES:
+        if args.quick and not case.quick:
+            continue
+        folder, file = build(case, data, work)
+        for engine, path in (("llama.cpp", file), ("transformers", folder)):
+            for batch in args.batch:
+                label = f"{case.label} | {engine} | {batch}"
+                if record.done("latency", label):
+                    continue
+                start, load = time.perf_counter(), os.getloadavg()[0]
+                table = latency_table(
+                    [path], engine=engine, batch_sizes=[batch], prompt=args.prompt, new_tokens=args.new_tokens,
+                    repeats=args.repeats, threads=args.threads,
+                )  # fmt: skip
+                rows = table.drop(columns=["model", "relative"]).to_dict("records")
+                record.add("latency", label, {
+                    "case": case.label, "rows": rows, "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+                    "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats,
+                    "threads": args.threads, "seconds": round(time.perf_counter() - start, 1),
+                    "bytes": file.stat().st_size,
+                })  # fmt: skip
+
+
+def as_markdown(held: dict[str, Any]) -> str:
+    """Both tables."""
+    lines = ["# Serving", "", "`python benchmarks/serving.py`; SmolLM2-135M-Instruct.", ""]
+    found = held.get("checks", {})
+    if found:
+        lines.append("| file of `llmbrain prune --ratio 0.3 --method flap --allocation global --format gguf` | |")
+        lines.append("|---|---|")
+    if row := found.get("f32 logits"):
+        what = f"{row['entries']:,} tokens, largest logit {row['largest_logit']:.1f}"
+        lines.append(f"| float32: largest difference of log-probabilities from transformers ({what}) | "
+                     f"{row['largest_difference']:.1e} |")  # fmt: skip
+    if row := found.get("f32 greedy text"):
+        lines.append(
+            f"| float32: greedy text equal to that of transformers | {row['equal']} of {row['tokens']} tokens |"
+        )
+    for kind in ("f16", "q8_0"):
+        if row := found.get(f"{kind} perplexity"):
+            what = f"{kind} ({row['bytes'] / 2**20:.0f} MiB): perplexity on {row['tokens']} tokens of WikiText-2 test"
+            lines.append(f"| {what}, llama.cpp and llmbrain | {row['llama.cpp']:.3f}, {row['llmbrain']:.3f} "
+                         f"({row['apart']:+.2%}) |")  # fmt: skip
+    found = held.get("latency", {})
+    if not found:
+        return "\n".join(lines) + "\n"
+    rows = [{"case": one["case"], "load": max(one["load"]), **row} for one in found.values() for row in one["rows"]]
+    table = pd.DataFrame(rows)
+    dense = table[table["case"] == "dense"].set_index(["engine", "phase", "batch"])["tokens_per_second"]
+    first = next(iter(found.values()))
+    lines += [
+        "",
+        f"Prompt {first['prompt']} tokens, {first['new_tokens']} written, {first['repeats']} timed runs, "
+        f"{first['threads']} threads; weights float16 in llama.cpp, float32 in transformers; seconds are medians with "
+        "quartiles; load is the machine's (processes that wanted to run), ours included.",
+        "",
+        "| model | engine | phase | batch | tokens/s | seconds | to dense | peak MiB | load |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for _, r in table.sort_values(["engine", "phase", "batch"], kind="stable").iterrows():
+        key = (r["engine"], r["phase"], r["batch"])
+        ratio = f"{r['tokens_per_second'] / dense[key]:.2f} x" if key in dense.index else ""
+        lines.append(
+            f"| {r['case']} | {r['engine']} | {r['phase']} | {r['batch']} | {r['tokens_per_second']:.1f} | "
+            f"{r['seconds']:.3f} ({r['seconds_low']:.3f} to {r['seconds_high']:.3f}) | {ratio} | "
+            f"{r['peak_memory'] / 2**20:.0f} | {r['load']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is asked for and not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLMBRAIN_TEST_DATA", "../shared/data")))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmbrain-serving")
+    parser.add_argument("--part", choices=["checks", "latency"], action="append")
+    parser.add_argument("--anew", choices=["checks", "latency"], action="append", default=[])
+    parser.add_argument("--quick", action="store_true", help="The main cases only.")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if shutil.disk_usage(tempfile.gettempdir()).free < 8 * 2**30:
+        print("note: models take about 6 GB in --work")
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    record = Record(RESULTS / "serving.json", args.anew)
+    for part in args.part or ["checks", "latency"]:
+        if part == "checks":
+            checks(args.data, args.work, record)
+        else:
+            latency(args.data, args.work, record, args)
+
+
+if __name__ == "__main__":
+    main()
