@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test families docs check lint types layers install install-dev clean
+.PHONY: demo test families gpu docs check lint types layers install install-dev clean
 
 demo: install  ## scan, decompose, lesion and prune the embedded model; writes demo-out/report.html
 	$(BIN)/llmbrain demo --out demo-out
@@ -15,6 +15,10 @@ test: install-dev  ## the whole test suite
 
 families: install-dev  ## every family of transformers, tiny: prints what is wrong, writes docs/families.md
 	$(BIN)/python tests/families/table.py
+
+gpu:  ## on a machine with CUDA, in the Python that is there: the tests marked gpu, then benchmarks/gpu.py (ten minutes)
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) benchmarks/gpu.py
 
 docs: $(VENV)/installed-docs  ## docs/_build/html; runs the tutorials, warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

