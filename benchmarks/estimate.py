@@ -46,7 +46,7 @@ COMPUTED = {
 }  # fmt: skip
 ON = (("h100", 1), ("h100", 8), ("h100", 64))
 JOBS: dict[str, dict[str, Any]] = {
-    "1M (demo)": {"n_tokens": 16384, "window": 64, "run_length": 2048, "n_components": 20},
+    "1M (demo)": {"n_tokens": 4096, "window": 64, "run_length": 2048, "n_components": 20},
     "135M (SmolLM2)": {"n_tokens": 2048, "window": 256, "run_length": 1024, "n_components": 20,
                        "methods": ("random", "magnitude", "wanda-sp", "flap", "taylor", "obs", "obs-gradient")},
     "1.1B, one block": {"n_tokens": 2048, "window": 256, "run_length": 1024, "n_components": 20,
@@ -130,13 +130,12 @@ def steps(name: str, source: Path, job: dict[str, Any], out: Path) -> Iterator[t
             "had",
         ]
         texts = [" ".join(words[i % len(words)] for i in row.tolist()) for row in ids.repeat(2, 2)]
-    texts = [" ".join(texts)] if name.startswith("1.1B") else texts
+    texts = ["\n".join(texts)]  # one long text, cut into runs
     state: dict[str, Any] = {}
 
     def scan() -> None:
-        most = n if len(texts) == 1 else max(2, n // len(texts))
         state["scans"] = lb.scan(
-            model, tokenizer, texts, out=out / "scan", run_length=job["run_length"], n_tokens=most, block_size=window
+            model, tokenizer, texts, out=out / "scan", run_length=job["run_length"], n_tokens=n, block_size=window
         )
 
     def ica() -> None:

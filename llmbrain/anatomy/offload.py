@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmbrain._files.one import writing
@@ -58,12 +57,6 @@ def present(*modules: nn.Module) -> Iterator[None]:
         for part, hook in entered:
             hook.offload = True
             hook.post_forward(part, None)
-
-
-def execution_device(model: nn.Module) -> torch.device | None:
-    """The device on which an offloaded module computes; None where nothing is offloaded."""
-    hook = next((hook for _, hook in _hooks(model)), None)
-    return None if hook is None or hook.execution_device is None else torch.device(hook.execution_device)
 
 
 def store(module: nn.Module) -> None:

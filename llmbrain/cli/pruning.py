@@ -179,6 +179,7 @@ def prune(
     overwrite: OVERWRITE = False,
 ) -> None:
     """Cut neurons out of a model and save the smaller one."""
+    from llmbrain.anatomy.offload import is_away
     from llmbrain.pruning.allocate.blocks import check_drop
     from llmbrain.pruning.experts import ExpertPlan, read_plan
     from llmbrain.study import load_texts, smaller
@@ -218,7 +219,7 @@ def prune(
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         drop=parts(drop), passes=passes, token_balance=token_balance, keep=parts(keep) or None,
-        forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=offload or bool(device_map),
+        forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=offload or is_away(loaded),
     )  # fmt: skip
     say(made.summary())
     say(f"saved: {out}")

@@ -22,7 +22,6 @@ from llmbrain.checkpoints.configs import model_of_config, read_config
 from llmbrain.pruning.allocate.losses import LEVELS
 from llmbrain.pruning.allocate.search import LOSS_TOKENS, OF_CANDIDATE, OF_SENSITIVITY
 from llmbrain.pruning.calibrate.stream import LEAST_BATCHES
-from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.study.cost import BASE_MEMORY, BATCH, Subject, scan_bytes
 from llmbrain.study.machines import CpuSpeeds, GpuSpeeds, Speeds, gpu_of
 
@@ -30,9 +29,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OF_EXPERTS = ("reap", "man", "frequency")
+OF_NEURONS = (
+    "random",
+    "magnitude",
+    "wanda-sp",
+    "flap",
+    "taylor",
+    "relp",
+    "published",
+    "obs",
+    "obs-gradient",
+    "networks",
+)
 MLP_SHARE = 0.7  # of a block's time, what runs again where only its MLP was changed
 BACKWARD = 1.3  # forward passes that gradients of signals take, without those of weights
 CANDIDATES = 6  # allocations that a search tries, at most
+FIXED = {"scan": 0.3, "networks": 0.1, "save": 0.2}  # seconds that do not grow with the model
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ def estimate(
     dtype : str, optional
         Of the weights; default the config's own (of a GGUF float32, as it is loaded).
     methods : sequence of str, optional
-        Pruning criteria; default all that the model can be pruned by.
+        Pruning criteria; default all whose steps are counted here.
     n_tokens, window, run_length, n_components, ratio, passes
         Of the job: tokens that are scanned and calibrated on, in windows (default the context, at most 2,048), runs,
         networks, share of the neurons removed, passes of the search.
@@ -172,7 +184,7 @@ def estimate(
     config = read_config(source)
     model = model_of_config(config, kind)
     subject = Subject.of(model)
-    known = OF_EXPERTS if subject.mixture else tuple(sorted(CRITERIA))
+    known = OF_EXPERTS if subject.mixture else OF_NEURONS
     unknown = sorted(set(methods or ()) - set(known))
     if unknown:
         raise InputError(f"methods={unknown} are not known here: {', '.join(known)}")
@@ -252,7 +264,7 @@ class Steps:
             shared = self._walk(changed=False)
         elif method == "published":
             shared, owned = whole, speeds.published(tokens, self.how.window)
-        elif method == "taylor":
+        elif method in ("taylor", "relp"):
             shared = whole * 3
         else:
             shared, owned = self._walk(changed=True), speeds.surgeon(method != "obs") + speeds.fit(self._stays, True)
@@ -261,12 +273,12 @@ class Steps:
         if method == "networks":
             more = self._search()
             shared, owned = shared + 2 * whole + more[0], owned + more[1]
-        memory += self._walking() if method not in ("taylor", "published") else 0.0
+        memory += self._walking() if method not in ("taylor", "relp", "published") else 0.0
         if method == "published" and self.limit is None:
             memory += 12.0 * tokens * s.n_neurons + 16 * min(tokens, 40 * self.how.window) * 2 * max(s.widths)
-        if method == "taylor":
+        if method in ("taylor", "relp"):
             memory += s.size
-        if method in ("taylor", "obs-gradient", "networks"):
+        if method in ("taylor", "relp", "obs-gradient", "networks"):
             memory += max(0.0, self._backward() - self._logits())
         owners = min(self.devices, len(s.widths))
         return self._row(f"plan ({method})", shared / self.devices + owned / owners, memory)
@@ -332,7 +344,7 @@ class Steps:
         return size / self.devices if self.limit is not None and self.subject.size > 0.5 * self.limit else size
 
     def _activations(self, tokens: float) -> float:
-        widest = max(self.subject.widths) if not self.subject.mixture else self.subject.by_visit / self.subject.itemsize
+        widest = sum(self.subject.passed) / len(self.subject.widths)
         return min(tokens, self.how.n_tokens) * self.subject.itemsize * (3 * widest + 6 * self.subject.hidden)
 
     def _logits(self) -> float:
@@ -351,6 +363,7 @@ class Steps:
         return 3.0 * self.hidden / self.devices + 7 * moments + max(copies, self._logits())
 
     def _row(self, step: str, seconds: float, memory: float, disk: float = 0.0) -> dict[str, Any]:
+        seconds += FIXED.get(step, 0.005 + 2e-4 * len(self.subject.widths))
         return {"step": step, "seconds": float(seconds), "memory": int(self.base + memory), "disk": int(disk)}
 
     def notes(self) -> list[str]:

@@ -137,7 +137,7 @@ def test_lesions_and_perplexity(device: torch.device) -> None:
     same(curves[0].select_dtypes("number").to_numpy(), curves[1].select_dtypes("number").to_numpy(), 1e-3)
 
 
-@pytest.mark.parametrize("method", sorted(CRITERIA))
+@pytest.mark.parametrize("method", sorted(set(CRITERIA) - {"shortgpt", "2ssp"}))  # those drop whole blocks
 def test_plans(device: torch.device, method: str) -> None:
     models = pair("llama", device)
     networks = None
@@ -146,7 +146,7 @@ def test_plans(device: torch.device, method: str) -> None:
         widths = anatomy(models[0]).widths
         networks = lb.FunctionalNetworks(rng.laplace(size=(3, sum(widths))), lb.NeuronSpace(widths), threshold=1.5)
     how: dict[str, Any] = {"ratio": 0.4, "method": method, "calibration": WINDOWS, "passes": 7, "random_state": 0}
-    if method != "published":
+    if method not in ("published", "relp"):
         how["head_ratio"] = 0.5
     plans = [lb.plan_pruning(model, networks, **how) for model in models]
     for name in ("kept", "kept_heads"):

@@ -73,7 +73,7 @@ def test_scan_lesion_and_evaluation_are_the_same(pair) -> None:
     np.testing.assert_allclose(tables[1].frame["random_effect"], tables[0].frame["random_effect"], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", sorted(set(CRITERIA) - {"published", "taylor", "shortgpt", "2ssp"}))
+@pytest.mark.parametrize("method", sorted(set(CRITERIA) - {"published", "taylor", "relp", "shortgpt", "2ssp"}))
 def test_plans_are_the_same(folder: Path, method: str) -> None:
     whole, _ = lb.load_model(folder)
     for place in ("offload",) if method == "networks" else ("offload", "disk"):
@@ -133,6 +133,21 @@ def test_pruning_block_by_block_equals_pruning_in_memory(
     )
 
 
+def test_models_that_are_partly_or_wholly_in_memory_are_taken_too(tmp_path: Path, folder: Path) -> None:
+    places = {"model.embed_tokens": "disk", "model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk",
+              "model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+    whole, tokenizer = lb.load_model(folder)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    plan = lb.plan_pruning(whole, ratio=0.4, method="flap", allocation="global", calibration=WINDOWS, head_ratio=0.5)
+    how = {"calibration": WINDOWS, "compensate": "least-squares"}
+    wanted = lb.prune(whole, plan, **how).state_dict()
+    for i, model in enumerate((whole, lb.load_model(folder, device_map=places)[0])):
+        got = weights(lb.prune_offloaded(model, plan, tmp_path / str(i), tokenizer=tokenizer, **how))
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+
+
 def test_stock_transformers_loads_what_is_uniform(tmp_path: Path, folder: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -180,6 +195,8 @@ def test_offloaded_models_are_not_cut_in_place(folder: Path, tmp_path: Path) -> 
         lb.save_pruned(placed, tokenizer, tmp_path / "s")
     with pytest.raises(InputError, match=r"taylor.*offloaded"):
         lb.plan_pruning(placed, ratio=0.4, method="taylor", calibration=WINDOWS)
+    with pytest.raises(InputError, match=r"relp.*offloaded"):
+        lb.plan_pruning(placed, ratio=0.4, method="relp", calibration=WINDOWS)
     with pytest.raises(InputError, match="gguf"):
         lb.prune_offloaded(placed, plan, tmp_path / "s", format="gguf")
     lb.prune_offloaded(placed, plan, tmp_path / "s", tokenizer=tokenizer)

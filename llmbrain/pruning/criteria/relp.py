@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.change import change_inputs
@@ -33,6 +34,11 @@ class RelP(Criterion):
         """One backward pass over the text."""
         if units is not NEURONS:
             raise InputError("method='relp' scores neurons only: leave head_ratio away")
+        if is_away(material.model):
+            raise InputError(
+                "method='relp' keeps all blocks for a backward pass, and those of this model are offloaded: use "
+                "another method, or load the model whole"
+            )
         assert material.windows is not None
         self._scores, left = relevance(material.model, material.body, material.windows, material.weights)
         if left:
