@@ -22,7 +22,7 @@ import torch
 
 import llmbrain as lb
 from llmbrain.datasets import load_demo
-from llmbrain.study.estimate import Estimate, estimate
+from llmbrain.study.estimates import Estimate, estimate
 
 RESULTS = Path(__file__).parent / "results"
 SMOLLM = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checking": ["check"],
         "contents": ["describe_path"],
         "demonstration": ["demo"],
-        "estimate": ["Estimate", "estimate"],
+        "estimates": ["Estimate", "estimate"],
         "folder": ["Study"],
         "job": ["Forecast", "forecast", "run"],
         "networks": ["decompose", "describe_networks", "find_networks"],
