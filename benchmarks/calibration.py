@@ -6,8 +6,9 @@ A case (`calibration_cases.py`) is a function of a random generator that makes d
 one p-value (the smallest corrected one, where the test has several), and the situations it is run in: volumes,
 autocorrelation, series, groups. `calibration_series.py` has the tests over time, `calibration_sets.py` those over runs
 and neurons. The share of p <= .05 should be .05; a cell outside [.02, .08] must be one in which the package warns or
-refuses, and the table says whether it did. Each cell has 400 draws, and 2,000 where 400 end outside [.03, .07] without
-a warning, so that chance puts no fair cell outside [.02, .08].
+refuses, and the table says whether it did. Each cell has `--draws` draws, and `--most` where these end outside
+[.03, .07] without a warning, so that chance puts few fair cells outside [.02, .08]; what takes long was run with fewer
+(`--only`), and each row says how many it had.
 
 A cell that is done is not run again, so that a run that was stopped goes on; `--minutes` stops it between two cells.
 """

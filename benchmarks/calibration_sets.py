@@ -106,7 +106,7 @@ DATA = ("AR 0", "AR 0.9", "uneven, heavy tails", "smooth image")
 def halves(rng: np.random.Generator, data: str) -> float:
     """Runs without networks."""
     found = split_half_reproducibility(_scans(rng, data, 2, 40, 150), 2, n_splits=1, n_permutations=19,
-                                       random_state=_seed(rng) % 2**31, tol=1e-3, max_iter=50)  # fmt: skip
+                                       random_state=_seed(rng) % 2**31, tol=1e-3, max_iter=10)  # fmt: skip
     return float(found.p.min())
 
 
@@ -114,7 +114,7 @@ def halves(rng: np.random.Generator, data: str) -> float:
 def matched_halves(rng: np.random.Generator, data: str) -> float:
     """Runs without networks."""
     found = split_half(_scans(rng, data, 2, 60, 300), 3, n_permutations=39, random_state=_seed(rng), tol=1e-3,
-                       max_iter=50)  # fmt: skip
+                       max_iter=10)  # fmt: skip
     return float(found.p.min())
 
 
@@ -122,7 +122,7 @@ def matched_halves(rng: np.random.Generator, data: str) -> float:
 def cutoffs(rng: np.random.Generator, data: str, cut: str) -> float:
     """Runs without networks."""
     scans = _scans(rng, data, 2, 40, 150)
-    options = {"tol": 1e-3, "max_iter": 50, "random_state": _seed(rng)}
+    options = {"tol": 1e-3, "max_iter": 10, "random_state": _seed(rng)}
     null = null_networks(scans, 2, n_permutations=19, progress=False, **options)
     networks = FunctionalNetworks.from_ica(GroupICA(2, **options).fit(scans))
     return 0.0 if networks.rethreshold(cut, null=null).masks.any() else 1.0

@@ -185,6 +185,7 @@ def permutation_test(
         effect = model.effect if first is None else first[:, None].astype(np.float64)
         plain = first is not None and others is None
         arrangements = reorderings(effect, whole, n_permutations, rng, labels=plain)
+    _warn_of_floor(model.effect, arrangements, two_sided and not model.is_f)
 
     def statistics(y: Array, orders: NDArray[np.int64], signs: Array) -> Array:
         return model.statistics(y, orders, signs) if kinds is None else model.pivotal(y, orders, signs, kinds)
@@ -287,6 +288,25 @@ def _by_subject(
     if first is not None:
         first = np.array([first[runs[0]] for runs in runs_of.values()])
     return data, first, constant("covariates", others), constant("design", matrix), spread
+
+
+def _warn_of_floor(effect: Array, arrangements: Arrangements, sided: bool) -> None:
+    """Say it where so few arrangements are possible that nothing can be significant at .05."""
+    if not arrangements.exhaustive:
+        return
+    ties = 0
+    if effect.shape[1] == 1:  # arrangements that give the observed statistic, or its opposite
+        moved = effect[arrangements.orders, 0] * arrangements.signs
+        alike = moved @ effect[:, 0] / float(effect[:, 0] @ effect[:, 0])
+        ties = int(((np.abs(alike) if sided else alike) >= 1 - 1e-9).sum())
+    floor = (1 + ties) / (len(arrangements) + 1)
+    if floor > 0.05:
+        warnings.warn(
+            f"there are {len(arrangements) + 1} arrangements of these runs (or subjects, blocks) in all: no p is below "
+            f"{floor:.3f}, and nothing can be significant at .05. More of them are needed",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_names(maps: Any) -> None:

@@ -157,3 +157,34 @@ def test_reliability_is_of_the_whole_group(n_subjects, k):
     assert found["reliability"] == pytest.approx(k * found["split_half"] / (1 + (k - 1) * found["split_half"]))
     if n_subjects == 3:
         assert true == pytest.approx(0.571, abs=1e-3)
+
+
+def test_regions_are_chosen_by_some_listeners_and_compared_in_the_others(story, model):
+    people = make_people(story, 8, 40, 4, 0, strength=2.0)
+    result = run(model, brain_of(people), story, isc=0.2)
+    assert result.report["n_subjects"] == 4
+    assert result.brain.subjects == ["s1", "s3", "s5", "s7"]
+    assert {f"region{i}" for i in range(4)} <= set(result.coupling.regions)
+    assert len(result.coupling.regions) < 12
+    assert result.report["settings"]["isc"] == 0.2
+    with pytest.raises(InputError, match=r"isc=0\.99: no region reaches it in the 4 listeners"):
+        run(model, brain_of(people), story, isc=0.99)
+    with pytest.raises(InputError, match="isc: 3 subjects are too few"):
+        run(model, brain_of(people[:3]), story, isc=0.1)
+
+
+def test_places_of_regions_are_in_the_tables(tmp_path, story, model):
+    import nibabel as nib
+
+    labels = np.zeros((4, 3, 2), dtype=np.int16)
+    labels[0], labels[1], labels[2, 0] = 1, 2, 5
+    nib.Nifti1Image(labels, np.diag([5.0, 5, 5, 1])).to_filename(tmp_path / "x_dseg.nii.gz")
+    (tmp_path / "x_dseg.tsv").write_text("index\tname\n1\tSTG\n2\tIFG\n5\tMTG\n")
+    np.save(tmp_path / "people.npy", make_people(story, 3, 3, 1, 0))
+    found = run(model, tmp_path / "people.npy", story, atlas=tmp_path / "x_dseg.nii.gz", rois=["MTG", "STG"])
+    assert found.coupling.regions == ["STG", "MTG"]
+    assert found.tables["regions"].x_mm.tolist() == [0, 10]
+    row = found.tables["coupling"].set_index("region").loc["MTG"].iloc[0]
+    assert row[["x_mm", "y_mm", "z_mm"]].tolist() == [10, 0, 2.5]
+    found.save(tmp_path / "out")
+    assert (tmp_path / "out/regions.tsv").read_text().startswith("region\tx_mm\ty_mm\tz_mm\nSTG\t0\t5\t2.5\n")

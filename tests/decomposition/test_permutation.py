@@ -1,5 +1,6 @@
 """Permutation tests against brute force, scipy and the phantom."""
 
+import warnings
 from itertools import product
 from math import comb
 
@@ -104,3 +105,24 @@ def test_condition_effect_of_the_phantom_is_found_in_its_network_only():
 def test_bad_designs_are_named(options, named):
     with pytest.raises(InputError, match=named):
         permutation_test(np.zeros((4, 1, 3)), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "floor"),
+    [
+        ({}, 5, "0.062"), ({"two_sided": False}, 4, "0.062"), ({"groups": ["a"] * 3 + ["b"] * 3}, 6, "0.100"),
+        ({"subjects": [0, 0, 1, 1, 2, 2, 3, 3]}, 8, "0.125"), ({}, 6, None), ({"two_sided": False}, 5, None),
+        ({"groups": ["a"] * 4 + ["b"] * 4}, 8, None),
+    ],
+)  # fmt: skip
+def test_too_few_arrangements_for_anything_to_be_significant_are_said(options, n, floor):
+    maps = np.random.default_rng(0).normal(size=(n, 1, 10))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = permutation_test(maps, **options)
+    lines = [str(w.message) for w in said if "arrangements" in str(w.message)]
+    assert len(lines) == (floor is not None)
+    assert floor is None or f"no p is below {floor}" in lines[0]
+    smallest = permutation_test(maps + 50, **options).p_fwe.min() if "groups" not in options else found.p.min()
+    if floor is not None:
+        assert smallest >= float(floor) - 5e-4
