@@ -21,6 +21,7 @@ from llmbrain.brains.series import check_tr
 from llmbrain.brains.tables import Table, orient, read_table
 from llmbrain.imaging.atlas import Atlas
 from llmbrain.imaging.grid import load_image, seconds_between_volumes
+from llmbrain.imaging.surface import Grayordinates, is_surface, read_surface
 
 if TYPE_CHECKING:
     from llmbrain.brains.regions import Wanted
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 TABLES = (".npy", ".npz", ".csv", ".tsv", ".txt", ".1d")
-IMAGES = (".nii", ".nii.gz")
+IMAGES = (".nii", ".nii.gz", ".gii")  # NIfTI, CIFTI and GIFTI
 # files that lie beside the measurements: what BIDS, SPM and people call them
 BESIDE = re.compile(
     r"(?i)(confound|regressor|(^|[-_])rp_|^(participants|sessions|readme|licen[cs]e|labels|regions|rois|atlas)$"
@@ -111,7 +112,7 @@ def load_fmri(
     ----------
     path : path or sequence of paths
         A file, files of several subjects, or a folder with one file a subject (in subfolders too: BIDS derivatives).
-        ``.nii``, ``.nii.gz`` (4D, or 5D with an axis of length 1); tables ``(volumes, regions)`` or ``(regions,
+        CIFTI (``.ptseries.nii``, ``.dtseries.nii``), GIFTI, ``.nii``, ``.nii.gz`` (4D, or 5D with an axis of length 1); tables ``(volumes, regions)`` or ``(regions,
         volumes)`` as ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or white space separated text, with or without a header. An
         ``.npz`` holds one array, or one a subject; an array may be ``(subjects, volumes, regions)``; a text table may
         have a column ``subject``. Events, confounds, motion and masks that lie beside are not read.
@@ -156,12 +157,19 @@ def load_fmri(
     images: dict[str, Array] = {}
     labels: list[str] | None = None
     clocks: dict[str, float] = {}
+    first: Grayordinates | None = None
     named = None if atlas is None else _atlas(atlas, atlas_labels)
     own = masker is None
     names_of = _subject_names(files)
     for file in files:
         if file.name.lower().endswith(IMAGES):
-            masker, values, labels, seconds = _read_image(file, named, masker)
+            if is_surface(file):
+                found_series, surface = read_surface(file, f"fmri: {file.name}")
+                first = surface if first is None else first
+                first.check_same(surface, f"fmri: {file.name}")
+                values, labels, seconds = found_series.astype(np.float64), surface.names, surface.t_r
+            else:
+                masker, values, labels, seconds = _read_image(file, named, masker)
             if seconds is not None:
                 clocks[file.name] = seconds
             images[names_of[file]] = values
@@ -191,13 +199,13 @@ def load_fmri(
     fmri.tr = tr if tr is not None else header_tr
     if tables and named is not None:
         _place(fmri, named, names is not None)
-    elif not tables:
+    elif first is None:
         fmri.masker = masker
         fmri.places = _places(named, fmri.regions) if named is not None or not own else _voxels(masker, fmri.regions)
     if rois is None:
         return fmri
-    by_place = tables and names is None and named is None
-    return fmri.only(columns_of(rois, fmri.regions, numbered=bool(by_place or (not tables and named is None))))
+    by_place = (names is None or not tables) and named is None
+    return fmri.only(columns_of(rois, fmri.regions, numbered=by_place))
 
 
 def _one_tr(clocks: dict[str, float]) -> float | None:

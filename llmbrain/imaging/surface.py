@@ -33,6 +33,13 @@ class Grayordinates:
     n: int
     t_r: float | None
 
+    @property
+    def names(self) -> list[str]:
+        """What the columns are called: parcels by their names, others by their place."""
+        own = getattr(self.axis, "name", None)
+        is_parcels = own is not None and hasattr(self.axis, "nvertices") and not hasattr(self.axis, "vertex")
+        return [str(name) for name in own] if is_parcels else [f"grayordinate{i}" for i in range(self.n)]
+
     def check_same(self, other: Grayordinates, name: str) -> None:
         """Raise `InputError` where another run has other columns or another TR."""
         same = self.n == other.n and (self.axis is None) == (other.axis is None)

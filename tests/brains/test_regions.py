@@ -99,3 +99,21 @@ def test_lists_of_regions(tmp_path):
             columns_of(wanted, names, numbered=False)
     with pytest.raises(FileNotFoundError, match="no file at"):
         read_rois(tmp_path / "gone.json")
+
+
+def test_parcellated_cifti_brings_its_names_and_its_clock(tmp_path):
+    parcels = [("STG", np.arange(4)), ("IFG", np.arange(4, 9)), ("MTG", np.arange(9, 12))]
+    axis = nib.cifti2.ParcelsAxis.from_brain_models(
+        [(name, nib.cifti2.BrainModelAxis.from_surface(v, 20, "CortexLeft")) for name, v in parcels]
+    )
+    values = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    for i, step in enumerate((0.72, 0.72, 2.0)):
+        image = nib.Cifti2Image(values + i, header=(nib.cifti2.SeriesAxis(0, step, 30), axis))
+        image.to_filename(tmp_path / f"sub-{i}_task-x.ptseries.nii")
+    files = sorted(tmp_path.glob("*.ptseries.nii"))
+    fmri = load_fmri(files[:2])
+    assert (fmri.subjects, fmri.regions, fmri.tr) == (["sub-0", "sub-1"], ["STG", "IFG", "MTG"], 0.72)
+    np.testing.assert_allclose(fmri.data[1], values + 1, rtol=1e-5)
+    assert load_fmri(files[0], rois="MTG").regions == ["MTG"]
+    with pytest.raises(InputError, match=r"has a TR of 2 s"):
+        load_fmri(tmp_path, pattern="*.ptseries.nii")
