@@ -112,10 +112,11 @@ def load_fmri(
     ----------
     path : path or sequence of paths
         A file, files of several subjects, or a folder with one file a subject (in subfolders too: BIDS derivatives).
-        CIFTI (``.ptseries.nii``, ``.dtseries.nii``), GIFTI, ``.nii``, ``.nii.gz`` (4D, or 5D with an axis of length 1); tables ``(volumes, regions)`` or ``(regions,
-        volumes)`` as ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or white space separated text, with or without a header. An
-        ``.npz`` holds one array, or one a subject; an array may be ``(subjects, volumes, regions)``; a text table may
-        have a column ``subject``. Events, confounds, motion and masks that lie beside are not read.
+        ``.nii``, ``.nii.gz`` (4D, or 5D with an axis of length 1), CIFTI (``.ptseries.nii``, ``.dtseries.nii``), GIFTI;
+        tables ``(volumes, regions)`` or ``(regions, volumes)`` as ``.npy``, ``.npz``, ``.csv``, ``.tsv`` or white space
+        separated text, with or without a header. An ``.npz`` holds one array, or one a subject; an array may be
+        ``(subjects, volumes, regions)``; a text table may have a column ``subject``. Events, confounds, motion and
+        masks that lie beside are not read.
     atlas : image or path, optional
         Labels; the mean of each region is taken (nilearn ``NiftiLabelsMasker``). With tables that have a column for
         every label, it says where in the brain they are: by their names, else in the order of the labels.
@@ -199,7 +200,7 @@ def load_fmri(
     fmri.tr = tr if tr is not None else header_tr
     if tables and named is not None:
         _place(fmri, named, names is not None)
-    elif first is None:
+    elif not tables and first is None:
         fmri.masker = masker
         fmri.places = _places(named, fmri.regions) if named is not None or not own else _voxels(masker, fmri.regions)
     if rois is None:
