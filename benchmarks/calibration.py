@@ -10,7 +10,8 @@ refuses, and the table says whether it did. Each cell has `--draws` draws, and `
 [.03, .07] without a warning, so that chance puts few fair cells outside [.02, .08]; what takes long was run with fewer
 (`--only`), and each row says how many it had.
 
-A cell that is done is not run again, so that a run that was stopped goes on; `--minutes` stops it between two cells.
+A cell that is done is not run again, so that a run that was stopped goes on (and only writes the table where all are
+done); `--minutes` stops it between two cells.
 """
 
 from __future__ import annotations
@@ -124,22 +125,28 @@ def main() -> None:
     before: list[dict[str, object]] = json.loads(kept.read_text()) if kept.is_file() else []
     rows = {(str(row["test"]), str(row["situation"])): row for row in before if "seconds" in row}
     start = time.process_time()
+
+    def write() -> None:
+        wanted = [(c.name, situation(cell)) for c in CASES.values() for cell in c.cells]
+        shown = [rows[k] for k in wanted if k in rows]
+        kept.write_text(json.dumps(shown, indent=1) + "\n")
+        arguments.out.write_text(table(shown))
+
     for case in CASES.values():
         if arguments.only and case.name not in arguments.only:
             continue
         for cell in case.cells:
             key = case.name, situation(cell)
-            if key in rows and not arguments.again and int(rows[key]["draws"]) >= arguments.draws:  # type: ignore[call-overload]
+            known = int(rows[key]["draws"]) if key in rows else 0  # type: ignore[call-overload]
+            if known >= arguments.draws and not arguments.again:
                 continue
             if time.process_time() - start > 60 * arguments.minutes:
                 sys.exit(f"{arguments.minutes:g} minutes are over: the same call goes on")
             rows[key] = row = run(case, cell, arguments.draws, arguments.most)
             print(f"{case.name}, {key[1]}: {row['level']:.3f} of {row['draws']}, warned {row['warned']:.0%} "
                   f"({row['seconds']} s){'' if held(row) else '  <-- outside'}", flush=True)  # fmt: skip
-            wanted = [(c.name, situation(s)) for c in CASES.values() for s in c.cells]
-            shown = [rows[k] for k in wanted if k in rows]
-            kept.write_text(json.dumps(shown, indent=1) + "\n")
-            arguments.out.write_text(table(shown))
+            write()
+    write()
 
 
 if __name__ == "__main__":
