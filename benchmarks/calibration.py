@@ -141,6 +141,7 @@ def main() -> None:
             if known >= arguments.draws and not arguments.again:
                 continue
             if time.process_time() - start > 60 * arguments.minutes:
+                write()
                 sys.exit(f"{arguments.minutes:g} minutes are over: the same call goes on")
             rows[key] = row = run(case, cell, arguments.draws, arguments.most)
             print(f"{case.name}, {key[1]}: {row['level']:.3f} of {row['draws']}, warned {row['warned']:.0%} "
