@@ -19,6 +19,7 @@ from llmbrain.stats.sparsity import zscore_maps
 from llmbrain.stats.tails import benjamini_hochberg
 
 METHODS = ("fixed", "auto", "mixture", "fdr", "fwe")
+MOST_KURTOSIS = 6.0  # excess, of the median neuron; that of a Laplace distribution is 3
 Array = NDArray[np.float64]
 _LEAST_SD = 0.9  # of the robust SD of a map: the bulk is not smaller
 
@@ -239,6 +240,24 @@ class NullNetworks:
         return float(np.sort(self.maxima)[-allowed])
 
 
+class HeavyTailsWarning(UserWarning):
+    """Activations are far from normal, and the null's are not."""
+
+
+def _warn_of_tails(data: NDArray[Any]) -> None:
+    chosen = data[:, np.linspace(0, data.shape[1] - 1, min(data.shape[1], 2000)).astype(int)].astype(np.float64)
+    centered = chosen - chosen.mean(axis=0)
+    variance = np.maximum((centered**2).mean(axis=0), 1e-300)
+    excess = float(np.median((centered**4).mean(axis=0) / variance**2)) - 3
+    if excess > MOST_KURTOSIS:
+        warnings.warn(
+            f"time courses are heavy-tailed (median excess kurtosis {excess:.1f}): random phases make them normal, so "
+            "that single tokens of extreme activity pass for networks of the scans and not of the null. Cut-offs "
+            "against it are too low here: clip them (outliers='clip'), or read 'fdr' and 'fwe' as scales",
+            HeavyTailsWarning, stacklevel=3,
+        )  # fmt: skip
+
+
 def null_networks(
     scans: Any,
     n_components: int = 20,
@@ -257,7 +276,8 @@ def null_networks(
         As many as the networks that the null is for.
     n_permutations : int
         FWE at .05 needs 19. The null takes neighbouring neurons to be strangers: images of a brain are refused, arrays
-        that look like one get a warning (see `split_half_reproducibility`).
+        that look like one get a warning (see `split_half_reproducibility`). Random phases make time courses normal:
+        there is a warning where those of the scans are far from it.
     options
         Go to `GroupICA`; use those of the real decomposition.
     random_state : int, Generator or None
@@ -275,6 +295,7 @@ def null_networks(
     _, image = split_mask(options.get("mask"))
     runs = Runs(scans, mask_img=image)
     check_neighbors(runs)
+    _warn_of_tails(runs[0])
     draws = []
     for draw in bar(range(n_permutations), desc="null networks", show=progress):
         rng = np.random.default_rng([random_state, draw])

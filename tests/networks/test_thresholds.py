@@ -1,8 +1,11 @@
 """Cut-offs against independent implementations and known mixtures."""
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.exceptions import ConvergenceWarning
 
 from llmbrain import FunctionalNetworks, InputError, NeuronSpace
 from llmbrain.networks import NullNetworks, compare_thresholds, null_networks
@@ -178,3 +181,14 @@ def test_mixture_that_did_not_converge_says_so(monkeypatch):
     monkeypatch.setattr(thresholds, "fit_mixture", lambda z: fit_mixture(z, max_iter=2))
     with pytest.warns(UserWarning, match="map 0 did not converge in 2 steps"):
         FunctionalNetworks(RNG(1).normal(size=(1, 500))).rethreshold("mixture")
+
+
+def test_a_null_of_normal_time_courses_is_warned_of_where_they_are_heavy_tailed():
+    rng = np.random.default_rng(0)
+    heavy = rng.standard_t(3, size=(60, 80)) ** 3
+    with pytest.warns(UserWarning, match="time courses are heavy-tailed"):
+        null_networks([heavy], 2, n_permutations=1, progress=False, max_iter=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        null_networks([rng.laplace(size=(60, 80))], 2, n_permutations=1, progress=False, max_iter=2)
