@@ -37,8 +37,10 @@ class Grayordinates:
     def names(self) -> list[str]:
         """What the columns are called: parcels by their names, others by their place."""
         own = getattr(self.axis, "name", None)
-        is_parcels = own is not None and hasattr(self.axis, "nvertices") and not hasattr(self.axis, "vertex")
-        return [str(name) for name in own] if is_parcels else [f"grayordinate{i}" for i in range(self.n)]
+        is_parcels = hasattr(self.axis, "nvertices") and not hasattr(self.axis, "vertex")
+        if own is not None and is_parcels:
+            return [str(name) for name in own]
+        return [f"grayordinate{i}" for i in range(self.n)]
 
     def check_same(self, other: Grayordinates, name: str) -> None:
         """Raise `InputError` where another run has other columns or another TR."""
