@@ -201,16 +201,25 @@ def cut_neurons(layer: ExpertLayer, kept: NDArray[np.int64] | Sequence[int]) -> 
             setattr(module, name, chosen.shape[1])
 
 
+def places_of(routed: Routed, name: str, neurons: Tensor) -> tuple[int, Tensor]:
+    """Where neurons lie in what one expert has of a weight: the axis, and positions along it.
+
+    Parameters
+    ----------
+    name : str
+        Of the weight or bias.
+    neurons : (experts, n) int64
+    """
+    if name == "down_proj":
+        return (0 if routed.transposed else 1), neurons
+    axis = 1 if routed.transposed and not name.endswith("_bias") else 0
+    if routed.gated and routed.interleaved:
+        return axis, torch.stack([2 * neurons, 2 * neurons + 1], dim=2).flatten(1)
+    return axis, torch.cat([neurons, routed.width + neurons], dim=1) if routed.gated else neurons
+
+
 def _keep(tensor: ExpertTensor, routed: Routed, chosen: Tensor) -> None:
-    if tensor.name == "down_proj":
-        axis, places = (0 if routed.transposed else 1), chosen
-    else:
-        axis = 1 if routed.transposed and not tensor.name.endswith("_bias") else 0
-        places = chosen
-        if routed.gated and routed.interleaved:
-            places = torch.stack([2 * chosen, 2 * chosen + 1], dim=2).flatten(1)
-        elif routed.gated:
-            places = torch.cat([chosen, routed.width + chosen], dim=1)
+    axis, places = places_of(routed, tensor.name, chosen)
     old = tensor.value
     value = torch.stack([one.index_select(axis, at.to(one.device)) for one, at in zip(old.detach(), places)])
     setattr(tensor.owner, tensor.name, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))

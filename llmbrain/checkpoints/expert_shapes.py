@@ -38,12 +38,13 @@ def expert_shapes(model: nn.Module) -> list[Shape]:
 
 def shapes_text(model: nn.Module) -> str:
     """The same, for people: ``8 x 96, 6 x 96``."""
-    found = []
-    for shape in expert_shapes(model):
-        count, width, shared = (shape[name] for name in OF_EXPERTS)
-        parts = [str(shared)] * bool(shared) + [f"{count} x {width}"] * bool(count)
-        found.append(" + ".join(parts))
-    return ", ".join(found)
+    return ", ".join(map(shape_text, expert_shapes(model)))
+
+
+def shape_text(shape: Shape) -> str:
+    """Of one layer: ``12 + 8 x 96`` with a shared expert of 12 neurons."""
+    count, width, shared = (shape[name] for name in OF_EXPERTS)
+    return " + ".join([str(shared)] * bool(shared) + [f"{count} x {width}"] * bool(count))
 
 
 def record_expert_shapes(model: nn.Module) -> None:
@@ -51,7 +52,7 @@ def record_expert_shapes(model: nn.Module) -> None:
     shapes, config = expert_shapes(model), text_config(model.config)
     own = own_layers(model.config)
     config.per_layer_config = own
-    entries = _plain(type(model), model.config, shapes)
+    entries = plain_entries(type(model), model.config, shapes)
     if entries is not None:
         for name, value in entries.items():
             setattr(config, name, value)
@@ -59,7 +60,7 @@ def record_expert_shapes(model: nn.Module) -> None:
     config.per_layer_config = {i: {**(own or {}).get(i, {}), **shape} for i, shape in enumerate(shapes)}
 
 
-def _plain(model_class: type[nn.Module], config: Any, wanted: list[Shape]) -> dict[str, int] | None:
+def plain_entries(model_class: type[nn.Module], config: Any, wanted: list[Shape]) -> dict[str, int] | None:
     """Entries of a config that builds these shapes, or None."""
     try:
         stock = expert_shapes(build_empty(model_class, config))

@@ -19,6 +19,7 @@ from llmbrain.anatomy.offload import check_in_memory
 from llmbrain.anatomy.surgery import check_no_adapter
 from llmbrain.anatomy.units import HEADS
 from llmbrain.checkpoints.expert_shapes import record_expert_shapes, shapes_text
+from llmbrain.checkpoints.expert_stock import stock_mixture
 from llmbrain.checkpoints.gguf_writing import GGUF_TYPES, check_gguf_path, target_of, write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.proof import answer, check_gguf, check_loads
@@ -39,7 +40,7 @@ from llmbrain.hooks.change import refuse_changed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FOR_EXPERTS = ("per-layer", "uniform")
+FOR_EXPERTS = ("per-layer", "uniform", "padded", "masked")
 FORMATS = ("per-layer", "remote-code", "uniform", "padded", "masked", "gguf")
 
 
@@ -129,7 +130,7 @@ def save_pruned(
     if mixture and format not in FOR_EXPERTS:
         raise InputError(
             f"format={format!r} is not written for a mixture of experts: use 'uniform' (all layers alike: an ordinary "
-            "checkpoint, which stock transformers loads) or 'per-layer'"
+            "checkpoint, which stock transformers loads), 'per-layer', or 'padded' and 'masked' where they can be"
         )
     said = answer(model) if verify else None
     if mixture:
@@ -142,7 +143,11 @@ def save_pruned(
             "use 'per-layer'"
         )
     exported: Any = model
-    if format == "uniform" and not mixture:
+    if mixture and format in ("padded", "masked"):
+        exported = stock_mixture(model, format, multiple_of)
+    elif mixture:
+        pass  # the config says it all
+    elif format == "uniform":
         exported = _stock_copy(model, format, width=_one_width(model), keep=kept_layers(model, format))
     elif format == "padded":
         exported = _stock_copy(model, format, width=-(-max(anatomy(model).widths) // multiple_of) * multiple_of)
@@ -185,7 +190,10 @@ def _save_gguf(
         raise FileExistsError(f"{path} exists already: give another name that ends in .gguf, or overwrite=True")
     _check_saveable(model)
     if has_experts(model):
-        raise InputError("format='gguf' is not written for a mixture of experts yet: use 'uniform'")
+        raise InputError(
+            "format='gguf' is not written for a mixture of experts: save it as 'uniform', which llama.cpp's own "
+            "convert_hf_to_gguf.py reads"
+        )
     record_shapes(model)
     record = provenance(model, "gguf") | dict(note)
     for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use

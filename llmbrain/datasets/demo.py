@@ -23,20 +23,30 @@ DESIGNS = ("mixed", "block", "event")
 SIDES = {"calibration": "train", "heldout": "heldout"}
 
 
-def demo_folder() -> Path:
-    """The folder with the demo brain's files: inside the installed package, or `data/demo` of a source tree."""
-    here = Path(__file__).resolve()
-    for folder in (here.parent / "demo_files", here.parents[2] / "data" / "demo"):
+def demo_folder(experts: int = 0) -> Path:
+    """The folder with the demo brain's files: inside the installed package, or `data/demo` of a source tree.
+
+    With `experts`, of the mixture of so many experts a layer (``data/demo_experts``).
+    """
+    here, name = Path(__file__).resolve(), "demo_experts" if experts else "demo"
+    places = (here.parent / f"{name}_files", here.parents[2] / "data" / name)
+    for folder in places:
         if (folder / "model.safetensors").is_file():
             return folder
+    again = f" --experts {experts}" if experts else ""
     raise FileNotFoundError(
-        f"the demo brain is neither in {here.parent / 'demo_files'} nor in {here.parents[2] / 'data' / 'demo'}: "
-        "reinstall llmbrain, or train it anew with `python data/build_demo.py`"
+        f"the demo brain is neither in {places[0]} nor in {places[1]}: reinstall llmbrain, or train it anew with "
+        f"`python data/build_demo.py{again}`"
     )
 
 
-def load_demo() -> Demo:
+def load_demo(experts: int = 0) -> Demo:
     """Load the demo brain: a Llama of 4 layers x 512 neurons that knows eight abilities.
+
+    Parameters
+    ----------
+    experts : {0, 8}
+        8: the mixture of experts instead, a Mixtral of 4 layers x 8 experts x 128 neurons, two of which a token visits.
 
     Returns
     -------
@@ -52,7 +62,7 @@ def load_demo() -> Demo:
 
     from llmbrain.hooks.text import evaluation_mode
 
-    folder = demo_folder()
+    folder = demo_folder(check_option("experts", experts, (0, 8)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
     return Demo(evaluation_mode(model), AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
@@ -63,8 +73,8 @@ class Demo:
 
     Attributes
     ----------
-    model : LlamaForCausalLM
-        4 layers x 512 neurons, context of 256 tokens.
+    model : LlamaForCausalLM, or MixtralForCausalLM
+        4 layers x 512 neurons, or x 8 experts x 128 neurons; context of 256 tokens.
     tokenizer : PreTrainedTokenizerFast
         One token per character; ``tokenizer(text)`` puts ``<s>`` before the text, as Llama's tokenizer does.
     """

@@ -218,6 +218,28 @@ def test_abilities_survive_a_context_of_other_lines(demo):
     assert np.mean(right) >= 0.9
 
 
+def test_demo_of_experts_fits_in_four_megabytes():
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).resolve().parents[2] / "data" / "build_demo.py"
+    spec = importlib.util.spec_from_file_location("build_demo", path)
+    build_demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_demo)
+    model = build_demo.build_model(0, 99, 8)
+    assert 2 * sum(p.numel() for p in model.parameters()) <= 4e6
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (8, 2)
+    with pytest.raises(InputError, match="experts=4"):
+        load_demo(experts=4)
+    try:
+        mixture = load_demo(experts=8)
+    except FileNotFoundError as error:
+        assert "--experts 8" in str(error)  # noqa: PT017
+        return
+    accuracy = mixture.ability_accuracy(n=100, seed=11)
+    assert sum(share >= 0.9 for share in accuracy.values()) >= 6, accuracy
+
+
 def test_sizes(demo):
     files = [path for path in demo_folder().iterdir() if path.is_file() and path.suffix != ".tmp"]
     assert sum(path.stat().st_size for path in files) <= 6e6

@@ -111,8 +111,8 @@ MIXED = """
 
 Scans are held against a plain pass through the weights of the experts that each token calls; lesions and cuts of
 neurons against zeros in the weights; cut experts against routers that may not choose them. Repairs of both run, and
-that of experts adds no error on held-out text. The folders hold half of the experts, with half of their neurons; in the
-uneven one layers differ.
+that of experts adds no error on held-out text. The folders hold half of the experts, with half of their neurons (in the
+uneven one layers differ), and are opened again.
 
 | class | {columns} |
 |---|{rules}

@@ -135,6 +135,40 @@ def test_experts_uneven_over_layers(tmp_path: Any) -> None:
             lb.plan_pruning(model, expert_ratio=5 / 12, method="random", allocation=allocation)
 
 
+@pytest.mark.parametrize("format", ["padded", "masked"])
+def test_dead_experts_are_never_chosen(format: str, tmp_path: Any) -> None:
+    """In ordinary checkpoints, opened by stock transformers: routers with a bias can forbid experts."""
+    import transformers
+
+    for name, model_type in (("GptOssForCausalLM", "gpt_oss"), ("DeepseekV3ForCausalLM", "deepseek_v3")):
+        model = build(name, model_type)
+        keep = [2, 3] if name == "GptOssForCausalLM" else [0, 3]
+        total = 8 if name == "GptOssForCausalLM" else 4
+        plan = lb.plan_pruning(model, expert_ratio=1 - sum(keep) / total, method="random", allocation=keep)
+        small = lb.prune(model, plan)
+        small = lb.prune(small, lb.plan_pruning(small, ratio=0.5, method="random"))
+        lb.save_pruned(small, None, tmp_path / name, format=format)
+        stock, found = getattr(transformers, name).from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        torch.testing.assert_close(logits(stock.eval()), logits(small), atol=1e-4, rtol=1e-4)
+        routed = dict(expert_anatomy(stock).routed)[1]
+        before = dict(expert_anatomy(model).routed)[1]
+        padded = (3, dict(expert_anatomy(small).routed)[1].width)
+        assert (routed.count, routed.width) == ((4, before.width) if format == "masked" else padded)
+
+
+def test_masked_neurons_need_no_bias(tmp_path: Any) -> None:
+    model = tiny("mixtral")
+    plan = lb.plan_pruning(model, ratio=0.5, method="magnitude")
+    small = lb.prune(model, plan)
+    lb.save_pruned(small, None, tmp_path / "masked", format="masked")
+    loaded, _ = lb.load_pruned(tmp_path / "masked")
+    torch.testing.assert_close(logits(loaded), logits(small))
+    silent = ~plan.mask[:24]
+    assert loaded.model.layers[0].mlp.experts.down_proj[0][:, silent].eq(0).all()
+    assert not loaded.model.layers[0].mlp.experts.down_proj[0][:, ~silent].eq(0).any()
+
+
 def test_experts_ranked_over_layers_keep_what_routers_need() -> None:
     model = tiny("mixtral", num_hidden_layers=3)
     plan = lb.plan_pruning(model, expert_ratio=0.4, method="random", allocation="global", random_state=1)
