@@ -15,7 +15,7 @@ from llmbrain._progress import watched
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
 from llmbrain.cli import compare, demo, estimate, networks, pruning, run, serving, steps, view
-from llmbrain.cli.common import fail, is_expected
+from llmbrain.cli.common import fail, is_expected, one_process
 
 __all__ = ["app", "main"]
 
@@ -46,13 +46,8 @@ def _options(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    from llmbrain.distributed import RankError, ranks
-
-    if ranks().size > 1 and context.invoked_subcommand not in SHARED:
-        raise RankError(
-            f"llmbrain {context.invoked_subcommand} is one process: start it without torchrun (ranks share "
-            f"{', '.join(SHARED)})"
-        )
+    if context.invoked_subcommand not in SHARED:
+        one_process(str(context.invoked_subcommand))
 
 
 for module in (demo, run, estimate, steps, networks, pruning, serving, compare, view):

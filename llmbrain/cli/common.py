@@ -159,6 +159,14 @@ def _device_map(value: str) -> str | dict[str, int | str]:
     return {str(name): where for name, where in found.items()}
 
 
+def one_process(what: str) -> None:
+    """Refuse what several ranks would do, each for itself, in one folder."""
+    from llmbrain.distributed import RankError, ranks
+
+    if ranks().size > 1:
+        raise RankError(f"llmbrain {what} is one process: start it without torchrun")
+
+
 def parse_components(value: str) -> int | float | str:
     """``20`` -> 20 networks, ``0.9`` -> share of variance, ``auto`` -> estimated."""
     if value == "auto":

@@ -68,6 +68,7 @@ def lesion(
     seed: SEED = 0,
 ) -> None:
     """Lesion every network and measure every text, beside random and equally active neurons."""
+    from llmbrain.distributed import ranks
     from llmbrain.intervention import lesion_table
     from llmbrain.study import Study, load_texts
 
@@ -92,6 +93,6 @@ def lesion(
     )
     columns = ["network", "evaluation", "size", "effect", "effect_low", "effect_high", "random_effect", "p_random"]
     print_table(table.frame[[*columns, "matched_effect", "p_matched", "q_matched"]], "loss added, nats a token")
-    if out is not None:
+    if out is not None and ranks().leads:
         table.save(out)
         say(f"table and every control draw: {out}")

@@ -22,6 +22,7 @@ from llmbrain.cli.common import (
     RUN_LENGTH,
     SEED,
     TEXT,
+    one_process,
     open_model,
     parse_components,
     path_of,
@@ -134,6 +135,8 @@ def decompose(
     if images:
         from llmbrain.study.images import decompose_images
 
+        one_process("decompose --images")
+
         found = decompose_images(
             images, out or study / "networks", mask=mask, n_components=parse_components(components),
             confounds=confounds,
@@ -149,7 +152,7 @@ def decompose(
         threshold=threshold, out=out, convention=convention, device=device, random_state=seed, overwrite=overwrite,
     )  # fmt: skip
     print_table(made["networks"].summary().reset_index())
-    if stability:
+    if "stability" in made:
         print_table(made["stability"].to_frame().reset_index(names="network"), "stability")
     say(f"networks and report: {made['folder']}")
 
@@ -175,6 +178,8 @@ def dualreg(
 
     if images:
         from llmbrain.study.images import dualreg_images
+
+        one_process("dualreg --images")
 
         made = dualreg_images(
             images, networks or study / "networks", out or study / "dualreg", mask=mask, confounds=confounds,

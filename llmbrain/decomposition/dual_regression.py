@@ -20,6 +20,7 @@ from llmbrain._progress import bar
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens, standardize_option
 from llmbrain.decomposition.workers import Workers, workers
+from llmbrain.distributed import ALONE, Parcel, Ranks, ranks
 from llmbrain.imaging.brain_mask import split_mask
 from llmbrain.imaging.confounds import Confounds
 from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
@@ -105,6 +106,8 @@ def dual_regression(
 ) -> DualRegression:
     """Find each run's own version of group networks.
 
+    In a process group every rank is given all runs and takes its share of them; rank 0 writes, all get the result.
+
     Parameters
     ----------
     maps : FunctionalNetworks, GroupICA or array ``(n_networks, n_neurons)``
@@ -166,7 +169,9 @@ def dual_regression(
     runs = Runs(scans, mask_img=mask_img, confounds=confounds)
     group = _as_maps(maps)
     settings = Preprocessing(drop_first=drop_first, drop_positions=drop_positions)
-    keep_neurons = _as_mask(mask, runs, group.shape[1])
+    sharing, how = ranks(), {"desc": "dual regression", "unit": "run", "show": progress}
+    with sharing.job("dual regression: mask"):
+        keep_neurons = _as_mask(mask, runs, group.shape[1], sharing)
     weights = _spatial_weights(group, keep_neurons)
     shape = (len(runs), *group.shape)
     names = [runs.name(i) for i in range(len(runs))]
@@ -177,35 +182,52 @@ def dual_regression(
         chosen["confounds"] = [array_digest(table) for table in tables]
     chosen |= {"maps": array_digest(group), "mask": array_digest(keep_neurons)}
     warn_of_other_model(maps, runs.origin())
-    with owner(out) if out is not None else nullcontext():
-        store = MemoryStore(shape) if out is None else FolderStore(Path(out), shape, chosen, runs.digest)
+    facts = {**chosen, "runs": [len(runs), runs.facts()]} if sharing.size > 1 else {}
+    alone = nullcontext() if out is None or not sharing.leads else owner(out)
+    with sharing.job("dual regression", **facts), alone:
+        writes = out is not None and sharing.leads
+        store = FolderStore(Path(out), shape, chosen, runs.digest) if writes and out is not None else MemoryStore(shape)
+        done = int(sharing.told("dual regression", lambda: store.done))
         space = getattr(maps, "space", None) or getattr(maps, "space_", None)
-        if space is None and store.done:
+        if space is None and (done or sharing.size > 1):
             runs.read(0)  # to know where neurons lie, if nothing else is left to read
+
+        def of_run(number: int) -> Parcel:
+            i = done + number
+            data = runs[i]
+            _check_width(data, group.shape[1], names[i])
+            keep = kept_tokens(len(data), settings, runs.positions(i), names[i])
+            if keep.sum() <= len(group) + 1:
+                raise InputError(
+                    f"{names[i]} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} "
+                    "networks"
+                )
+            if zscored:
+                mean, scale = _mean_and_scale(data, keep, team)
+                course = stage_one(weights * scale[:, None], data, team) - (mean * scale) @ weights
+            else:
+                course = stage_one(weights, data, team)
+            stage2, z_maps = stage_two(course, data, team, keep=keep, normalize=normalize, name=names[i])
+            if zscored:
+                stage2 *= scale
+            if keep_neurons is not None:
+                stage2[:, ~keep_neurons] = 0
+                z_maps[:, ~keep_neurons] = 0
+            found = {"course": course, "maps": stage2, "z": z_maps}
+            return Parcel({name: torch.from_numpy(array) for name, array in found.items()}, data.dtype.str)
+
         with workers(resolve_device(device)) as team:
-            for i in _counted(range(store.done, len(runs)), progress):
-                data = runs[i]
-                _check_width(data, group.shape[1], names[i])
-                keep = kept_tokens(len(data), settings, runs.positions(i), names[i])
-                if keep.sum() <= len(group) + 1:
-                    raise InputError(
-                        f"{names[i]} keeps {keep.sum()} tokens: more than {len(group) + 1} are needed for {len(group)} "
-                        "networks"
-                    )
-                if zscored:
-                    mean, scale = _mean_and_scale(data, keep, team)
-                    course = stage_one(weights * scale[:, None], data, team) - (mean * scale) @ weights
-                else:
-                    course = stage_one(weights, data, team)
-                stage2, z_maps = stage_two(course, data, team, keep=keep, normalize=normalize, name=names[i])
-                if zscored:
-                    stage2 *= scale
-                if keep_neurons is not None:
-                    stage2[:, ~keep_neurons] = 0
-                    z_maps[:, ~keep_neurons] = 0
-                store.add(course, stage2, z_maps, data.dtype, space or runs.space or _image_of(runs))
+            n = len(runs) - done
+            for run in bar(sharing.each(n, "dual regression", of_run), total=n, **how):
+                course, stage2, z_maps = (run.tensors[name].numpy() for name in ("course", "maps", "z"))
+                if out is None or sharing.leads:
+                    store.add(course, stage2, z_maps, np.dtype(run.record), space or runs.space or _image_of(runs))
         space = space or runs.space
-        store.finish(space or _image_of(runs))
+        if out is None or sharing.leads:
+            store.finish(space or _image_of(runs))
+        sharing.meet("dual regression: files")
+        if out is not None and not sharing.leads:  # what rank 0 wrote
+            store = FolderStore(Path(out), shape, chosen, runs.digest)
         return DualRegression(store.time_courses, store.maps, store.z_maps, names, space, _image_of(runs))
 
 
@@ -298,14 +320,16 @@ def _as_maps(maps: Any) -> NDArray[np.float64]:
     return group
 
 
-def _as_mask(mask: ArrayLike | str | None, runs: Runs, n_neurons: int) -> NDArray[np.bool_] | None:
+def _as_mask(mask: ArrayLike | str | None, runs: Runs, n_neurons: int, team: Ranks = ALONE) -> NDArray[np.bool_] | None:
     if mask is None:
         return None
     if isinstance(mask, str):
-        keep = np.ones(n_neurons, dtype=bool)
-        for i, data in enumerate(runs):
+        constant = torch.zeros(n_neurons, dtype=torch.int64)
+        for i in team.mine(len(runs)):
+            data = runs[i]
             _check_width(data, n_neurons, runs.name(i))
-            keep &= (data != data[0]).any(axis=0)
+            constant += torch.from_numpy((data == data[0]).all(axis=0))
+        keep = (team.sum([constant], "mask")[0] == 0).numpy()
     else:
         keep = np.asarray(mask)
         if keep.shape != (n_neurons,) or keep.dtype != bool:
@@ -344,7 +368,3 @@ def _spatial_weights(group: NDArray[np.float64], keep: NDArray[np.bool_] | None)
 
 def _image_of(runs: Runs) -> Any:
     return None if runs.mask is None else runs.mask.image
-
-
-def _counted(indices: range, progress: bool) -> Any:
-    return bar(indices, desc="dual regression", unit="run", show=progress)

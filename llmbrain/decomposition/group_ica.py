@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from llmbrain.decomposition.solvers.result import warn_not_converged
 from llmbrain.decomposition.store import write_fit
 from llmbrain.decomposition.time_courses import Regressor, regress, standardize_maps
 from llmbrain.decomposition.workers import workers
+from llmbrain.distributed import Parcel, Ranks, ranks
 from llmbrain.imaging.brain_mask import split_mask
 from llmbrain.imaging.confounds import Confounds
 from llmbrain.imaging.nifti import maps_to_nifti
@@ -41,6 +43,7 @@ from llmbrain.scanning.inputs import Runs
 
 SAVED_VALUES = ("n_components_", "n_iter_", "converged_", "convergence_", "joint_explained_variance_ratio_",
                  "start_scores_", "order_estimates_", "preprocessing_report_", "origin_")  # fmt: skip
+UNMIXED_VALUES = ("n_iter_", "converged_", "start_scores_", "convergence_")
 SAVED_ARRAYS = ("components_", "explained_variance_ratio_", "constant_neurons_", "component_layers_")
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
@@ -210,7 +213,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         Parameters
         ----------
         runs : list of Scan, array (n_tokens, n_neurons), NIfTI image or path
-            One per run; read one at a time, twice, and never kept.
+            One per run; read one at a time, twice, and never kept. In a process group every rank is given all runs, and
+            reads its share of them; all end with the same fit.
         y : None
             Ignored.
         space : NeuronSpace, optional
@@ -226,18 +230,16 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             components, rank-deficient data (the rank is named), a mask that removes everything.
         """
         self._check_parameters()
-        source = self._source(runs, space, confounds)
-        with workers(source.device):
-            windows = self._windows(source)
-            reduced = reduce_runs(source, windows, self.run_components, self.cca, center=self.center_tokens)
+        source, team = self._source(runs, space, confounds), ranks()
+        with workers(source.device), team.job("group ICA", **source.facts(self.get_params(), team)):
+            windows = self._windows(source, team)
+            reduced = reduce_runs(source, windows, self.run_components, self.cca, center=self.center_tokens, team=team)
             self.n_features_in_ = reduced.live.numel()
             self.preprocessing_report_ = reduced.reports
             self._note_constant(reduced.live, source.mask)
-            maps = self._decompose(source, windows, reduced)
+            maps = self._found(source, windows, reduced, team)
             self._describe(source, windows, reduced, maps)
-        self.space_ = source.runs.space
-        self.brain_mask_ = source.runs.mask
-        self.surface_ = source.runs.surface
+        self.space_, self.brain_mask_, self.surface_ = source.runs.space, source.runs.mask, source.runs.surface
         self.origin_ = source.runs.origin()
         return self
 
@@ -344,27 +346,20 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
 
     def _preprocessing(self) -> Preprocessing:
         return Preprocessing(
-            self.detrend,
-            self.standardize,
-            self.drop_first,
-            self.drop_positions,
-            self.outliers,
-            self.outlier_threshold,
-        )
+            self.detrend, self.standardize, self.drop_first, self.drop_positions, self.outliers, self.outlier_threshold
+        )  # fmt: skip
 
-    def _windows(self, source: Source) -> list[Window]:
+    def _windows(self, source: Source, team: Ranks) -> list[Window]:
         """The windows of the scope, each with its number of components."""
         self.order_estimates_: dict[str, Any] = {}
         windows = []
         for columns, layers in cut_windows(source, self.scope):
             k = self.n_components
             if isinstance(k, str):
-                estimates = estimate_order(
-                    source.prepared("model order", limit=_ORDER_RUNS),
-                    columns,
-                    random_state=self.random_state,
-                    lattice=source.runs.lattice(),
-                )
+                estimates = team.told("model order", partial(
+                    estimate_order, source.prepared("model order", limit=_ORDER_RUNS), columns,
+                    random_state=self.random_state, lattice=source.runs.lattice(),
+                ))  # fmt: skip
                 warn_of_color(estimates, k)
                 self.order_estimates_["model" if layers is None else f"layers {layers[0]}-{layers[1]}"] = estimates
                 k = int(estimates["mdl" if k == "auto" else "parallel"])
@@ -381,6 +376,17 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
                 UserWarning,
                 stacklevel=3,
             )
+
+    def _found(self, source: Source, windows: list[Window], reduced: Reduced, team: Ranks) -> list[torch.Tensor]:
+        """The maps of every window, and how the ICAs went; of a team, rank 0 unmixes."""
+
+        def find() -> Parcel:
+            maps = self._decompose(source, windows, reduced)
+            return Parcel({f"{i}": part for i, part in enumerate(maps)}, {n: getattr(self, n) for n in UNMIXED_VALUES})
+
+        found = team.found_by(0, "ICA", find)
+        vars(self).update(found.record)
+        return [found.tensors[f"{i}"].to(source.device) for i in range(len(windows))]
 
     def _decompose(self, source: Source, windows: list[Window], reduced: Reduced) -> list[torch.Tensor]:
         """ICA of every window: standardised maps, (k, n_columns) each."""
@@ -450,7 +456,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self._counts = [len(part) for part in maps]
         offsets = np.cumsum([0, *self._counts])
         alone, joint, mixing = np.zeros(offsets[-1]), 0.0, []
-        for courses, own, together in regress(source, maps, self._columns, "time courses"):
+        for courses, own, together in regress(source, maps, self._columns, "time courses", ranks()):
             mixing.append(courses)
             alone += own
             joint += together

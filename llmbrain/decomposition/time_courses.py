@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from llmbrain._progress import bar
 from llmbrain.decomposition.prepare.pca import gram
 from llmbrain.decomposition.prepare.preprocess import PreparedRun
 from llmbrain.decomposition.prepare.source import Source
 from llmbrain.decomposition.workers import workers
+from llmbrain.distributed import ALONE, Parcel, Ranks
 
 
 def standardize_maps(maps: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
@@ -65,9 +67,11 @@ class Regressor:
 
 
 def regress(
-    source: Source, maps: list[torch.Tensor], columns: list[slice], step: str
+    source: Source, maps: list[torch.Tensor], columns: list[slice], step: str, team: Ranks = ALONE
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """Second pass: for every run the time courses on the maps, and the variance that these explain.
+
+    Each rank of a team reads its share of the runs; all get all time courses.
 
     Yields
     ------
@@ -78,7 +82,9 @@ def regress(
         Variance that all explain together.
     """
     regressors = [Regressor(part, where) for part, where in zip(maps, columns)]
-    for run in source.prepared(step):
+
+    def of_run(index: int) -> Parcel:
+        run = source.read(index)
         kept = torch.from_numpy(run.keep).to(run.device)
         courses, alone, joint = [], [], 0.0
         for regressor in regressors:
@@ -88,5 +94,8 @@ def regress(
             shared = (found * products)[kept].sum(dim=0)
             joint += float(shared.sum())
             alone.append(2 * shared - found[kept].square().sum(dim=0) * regressor.gram.diagonal())
-        del run  # before the next is read
-        yield torch.cat(courses, dim=1).cpu().numpy(), torch.cat(alone).cpu().numpy(), joint
+        return Parcel({"courses": torch.cat(courses, dim=1).cpu(), "alone": torch.cat(alone).cpu()}, joint)
+
+    n = len(source.runs)
+    for parcel in bar(team.each(n, step, of_run), total=n, desc=step, unit="run", show=source.progress):
+        yield parcel.tensors["courses"].numpy(), parcel.tensors["alone"].numpy(), float(parcel.record)

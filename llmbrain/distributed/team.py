@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmbrain._files import plain
 from llmbrain._validation import InputError
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ class Ranks:
     def _post(self, name: str, what: str, value: Json) -> None:
         with self._reaching():
             assert self._store is not None
-            self._store.set(f"{self._job}/{self._step}/{name}", json.dumps([what, value]))
+            self._store.set(f"{self._job}/{self._step}/{name}", json.dumps([what, value], default=plain))
 
     def _hear(self, name: str, source: int, what: str) -> Json:
         """What `source` said under a name in this step; waits for it while it lives."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -32,6 +33,7 @@ from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.distributed import Parcel, ranks
 from llmbrain.intervention.controls import matched_masks, random_masks
 from llmbrain.intervention.evaluations import (
     TokenEvaluation,
@@ -176,6 +178,8 @@ def lesion_table(
 ) -> LesionTable:
     """Lesion each network, measure, and hold it against two controls of the same number of neurons in every layer.
 
+    In a process group networks are shared out; rank 0 writes, all get the table.
+
     Parameters
     ----------
     model : causal language model
@@ -246,29 +250,47 @@ def lesion_table(
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
     if mixture is not None and n_matched and reference is None:
         raise InputError(f"n_matched={n_matched}: of a mixture of experts, activations are known from reference= scans")
-    levels = _levels_for(model, ready, reference, space, heads) if n_matched or value == "mean" else None
-    fill = None if levels is None or value == "zero" else levels[0]
-    nothing = np.zeros((1, space.n_neurons), dtype=bool)
-    baseline = _score(model, nothing, ready, None, mixture, None)
-    seed = seed_of(random_state)
-    given = None if random_state is None else seed  # None goes on with another seed: each network has its own draws
-    settings = {"n_random": n_random, "n_matched": n_matched, "value": value, "random_state": given}
-    with owner(out) if out is not None else nullcontext():
-        store = None if out is None else _Store(Path(out), masks, ready, settings, baseline)
-        results: list[tuple[Items, int, int]] = []
-        for k, (name, mask) in enumerate(_bar(masks.items(), "lesions", progress)):
-            kept = store.read(k) if store is not None else None
-            if kept is None:
-                rng = np.random.default_rng([seed, k])
-                if mixture is not None and name in mixture.experts:
-                    controls = mixture.random(name, n_random, rng), nothing[:0]
-                else:
-                    controls = _controls(mask, space, levels, n_random, n_matched, rng)
-                sets = np.concatenate([mask[None], *controls])
-                kept = _score(model, sets, ready, fill, mixture, name), len(controls[0]), len(controls[1])
-                if store is not None:
-                    store.write(k, *kept)
-            results.append(kept)
+    team = ranks()
+    writes = out is not None and team.leads
+    asked = {"n_random": n_random, "n_matched": n_matched, "value": value}
+    facts = {"networks": _digest(masks, {}), "evaluations": _digest({}, ready), **asked} if team.size > 1 else {}
+    with team.job("lesions", **facts), owner(out) if writes and out is not None else nullcontext():
+        levels = _levels_for(model, ready, reference, space, heads) if n_matched or value == "mean" else None
+        fill = None if levels is None or value == "zero" else levels[0]
+        nothing = np.zeros((1, space.n_neurons), dtype=bool)
+        baseline, _, _ = _unpacked(
+            team.found_by(0, "lesions", lambda: _packed((_score(model, nothing, ready, None, mixture, None), 0, 0))),
+            ready,
+        )
+        seed = int(team.told("lesions", lambda: seed_of(random_state)))
+        given = None if random_state is None else seed  # None goes on with another seed: each network has its own draws
+        settings = {**asked, "random_state": given}
+        store = _Store(Path(out), masks, ready, settings, baseline) if writes and out is not None else None
+        stored = {k: kept for k in range(len(masks)) if store is not None and (kept := store.read(k)) is not None}
+        known = team.told("lesions", lambda: sorted(stored))
+        todo = [k for k in range(len(masks)) if k not in known]
+        found = {
+            k: _unpacked(team.found_by(0, "lesions", lambda k=k: _packed(stored[k])), ready)  # type: ignore[misc]
+            for k in known
+        }
+        every = list(masks.items())
+
+        def measured(number: int) -> Parcel:
+            k = todo[number]
+            (name, mask), rng = every[k], np.random.default_rng([seed, k])
+            if mixture is not None and name in mixture.experts:
+                controls = mixture.random(name, n_random, rng), nothing[:0]
+            else:
+                controls = _controls(mask, space, levels, n_random, n_matched, rng)
+            sets = np.concatenate([mask[None], *controls])
+            return _packed((_score(model, sets, ready, fill, mixture, name), len(controls[0]), len(controls[1])))
+
+        parcels = bar(team.each(len(todo), "lesions", measured), total=len(todo), desc="lesions", show=progress)
+        for k, parcel in zip(todo, parcels):
+            found[k] = _unpacked(parcel, ready)
+            if store is not None:
+                store.write(k, *found[k])
+    results = [found[k] for k in range(len(masks))]
     frame, draws = _frames(masks, ready, baseline, results, n_bootstrap, level, seed)
     provenance = {
         **settings,
@@ -405,8 +427,29 @@ def _against(effect: float, null: NDArray[np.float64], control: str) -> dict[str
     }
 
 
-def _bar(items: Any, what: str, show: bool) -> Any:
-    return bar(items, desc=what, show=show)
+def _packed(kept: tuple[Items, int, int]) -> Parcel:
+    """What was measured of a network, for other ranks."""
+    items, *counts = kept
+    return Parcel({f"{i}": torch.from_numpy(values) for i, values in enumerate(items.values())}, counts)
+
+
+def _unpacked(parcel: Parcel, evaluations: Mapping[str, Any]) -> tuple[Items, int, int]:
+    items = {name: parcel.tensors[f"{i}"].numpy() for i, name in enumerate(evaluations)}
+    n_random, n_matched = parcel.record
+    return items, int(n_random), int(n_matched)
+
+
+def _digest(masks: Mapping[str, NDArray[np.bool_]], evaluations: Mapping[str, Any], **settings: Any) -> str:
+    """What makes a table the same: settings, networks, what is read and scored."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, mask in masks.items():
+        digest.update(name.encode() + np.packbits(mask).tobytes())
+    for name, evaluation in evaluations.items():
+        digest.update(name.encode())
+        if isinstance(evaluation, TokenEvaluation):
+            digest.update(evaluation.ids.numpy().tobytes() + evaluation.scored.numpy().tobytes())
+            digest.update(evaluation.score.encode())
+    return digest.hexdigest()
 
 
 class _Store:
@@ -417,16 +460,8 @@ class _Store:
         settings: Mapping[str, Any], baseline: Items,
     ) -> None:  # fmt: skip
         self.folder, self.evaluations = folder, list(evaluations)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name, mask in masks.items():
-            digest.update(name.encode() + np.packbits(mask).tobytes())
-        for name, evaluation in evaluations.items():
-            digest.update(name.encode())
-            if isinstance(evaluation, TokenEvaluation):
-                digest.update(evaluation.ids.numpy().tobytes() + evaluation.scored.numpy().tobytes())
-                digest.update(evaluation.score.encode())
         means = {k: float(v.mean()) for k, v in baseline.items()}
-        record = {"table": digest.hexdigest(), "baseline": means}
+        record = {"table": _digest(masks, evaluations, **settings), "baseline": means}
         path = folder / "lesions.json"
         settle(folder)
         if not path.exists():

@@ -166,6 +166,21 @@ class Runs(Sequence[np.ndarray]):
         digest.update(np.ascontiguousarray(data).data)
         return digest.hexdigest()
 
+    def facts(self) -> str:
+        """A short hash of what the runs are, nothing of them being read: names, lengths, tokens, ends of arrays."""
+        found = hashlib.sha256()
+        for index, item in enumerate(self._items):
+            found.update(self.name(index).encode())
+            tokens = getattr(item, "token_ids", None)
+            if isinstance(item, torch.Tensor):
+                item = item.detach().cpu().float().numpy()
+            if isinstance(item, np.ndarray) and item.ndim == 2 and item.dtype.kind in "fiub":
+                found.update(f"{item.shape}".encode())
+                found.update(np.ascontiguousarray(item[[0, -1]]).tobytes())
+            elif tokens is not None:
+                found.update(np.asarray(tokens).tobytes())
+        return found.hexdigest()[:16]
+
     def lattice(self) -> np.ndarray | None:
         """Where voxels of a brain mask lie, int (n_voxels, 3); None for neurons, whose numbers are one axis."""
         return None if self.mask is None else np.argwhere(self.mask.volume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
 from llmbrain.decomposition.solvers import SOLVERS
+from llmbrain.distributed import ranks
 from llmbrain.imaging import write_melodic
 from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
 from llmbrain.plotting import plot_connectivity, plot_layer_profile
@@ -106,6 +108,8 @@ def decompose(
 ) -> dict[str, Any]:
     """Group ICA of a study's scan: networks, their files, and a report. The same call goes on where it was stopped.
 
+    In a process group the runs are shared out; rank 0 writes, and alone looks how stable the networks are.
+
     Parameters
     ----------
     study : Study or path
@@ -148,8 +152,9 @@ def decompose(
     settings = {
         "components": n_components, "method": method, "runs": len(scans), "seed": random_state, "scan": digest
     }  # fmt: skip
-    with claim(target, settings, overwrite=overwrite):
-        if (target / "ica" / "ica.json").is_file() and not overwrite:
+    team = ranks()
+    with team.job("decompose"), claim(target, settings, overwrite=overwrite) if team.leads else nullcontext():
+        if team.told("decompose", lambda: (target / "ica" / "ica.json").is_file() and not overwrite):
             tell("group ICA: done before")
             ica = read_ica(target / "ica")
         else:
@@ -157,9 +162,12 @@ def decompose(
             ica = GroupICA(
                 n_components, method=method, random_state=random_state, device=device, progress=bool(progress)
             ).fit(scans)
-            ica.save(target / "ica", overwrite=True)
+            if team.leads:
+                ica.save(target / "ica", overwrite=True)
         tell(starts_of(ica))
         networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
+        if not team.leads:  # rank 0 does the rest
+            return {"ica": ica, "networks": networks, "folder": target}
         networks.save(target, overwrite=True)
         if convention == "fsl":
             write_melodic(ica, target)

@@ -229,30 +229,36 @@ class GroupPCA:
     ----------
     max_rows : int
         Most rows kept between runs: memory is ``max_rows x n_neurons``, whatever the number of runs.
+
+    Attributes
+    ----------
+    parts : list of (int, Tensor)
+        What is held: the number of a run, or -1 for what stands for several, and rows.
     """
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
-        self._parts: list[torch.Tensor] = []
+        self.parts: list[tuple[int, torch.Tensor]] = []
 
     @property
     def n_rows(self) -> int:
         """Rows held now."""
-        return sum(len(part) for part in self._parts)
+        return sum(len(rows) for _, rows in self.parts)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Take one reduced run, (k, n_neurons)."""
-        self._parts.append(rows)
+    def add(self, rows: torch.Tensor, number: int = 0) -> None:
+        """Take one reduced run, (k, n_neurons), or a part that another process holds."""
+        self.parts.append((number, rows))
         if self.n_rows > 2 * self.max_rows:
             stack = self.stack()
             _, vectors = symmetric_eigen(gram(stack))
-            self._parts = [project(vectors[:, : self.max_rows].T.contiguous(), stack)]
+            self.parts = [(-1, project(vectors[:, : self.max_rows].T.contiguous(), stack))]
 
     def stack(self) -> torch.Tensor:
-        """All rows as one (n_rows, n_neurons) tensor."""
-        if len(self._parts) > 1:
-            self._parts = [torch.cat(self._parts)]
-        return self._parts[0]
+        """All rows as one (n_rows, n_neurons) tensor, in the order of runs."""
+        if len(self.parts) > 1:
+            ordered = sorted(self.parts, key=lambda part: part[0])
+            self.parts = [(-1, torch.cat([rows for _, rows in ordered]))]
+        return self.parts[0][1]
 
 
 @dataclass

@@ -12,6 +12,7 @@ from llmbrain._validation import InputError
 from llmbrain.decomposition.prepare.pca import GroupPCA, Whitened, gram, pca_of_run, symmetric_eigen, whiten
 from llmbrain.decomposition.prepare.preprocess import PreparedRun
 from llmbrain.decomposition.prepare.source import Source
+from llmbrain.distributed import ALONE, Parcel, Ranks
 
 _SHARE_ROWS = 500  # rows kept between runs when the number of components is not known before the last run
 
@@ -109,6 +110,7 @@ def reduce_runs(
     *,
     center: bool = True,
     max_rows: int | None = None,
+    team: Ranks = ALONE,
 ) -> Reduced:
     """First pass: every run to its leading components, stacked over runs (Smith et al. 2014), one stack a window.
 
@@ -122,6 +124,9 @@ def reduce_runs(
         Whether every token is centred over neurons first.
     max_rows : int, optional
         Rows kept between runs; the default is enough for the windows' numbers of components.
+    team : Ranks
+        Each rank reduces its share of the runs, then what they hold is joined as a tree: rank 0 gets the stacks, the
+        others none. No rank ever holds more than two states of ``2 max_rows`` rows.
     """
     sizes: list[int | float] = []
     stacks: list[GroupPCA] = []
@@ -134,22 +139,26 @@ def reduce_runs(
             size = run_components or default_run_components(k, cca)
             sizes.append(size)
             stacks.append(GroupPCA(max_rows or max(2 * size, 4 * k)))
-    variance = [0.0] * len(windows)
-    live: torch.Tensor | None = None
-    reports = []
-    n_tokens = 0
-    for run in source.prepared("reduce"):
-        live = run.live if live is None else live | run.live
-        n_tokens += run.n_kept
-        reports.append(run.report)
+    width = source.runs.n_neurons
+    assert width is not None  # known since the windows were cut
+    live = torch.zeros(width, dtype=torch.bool, device=source.device)
+    told: dict[int, dict[str, Any]] = {}  # by run
+    mine = team.mine(len(source.runs))
+    for run in source.prepared("reduce", among=mine):
+        number = mine[len(told)]
+        live |= run.live
+        totals = [0.0] * len(windows)
         for i, window in enumerate(windows):
             if not bool(run.live[window.columns].any()):
                 continue  # nothing of this run in these layers
-            rows, total = reduced_run(run, window.columns, sizes[i], cca, center)
-            variance[i] += total
-            stacks[i].add(rows)
+            rows, totals[i] = reduced_run(run, window.columns, sizes[i], cca, center)
+            stacks[i].add(rows, number)
+        told[number] = {"n_tokens": run.n_kept, "report": run.report, "variance": totals}
         del run  # before the next is read
-    assert live is not None  # Runs is never empty
+    live, told = _joined(team, stacks, live, told)
+    known = [told[number] for number in range(len(source.runs))]
+    n_tokens = sum(run["n_tokens"] for run in known)
+    variance = [sum(run["variance"][i] for run in known) for i in range(len(windows))]
     for window in windows:
         width = window.columns.stop - window.columns.start
         if not isinstance(window.n_components, float) and window.n_components > min(n_tokens, width):
@@ -159,7 +168,34 @@ def reduce_runs(
             )
         if not bool(live[window.columns].any()):
             raise InputError(f"layers {window.layers} have no neuron that varies: leave them out with a mask and scope")
-    return Reduced([stack.stack() for stack in stacks], variance, live, reports, n_tokens)
+    held = [stack.stack() for stack in stacks] if team.leads else []
+    return Reduced(held, variance, live, [run["report"] for run in known], n_tokens)
+
+
+def _joined(
+    team: Ranks, stacks: list[GroupPCA], live: torch.Tensor, told: dict[int, dict[str, Any]]
+) -> tuple[torch.Tensor, dict[int, dict[str, Any]]]:
+    """Join the states of all ranks as a tree, into those of rank 0; what runs say is known to all afterwards."""
+    if team.size == 1:
+        return live, told
+    step = 1
+    while step < team.size and team.rank % step == 0:
+        if team.rank % (2 * step):
+            held = {f"{i} {number} {j}": rows for i, stack in enumerate(stacks) for j, (number, rows) in
+                    enumerate(stack.parts)}  # fmt: skip
+            team.send(team.rank - step, "group PCA", Parcel({**held, "live": live}, list(told.items())))
+            for stack in stacks:
+                stack.parts = []
+        elif team.rank + step < team.size:
+            parcel = team.receive(team.rank + step, "group PCA")
+            live |= parcel.tensors.pop("live").to(live.device)
+            told |= {int(number): run for number, run in parcel.record}
+            for name in list(parcel.tensors):
+                i, number, _ = (int(part) for part in name.split())
+                stacks[i].add(parcel.tensors.pop(name).to(live.device), number)
+        step *= 2
+    whole = team.found_by(0, "group PCA", lambda: Parcel({"live": live}, list(told.items())))
+    return whole.tensors["live"].to(live.device), {int(number): run for number, run in whole.record}
 
 
 def group_subspace(stack: torch.Tensor, k: int, live: torch.Tensor, *, center: bool = True) -> Whitened:

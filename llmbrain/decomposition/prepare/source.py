@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.decomposition.prepare.preprocess import PreparedRun, Preprocessing, Statistics, prepare
+from llmbrain.distributed import Ranks
 from llmbrain.scanning.inputs import Runs
 
 
@@ -39,12 +41,25 @@ class Source:
     n_features: int | None = None
     _statistics: dict[int, Statistics] = field(default_factory=dict)
 
-    def prepared(self, step: str, limit: int | None = None) -> Iterator[PreparedRun]:
-        """Yield every run, preprocessed; `step` is what the progress bar says."""
-        for index in bar(range(len(self.runs))[:limit], desc=step, unit="run", show=self.progress):
-            yield self._read(index)  # no name here keeps the last run in memory while the next is read
+    def facts(self, parameters: dict[str, Any], team: Ranks) -> dict[str, Any]:
+        """What all ranks must be given alike: plain parameters of the estimator, the mask, the runs."""
+        if team.size == 1:
+            return {}
+        own = ("device", "progress", "random_state", "mask")
+        plain = {k: v for k, v in parameters.items() if k not in own and isinstance(v, (int, float, str, type(None)))}
+        mask = None if self.mask is None else int(self.mask.sum())
+        return {"parameters": plain, "mask": mask, "runs": [len(self.runs), self.runs.facts()]}
 
-    def _read(self, index: int) -> PreparedRun:
+    def prepared(
+        self, step: str, limit: int | None = None, *, among: Sequence[int] | None = None
+    ) -> Iterator[PreparedRun]:
+        """Yield every run (the first `limit`, those `among`), preprocessed; `step` is what the progress bar says."""
+        indices = range(len(self.runs))[:limit] if among is None else among
+        for index in bar(indices, desc=step, unit="run", show=self.progress):
+            yield self.read(index)  # no name here keeps the last run in memory while the next is read
+
+    def read(self, index: int) -> PreparedRun:
+        """One run, preprocessed."""
         known = self._statistics.get(index)
         data = self.runs.read(index, check=known is None)
         width = data.shape[1]
