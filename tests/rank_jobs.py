@@ -133,6 +133,101 @@ def killed(folder: Path, team: Any) -> dict[str, Any]:
     return {}
 
 
+def phantom_runs() -> list[Any]:
+    """More runs than a state of the group PCA holds at once."""
+    from llmbrain.datasets import make_phantom
+
+    return list(make_phantom(n_sources=5, n_runs=20, n_tokens=120, n_neurons=2000, random_state=0).scans)
+
+
+def demo_runs() -> list[Any]:
+    """Runs of the demo brain."""
+    import llmbrain as lb
+    from llmbrain.datasets import load_demo
+
+    demo = load_demo()
+    return list(lb.scan(demo.model, demo.tokenizer, demo.texts("calibration", n=12, seed=11)))
+
+
+def lesioned(out: Path | None = None) -> Any:
+    """A table of lesions of five sets of neurons."""
+    import numpy as np
+    from tiny_models import tiny, tiny_tokenizer
+
+    import llmbrain as lb
+
+    rng = np.random.default_rng(0)
+    sets = {f"set-{i}": rng.choice(48, 6, replace=False) for i in range(5)}
+    texts = {"abc": ["abcdefgh" * 4], "other": ["the rain in spain" * 3]}
+    return lb.lesion_table(
+        tiny("llama"),
+        sets,
+        texts,
+        tokenizer=tiny_tokenizer(),
+        n_random=3,
+        window=16,
+        n_bootstrap=20,
+        out=out,
+        progress=False,
+    )
+
+
+def hashed(array: Any) -> str:
+    import hashlib
+
+    import numpy as np
+
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@job
+def ica(folder: Path, team: Any) -> dict[str, Any]:
+    """Group ICA, dual regression and lesions, shared."""
+    import numpy as np
+
+    import llmbrain as lb
+
+    runs = phantom_runs()
+    fit = lb.GroupICA(5).fit(runs)
+    few = lb.GroupICA(5).fit(runs[:3])
+    back = lb.dual_regression(fit.components_, runs[:5], mask="varying", out=folder / "dualreg")
+    kept = lb.dual_regression(fit.components_, runs[:5])
+    table = lesioned(folder / "lesions")
+    again = lesioned(folder / "lesions")
+    if team.leads:
+        np.savez(folder / "found.npz", maps=fit.components_, few=few.components_, back=np.asarray(back.maps),
+                 **{f"mixing-{i}": course for i, course in enumerate(fit.mixing_)})  # fmt: skip
+        table.frame.to_csv(folder / "lesions.csv")
+    return {
+        "maps": hashed(fit.components_),
+        "mixing": [hashed(course) for course in fit.mixing_],
+        "explained": fit.explained_variance_ratio_.tolist(),
+        "converged": [bool(fit.converged_), len(fit.preprocessing_report_), fit.n_iter_],
+        "order": lb.GroupICA("parallel").fit(runs[:3]).order_estimates_,
+        "back": [hashed(back.maps), hashed(back.z_maps), [hashed(course) for course in back.time_courses]],
+        "kept": hashed(kept.maps),
+        "lesions": table.frame.round(12).to_json(),
+        "again": again.frame.round(12).to_json(),
+        "rank": said(lambda: lb.GroupICA(400).fit(runs[:2])),
+        "other": said(lambda: lb.GroupICA(5).fit(runs[: 4 + team.rank])),
+        "settings": said(lambda: lb.GroupICA(5 + team.rank).fit(runs[:4])),
+        "nan": said(lambda: lb.GroupICA(5).fit([runs[0], np.where(np.arange(2000) == 7, np.nan, runs[1])])),
+    }
+
+
+@job
+def demo_ica(folder: Path, team: Any) -> dict[str, Any]:
+    """Group ICA of the demo brain."""
+    import numpy as np
+
+    import llmbrain as lb
+
+    fit = lb.GroupICA(16).fit(demo_runs())
+    if team.leads:
+        np.save(folder / f"demo-{team.size}.npy", fit.components_)
+    return {"maps": hashed(fit.components_)}
+
+
 def main() -> None:
     from llmbrain._validation import InputError
     from llmbrain.distributed import joined
