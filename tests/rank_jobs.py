@@ -211,7 +211,7 @@ def ica(folder: Path, team: Any) -> dict[str, Any]:
         "rank": said(lambda: lb.GroupICA(400).fit(runs[:2])),
         "other": said(lambda: lb.GroupICA(5).fit(runs[: 4 + team.rank])),
         "settings": said(lambda: lb.GroupICA(5 + team.rank).fit(runs[:4])),
-        "nan": said(lambda: lb.GroupICA(5).fit([runs[0], np.where(np.arange(2000) == 7, np.nan, runs[1])])),
+        "nan": said(lambda: lb.GroupICA(5).fit([runs[0], np.where(np.arange(2000) == 7, np.nan, runs[1].data())])),
     }
 
 

@@ -30,7 +30,7 @@ from llmbrain.pruning.allocate.blocks import (
 from llmbrain.pruning.allocate.budget import Budget, given_widths
 from llmbrain.pruning.allocate.search import PASSES, Allocator
 from llmbrain.pruning.allocate.shares import uniform
-from llmbrain.pruning.calibrate.stream import Measured
+from llmbrain.pruning.calibrate.steps import Measured
 from llmbrain.pruning.calibrate.windows import Calibration, scans_with_tokens
 from llmbrain.pruning.criteria import Material, criterion
 from llmbrain.pruning.criteria.networks import BALANCE
@@ -482,12 +482,11 @@ class Planner:
         kept: dict[Units, list[NDArray[np.int64]]] = {units: [none] * len(self.body.layers) for units in counts}
 
         def step(measured: Measured, chosen: NDArray[np.int64]) -> Change | None:
-            kept[measured.units][measured.layer.index] = chosen
             last = measured.layer is self.body.layers[-1] and measured.units is NEURONS
             if last or len(chosen) == measured.output.units:
                 return None
             return fit(measured, torch.from_numpy(chosen), "least-squares")
 
         with restored(self.body.layers, list(counts)):
-            self.scorer.cut("choose", step, counts, sequential=True)
+            self.scorer.cut("choose", step, counts, sequential=True, took=lambda of, i, x: kept[of].__setitem__(i, x))
         return {units: tuple(of) for units, of in kept.items()}

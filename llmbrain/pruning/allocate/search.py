@@ -10,13 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from llmbrain._validation import InputError, check_option
+from llmbrain.anatomy.families import LayerAnatomy
 from llmbrain.anatomy.surgery import Change, restored, write
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.pruning.allocate.budget import Budget
 from llmbrain.pruning.allocate.losses import LEVELS, from_curves, from_losses
 from llmbrain.pruning.allocate.shares import by_density, ranked, uniform
 from llmbrain.pruning.calibrate.losses import Objective
-from llmbrain.pruning.calibrate.stream import Measured, split_windows
+from llmbrain.pruning.calibrate.steps import Found, Measured
+from llmbrain.pruning.calibrate.stream import split_windows
 from llmbrain.pruning.criteria.base import best_units
 from llmbrain.pruning.criteria.networks import check_space
 from llmbrain.pruning.criteria.scorer import Scorer
@@ -148,22 +150,27 @@ class Allocator:
         losses = np.zeros((n_layers, len(self._levels)))
         scores: list[NDArray[np.float64]] = [np.zeros(0) for _ in losses]
 
-        def look(measured: Measured) -> None:
+        def look(measured: Measured) -> Found:
             i, output = measured.layer.index, measured.output
-            scores[i] = self.scorer.score(measured, i, units)
+            own, row = self.scorer.score(measured, i, units), np.zeros(len(LEVELS))
             known: dict[int, float] = {output.units: 0.0}  # few heads: several levels are the same cut
             with restored([measured.layer], [units]):
                 for k, level in enumerate(self._levels):
                     count = max(1, round((1 - level) * output.units))
                     if count not in known:
-                        kept = torch.from_numpy(best_units(scores[i], count))
+                        kept = torch.from_numpy(best_units(own, count))
                         columns = (output.rows(kept) - output.start).to(measured.weight.device)
                         refit = least_squares(measured.train, measured.weight, columns, ridge=SCAN_RIDGE)
                         write(output, Change(kept, refit))
                         known[count] = objective.mean() - base
-                    losses[i, k] = known[count]
+                    row[k] = known[count]
+            return Found(arrays={"scores": own, "losses": row})
 
-        self.scorer.look("sensitivity", look, units)
+        def take(layer: LayerAnatomy, found: Found) -> None:
+            scores[layer.index] = found.arrays["scores"]
+            losses[layer.index] = found.arrays["losses"]
+
+        self.scorer.look("sensitivity", self.scorer.step(look, take), units)
         self.scorer.remember(scores, units)
         self._losses[units] = losses
         return losses

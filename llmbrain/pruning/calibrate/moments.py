@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmbrain.distributed import Ranks
+
 
 def gram(x: Tensor, weights: Tensor | None = None, y: Tensor | None = None) -> Tensor:
     """``sum_t w_t y_t x_t^T`` over tokens t, ``(len y, len x)``; y is x where not given, weights are 1."""
@@ -40,6 +42,27 @@ class Moments:
         found._shift_x, found._shift_t = torch.zeros(units, device=device), torch.zeros(targets, device=device)
         return found
 
+    def begin(self, shift_x: Tensor, shift_t: Tensor) -> None:
+        """Say from what deviations are taken: float32 ``(units,)`` and ``(targets,)``."""
+        self._shift_x, self._shift_t = shift_x, shift_t
+
+    def sum_over(self, team: Ranks, to: int | None = None) -> None:
+        """Add what the other ranks have; only rank `to` has the sum then (all, for None)."""
+        assert self._shift_x is not None
+        assert self._shift_t is not None
+        if self.n == 0:
+            self._zero(self._shift_x, self._shift_t)
+        held = [torch.tensor(self.n, dtype=torch.float64), self._x, self._t, self._xx, self._tx, self._tt]
+        n, self._x, self._t, self._xx, self._tx, self._tt = team.sum(held, "moments", to)
+        self.n = float(n)
+
+    def _zero(self, x: Tensor, t: Tensor) -> None:
+        size, out = x.shape[-1], t.shape[-1]
+        self._x, self._t = x.new_zeros(size, dtype=torch.float64), x.new_zeros(out, dtype=torch.float64)
+        self._xx = x.new_zeros(size, size, dtype=torch.float64)
+        self._tx = x.new_zeros(out, size, dtype=torch.float64)
+        self._tt = x.new_zeros(out, dtype=torch.float64)
+
     def add(self, x: Tensor, t: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add tokens.
 
@@ -55,11 +78,7 @@ class Moments:
         if self._shift_x is None or self._shift_t is None:
             self._shift_x, self._shift_t = x.mean(0), t.mean(0)
         if self.n == 0:
-            size, out = x.shape[1], t.shape[1]
-            self._x, self._t = x.new_zeros(size, dtype=torch.float64), x.new_zeros(out, dtype=torch.float64)
-            self._xx = x.new_zeros(size, size, dtype=torch.float64)
-            self._tx = x.new_zeros(out, size, dtype=torch.float64)
-            self._tt = x.new_zeros(out, dtype=torch.float64)
+            self._zero(x, t)
         x, t = x - self._shift_x, t - self._shift_t
         wx, wt = (x, t) if weights is None else (x * weights[:, None], t * weights[:, None])
         self.n += float(len(x) if weights is None else weights.sum())

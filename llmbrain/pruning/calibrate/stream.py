@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -25,13 +24,15 @@ from torch import Tensor, nn
 from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
-from llmbrain.anatomy.offload import present, store
+from llmbrain.anatomy.offload import is_away, present, store
 from llmbrain.anatomy.surgery import Change, write
 from llmbrain.anatomy.units import KINDS, Units
+from llmbrain.distributed import ALONE, Parcel, RankError, Ranks, ranks
 from llmbrain.hooks.change import saying
 from llmbrain.hooks.listen import Call, hear_calls, hear_outputs
-from llmbrain.hooks.text import BATCH_TOKENS, batches, evaluating, input_device
+from llmbrain.hooks.text import BATCH_TOKENS, batches, digest, evaluating, input_device
 from llmbrain.pruning.calibrate.moments import Moments
+from llmbrain.pruning.calibrate.steps import Look, Measured, Step, settle, settle_all
 from llmbrain.pruning.verify import FAILURES, check_reads
 
 LEAST_BATCHES = 8
@@ -78,13 +79,15 @@ class HasBlocks(Protocol):
 class Stream:
     """Hidden states of windows, batch by batch, before block `at`."""
 
-    def __init__(self, model: nn.Module, body: HasBlocks, windows: Tensor) -> None:
+    def __init__(self, model: nn.Module, body: HasBlocks, windows: Tensor, team: Ranks = ALONE) -> None:
         self.layers = body.layers
         self.at = 0
         self.hidden: list[Tensor] = []
         self._attended: dict[int, Any] = {}  # by batch: what the attention of block `at` said
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by batch size, one a block
-        for batch in calibration_batches(windows):
+        parts = calibration_batches(windows)
+        self.n, self.numbers = len(parts), team.mine(len(parts))  # batches of all ranks, and which are held here
+        for batch in (parts[number] for number in self.numbers):
             if len(batch) not in self._calls:
                 self._calls[len(batch)] = _record_calls(model, body, batch)
             self.hidden.append(_before_first_block(model, body, batch))
@@ -139,9 +142,11 @@ class Stream:
 class WholePasses:
     """As a `Stream`, by a forward pass of the model for every layer and batch, up to what is listened to."""
 
-    def __init__(self, model: nn.Module, body: HasBlocks, windows: Tensor) -> None:
+    def __init__(self, model: nn.Module, body: HasBlocks, windows: Tensor, team: Ranks = ALONE) -> None:
         self.model, self.layers, self.at = model, body.layers, 0
-        self.hidden = list(calibration_batches(windows))  # token ids: nothing else is held
+        parts = calibration_batches(windows)
+        self.n, self.numbers = len(parts), team.mine(len(parts))
+        self.hidden = [parts[number] for number in self.numbers]  # token ids: nothing else is held
 
     def run(self, batch: int, output: Projection) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Put one batch through the model as it is now, and listen at one of its output projections."""
@@ -173,34 +178,42 @@ class WholePasses:
 _FAITHFUL: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
 
 
-def stream_of(model: nn.Module, body: HasBlocks, windows: Tensor) -> Stream | WholePasses:
-    """A stream of these windows, if it is as good as the model, else whole passes (and a warning that says so)."""
+def stream_of(model: nn.Module, body: HasBlocks, windows: Tensor, team: Ranks = ALONE) -> Stream | WholePasses:
+    """A stream of these windows, if it is as good as the model, else whole passes (and a warning that says so).
+
+    Each rank of a team gets its share of the windows; all streams are good enough, or none is used.
+    """
     key = (len(body.layers), windows.shape[1], *(len(batch) for batch in calibration_batches(windows)))
     known = _FAITHFUL.setdefault(model, {})
     if known.get(key, True):
+        stream: Stream | None = None
+        good = True
         try:
-            stream = Stream(model, body, windows)
-            if key not in known:
-                known[key] = is_faithful(stream, model, windows)
-            if known[key]:
-                return stream
+            stream = Stream(model, body, windows, team)
+            good = key in known or is_faithful(stream, model, windows)
         except FAILURES as error:
-            if key in known or isinstance(error, torch.OutOfMemoryError):
+            if key in known or isinstance(error, (torch.OutOfMemoryError, RankError)):
                 raise
             check_reads(model, windows)  # where the model itself fails, that is the error
-            known[key] = False
+            good = False
+        if key not in known:
+            known[key] = all(team.gather("stream", good))
+        if known[key] and stream is not None:
+            return stream
         warnings.warn(
             f"the blocks of {type(model).__name__} get more than the block before gives: calibration takes whole "
             f"forward passes, one for each of its {len(body.layers)} layers",
             CalibrationWarning,
             stacklevel=3,
         )
-    return WholePasses(model, body, windows)
+    return WholePasses(model, body, windows, team)
 
 
 def is_faithful(stream: Stream, model: nn.Module, windows: Tensor) -> bool:
     """Whether the last batch of a stream at its start meets in every block what it meets in the model."""
-    batch, last = calibration_batches(windows)[-1], len(stream.hidden) - 1
+    if not stream.hidden:  # a rank without text
+        return True
+    batch, last = calibration_batches(windows)[stream.numbers[-1]], len(stream.hidden) - 1
     met: dict[int, Tensor] = {}
     places: list[tuple[nn.Module, Any]] = []
 
@@ -272,35 +285,11 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-@dataclass
-class Measured:
-    """An output projection to be worked on, with the moments of its inputs (signals) and wanted outputs (targets)."""
-
-    layer: LayerAnatomy
-    units: Units
-    output: Projection
-    train: Moments
-    held_out: Moments
-
-    @property
-    def all(self) -> Moments:
-        """Moments of all calibration tokens."""
-        return self.train + self.held_out if self.held_out.n else self.train
-
-    @property
-    def weight(self) -> Tensor:
-        """``(columns, outputs)`` float64, as it is now."""
-        return self.output.weight().detach().double()
-
-
-Step = Callable[[Measured], Change | None]
-
-
 def walk(
     model: nn.Module,
     body: Anatomy,
     windows: Tensor,
-    steps: Mapping[Units, Step],
+    steps: Mapping[Units, Step | Look],
     *,
     sequential: bool = True,
     weights: Tensor | None = None,
@@ -313,10 +302,13 @@ def walk(
     is what it makes of them uncut. (Targets from the dense model, whose inputs differ, were worse: at 50% on
     `stories260K` 18.5 without a sequence and about as much with the dense output as target, 17.3 with this one.)
 
+    In a process group the windows are shared out. Moments are summed at the rank that owns a layer (every `size`-th),
+    which does the step there; what it finds is told to all.
+
     Parameters
     ----------
     windows : (n, window) int64
-    steps : mapping of Units to a function of a `Measured`
+    steps : mapping of Units to `Step`, or a function of a `Measured`
         What to do with the projection that units of a kind enter; other kinds are not measured. A returned `Change` is
         written into the weights (units that go become zero): see `llmbrain.anatomy.surgery.restored`.
     sequential : bool
@@ -327,16 +319,24 @@ def walk(
         Gets each layer when the text has gone through it, with its weights in memory, to do with them what it likes
         (cut and save them): they are not looked at again.
     """
-    with evaluating(model):
-        stream = stream_of(model, body, windows)
+    team = ALONE if done is not None else ranks()
+    facts = {"windows": digest(windows)} if team.size > 1 else {}
+    with evaluating(model), team.job(progress or "layers", **facts):
+        stream = stream_of(model, body, windows, team)
         if done is not None and not isinstance(stream, Stream):
             raise InputError(
                 f"the blocks of {type(model).__name__} cannot be pruned one by one: they get more than the block "
                 "before gives, and need the whole model: load it whole"
             )
-        sizes = [len(h) for h in stream.hidden]
-        token_weights = None if weights is None else [w.flatten() for w in weights.split(sizes)]
+        token_weights: list[Tensor] | None = None
+        if weights is not None:
+            parts = weights.split([len(batch) for batch in calibration_batches(windows)])
+            token_weights = [parts[number].flatten() for number in stream.numbers]
         late: list[tuple[Projection, Change]] = []
+        first = next(iter(steps.values()), None)
+        at_once = not sequential and len(steps) == 1 and isinstance(first, Step) and not first.in_turn
+        at_once = at_once and team.size > 1 and not is_away(model)  # owners work at the same time
+        waiting: list[tuple[LayerAnatomy, Projection, Measured]] = []
         for layer in bar(body.layers, desc=progress or "layers", show=bool(progress), leave=False):
             unchanged, changed = None, []
             with present(layer.block):
@@ -344,8 +344,14 @@ def walk(
                     output = units.output(layer)
                     if output is None or units.is_gone(layer):
                         continue
-                    measured, after = _measure(stream, layer, units, output, token_weights)
-                    change = steps[units](measured)
+                    step, owner = steps[units], layer.index % team.size
+                    to = owner if isinstance(step, Step) else None
+                    measured, after = _measure(stream, layer, units, output, token_weights, team, to)
+                    if at_once:
+                        waiting.append((layer, output, measured))
+                        unchanged = after
+                        continue
+                    change = settle(team, owner, step, layer, measured)
                     unchanged = after if change is None else None
                     if change is not None and sequential:
                         write(output, change)
@@ -354,6 +360,10 @@ def walk(
                         late.append((output, change))
                         unchanged = after
                 stream.advance(unchanged)
+                if waiting and (len(waiting) == team.size or layer is body.layers[-1]):
+                    assert isinstance(first, Step)
+                    late += settle_all(team, first, waiting)
+                    waiting = []
                 if isinstance(stream, Stream):  # it does not come back here; whole passes do
                     changed += _write_all(late)
                 if done is not None:
@@ -392,20 +402,44 @@ def split_windows(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _measure(
-    stream: Stream | WholePasses, layer: LayerAnatomy, units: Units, output: Projection, weights: list[Tensor] | None
+    stream: Stream | WholePasses,
+    layer: LayerAnatomy,
+    units: Units,
+    output: Projection,
+    weights: list[Tensor] | None,
+    team: Ranks,
+    to: int | None,
 ) -> tuple[Measured, list[Tensor]]:
-    """Moments of one output projection in block `stream.at`, and the hidden states after the block."""
-    train = Moments()
-    held_out: Moments | None = None
+    """Moments of one output projection in block `stream.at`, and the hidden states after the block.
+
+    Of a team, the moments are those of all ranks' text at rank `to` (at all, for None), and of no use elsewhere.
+    """  # fmt: skip
+    train, held_out = Moments(), Moments()
     after = []
-    n = len(stream.hidden)
-    for i in range(n):
+    for i, number in enumerate(stream.numbers):
         (x, t), hidden = stream.run(i, output)
         after.append(hidden)
+        if i == 0:
+            train, held_out = _begin(team, output, x, t)
         w = None if weights is None else weights[i].to(x.device)
-        if is_held_out(i, n):
-            held_out = held_out or Moments(train)
-            held_out.add(x, t, w)
-        else:
-            train.add(x, t, w)
-    return Measured(layer, units, output, train, held_out or Moments(train)), after
+        (held_out if is_held_out(number, stream.n) else train).add(x, t, w)
+    if not after:
+        train, held_out = _begin(team, output)
+    if team.size > 1:
+        train.sum_over(team, to)
+        if any(is_held_out(number, stream.n) for number in range(stream.n)):
+            held_out.sum_over(team, to)
+    return Measured(layer, units, output, train, held_out), after
+
+
+def _begin(team: Ranks, output: Projection, *first: Tensor) -> tuple[Moments, Moments]:
+    """Moments of text to fit on and of text held out, both of deviations from the means of the very first batch."""
+    train = Moments()
+
+    def means() -> Parcel:
+        return Parcel({name: x.float().mean(0) for name, x in zip("xt", first)})
+
+    shift = team.found_by(0, "means", means).tensors  # rank 0 has the first batch
+    device = output.module.weight.device
+    train.begin(*(shift[name].to(device) for name in "xt"))
+    return train, Moments(train)

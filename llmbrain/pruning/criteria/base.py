@@ -127,6 +127,8 @@ class Criterion:
     blocks : str
         How it chooses whole MLPs and attentions, a key of `llmbrain.pruning.allocate.blocks.CHOOSERS`; "" where it
         scores units only.
+    draws : bool
+        Whether scores are drawn from the evidence's generator: layers then take their turns.
     """
 
     name: ClassVar[str] = ""
@@ -135,6 +137,7 @@ class Criterion:
     sequential: ClassVar[bool] = False
     allocation: ClassVar[str] = "uniform"
     blocks: ClassVar[str] = ""
+    draws: ClassVar[bool] = False
 
     def sites(self, body: Anatomy) -> tuple[str, ...]:
         """Sites that scans should have beside the neurons."""
@@ -172,7 +175,12 @@ _Registered = TypeVar("_Registered", bound=type[Criterion] | Callable[[Evidence]
 
 
 def register(
-    name: str, *needs: str, standardize: bool = True, sequential: bool = False, allocation: str = "uniform"
+    name: str,
+    *needs: str,
+    standardize: bool = True,
+    sequential: bool = False,
+    allocation: str = "uniform",
+    draws: bool = False,
 ) -> Callable[[_Registered], _Registered]:
     """Decorator: make a criterion that ``plan_pruning(method=name)`` knows, also from outside this package.
 
@@ -181,7 +189,7 @@ def register(
     name : str
     *needs : str
         Of `NEEDS`.
-    standardize, sequential, allocation
+    standardize, sequential, allocation, draws
         As in `Criterion`.
 
     Returns
@@ -198,7 +206,7 @@ def register(
     for need in needs:
         check_option("needs", need, NEEDS)
     said = {"name": name, "needs": frozenset(needs), "standardize": standardize, "sequential": sequential,
-            "allocation": allocation}  # fmt: skip
+            "allocation": allocation, "draws": draws}  # fmt: skip
 
     def wrap(what: _Registered) -> _Registered:
         if isinstance(what, type):

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmbrain.pruning.criteria.base import Evidence, register
 
 
-@register("random")
+@register("random", draws=True)
 def random(e: Evidence) -> Tensor:
     """Uniform random numbers: the control."""
     return torch.rand(e.output.units, generator=e.generator, dtype=torch.float64)

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmbrain._validation import InputError, check_range
-from llmbrain.anatomy.families import Projection
+from llmbrain.anatomy.families import LayerAnatomy, Projection
 from llmbrain.anatomy.offload import present
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import Change, check_cuttable
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.pruning.calibrate.gradients import gradient_pass
-from llmbrain.pruning.calibrate.stream import Measured, Step, walk
+from llmbrain.pruning.calibrate.steps import Found, Measured, Step
+from llmbrain.pruning.calibrate.stream import walk
 from llmbrain.pruning.calibrate.windows import check_enough, check_weights
 from llmbrain.pruning.criteria.base import Evidence, Material, criterion
 from llmbrain.pruning.verify import check_reads
@@ -118,8 +119,14 @@ class Scorer:
             layers = self.material.body.layers
             found: Scores = [np.zeros(0) for _ in layers]
             if "activations" in self.criterion.needs:
-                self.look("score", lambda at: found.__setitem__(at.layer.index, self.score(at, at.layer.index, units)),
-                          units)  # fmt: skip
+
+                def find(measured: Measured) -> Found:
+                    return Found(arrays={"scores": self.score(measured, measured.layer.index, units)})
+
+                def keep(layer: LayerAnatomy, at: Found) -> None:
+                    found[layer.index] = at.arrays["scores"]
+
+                self.look("score", self.step(find, keep), units)
             else:
                 for i, layer in enumerate(layers):
                     if not units.is_gone(layer):
@@ -132,7 +139,27 @@ class Scorer:
         self.learn(units)
         self._dense[units] = scores
 
-    def look(self, what: str, step: Callable[[Measured], None], units: Units) -> None:
+    def step(
+        self, find: Callable[[Measured], Found], take: Callable[[LayerAnatomy, Found], None] | None = None
+    ) -> Step:
+        """A step of a walk that scores: where the criterion draws, all ranks go on from where its owner stopped."""
+        draws = self._generator if self.criterion.draws else None
+
+        def found(measured: Measured) -> Found:
+            made = find(measured)
+            if draws is not None:
+                made.arrays["drawn"] = draws.get_state().numpy()
+            return made
+
+        def taken(layer: LayerAnatomy, made: Found) -> None:
+            if draws is not None:
+                draws.set_state(torch.from_numpy(made.arrays["drawn"]))
+            if take is not None:
+                take(layer, made)
+
+        return Step(found, taken, in_turn=draws is not None)
+
+    def look(self, what: str, step: Step, units: Units) -> None:
         """Visit every layer of the dense model, changing none."""
         self._walk(what, {units: step}, sequential=False)
 
@@ -151,28 +178,35 @@ class Scorer:
         counts: Mapping[Units, Sequence[int]],
         *,
         sequential: bool,
+        took: Callable[[Units, int, NDArray[np.int64]], None] | None = None,
     ) -> None:
         """Walk through the layers, choose the best units of each, and do `then` with ``(measured, chosen)``.
 
-        Sequentially, units are scored in the model as changed so far; else in the dense one.
+        `took` is told what was chosen, layer by layer; of several ranks, on all. Sequentially, units are scored in the
+        model as changed so far; else in the dense one.
         """
         known = {} if sequential else {units: self.best(of, units) for units, of in counts.items()}
 
         def step(units: Units) -> Step:
-            def at(measured: Measured) -> Change | None:
+            def find(measured: Measured) -> Found:
                 i = measured.layer.index
                 if known:
-                    return then(measured, known[units][i])
-                if counts[units][i] in (0, measured.output.units):  # nothing to choose from
-                    return then(measured, np.arange(counts[units][i]))
-                scores = self.score(measured, i, units)
-                return then(measured, self.criterion.choose(scores, counts[units][i], i, units))
+                    chosen = known[units][i]
+                elif counts[units][i] in (0, measured.output.units):  # nothing to choose from
+                    chosen = np.arange(counts[units][i])
+                else:
+                    chosen = self.criterion.choose(self.score(measured, i, units), counts[units][i], i, units)
+                return Found(then(measured, chosen), {"chosen": chosen})
 
-            return at
+            def take(layer: LayerAnatomy, found: Found) -> None:
+                if took is not None:
+                    took(units, layer.index, found.arrays["chosen"])
+
+            return self.step(find, take)
 
         self._walk(what, {units: step(units) for units in counts}, sequential=True)
 
-    def _walk(self, what: str, steps: Mapping[Units, Callable], *, sequential: bool) -> None:
+    def _walk(self, what: str, steps: Mapping[Units, Step], *, sequential: bool) -> None:
         given = self.material
         assert given.windows is not None
         walk(given.model, given.body, given.windows, steps, sequential=sequential, weights=given.weights, progress=what)

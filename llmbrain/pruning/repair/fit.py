@@ -12,7 +12,8 @@ from llmbrain.anatomy.families import Anatomy, LayerAnatomy
 from llmbrain.anatomy.surgery import Change
 from llmbrain.anatomy.units import Units
 from llmbrain.pruning.calibrate.moments import Moments
-from llmbrain.pruning.calibrate.stream import Measured, Step, walk
+from llmbrain.pruning.calibrate.steps import Found, Measured, Step
+from llmbrain.pruning.calibrate.stream import walk
 from llmbrain.pruning.repair.least_squares import bias_only, choose_ridge, least_squares
 
 FALLBACK_RIDGE = 1e-2  # where there is too little text to hold some out
@@ -54,7 +55,7 @@ def repair(
                 return None
             return fit(measured, stays, kind, ridge, intercept)
 
-        return at
+        return Step(lambda measured: Found(at(measured)))
 
     steps = {units: step(units) for units in kept}
     walk(model, body, windows, steps, sequential=sequential, weights=weights, progress="repair", done=done)
