@@ -228,6 +228,68 @@ def demo_ica(folder: Path, team: Any) -> dict[str, Any]:
     return {"maps": hashed(fit.components_)}
 
 
+def pruned(folder: Path | None = None) -> dict[str, Any]:
+    """Plans of several methods and a repair, of a tiny model."""
+    import torch
+    from tiny_models import VOCAB, tiny
+
+    import llmbrain as lb
+    from llmbrain.networks import FunctionalNetworks
+
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(3, VOCAB, (37, 24), generator=generator)
+    model = tiny("llama", num_hidden_layers=3, intermediate_size=32)
+    maps = torch.randn(4, 96, generator=generator, dtype=torch.float64).numpy()
+    networks = FunctionalNetworks(maps, space=lb.NeuronSpace([32] * 3), threshold=1.5)
+    asked: dict[str, dict[str, Any]] = {
+        "obs": {"method": "obs", "allocation": "global", "head_ratio": 0.5},
+        "flap": {"method": "flap", "allocation": "global"},
+        "networks": {"method": "networks", "networks": networks, "passes": 30},
+        "sensitivity": {"method": "wanda-sp", "allocation": "sensitivity", "passes": 60},
+        "taylor": {"method": "taylor"},
+        "random": {"method": "random", "sequential": True},
+        "drawn": {"method": "random", "allocation": "sensitivity", "passes": 60, "random_state": None if folder else 0},
+    }
+    plans = {name: lb.plan_pruning(model, ratio=0.4, calibration=windows, **how) for name, how in asked.items()}
+    small = {
+        name: lb.prune(model, plans[of], calibration=windows, compensate=kind, sequential=sequential)
+        for name, of, kind, sequential in (
+            ("repaired", "obs", "least-squares", True),
+            ("apart", "flap", "least-squares", False),
+            ("bias", "networks", "bias", True),
+        )
+    }
+    bert = tiny("bert", intermediate_size=32)
+    plans["bert"] = lb.plan_pruning(bert, ratio=0.3, method="obs-gradient", calibration=windows)
+    return {"plans": plans, "small": small}
+
+
+@job
+def prune(folder: Path, team: Any) -> dict[str, Any]:
+    """Plans and repairs over shared calibration text."""
+    import torch
+    from safetensors.torch import save_file
+    from tiny_models import VOCAB, tiny
+
+    import llmbrain as lb
+
+    made = pruned(folder)
+    if team.leads:
+        for name, model in made["small"].items():
+            save_file(model.state_dict(), folder / f"{name}.safetensors")
+    windows = torch.randint(3, VOCAB, (9, 24), generator=torch.Generator().manual_seed(team.rank))
+    return {
+        "plans": {name: plan.to_dict()["kept"] for name, plan in made["plans"].items()},
+        "heads": made["plans"]["obs"].to_dict()["kept_heads"],
+        "details": made["plans"]["networks"].details.get("search"),
+        "weights": {name: hashed(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy())
+                    for name, model in made["small"].items()},
+        "text": said(lambda: lb.plan_pruning(tiny("llama"), ratio=0.4, method="flap", calibration=windows)),
+        "ratio": said(lambda: lb.plan_pruning(tiny("llama"), ratio=0.4 + team.rank / 10, method="magnitude")),
+        "model": said(lambda: lb.plan_pruning(tiny("llama", seed=team.rank), ratio=0.4, method="magnitude")),
+    }  # fmt: skip
+
+
 def main() -> None:
     from llmbrain._validation import InputError
     from llmbrain.distributed import joined

@@ -36,6 +36,7 @@ from llmbrain.cli.common import (
     SELF_TEXT,
     SHARE,
     TEXT,
+    one_process,
     open_model,
     parse_layers,
     path_of,
@@ -102,6 +103,7 @@ def plan(
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     texts = load_texts(text, field) if text else None
     if expert_ratio is not None:
+        one_process("plan --expert-ratio")
         if parts(drop):
             raise InputError("--expert-ratio takes no --drop")
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
@@ -186,6 +188,8 @@ def prune(
     from llmbrain.study.again import check_free
     from llmbrain.study.experts import cut_fewer
 
+    if offload or device_map:
+        one_process("prune --offload")
     check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     given = read_plan(from_plan) if from_plan else None
@@ -193,6 +197,7 @@ def prune(
     if expert_ratio is not None and given is not None:
         raise InputError("--expert-ratio and --plan exclude each other")
     if expert_ratio is not None or isinstance(given, ExpertPlan):
+        one_process("prune of experts")
         if parts(drop):
             raise InputError("--expert-ratio takes no --drop")
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)

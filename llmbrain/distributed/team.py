@@ -138,6 +138,8 @@ class Ranks:
         """What every rank says here, in order, on all ranks."""
         if self._store is None:
             return [value]
+        if self._depth == 0:
+            self._job, self._step = self._job + 1, 0
         self._step += 1
         self._post(str(self.rank), what, value)
         told = [self._hear(str(rank), rank, what) for rank in range(self.size)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
 from weakref import ref
 
@@ -18,6 +19,7 @@ from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import Change, restored
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
+from llmbrain.distributed import ranks
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning.allocate.blocks import (
@@ -130,6 +132,8 @@ def plan_pruning(
 ) -> PruningPlan | ExpertPlan:
     """Choose which MLP neurons (and heads) of a model to remove; nothing is cut yet.
 
+    In a process group every rank is given the same; the calibration windows are shared out, and all get the same plan.
+
     Parameters
     ----------
     model : transformers model
@@ -219,17 +223,27 @@ def plan_pruning(
     if head_ratio:
         HEADS.check(body, head_ratio)
         Budget.of(HEADS.counts(body), head_ratio, protected, name=HEADS.option)
-    planner = Planner(
-        model, method, given.windows(model), networks=networks, scans=scans, random_state=random_state,
-        weights=given.weights, token_balance=how.token_balance, rule=how.rule, passes=how.passes,
-    )  # fmt: skip
-    if functions is not None:
-        planner.scorer.targets = functions.targets
-        planner.material.details["functions"] = functions.record
-    return planner.plan(
-        ratio, allocation=allocation, protect=protect, multiple_of=how.multiple_of, sequential=how.sequential,
-        head_ratio=head_ratio, drop=how.drop,
-    )  # fmt: skip
+    team = ranks()
+    facts = {"method": method, "ratio": ratio, "allocation": allocation, "head_ratio": head_ratio,
+             "protect": protect, "options": {f.name: getattr(how, f.name) for f in fields(how)}}  # fmt: skip
+    with team.job("plan", **(facts | _facts(body, networks) if team.size > 1 else {})):
+        planner = Planner(
+            model, method, given.windows(model), networks=networks, scans=scans, random_state=random_state,
+            weights=given.weights, token_balance=how.token_balance, rule=how.rule, passes=how.passes,
+        )  # fmt: skip
+        if functions is not None:
+            planner.scorer.targets = functions.targets
+            planner.material.details["functions"] = functions.record
+        return planner.plan(
+            ratio, allocation=allocation, protect=protect, multiple_of=how.multiple_of, sequential=how.sequential,
+            head_ratio=head_ratio, drop=how.drop,
+        )  # fmt: skip
+
+
+def _facts(body: Anatomy, networks: FunctionalNetworks | None) -> dict[str, Any]:
+    """What else all ranks must be given alike: weights and networks."""
+    maps = None if networks is None else sha256(np.ascontiguousarray(networks.maps).tobytes()).hexdigest()[:16]
+    return {"weights": weights_digest(body), "networks": maps}
 
 
 def _plan_experts(
@@ -376,8 +390,9 @@ class Planner:
         passes: float = PASSES,
     ) -> None:
         self.model, self.body, self.windows = model, anatomy(model), windows
+        seed = int(ranks().told("seed", lambda: seed_of(random_state)))
         self.material = Material(
-            model, self.body, windows, weights, networks, scans or (), seed_of(random_state), token_balance,
+            model, self.body, windows, weights, networks, scans or (), seed, token_balance,
             dict(rule or {}),
         )  # fmt: skip
         self.scorer = Scorer(method, self.material)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from hashlib import sha256
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from llmbrain.anatomy.offload import check_in_memory
 from llmbrain.anatomy.surgery import check_cuttable
 from llmbrain.anatomy.units import Units
 from llmbrain.checkpoints.shapes import RECORD, record_shapes
+from llmbrain.distributed import ranks
 from llmbrain.hooks.change import refuse_changed
 from llmbrain.hooks.text import digest
 from llmbrain.pruning.calibrate.windows import Calibration, check_enough, check_weights
@@ -55,7 +58,8 @@ def prune(
 ) -> PreTrainedModel:
     """Cut what a plan removes out of a model's weights.
 
-    Without compensation the result equals the model with those neurons set to zero.
+    Without compensation the result equals the model with those neurons set to zero. In a process group every rank is
+    given the same; the calibration windows are shared out, and all get the same smaller model.
 
     Parameters
     ----------
@@ -135,13 +139,15 @@ def prune(
     small = model if inplace else copy.deepcopy(model)
     body = anatomy(small)
     forgetting: dict[str, Any] | None = None
+    team = ranks()
     if windows is not None:
 
         def mend() -> None:
             repair(small, body, windows, kept, kind=str(compensate), ridge=ridge, intercept=intercept,
                    sequential=sequential, weights=token_weights)  # fmt: skip
 
-        with _undone_on_error(body, kept) if inplace else nullcontext():
+        facts = {"plan": _digest(plan), "compensate": compensate, "ridge": ridge} if team.size > 1 else {}
+        with _undone_on_error(body, kept) if inplace else nullcontext(), team.job("repair", **facts):
             if functions.get("forget") and compensate == "least-squares":
                 assert token_weights is not None
                 cuts = [
@@ -170,6 +176,10 @@ def prune(
         forgetting = {**(forgetting or {}), "relearning": found}
     setattr(small, RECORD, [*getattr(small, RECORD, []), record_of(plan, compensate, forgetting, windows)])
     return small
+
+
+def _digest(plan: PruningPlan) -> str:
+    return sha256(json.dumps(plan.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _known(model: nn.Module, given: Calibration, forget: Sequence[str], attack: Relearning) -> Known | None:

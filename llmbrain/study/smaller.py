@@ -19,6 +19,7 @@ from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, holds_lo
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.parts import FORMATS_BY_PART
 from llmbrain.checkpoints.shapes import RECORD
+from llmbrain.distributed import Parcel, ranks
 from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
@@ -99,11 +100,13 @@ def evidence_of(
     windows = None
     if self_text:
         speaker(progress)(f"the model writes {self_text} windows of calibration text")
-        windows = mixed_windows(
-            as_windows(model, tokenizer, texts, None, TEXT_WINDOWS) if texts else None,
-            write_windows(model, tokenizer, self_text, random_state=random_state),
-            random_state=random_state,
-        )
+        given = as_windows(model, tokenizer, texts, None, TEXT_WINDOWS) if texts else None
+
+        def write() -> Parcel:
+            written = write_windows(model, tokenizer, self_text, random_state=random_state)
+            return Parcel({"windows": mixed_windows(given, written, random_state=random_state)})
+
+        windows = ranks().found_by(0, "text", write).tensors["windows"]
     needed = method in CRITERIA and "networks" in CRITERIA[method].needs
     if needed and networks is None and (scans or texts or windows is not None):
         found = scans
@@ -195,7 +198,7 @@ def plan(
     odd = odd_widths(made.widths) if format == "gguf" else None
     if odd:
         warnings.warn(odd, UserWarning, stacklevel=2)
-    if out is not None:
+    if out is not None and ranks().leads:
         made.save(out)
         write_figure(Path(out).with_suffix(".png"), plot_widths(made), dpi=130)
     return made
@@ -282,6 +285,8 @@ def cut(
         If `out` holds another model already and `overwrite` is not set, before anything is done. One that the same call
         made is given back.
     """
+    if offload and ranks().size > 1:
+        raise InputError("offload=True: a model is cut from file to file by one process")
     if offload:
         check_option("format", format, FORMATS_BY_PART)
     made = "" if evidence is not None else made_from(
@@ -328,6 +333,8 @@ def cut(
         prune_offloaded(model, plan, out, format=format, overwrite=overwrite, beside=beside, **how)
         return load_model(out, offload=True)[0], plan
     small = prune(model, plan, **how)
+    if not ranks().leads:  # rank 0 saves
+        return small, plan
     if format != "gguf":
         save_pruned(
             small, tokenizer, out, format=format, overwrite=overwrite, beside=lambda folder: beside(folder, small)

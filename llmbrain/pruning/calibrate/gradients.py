@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.families import Anatomy, Projection
 from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.units import NEURONS, Units
+from llmbrain.distributed import ALONE, Ranks, ranks
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
 from llmbrain.hooks.change import recomputing
 from llmbrain.hooks.listen import hear_outputs
-from llmbrain.hooks.text import batches, embeddings, evaluating
+from llmbrain.hooks.text import batches, digest, embeddings, evaluating
 from llmbrain.pruning.calibrate.losses import last_states
 from llmbrain.pruning.calibrate.moments import gram
 
@@ -30,8 +31,9 @@ def gradient_pass(
     taylor: bool = False,
     weights: Tensor | None = None,
     places: Sequence[nn.Module] | None = None,
+    to_owners: bool = False,
 ) -> dict[str, list[Tensor]]:
-    """Second moments of the loss gradient, by one backward pass over the windows.
+    """Second moments of the loss gradient, by one backward pass over the windows, which the ranks of a group share.
 
     For a model that predicts no next token (an encoder, say) the gradient is that of the last hidden states in a random
     direction, ``J^T r`` with r ~ N(0, 1): its second moment is the curvature ``J^T J`` of half their squared change.
@@ -52,6 +54,8 @@ def gradient_pass(
     taylor : bool
         Give each unit's first-order importance, ``sum |w * dL/dw|`` over its weights (LLM-Pruner, arXiv 2305.11627,
         eq. 5, `param_first`).
+    to_owners : bool
+        Of several ranks, only the one that owns a layer (every `size`-th) gets its metric.
 
     Returns
     -------
@@ -101,17 +105,32 @@ def gradient_pass(
             p.requires_grad_(taylor and id(p) in wanted)
         if leaf is not None:  # one leaf is enough for gradients to reach every layer
             leaf.requires_grad_(True)
-        with evaluating(model, gradients=True), recomputing(once), hear_outputs(model, heard):
-            for i, batch in enumerate(batches(windows)):
+        team = ranks() if places is None else ALONE
+        parts, missed = batches(windows), list[torch.Size]()
+        facts = {"windows": digest(windows)} if team.size > 1 else {}
+        with (
+            team.job("gradients", **facts), evaluating(model, gradients=True), recomputing(once),
+            hear_outputs(model, heard),
+        ):  # fmt: skip
+            for i, batch in enumerate(parts):
+                if i not in team.mine(len(parts)):
+                    missed.append(batch.shape)
+                    continue
                 if weights is not None:
                     counts = batches(weights)[i].flatten()
                 if causal:
                     next_token_losses(model, batch).sum().backward()
                 else:
                     states = last_states(model, batch)
+                    for shape in missed:  # what other ranks draw
+                        torch.randn((*shape, states.shape[-1]), generator=probe)
+                    missed.clear()
                     states.backward(torch.randn(states.shape, generator=probe).to(states.device))
                 if leaf is not None:
                     leaf.grad = None
+        if team.size > 1:
+            with team.job("gradients"):
+                _sum(team, grams if metric else [], outputs, projections if taylor else [], to_owners)
         n = windows.numel()
         found: dict[str, list[Tensor]] = {}
         if metric:
@@ -124,6 +143,25 @@ def gradient_pass(
             p.requires_grad_(flag)
             if id(p) in wanted:
                 p.grad = None
+
+
+def _sum(
+    team: Ranks,
+    grams: list[Any],
+    outputs: Sequence[Projection | None],
+    projections: Sequence[Sequence[Projection]],
+    to_owners: bool,
+) -> None:
+    """Add what the windows of the other ranks gave; a rank without windows has zeros."""  # fmt: skip
+    for i, own in enumerate(grams):
+        output = outputs[i]
+        if output is not None:
+            size = output.weight().shape[1]
+            own = own if isinstance(own, Tensor) else torch.zeros(size, size, dtype=torch.float64)
+            (grams[i],) = team.sum([own], "gradients", i % team.size if to_owners else None)
+    for module in {id(p.module): p.module for of in projections for p in of}.values():
+        for p in module.parameters(recurse=False):
+            (p.grad,) = team.sum([torch.zeros_like(p) if p.grad is None else p.grad], "gradients")
 
 
 def _first_order(projection: Any) -> Tensor:

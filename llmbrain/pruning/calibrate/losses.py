@@ -12,14 +12,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
+from llmbrain.distributed import Parcel, ranks
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
 from llmbrain.hooks.text import batches, evaluating, input_device
 
 
 def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Cross-entropy of each token given those before it in its window; float32 ``(n, window)``, 0 at the first."""
-    with evaluating(model):
-        return torch.cat([F.pad(next_token_losses(model, ids), (1, 0)).cpu() for ids in batches(windows)])
+    """Cross-entropy of each token given those before it in its window; float32 ``(n, window)``, 0 at the first.
+
+    The ranks of a group share the windows.
+    """
+    parts, team = batches(windows), ranks()
+
+    def of_batch(i: int) -> Parcel:
+        return Parcel({"losses": F.pad(next_token_losses(model, parts[i]), (1, 0)).cpu()})
+
+    with team.job("losses"), evaluating(model):
+        return torch.cat([parcel.tensors["losses"] for parcel in team.each(len(parts), "losses", of_batch)])
 
 
 class Objective:

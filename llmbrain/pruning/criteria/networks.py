@@ -8,7 +8,7 @@ whatever their scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.units import NEURONS, Units
+from llmbrain.distributed import Parcel, ranks
 from llmbrain.hooks.listen import hear_inputs
 from llmbrain.hooks.text import batches, evaluating, input_device
 from llmbrain.intervention.targets import unit_space
@@ -78,7 +79,7 @@ def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, network
 
     With z the z-scored neuron signals of a token and Q an orthonormal basis of the networks' maps: ``|z|^2 - |Q z|^2``.
     Signals are projected as they pass, not kept: one pass for means and variances, one for the energies. Of networks
-    that span heads the neurons count.
+    that span heads the neurons count. The ranks of a group share the windows.
 
     Parameters
     ----------
@@ -98,7 +99,10 @@ def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, network
         sums[i] = sums[i].to(x.device)
         sums[i] += torch.stack([x.sum((0, 1), dtype=torch.float64), x.double().square().sum((0, 1))])
 
-    _hear(model, body, windows, add)
+    team, parts_of_text = ranks(), batches(windows)
+    mine = team.mine(len(parts_of_text))
+    _hear(model, body, [parts_of_text[i] for i in mine], add)
+    sums = team.sum(sums, "energy")
     means = [s[0] / windows.numel() for s in sums]
     spreads = [(s[1] / windows.numel() - m.square()).clamp_min(0).sqrt() for s, m in zip(sums, means)]
     energy: list[Tensor] = []  # one entry a batch
@@ -113,13 +117,15 @@ def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, network
         energy[-1] += z.square().sum(-1).cpu()
         explained[-1] += (z @ parts[i].to(z.device)).cpu()
 
-    _hear(model, body, windows, project)
-    left = (torch.cat(energy) - torch.cat(explained).square().sum(-1)).clamp_min(0)
+    _hear(model, body, [parts_of_text[i] for i in mine], project)
+    found = [(e - x.square().sum(-1)).clamp_min(0) for e, x in zip(energy, explained)]
+    every = team.each(len(parts_of_text), "energy", lambda i: Parcel({"left": found[i // team.size]}))
+    left = torch.cat([parcel.tensors["left"] for parcel in every])
     return left / left.mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _hear(model: nn.Module, body: Anatomy, windows: Tensor, listen: Callable[[int, Tensor], None]) -> None:
-    """Run the windows; `listen` gets the number and the neurons ``(n, window, width)`` of each layer of each batch."""
+def _hear(model: nn.Module, body: Anatomy, parts: Sequence[Tensor], listen: Callable[[int, Tensor], None]) -> None:
+    """Run batches; `listen` gets the number and the neurons ``(n, window, width)`` of each layer of each batch."""
     shape = [0, 0]
 
     def hearing(i: int) -> Callable[[Tensor], None]:
@@ -127,7 +133,7 @@ def _hear(model: nn.Module, body: Anatomy, windows: Tensor, listen: Callable[[in
 
     places = [(layer.down.module, hearing(i)) for i, layer in enumerate(body.layers)]
     with evaluating(model), hear_inputs(model, places):
-        for batch in batches(windows):
+        for batch in parts:
             shape[:] = batch.shape
             model(input_ids=batch.to(input_device(model)))
 

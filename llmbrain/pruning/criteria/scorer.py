@@ -73,9 +73,11 @@ class Scorer:
         given = self.material
         if "gradients" in self.criterion.needs:
             assert given.windows is not None
-            self._metric[units] = gradient_pass(given.model, given.body, given.windows, units, weights=given.weights)[
-                "metric"
-            ]
+            owned = "activations" in self.criterion.needs  # scores are then found by the owner of a layer
+            found = gradient_pass(
+                given.model, given.body, given.windows, units, weights=given.weights, to_owners=owned
+            )  # fmt: skip
+            self._metric[units] = found["metric"]
         self.criterion.prepare(given, units)
         self._learned.add(units)
 
