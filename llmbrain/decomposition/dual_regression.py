@@ -169,7 +169,7 @@ def dual_regression(
     runs = Runs(scans, mask_img=mask_img, confounds=confounds)
     group = _as_maps(maps)
     settings = Preprocessing(drop_first=drop_first, drop_positions=drop_positions)
-    sharing, how = ranks(), {"desc": "dual regression", "unit": "run", "show": progress}
+    sharing = ranks()
     with sharing.job("dual regression: mask"):
         keep_neurons = _as_mask(mask, runs, group.shape[1], sharing)
     weights = _spatial_weights(group, keep_neurons)
@@ -218,7 +218,8 @@ def dual_regression(
 
         with workers(resolve_device(device)) as team:
             n = len(runs) - done
-            for run in bar(sharing.each(n, "dual regression", of_run), total=n, **how):
+            found = sharing.each(n, "dual regression", of_run)
+            for run in bar(found, total=n, desc="dual regression", unit="run", show=progress):
                 course, stage2, z_maps = (run.tensors[name].numpy() for name in ("course", "maps", "z"))
                 if out is None or sharing.leads:
                     store.add(course, stage2, z_maps, np.dtype(run.record), space or runs.space or _image_of(runs))

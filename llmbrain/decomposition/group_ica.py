@@ -385,7 +385,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             return Parcel({f"{i}": part for i, part in enumerate(maps)}, {n: getattr(self, n) for n in UNMIXED_VALUES})
 
         found = team.found_by(0, "ICA", find)
-        vars(self).update(found.record)
+        self.__dict__.update(found.record)
         return [found.tensors[f"{i}"].to(source.device) for i in range(len(windows))]
 
     def _decompose(self, source: Source, windows: list[Window], reduced: Reduced) -> list[torch.Tensor]:
