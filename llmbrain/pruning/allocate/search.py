@@ -152,7 +152,7 @@ class Allocator:
 
         def look(measured: Measured) -> Found:
             i, output = measured.layer.index, measured.output
-            own, row = self.scorer.score(measured, i, units), np.zeros(len(LEVELS))
+            own, row = self.scorer.score(measured, i, units), np.zeros(len(self._levels))
             known: dict[int, float] = {output.units: 0.0}  # few heads: several levels are the same cut
             with restored([measured.layer], [units]):
                 for k, level in enumerate(self._levels):

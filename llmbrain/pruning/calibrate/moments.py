@@ -55,6 +55,8 @@ class Moments:
         held = [torch.tensor(self.n, dtype=torch.float64), self._x, self._t, self._xx, self._tx, self._tt]
         n, self._x, self._t, self._xx, self._tx, self._tt = team.sum(held, "moments", to)
         self.n = float(n)
+        if to not in (None, team.rank):  # nothing of use, and as large as the sum
+            self.n, self._xx, self._tx = 0.0, torch.zeros(()), torch.zeros(())
 
     def _zero(self, x: Tensor, t: Tensor) -> None:
         size, out = x.shape[-1], t.shape[-1]
