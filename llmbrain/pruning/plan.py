@@ -22,6 +22,7 @@ from llmbrain.anatomy.offload import present
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import part_parameters
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
+from llmbrain.distributed import ranks
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning.forecast import BEST, Forecast, forecast
@@ -337,6 +338,14 @@ def _kept(name: str, kept: Any, before: Sequence[int]) -> Kept:
     if before and any(before) and not any(len(k) for k in found):
         raise InputError(f"{name} of this plan is empty: the model keeps at least one unit")
     return tuple(found)
+
+
+def given_alike(body: Anatomy, networks: FunctionalNetworks | None, **options: Any) -> dict[str, Any]:
+    """What ranks that plan together must be given alike: options, weights, networks; nothing for a process alone."""
+    if ranks().size == 1:
+        return {}
+    maps = None if networks is None else sha256(np.ascontiguousarray(networks.maps).tobytes()).hexdigest()[:16]
+    return {**options, "weights": weights_digest(body), "networks": maps}
 
 
 def weights_digest(body: Anatomy) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
 from weakref import ref
 
@@ -43,7 +42,7 @@ from llmbrain.pruning.forget.conditions import condition_numbers, condition_weig
 from llmbrain.pruning.forget.lasting import neurons_that_relearn
 from llmbrain.pruning.forget.neurons import LEVEL, neurons_to_forget
 from llmbrain.pruning.forget.relearning import lines_of
-from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, parameters_removed, weights_digest
+from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, given_alike, parameters_removed, weights_digest
 from llmbrain.pruning.repair.fit import fit
 from llmbrain.scanning.manifest import warn_of_other_model
 from llmbrain.scanning.scans import Scan
@@ -223,10 +222,8 @@ def plan_pruning(
     if head_ratio:
         HEADS.check(body, head_ratio)
         Budget.of(HEADS.counts(body), head_ratio, protected, name=HEADS.option)
-    team = ranks()
-    facts = {"method": method, "ratio": ratio, "allocation": allocation, "head_ratio": head_ratio,
-             "protect": protect, "options": {f.name: getattr(how, f.name) for f in fields(how)}}  # fmt: skip
-    with team.job("plan", **(facts | _facts(body, networks) if team.size > 1 else {})):
+    with ranks().job("plan", **given_alike(body, networks, method=method, ratio=ratio, allocation=allocation,
+                                           head_ratio=head_ratio, protect=protect, options=vars(how))):  # fmt: skip
         planner = Planner(
             model, method, given.windows(model), networks=networks, scans=scans, random_state=random_state,
             weights=given.weights, token_balance=how.token_balance, rule=how.rule, passes=how.passes,
@@ -238,12 +235,6 @@ def plan_pruning(
             ratio, allocation=allocation, protect=protect, multiple_of=how.multiple_of, sequential=how.sequential,
             head_ratio=head_ratio, drop=how.drop,
         )  # fmt: skip
-
-
-def _facts(body: Anatomy, networks: FunctionalNetworks | None) -> dict[str, Any]:
-    """What else all ranks must be given alike: weights and networks."""
-    maps = None if networks is None else sha256(np.ascontiguousarray(networks.maps).tobytes()).hexdigest()[:16]
-    return {"weights": weights_digest(body), "networks": maps}
 
 
 def _plan_experts(
