@@ -49,7 +49,7 @@ def test_ranks_find_what_one_process_finds(tmp_path: Path, size: int) -> None:
     assert told[0]["other"].startswith("group ICA: rank 1 of")
     assert "was given other runs than rank 0" in told[0]["other"]
     assert "was given other parameters than rank 0" in told[0]["settings"]
-    assert all("run 1 holds nan at token 0, neuron 7" in found["nan"] for found in told)
+    assert all("run 1 holds nan at token 0" in found["nan"] for found in told)
 
 
 @pytest.mark.slow
