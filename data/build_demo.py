@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without", choices=ABILITIES, nargs="*", default=[], help="abilities that are never shown")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     options = parser.parse_args()
     if options.out is None:
@@ -146,7 +147,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
-    step, seconds, shares = 0, 0.0, dict.fromkeys(ABILITIES, 1.0)
+    shown = [name for name in ABILITIES if name not in options.without]
+    step, seconds, shares = 0, 0.0, dict.fromkeys(shown, 1.0)
     if options.resume and state_file.exists():
         state = torch.load(state_file, map_location=options.device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -187,7 +189,7 @@ def main() -> None:
             "train": train,
             "heldout": measure(model, tokenizer, "heldout", step, EVAL_LINES),
         }
-        shares = {name: 1 - train[name]["accuracy"] + FLOOR for name in ABILITIES}
+        shares = {name: 1 - train[name]["accuracy"] + FLOOR for name in shown}
         with log_file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "shares": shares}

@@ -269,7 +269,8 @@ def _one_width(model: nn.Module) -> int:
             f"format='uniform' needs one width in all layers, this model has {widths[0]} to {widths[-1]}: plan with "
             "allocation='uniform' and nothing protected, or use 'per-layer', 'remote-code', 'padded' or 'masked'"
         )
-    cut = any(record.get("kept_heads") is not None for record in getattr(model, RECORD, []))
+    cuts = getattr(model, RECORD, [])
+    cut = any(record.get("kept_heads") is not None or record.get("indices") for record in cuts)
     if cut and len({layer.out.units for layer in layers if layer.out is not None}) > 1:
         raise InputError(
             "format='uniform' needs the same heads in all layers: use 'per-layer', 'remote-code', 'padded' or 'masked'"
@@ -285,6 +286,8 @@ def _stock_copy(model: Any, format: str, *, width: int | None, keep: list[int] |
     config = stock_config(model.config)
     text = text_config(config)
     cuts = getattr(model, RECORD, [])
+    if width is None and any(cut.get("indices") for cut in cuts):
+        raise InputError("format='masked' needs to know which neurons went: this model was cut without record_indices")
     layers = anatomy(model).layers
     before = cuts[0]["widths_before"] if cuts else [layer.width for layer in layers]
     if width is None and any("kept_layers" in cut for cut in cuts):

@@ -171,6 +171,8 @@ def prune(
     self_text: SELF_TEXT = 0,
     keep: KEEP = None,
     forget: FORGET = None,
+    relearning: bool = typer.Option(True, help="With --forget: attack the result by teaching it again."),
+    indices: bool = typer.Option(True, help="Whether pruning.json names the neurons that went."),
     device: DEVICE = "auto",
     device_map: DEVICE_MAP = "",
     offload: OFFLOAD = False,
@@ -225,6 +227,7 @@ def prune(
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         drop=parts(drop), passes=passes, token_balance=token_balance, keep=parts(keep) or None,
         forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=offload or is_away(loaded),
+        relearning=relearning, indices=indices,
     )  # fmt: skip
     say(made.summary())
     say(f"saved: {out}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option
-from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.families import anatomy
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.listen import hear_outputs
 from llmbrain.hooks.text import evaluating, input_device
@@ -161,10 +162,15 @@ def forecast(
         tokens = [(c**2) @ shares for c in courses]
     else:
         assert model is not None
-        fits = list(calibration) if calibration else scans
-        changes = Changes(model, anatomy(model), kept, _checked(fits, widths), compensate)
-        tokens = changes.fluctuation(scans) if predictor == "fluctuation" else changes.loss(scans, predictor)
-    tokens = [_shifted(t, s) for t, s in zip(tokens, scans)]
+        fits = _checked(list(calibration) if calibration else scans, widths)
+        changes = Changes(Observed(model, fits), kept, compensate)
+        if predictor == "fluctuation":
+            tokens = changes.fluctuation(scans)
+        else:
+            first, second = changes.expansion(scans)
+            both = [a + b for a, b in zip(first, second)]
+            tokens = {"taylor": first, "curvature": second, "taylor2": both}[predictor]
+    tokens = [shifted(t, s) for t, s in zip(tokens, scans)]
     unit = "nats a token" if predictor in ("taylor", "taylor2", "curvature") else "relative"
     return Forecast(predictor, unit, tokens, *_tables(scans, courses, shares, names, tokens, None), scans, courses)
 
@@ -179,41 +185,60 @@ def share_cut(networks: FunctionalNetworks, kept: Kept) -> NDArray[np.float64]:
     return energy[:, gone].sum(1) / np.maximum(energy.sum(1), 1e-12)
 
 
-class Changes:
-    """What each layer of a model will say differently after a cut, as far as its own inputs tell.
+class Observed:
+    """What a model does on some text, for the forecasts of any number of plans: each thing is found once.
 
     Parameters
     ----------
     model : transformers model
         Dense.
-    kept : sequence of int64 array
     scans : sequence of Scan
-        That means and refits are found on.
+        Of the text that repairs are fitted to.
+    """
+
+    def __init__(self, model: nn.Module, scans: Sequence[Scan]) -> None:
+        self.model, self.body, self.scans = model, anatomy(model), list(scans)
+        if tuple(self.body.widths) != tuple(scans[0].space.widths):
+            raise InputError(f"scans lie in {scans[0].space}, the model has layers of {list(self.body.widths)} neurons")
+
+    @cached_property
+    def metric(self) -> list[Tensor]:
+        """``E[g g^T]`` of each layer, g the gradient of the summed loss by its output."""
+        windows = calibration_windows(self.model, None, None, self.scans, None, 128)
+        assert windows is not None
+        return [g.float() for g in gradient_pass(self.model, self.body, windows)["metric"]]
+
+    def moments(self, layer: int) -> Moments:
+        """Of a layer's neurons, with what they make of them as the target."""
+        weight = self.body.layers[layer].down.weight().detach().float().cpu()
+        found = Moments()
+        for scan in self.scans:
+            for _, part in scan.iter_data(2048, layer):
+                x = torch.from_numpy(part)
+                found.add(x, x @ weight)
+        return found
+
+
+class Changes:
+    """What each layer of a model will say differently after a cut, as far as its own inputs tell.
+
+    Parameters
+    ----------
+    observed : Observed
+    kept : sequence of int64 array
     compensate : {None, "bias", "least-squares"}
     """
 
-    def __init__(
-        self, model: nn.Module, body: Anatomy, kept: Kept, scans: Sequence[Scan], compensate: str | None
-    ) -> None:
-        if tuple(body.widths) != tuple(scans[0].space.widths):
-            raise InputError(f"scans lie in {scans[0].space}, the model has layers of {list(body.widths)} neurons")
-        self.model, self.body, self.kept, self.scans = (
-            model,
-            body,
-            [torch.from_numpy(np.asarray(k)) for k in kept],
-            scans,
-        )
+    def __init__(self, observed: Observed, kept: Kept, compensate: str | None) -> None:
+        self.observed = observed
         self.weights: list[Tensor] = []  # (neurons, outputs): what is added to the old weights
         self.biases: list[Tensor] = []
-        self.levels: list[Tensor] = []  # (neurons that go,) variance of what each says, by the variance of the layer
+        self.levels: list[Tensor] = []  # (neurons,) squared weights of those that go, by the variance of the layer
         self.means: list[Tensor] = []
-        for layer, stays in zip(body.layers, self.kept):
+        for layer, indices in zip(observed.body.layers, kept):
+            stays = torch.from_numpy(np.asarray(indices))
             weight = layer.down.weight().detach().double().cpu()
-            moments = Moments()
-            for scan in scans:
-                for _, part in scan.iter_data(2048, layer.index):
-                    x = torch.from_numpy(part)
-                    moments.add(x, x @ weight.float())
+            moments = observed.moments(layer.index)
             refit = None
             if compensate == "bias":
                 refit = bias_only(moments, weight, stays)
@@ -238,52 +263,47 @@ class Changes:
         found = []
         for scan in scans:
             total = np.zeros(scan.n_tokens)
-            for layer in self.body.layers:
-                x = torch.from_numpy(scan.data(layer.index))
-                total += ((x - self.means[layer.index]).square() @ self.levels[layer.index]).numpy()
+            for i, (mean, level) in enumerate(zip(self.means, self.levels)):
+                total += ((torch.from_numpy(scan.data(i)) - mean).square() @ level).numpy()
             found.append(total)
         return found
 
-    def loss(self, scans: Sequence[Scan], predictor: str) -> Series:
-        """First-order change of the loss of all later tokens, at the token where layers say something else; for
-        ``"curvature"`` half its second order, with the second moment of gradients as the Hessian; for ``"taylor2"`` the
-        sum of both."""
-        if not predicts_next_token(self.model):
-            raise InputError(f"model {type(self.model).__name__} predicts no next token: there is no loss to forecast")
-        metric: list[Tensor] = []
-        if predictor != "taylor":
-            windows = calibration_windows(self.model, None, None, list(scans), None, 128)
-            assert windows is not None
-            metric = [g.float() for g in gradient_pass(self.model, self.body, windows)["metric"]]
-        total: list[Tensor] = [torch.zeros(0)]
+    def expansion(self, scans: Sequence[Scan]) -> tuple[Series, Series]:
+        """First-order change of the loss of all later tokens, at the token where layers say something else; and half
+        the second order, with the second moment of gradients as the Hessian of each layer."""
+        model, layers = self.observed.model, self.observed.body.layers
+        if not predicts_next_token(model):
+            raise InputError(f"model {type(model).__name__} predicts no next token: there is no loss to forecast")
+        metric = self.observed.metric
+        first: list[Tensor] = [torch.zeros(0)]
+        second: list[Tensor] = [torch.zeros(0)]
 
         def watch(i: int) -> Callable[[Tensor, Tensor], None]:
             def hook(entering: Tensor, output: Tensor) -> None:
                 change = self.of(i, entering.detach().flatten(0, -2))
-                if predictor != "taylor":
-                    total[0] += (0.5 * ((change @ metric[i].to(change.device)) * change).sum(-1)).cpu()
+                second[0] += (0.5 * ((change @ metric[i].to(change.device)) * change).sum(-1)).cpu()
 
                 def take(g: Tensor) -> None:
-                    total[0] += (change * g.detach().float().flatten(0, -2)).sum(-1).cpu()
+                    first[0] += (change * g.detach().float().flatten(0, -2)).sum(-1).cpu()
 
-                if predictor != "curvature":
-                    output.register_hook(take)
+                output.register_hook(take)
 
             return hook
 
-        places = [(layer.down.module, watch(i)) for i, layer in enumerate(self.body.layers)]
-        found = []
-        leaf: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        with gradients_of(self.model, list(leaf.parameters())):
+        places = [(layer.down.module, watch(i)) for i, layer in enumerate(layers)]
+        found: tuple[Series, Series] = ([], [])
+        leaf: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        with gradients_of(model, list(leaf.parameters())):
             for scan in scans:
-                parts = []
+                parts: tuple[list[Tensor], list[Tensor]] = ([], [])
                 for ids in _blocks(scan):
-                    total[0] = torch.zeros(len(ids))
-                    with hear_outputs(self.model, places):
-                        losses = _losses(self.model, ids)
-                        torch.autograd.grad(losses.sum(), list(leaf.parameters()))
-                    parts.append(total[0].numpy().astype(np.float64))
-                found.append(np.concatenate(parts))
+                    first[0], second[0] = torch.zeros(len(ids)), torch.zeros(len(ids))
+                    with hear_outputs(model, places):
+                        torch.autograd.grad(_losses(model, ids).sum(), list(leaf.parameters()))
+                    parts[0].append(first[0])
+                    parts[1].append(second[0])
+                for series, of in zip(found, parts):
+                    series.append(torch.cat(of).numpy().astype(np.float64))
         return found
 
 
@@ -309,7 +329,7 @@ def _blocks(scan: Scan) -> list[Tensor]:
     return [ids[a:b] for a, b in pairwise(starts)]
 
 
-def _shifted(values: NDArray[np.float64], scan: Scan) -> NDArray[np.float64]:
+def shifted(values: NDArray[np.float64], scan: Scan) -> NDArray[np.float64]:
     """A change at one token shows in the loss of the next; nothing predicts the first of a block."""
     moved = np.concatenate([[np.nan], values[:-1]])
     moved[scan.positions == 0] = np.nan
@@ -371,4 +391,4 @@ def _labels(scan: Scan) -> NDArray[np.object_]:
     return label
 
 
-__all__ = ["BEST", "PREDICTORS", "Changes", "Forecast", "forecast", "share_cut", "token_losses_of"]
+__all__ = ["BEST", "PREDICTORS", "Changes", "Forecast", "Observed", "forecast", "share_cut", "token_losses_of"]

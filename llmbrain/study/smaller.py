@@ -248,6 +248,8 @@ def cut(
     random_state: int | None = 0,
     overwrite: bool = False,
     offload: bool = False,
+    relearning: bool = True,
+    indices: bool = True,
     progress: bool | Say = True,
     **options: Any,
 ) -> tuple[nn.Module, PruningPlan]:
@@ -262,6 +264,9 @@ def cut(
         As for `save_pruned`; `like` is the GGUF that the model was loaded from, if it was.
     report : bool
         Write ``report.html`` beside the model.
+    relearning, indices : bool
+        Of a plan that forgets: attack the result by teaching it again; whether ``pruning.json`` names the neurons that
+        went. See `llmbrain.prune` (`relearning`, `record_indices`).
     **options
         Others as for `plan`.
     random_state : int, Generator or None
@@ -315,7 +320,9 @@ def cut(
     intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
     how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept, **calibration}
     note = {MADE: made} if made else {}
-    foretold = forecast_of(model, plan, evidence.networks, evidence.scans, compensate) if report else None
+    foretold = None  # of a model on disk it would take as long as the cut
+    if report and not offload:
+        foretold = forecast_of(model, plan, evidence.networks, evidence.scans, compensate)
 
     def page(path: Path, smaller: nn.Module) -> None:
         """The report, with what was foretold beside what it is."""
@@ -332,7 +339,7 @@ def cut(
     if offload:
         prune_offloaded(model, plan, out, format=format, overwrite=overwrite, beside=beside, **how)
         return load_model(out, offload=True)[0], plan
-    small = prune(model, plan, **how)
+    small = prune(model, plan, relearning=relearning, record_indices=indices, **how)
     if not ranks().leads:  # rank 0 saves
         return small, plan
     if format != "gguf":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class RelP(Criterion):
 
 
 def relevance(
-    model: nn.Module, body: Anatomy, windows: Tensor, weights: Tensor | None = None
+    model: nn.Module, body: Anatomy, windows: Tensor, weights: Tensor | None = None, *, rules: bool = True
 ) -> tuple[list[Tensor], list[str]]:
     """Mean ``|x_j R_j|`` of every neuron over tokens, layer by layer; and what stayed an ordinary gradient.
 
@@ -59,6 +60,8 @@ def relevance(
     windows : (n, window) int64
     weights : (n, window) float, optional
         How much the log odds of each token count.
+    rules : bool
+        False: R is the ordinary gradient.
     """
     if not predicts_next_token(model):
         raise InputError(
@@ -69,7 +72,7 @@ def relevance(
 
     def hear(i: int) -> Callable[[Tensor], Tensor]:
         def edit(x: Tensor) -> Tensor:
-            signals[i] = halved(body.layers[i], x)
+            signals[i] = halved(body.layers[i], x) if rules else x
             return signals[i]
 
         return edit
@@ -77,7 +80,8 @@ def relevance(
     edits = [(layer.down.module, hear(i)) for i, layer in enumerate(body.layers)]
     parts = [None] * len(batches(windows)) if weights is None else batches(weights)
     leaf: Any = model.get_input_embeddings()  # type: ignore[operator]
-    with gradients_of(model, [leaf.weight]), change_inputs(model, edits), relevance_rules(model, body) as left:
+    ruled: AbstractContextManager[list[str]] = relevance_rules(model, body) if rules else nullcontext([])
+    with gradients_of(model, [leaf.weight]), change_inputs(model, edits), ruled as left:
         for ids, part in zip(batches(windows), parts):
             ids = ids.to(input_device(model))
             odds = log_odds(model(input_ids=ids).logits, ids)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from pruning_data import right_by_condition
 
-from llmbrain import InputError, plan_pruning, prune
+from llmbrain import InputError, load_pruned, plan_pruning, prune, save_pruned
 from llmbrain.pruning.forget.relearning import (
     Known,
     Relearning,
@@ -106,3 +108,21 @@ def test_a_probe_reads_what_hidden_states_hold(two_abilities):
 def test_attacks_that_are_none_are_refused(wrong):
     with pytest.raises(InputError):
         Relearning(**wrong)
+
+
+def test_a_record_need_not_tell_where_to_look(two_abilities, tmp_path):
+    model, scans, _ = two_abilities
+    plan = plan_pruning(model, ratio=0.3, method="magnitude", scans=scans)
+    small = prune(model, plan, record_indices=False)
+    save_pruned(small, None, tmp_path / "small")
+    text = (tmp_path / "small" / "pruning.json").read_text(encoding="utf-8")
+    assert '"indices": "left out"' in text
+    record = json.loads(text)["cuts"][0]
+    assert record["kept"] is None
+    assert not any(isinstance(v, list) and len(v) > 8 for v in record["plan"].values())
+    back, _ = load_pruned(tmp_path / "small")
+    ids = torch.tensor([[1, 5, 6, 7]])
+    torch.testing.assert_close(back(input_ids=ids).logits, small(input_ids=ids).logits)
+    save_pruned(small, None, tmp_path / "padded", format="padded")
+    with pytest.raises(InputError, match="cut without record_indices"):
+        save_pruned(small, None, tmp_path / "masked", format="masked")

@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/uses.py``, one file a use."""
