@@ -66,7 +66,11 @@ ALLOCATION = Annotated[
 ]
 MULTIPLE = Annotated[int, typer.Option("--multiple-of", min=1, help="Widths are multiples of it (8 to 256).")]
 PROTECT = Annotated[
-    list[str] | None, typer.Option("--protect", help="Layers that are not cut; negative ones count from the end.")
+    list[str] | None,
+    typer.Option(
+        "--protect",
+        help="Layers that are not cut, or none; negative ones count from the end. Default: the method's own.",
+    ),
 ]
 HEADS = Annotated[
     float,
@@ -181,10 +185,14 @@ def parse_components(value: str) -> int | float | str:
 
 
 def parse_layers(protect: list[str] | None) -> list[int] | None:
+    if parts(protect) == ["none"]:
+        return []
     try:
         return [int(layer) for layer in parts(protect)] or None
     except ValueError:
-        raise InputError(f"--protect={' '.join(protect or ())} must be whole numbers, layers of the model") from None
+        raise InputError(
+            f"--protect={' '.join(protect or ())} must be whole numbers, layers of the model, or none"
+        ) from None
 
 
 def print_table(frame: pd.DataFrame, title: str | None = None, digits: int = 3) -> None:

@@ -94,6 +94,7 @@ class PlanOptions:
     drop: Sequence[str] | str = ()
 
 
+MOST_OF_FREE = 0.85  # share that layers may lose so that others, which a method protects by default, lose nothing
 CALIBRATION_OPTIONS = ("window", "max_windows", "weights")  # fields of `Calibration` that are taken as keywords too
 
 
@@ -155,7 +156,8 @@ def plan_pruning(
         must be what `ratio`, `protect` and `multiple_of` allow. Default: the method's own (``"global"`` for
         ``"published"``, ``"search"`` for ``"networks"``, else ``"uniform"``).
     protect : sequence of int, optional
-        Layers that are not cut. Default: none; for ``"published"`` the first 3 and last 2 where there are more than 5.
+        Layers that are not cut. Default: none; for ``"published"`` the first 3 and last 2 where there are more than 5,
+        for ``"networks"`` the same where there are 20 or more. ``[]`` protects none.
     head_ratio : float
         Share of attention heads to remove, in whole key/value groups, by the same method and allocation. Networks that
         span neurons and heads (of ``scan.joined("neuron", "head")``) cover their key heads too.
@@ -411,7 +413,7 @@ class Planner:
             widths = given_widths(allocation, body.widths, ratio, protected, multiple_of)
             ratio = 1 - sum(widths) / sum(body.widths) if ratio is None else ratio
         else:
-            protected = check_protect(criterion.protect(n, notes) if protect is None else protect, n)
+            protected = check_protect(self._protection(ratio, notes) if protect is None else protect, n)
         if ratio is None:
             raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
         named = named or criterion.allocation
@@ -461,6 +463,17 @@ class Planner:
             details={**material.details, **details, "notes": [*material.notes, *notes]},
             _model=ref(self.model),
         )
+
+    def _protection(self, ratio: float | None, notes: list[str]) -> tuple[int, ...]:
+        """What the criterion protects, unless the other layers would then keep next to nothing."""
+        found = self.scorer.criterion.protect(len(self.body.layers), said := [])
+        widths = self.body.widths
+        free = sum(widths) - sum(widths[i] for i in found)
+        if found and ratio is not None and ratio * sum(widths) > MOST_OF_FREE * free:
+            notes.append(f"no layer is protected: the others would lose more than {MOST_OF_FREE:.0%}")
+            return ()
+        notes += said
+        return found
 
     def _counts(
         self, named: str, widths: tuple[int, ...] | None, budgets: dict[Units, Budget], *, sequential: bool

@@ -90,7 +90,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("protect", "keep", "forget"):  # lists of a file or a caller
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if value else None)
+            object.__setattr__(self, name, tuple(value) if value or (value is not None and name == "protect") else None)
         if self.random_state is None:  # drawn once and recorded: the study can be repeated
             object.__setattr__(self, "random_state", seed_of(None))
         if self.expert_ratio is not None:

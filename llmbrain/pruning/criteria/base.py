@@ -169,6 +169,11 @@ class Criterion:
         return {}
 
 
+def ends(n_layers: int) -> tuple[int, ...]:
+    """The first three and the last two of more than five layers, as arXiv 2508.05239 keeps them in Llama."""
+    return (0, 1, 2, n_layers - 2, n_layers - 1) if n_layers > 5 else ()
+
+
 CRITERIA: dict[str, type[Criterion]] = {}
 
 _Registered = TypeVar("_Registered", bound=type[Criterion] | Callable[[Evidence], Tensor])

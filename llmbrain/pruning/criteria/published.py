@@ -23,7 +23,7 @@ from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.decomposition import fastica
 from llmbrain.pruning.calibrate.windows import signals_of_windows
-from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, register
+from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, ends, register
 
 SCOPES = ("layer", "window", "model")
 WINDOW_LAYERS = 4
@@ -51,11 +51,10 @@ class Published(Criterion):
 
     def protect(self, n_layers: int, notes: list[str]) -> tuple[int, ...]:
         """The first 3 and last 2 layers, where there are more than 5."""
-        if n_layers > 5:
-            return (0, 1, 2, n_layers - 2, n_layers - 1)
-        rule = "the published rule keeps the first 3 and last 2 layers"
-        notes.append(f"{rule}; with {n_layers} layers none is protected")
-        return ()
+        if not ends(n_layers):
+            rule = "the published rule keeps the first 3 and last 2 layers"
+            notes.append(f"{rule}; with {n_layers} layers none is protected")
+        return ends(n_layers)
 
     def facts(
         self, dense: Callable[[], list[NDArray[np.float64]]], kept: Sequence[NDArray[np.int64]], protect: Sequence[int]

@@ -117,3 +117,19 @@ def test_the_network_method_reports_what_it_used():
     assert "no networks given" in plan_pruning(model, ratio=0.4, calibration=ids).summary()
     with pytest.raises(InputError, match=r"networks lie in layers of \[30, 30\] neurons"):
         plan_pruning(model, make_networks((30, 30)), ratio=0.4, calibration=ids)
+
+
+def test_ends_of_deep_models_are_not_cut_unless_asked_or_too_much_would_go():
+    model, ids = tiny("llama", num_hidden_layers=20), windows()
+    options = {"calibration": ids, "allocation": "uniform", "sequential": False}
+    plan = plan_pruning(model, ratio=0.3, **options)
+    assert plan.protect == (0, 1, 2, 18, 19)
+    assert all(plan.widths[i] == 24 for i in plan.protect)
+    assert sum(plan.widths) == 20 * 24 - round(0.3 * 20 * 24)
+    assert any("protect=[]" in note for note in plan.details["notes"])
+    assert plan_pruning(model, ratio=0.3, protect=[], **options).protect == ()
+    most = plan_pruning(model, ratio=0.7, **options)
+    assert most.protect == ()
+    assert any("no layer is protected" in note for note in most.details["notes"])
+    shallow = plan_pruning(tiny("llama", num_hidden_layers=6), ratio=0.3, **options)
+    assert shallow.protect == ()
