@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import llmbrain as lb
 from llmbrain.anatomy.families import anatomy
 from llmbrain.hooks.text import as_windows, evaluating
-from llmbrain.pruning.calibrate.windows import signals_of_windows
+from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.stats.nulls import phase_randomize
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +38,8 @@ SCANNED = 8192  # tokens from which networks are found
 
 @dataclass(frozen=True)
 class Row:
-    """One way to prune. `widths_of` takes the widths that another method's plan gives."""
+    """One way to prune. `widths_of` takes the widths that another method's plan gives; `own` calibrates on half as much
+    of the text, and as many windows that the model writes itself."""
 
     label: str
     method: str
@@ -47,27 +48,42 @@ class Row:
     networks: str | None = None
     protect_ends: bool = False
     widths_of: str | None = None
+    own: bool = False
     quick: bool = False
     draws: bool = False
 
 
+ENDS = "first 3 and last 2 layers kept"
 ROWS = (
+    Row(
+        f"OBS with gradients, uniform, {ENDS}, half own text",
+        "obs-gradient",
+        "uniform",
+        protect_ends=True,
+        own=True,
+        quick=True,
+        draws=True,
+    ),
+    Row(
+        f"FLAP, uniform, {ENDS}, half own text", "flap", "uniform", protect_ends=True, own=True, quick=True, draws=True
+    ),
+    Row(f"FLAP, uniform, {ENDS}", "flap", "uniform", protect_ends=True, quick=True, draws=True),
+    Row("FLAP, global", "flap", "global", quick=True, draws=True),
+    Row(f"OBS with gradients, uniform, {ENDS}", "obs-gradient", "uniform", protect_ends=True, quick=True),
     Row("random, uniform", "random", "uniform", quick=True, draws=True),
     Row("magnitude, uniform", "magnitude", "uniform"),
     Row("Wanda-sp, uniform", "wanda-sp", "uniform"),
     Row("FLAP, uniform", "flap", "uniform", quick=True, draws=True),
     Row("FLAP, uniform, bias only", "flap", "uniform", "bias"),
     Row("FLAP, uniform, cut only", "flap", "uniform", None),
-    Row("FLAP, global", "flap", "global", quick=True, draws=True),
-    Row("FLAP, uniform, first 3 and last 2 layers kept", "flap", "uniform", protect_ends=True, quick=True, draws=True),
-    Row("FLAP, global, first 3 and last 2 layers kept", "flap", "global", protect_ends=True),
+    Row(f"FLAP, global, {ENDS}", "flap", "global", protect_ends=True),
     Row("published rule", "published", quick=True, draws=True),
     Row("published rule, cut only", "published", compensate=None),
     Row("FLAP at the published rule's widths", "flap", widths_of="published", quick=True, draws=True),
     Row("random at the published rule's widths", "random", widths_of="published", quick=True),
     Row("OBS, uniform", "obs", "uniform"),
     Row("OBS with gradients, uniform", "obs-gradient", "uniform"),
-    Row("OBS with gradients, global", "obs-gradient", "global", draws=True),
+    Row("OBS with gradients, global", "obs-gradient", "global", quick=True, draws=True),
     Row("ours, global, networks", "networks", "global", networks="real", draws=True),
     Row("ours, global, no networks", "networks", "global"),
     Row("ours, global, phase-randomized networks", "networks", "global", networks="null"),
@@ -133,8 +149,14 @@ class Bench:
             self.shared[key] = make()
         return self.shared[key]
 
-    def calibration(self, draw: int) -> torch.Tensor:
-        return windows_of(self.tokenizer, self.model, self.calibration_text, self.n, draw)
+    def calibration(self, draw: int, own: bool = False) -> torch.Tensor:
+        text = windows_of(self.tokenizer, self.model, self.calibration_text, self.n, draw)
+        if not own:
+            return text
+        half = self.n // 2
+        written = self.once(("own", draw), lambda: write_windows(
+            self.model, self.tokenizer, self.n - half, WINDOW, random_state=draw))  # fmt: skip
+        return mixed_windows(text[:half], written, random_state=draw)
 
     def networks(self, kind: str | None, draw: int) -> Any:
         """Networks of a part of the calibration windows, or of their phase-randomized signals."""
@@ -157,21 +179,21 @@ class Bench:
     def plan(self, row: Row, ratio: float, draw: int) -> Any:
         n_layers = len(anatomy(self.model).layers)
         options: dict[str, Any] = {"allocation": row.allocation, "random_state": draw}
-        if row.protect_ends:
-            options["protect"] = [0, 1, 2, n_layers - 2, n_layers - 1]
+        if row.method != "published":
+            options["protect"] = [0, 1, 2, n_layers - 2, n_layers - 1] if row.protect_ends else []
         if row.widths_of:
             other = Row(row.widths_of, row.widths_of)
             options["allocation"] = list(self.once(("plan", other.label, ratio, draw),
                                                    lambda: self.plan(other, ratio, draw)).widths)  # fmt: skip
         return lb.plan_pruning(
             self.model, self.networks(row.networks, draw), ratio=ratio, method=row.method, tokenizer=self.tokenizer,
-            calibration=self.calibration(draw), **options,
+            calibration=self.calibration(draw, row.own), **options,
         )  # fmt: skip
 
     def run(self, row: Row, ratio: float, draw: int) -> dict[str, Any]:
         start, cpu = time.perf_counter(), time.process_time()
         plan = self.plan(row, ratio, draw)
-        calibration = {"calibration": self.calibration(draw)} if row.compensate else {}
+        calibration = {"calibration": self.calibration(draw, row.own)} if row.compensate else {}
         small = lb.prune(self.model, plan, tokenizer=self.tokenizer, compensate=row.compensate, **calibration)
         seconds, processor = time.perf_counter() - start, time.process_time() - cpu
         scores = {name: score(small, self.tokenizer, windows) for name, windows in self.tests.items()}

@@ -94,9 +94,12 @@ BALANCE = Annotated[
     ),
 ]
 SELF_TEXT = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--self-text", min=0, help="Windows of calibration text that the model writes itself, beside the text."
+        "--self-text",
+        min=0,
+        help="Windows of calibration text that the model writes itself, beside the text. Default: half as many as the "
+        "text fills for models of 20 layers and more, else none.",
     ),
 ]
 KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Conditions whose function stays.")]

@@ -84,7 +84,7 @@ def plan(
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
-    self_text: SELF_TEXT = 0,
+    self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
     device: DEVICE = "auto",
@@ -137,7 +137,7 @@ def plan(
 
 def _of_experts(
     dry_run: bool, ratio: float | None, allocation: str, protect: list[str] | None, head_ratio: float,
-    keep: list[str] | None, forget: list[str] | None, self_text: int,
+    keep: list[str] | None, forget: list[str] | None, self_text: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Options that `plan_pruning` takes with ``expert_ratio`` or refuses; those it can not know of are refused here."""
     if dry_run or self_text:
@@ -168,7 +168,7 @@ def prune(
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
-    self_text: SELF_TEXT = 0,
+    self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
     relearning: bool = typer.Option(True, help="With --forget: attack the result by teaching it again."),

@@ -101,7 +101,7 @@ def run(
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
     token_balance: BALANCE = 0.5,
-    self_text: SELF_TEXT = 0,
+    self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
     format: FORMAT = "per-layer",

@@ -466,10 +466,12 @@ class Planner:
 
     def _protection(self, ratio: float | None, notes: list[str]) -> tuple[int, ...]:
         """What the criterion protects, unless the other layers would then keep next to nothing."""
-        found = self.scorer.criterion.protect(len(self.body.layers), said := [])
+        said: list[str] = []
+        criterion = self.scorer.criterion
+        found = criterion.protect(len(self.body.layers), said)
         widths = self.body.widths
         free = sum(widths) - sum(widths[i] for i in found)
-        if found and ratio is not None and ratio * sum(widths) > MOST_OF_FREE * free:
+        if found and not criterion.insists and ratio is not None and ratio * sum(widths) > MOST_OF_FREE * free:
             notes.append(f"no layer is protected: the others would lose more than {MOST_OF_FREE:.0%}")
             return ()
         notes += said

@@ -293,7 +293,7 @@ def _smaller(
             allocation=how.allocation, random_state=how.random_state,
         )  # fmt: skip
     evidence = evidence_of(
-        model, tokenizer, texts, study=study, method=how.method, self_text=how.self_text,
+        model, tokenizer, texts, study=study, method=how.method, self_text=how.own_text,
         random_state=how.random_state, progress=tell,
     )  # fmt: skip
     return cut(

@@ -48,8 +48,9 @@ class Settings:
         See `plan_pruning` and `prune`.
     passes, token_balance, keep, forget
         See `plan_pruning` and `prune`.
-    self_text : int
-        Windows of calibration text that the model writes itself, beside the text.
+    self_text : int, optional
+        Windows of calibration text that the model writes itself, beside the text; None is half as many as the text
+        fills in deep models, none in shallow ones: see `llmbrain.study.cost.own_windows`.
     format, gguf_type, like : str
         See `save_pruned`.
     random_state : int or None
@@ -78,7 +79,7 @@ class Settings:
     head_ratio: float = 0.0
     passes: float = PASSES
     token_balance: float = BALANCE
-    self_text: int = 0
+    self_text: int | None = None
     keep: tuple[str, ...] | None = None
     forget: tuple[str, ...] | None = None
     format: str = "per-layer"
@@ -111,7 +112,9 @@ class Settings:
         for name, low in (("n_tokens", 1), ("run_length", 2), ("eval_tokens", 2), ("max_windows", 1)):
             if getattr(self, name) is not None:
                 check_range(name, _whole(name, getattr(self, name)), low)
-        for name, low in (("multiple_of", 1), ("self_text", 0), ("random_state", 0)):
+        if self.self_text is not None:
+            check_range("self_text", _whole("self_text", self.self_text), 0)
+        for name, low in (("multiple_of", 1), ("random_state", 0)):
             check_range(name, _whole(name, getattr(self, name)), low)
         check_range("random_state", int(self.random_state or 0), 0, 2**32 - 1)
         check_range("threshold", self.threshold, 0)
@@ -128,6 +131,11 @@ class Settings:
         for name in options:
             check_option("option", name, sorted(known))
         return replace(settings, **options) if settings is not None else cls(**options)
+
+    @property
+    def own_text(self) -> int | None:
+        """`self_text`; where it was left open and functions are kept or forgotten 0: such text has no conditions."""
+        return 0 if self.self_text is None and (self.keep or self.forget) else self.self_text
 
     @property
     def is_sample_asked(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.parts import FORMATS_BY_PART
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.distributed import Parcel, ranks
+from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
@@ -33,7 +34,7 @@ from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.again import MADE, check_free, made_from
-from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, plan_passes, step_cost, together
+from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, own_windows, plan_passes, step_cost, together
 from llmbrain.study.folder import Study
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RATIO = 0.3  # of the neurons, where neither a ratio nor conditions to forget are given
+PIECE = 512  # tokens of a text that a model writes
 TEXT_WINDOWS = 128  # windows of the text that are mixed with the model's own
 
 
@@ -72,7 +74,7 @@ def evidence_of(
     *,
     study: Study | str | Path | None = None,
     method: str = "networks",
-    self_text: int = 0,
+    self_text: int | None = None,
     random_state: int | None = 0,
     progress: bool | Say = True,
 ) -> Evidence:
@@ -85,26 +87,30 @@ def evidence_of(
     study : Study or path, optional
     method : str
         Networks are looked for only for ``"networks"``.
-    self_text : int
-        Windows of calibration text that the model writes itself, beside the text.
+    self_text : int, optional
+        Windows of calibration text that the model writes itself, beside the text; None as in `own_windows`.
     random_state : int, Generator or None
         What is drawn starts from it; None draws anew.
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
     """
-    check_range("self_text", self_text, 0)
+    if self_text is not None:
+        check_range("self_text", self_text, 0)
     study = None if study is None else _study(study)
     scans = None if study is None else study.scans
     networks = study.networks if study is not None and study.has("networks") else None
     texts = list(texts) if texts is not None else [run.text for run in scans or () if run.text]
-    windows = None
+    windows, filled = None, None
+    if texts and (self_text or (self_text is None and _may_write(model, tokenizer))):
+        filled = as_windows(model, tokenizer, texts, None, TEXT_WINDOWS)
+        self_text = own_windows(self_text, len(anatomy(model).layers), len(filled))
     if self_text:
         speaker(progress)(f"the model writes {self_text} windows of calibration text")
-        given = as_windows(model, tokenizer, texts, None, TEXT_WINDOWS) if texts else None
+        count = self_text
 
         def write() -> Parcel:
-            written = write_windows(model, tokenizer, self_text, random_state=random_state)
-            return Parcel({"windows": mixed_windows(given, written, random_state=random_state)})
+            written = _written(model, tokenizer, count, random_state)
+            return Parcel({"windows": mixed_windows(filled, written, random_state=random_state)})
 
         windows = ranks().found_by(0, "text", write).tensors["windows"]
     needed = method in CRITERIA and "networks" in CRITERIA[method].needs
@@ -119,6 +125,29 @@ def evidence_of(
 
 def _study(study: Study | str | Path) -> Study:
     return study if isinstance(study, Study) else Study(study)
+
+
+def _beside(self_text: int | None, options: Mapping[str, Any]) -> int | None:
+    """No text of the model's own, where none was asked for, beside text with conditions."""
+    functions = bool(options.get("keep") or options.get("forget"))
+    return 0 if self_text is None and functions else self_text
+
+
+def _may_write(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a model is asked for calibration text without the user's asking: not where it is slow or unlike."""
+    spread = getattr(model, "hf_device_map", None)  # parts come from other devices, or from disk, for every token
+    able = predicts_next_token(model) and hasattr(model, "generate")
+    return able and tokenizer is not None and not spread and not has_experts(model)
+
+
+def _written(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, n_windows: int, random_state: int | None
+) -> Tensor:
+    """Windows that the model writes, long ones in several pieces: these are written sooner and keep their sense."""
+    length = window_length(model)
+    pieces = length // PIECE if length % PIECE == 0 else 1
+    written = write_windows(model, tokenizer, n_windows * pieces, length // pieces, random_state=random_state)
+    return written.reshape(n_windows, length)
 
 
 def plan_cost(
@@ -144,7 +173,7 @@ def plan(
     study: Study | str | Path | None = None,
     evidence: Evidence | None = None,
     out: str | Path | None = None,
-    self_text: int = 0,
+    self_text: int | None = None,
     format: str = "per-layer",
     random_state: int | None = 0,
     progress: bool | Say = True,
@@ -167,6 +196,7 @@ def plan(
         Say what is done, on stderr or to a function of a line.
     """
     method = options.setdefault("method", "networks")
+    self_text = _beside(self_text, options)
     if evidence is None:
         evidence = evidence_of(
             model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
@@ -241,7 +271,7 @@ def cut(
     evidence: Evidence | None = None,
     compensate: str | None = "least-squares",
     format: str = "per-layer",
-    self_text: int = 0,
+    self_text: int | None = None,
     gguf_type: str = "f16",
     like: str | Path | None = None,
     report: bool = True,
@@ -307,6 +337,7 @@ def cut(
         demands(model)  # whether there is a place for it: before the work
     if evidence is None:
         method = "" if plan is not None else options.get("method", "networks")
+        self_text = 0 if offload and self_text is None else _beside(self_text, options)
         evidence = evidence_of(
             model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
             progress=progress,

@@ -129,6 +129,8 @@ class Criterion:
         scores units only.
     draws : bool
         Whether scores are drawn from the evidence's generator: layers then take their turns.
+    insists : bool
+        Whether what it protects stays whole however much is to go.
     """
 
     name: ClassVar[str] = ""
@@ -138,6 +140,7 @@ class Criterion:
     allocation: ClassVar[str] = "uniform"
     blocks: ClassVar[str] = ""
     draws: ClassVar[bool] = False
+    insists: ClassVar[bool] = False
 
     def sites(self, body: Anatomy) -> tuple[str, ...]:
         """Sites that scans should have beside the neurons."""

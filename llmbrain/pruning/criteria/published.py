@@ -34,6 +34,8 @@ GROUP_SIZE = 40  # texts in a group
 class Published(Criterion):
     """Largest |z| of a unit in any map of any group (arXiv 2508.05239)."""
 
+    insists = True
+
     def __init__(self) -> None:
         self._scores: dict[Units, list[NDArray[np.float64]]] = {}
 
