@@ -36,6 +36,7 @@ BLOCK, RUN = 64, 512  # tokens of a block of one condition, and of a run of othe
 ROW, SKIP = 32, 8  # tokens of a row that lesions are measured on, and how many of them are context only
 LOUD, MASSIVE = 20.0, 100.0  # times the typical size of a neuron of the layer: listed, and called massive
 ALPHA = 0.05
+FIRST = 10  # times chance: how much of a network's energy at the first token makes it the network of that token
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,10 @@ def measure(bench: Bench) -> dict[str, Any]:
             few[space.layer_slice(row["layer"]).start + row["neuron"]] = True
     found["chosen"] = chosen = choose(found["localized"], networks.names)
     sets: dict[str, Any] = {name: networks[name] for name in dict.fromkeys(chosen.values())}
-    sets |= {"first token": first.mask, **({"massive neurons": few} if few.any() else {})}
+    if found["first"]["share"] >= FIRST * found["first"]["chance"]:
+        sets["first token"] = first.mask
+    if few.any():
+        sets["massive neurons"] = few
     bench.model.to(getattr(torch, size.dtype))
     for what, these, controls in (("chosen_lesions", sets, size.chosen_controls), ("lesions", networks, size.controls)):
         print(f"{what} ...", flush=True)
@@ -341,19 +345,24 @@ def artefacts(found: dict[str, Any], lesions: pd.DataFrame) -> list[str]:
         lines += [
             f"**Massive activation**: {len(massive)} neurons reach more than {MASSIVE:.0f} times the typical size of "
             f"their "
-            f"layer, {int((massive['first'] > massive['elsewhere']).sum())} of them at the first token of a run. "
+            f"layer, {int((massive['first'] > massive['elsewhere']).sum())} of them most of all at the first token "
+            f"of a run. "
             f"Without "
-            f"them {_costs(lesions, 'massive neurons')}. They carry the attention sink: no function of a text.", "",
+            f"them {_costs(lesions, 'massive neurons')}. Whether that is more than the controls is in the table; "
+            "no network of a text is read from their size.", "",
             massive.head(10).to_markdown(index=False, floatfmt=".1f"), "",
         ]  # fmt: skip
-    return [*lines,
-        "**The first token**: an ICA that keeps the first token of every run (`drop_positions=0`; the default leaves "
-        "it "
-        f"out) finds a network of {first['size']} neurons with {first['share']:.0%} of its energy at that one token "
-        f"(by "
-        f"chance {first['chance']:.1%}). Its largest |r| with a network of the default is {first['r']:.2f}. Without it "
-        f"{_costs(lesions, 'first token')}.", "",
-    ]  # fmt: skip
+    words = f"{first['share']:.1%} of its energy at that one token (by chance {first['chance']:.1%})"
+    if first["share"] < FIRST * first["chance"]:
+        return [*lines, f"**The first token**: an ICA that keeps it (`drop_positions=0`) finds no network of it: the one "
+                f"that is most active there has {words}.", ""]  # fmt: skip
+    return [
+        *lines,
+        f"**The first token**: an ICA that keeps it (`drop_positions=0`; the default leaves it out) finds a network of "
+        f"{first['size']} neurons with {words}. Its largest |r| with a network of the default is {first['r']:.2f}. "
+        f"Without it {_costs(lesions, 'first token')}.",
+        "",
+    ]
 
 
 def _costs(lesions: pd.DataFrame, name: str) -> str:

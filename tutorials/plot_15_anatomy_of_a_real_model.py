@@ -101,9 +101,9 @@ if ready:
 # %%
 # What does not mean anything
 # ---------------------------
-# A few neurons of a language model reach values thousands of times those of their neighbors, most of them at the first
-# token of a text, where attention goes that has nowhere to go. They are large, they matter for everything, and they are
-# no network: `GroupICA` leaves the first token out (``drop_positions=1``).
+# A few neurons of a language model reach values thousands of times those of their neighbors, at the first token of a
+# text and at some others. Their size says nothing about a network: maps are of z-scored neurons, and `GroupICA` leaves the
+# first token out of the fit (``drop_positions=1``).
 if ready:
     space = networks.space
     first = abs(scans[0].data(tokens=[0])[0])
