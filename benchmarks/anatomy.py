@@ -354,8 +354,8 @@ def artefacts(found: dict[str, Any], lesions: pd.DataFrame) -> list[str]:
         ]  # fmt: skip
     words = f"{first['share']:.1%} of its energy at that one token (by chance {first['chance']:.1%})"
     if first["share"] < FIRST * first["chance"]:
-        return [*lines, f"**The first token**: an ICA that keeps it (`drop_positions=0`) finds no network of it: the one "
-                f"that is most active there has {words}.", ""]  # fmt: skip
+        return [*lines, f"**The first token**: an ICA that keeps it (`drop_positions=0`) finds no network of it: the "
+                f"one that is most active there has {words}.", ""]  # fmt: skip
     return [
         *lines,
         f"**The first token**: an ICA that keeps it (`drop_positions=0`; the default leaves it out) finds a network of "

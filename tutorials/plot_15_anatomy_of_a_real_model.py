@@ -102,8 +102,8 @@ if ready:
 # What does not mean anything
 # ---------------------------
 # A few neurons of a language model reach values thousands of times those of their neighbors, at the first token of a
-# text and at some others. Their size says nothing about a network: maps are of z-scored neurons, and `GroupICA` leaves the
-# first token out of the fit (``drop_positions=1``).
+# text and at some others. Their size says nothing about a network: maps are of z-scored neurons, and `GroupICA` leaves
+# the first token out of the fit (``drop_positions=1``).
 if ready:
     space = networks.space
     first = abs(scans[0].data(tokens=[0])[0])
