@@ -34,6 +34,7 @@ from llmbrain.pruning.allocate.shares import uniform
 from llmbrain.pruning.calibrate.steps import Measured
 from llmbrain.pruning.calibrate.windows import Calibration, scans_with_tokens
 from llmbrain.pruning.criteria import Material, criterion
+from llmbrain.pruning.criteria.base import protection
 from llmbrain.pruning.criteria.networks import BALANCE
 from llmbrain.pruning.criteria.scorer import Scorer
 from llmbrain.pruning.expert_neurons import Request, plan_expert_neurons
@@ -94,7 +95,6 @@ class PlanOptions:
     drop: Sequence[str] | str = ()
 
 
-MOST_OF_FREE = 0.85  # share that layers may lose so that others, which a method protects by default, lose nothing
 CALIBRATION_OPTIONS = ("window", "max_windows", "weights")  # fields of `Calibration` that are taken as keywords too
 
 
@@ -413,7 +413,9 @@ class Planner:
             widths = given_widths(allocation, body.widths, ratio, protected, multiple_of)
             ratio = 1 - sum(widths) / sum(body.widths) if ratio is None else ratio
         else:
-            protected = check_protect(self._protection(ratio, notes) if protect is None else protect, n)
+            protected = check_protect(
+                protection(criterion, body.widths, ratio, notes) if protect is None else protect, n
+            )
         if ratio is None:
             raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
         named = named or criterion.allocation
@@ -463,19 +465,6 @@ class Planner:
             details={**material.details, **details, "notes": [*material.notes, *notes]},
             _model=ref(self.model),
         )
-
-    def _protection(self, ratio: float | None, notes: list[str]) -> tuple[int, ...]:
-        """What the criterion protects, unless the other layers would then keep next to nothing."""
-        said: list[str] = []
-        criterion = self.scorer.criterion
-        found = criterion.protect(len(self.body.layers), said)
-        widths = self.body.widths
-        free = sum(widths) - sum(widths[i] for i in found)
-        if found and not criterion.insists and ratio is not None and ratio * sum(widths) > MOST_OF_FREE * free:
-            notes.append(f"no layer is protected: the others would lose more than {MOST_OF_FREE:.0%}")
-            return ()
-        notes += said
-        return found
 
     def _counts(
         self, named: str, widths: tuple[int, ...] | None, budgets: dict[Units, Budget], *, sequential: bool

@@ -172,9 +172,24 @@ class Criterion:
         return {}
 
 
+MOST_OF_FREE = 0.85  # share that layers may lose so that others, which a method protects by default, lose nothing
+
+
 def ends(n_layers: int) -> tuple[int, ...]:
     """The first three and the last two of more than five layers, as arXiv 2508.05239 keeps them in Llama."""
     return (0, 1, 2, n_layers - 2, n_layers - 1) if n_layers > 5 else ()
+
+
+def protection(criterion: Criterion, widths: Sequence[int], ratio: float | None, notes: list[str]) -> tuple[int, ...]:
+    """What a criterion protects, unless it gives way: where the other layers would keep next to nothing."""
+    said: list[str] = []
+    found = criterion.protect(len(widths), said)
+    free = sum(widths) - sum(widths[i] for i in found)
+    if found and not criterion.insists and ratio is not None and ratio * sum(widths) > MOST_OF_FREE * free:
+        notes.append(f"no layer is protected: the others would lose more than {MOST_OF_FREE:.0%}")
+        return ()
+    notes += said
+    return found
 
 
 CRITERIA: dict[str, type[Criterion]] = {}
