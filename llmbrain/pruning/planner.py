@@ -21,13 +21,7 @@ from llmbrain.anatomy.units import HEADS, NEURONS, Units
 from llmbrain.distributed import ranks
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.pruning.allocate.blocks import (
-    BlockBudget,
-    check_drop,
-    check_measurable,
-    check_whole,
-    choose_blocks,
-)
+from llmbrain.pruning.allocate.blocks import BlockBudget, check_drop, check_measurable, check_whole, choose_blocks
 from llmbrain.pruning.allocate.budget import Budget, given_widths
 from llmbrain.pruning.allocate.search import PASSES, Allocator
 from llmbrain.pruning.allocate.shares import uniform
