@@ -189,6 +189,8 @@ def measure(name: str, data: Path, rows: dict[str, Any], write: Callable[[], Non
 
 def table(rows: dict[str, Any]) -> list[str]:
     """Measured beside computed, and their ratios."""
+    if not rows:
+        return ["Nothing was measured yet."]
     lines = ["| model: step | seconds measured | computed | ratio | memory measured, GB | computed | ratio |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, row in rows.items():
