@@ -72,9 +72,9 @@ def test_scan(device: torch.device, site: str) -> None:
     "options",
     [
         {}, {"axis": "time"}, {"cca": True}, {"method": "picard"}, {"method": "dictlearning"}, {"n_components": "auto"},
-        {"n_components": 0.8}, {"outliers": "clip", "detrend": 2}, {"outliers": "drop"},
+        {"n_components": 0.8}, {"outliers": "clip", "detrend": 2}, {"outliers": "mask"},
         {"n_init": 2, "fun": "logcosh"},
-        {"dtype": "float64", "center_tokens": False}, {"drop_first": 2},
+        {"dtype": "float64"}, {"center_tokens": False}, {"drop_first": 2},
     ],
     ids=str,
 )  # fmt: skip
