@@ -11,9 +11,11 @@ import hashlib
 import mmap
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LARGE = 1 << 22  # bytes from which the fast checksum is kept beside SHA-256
 PAGE = 4096
@@ -35,6 +37,8 @@ def file_pages(path: str | os.PathLike[str], blank: slice = slice(0, 0)) -> str:
     blank : slice
         Bytes of the first 64 MiB that count as 0: where a file holds this checksum itself.
     """
+    import numpy as np  # not needed by commands that only say what they do
+
     digest, size = hashlib.sha256(), Path(path).stat().st_size
     with Path(path).open("rb") as file:
         # Mapped, not read: nothing is copied, and Python's lock is not asked for between the pieces of it.
@@ -54,6 +58,8 @@ def file_pages(path: str | os.PathLike[str], blank: slice = slice(0, 0)) -> str:
 
 def _sums(pages: NDArray[np.uint8]) -> bytes:
     """Sum of the 64-bit words of each page, modulo 2**64."""
+    import numpy as np
+
     return np.add.reduce(pages.view("<u8").reshape(-1, PAGE // 8), axis=1).astype("<u8").tobytes()
 
 

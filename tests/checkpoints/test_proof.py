@@ -67,7 +67,7 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 def test_what_does_not_load_as_the_model_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pruned("llama", [9, 17])
-    write = saving._write
+    write = saving.write_model
 
     def write_badly(exported: Any, *args: Any) -> None:
         norm = exported.model.norm.weight
@@ -76,7 +76,7 @@ def test_what_does_not_load_as_the_model_is_not_left_behind(tmp_path: Path, monk
             write(exported, *args)
             norm -= 1
 
-    monkeypatch.setattr(saving, "_write", write_badly)
+    monkeypatch.setattr(saving, "write_model", write_badly)
     for format in ("per-layer", "remote-code", "masked"):
         with pytest.raises(InputError, match="saved and loaded again, the model says something else"):
             save_pruned(model, None, tmp_path / "m", format=format)

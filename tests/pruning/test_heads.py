@@ -47,7 +47,7 @@ def test_heads_go_by_whole_groups(name):
 
 
 @pytest.mark.parametrize("allocation", [None, "global", "sensitivity"])
-@pytest.mark.parametrize("method", sorted(name for name in CRITERIA if not CRITERIA[name].blocks))
+@pytest.mark.parametrize("method", sorted(name for name in CRITERIA if not CRITERIA[name].blocks and name != "relp"))
 def test_every_method_cuts_heads_and_protects_layers(method, allocation):
     model, ids = tiny("llama", num_hidden_layers=3), windows()
     options = {"ratio": 0.3, "method": method, "calibration": ids, "head_ratio": 0.4, "allocation": allocation}
