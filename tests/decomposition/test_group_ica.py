@@ -390,7 +390,7 @@ def test_starts_that_failed_are_counted(data, tmp_path):
 
 @pytest.mark.parametrize("criterion", ["auto", "parallel"])
 @pytest.mark.parametrize(("numerator", "denominator", "said"), [
-    ([1], [1], False), ([1], [1, -0.9], False), ([1, 0, 0, 0, 1], [1], True),
+    ([1], [1], False), ([1], [1, -0.9], False), ([1, 0, 0, 0, 1, 0, 0, 0, 1], [1], True),
 ])  # fmt: skip
 def test_coloured_noise_is_taken_out_or_said_where_the_order_is_estimated(criterion, numerator, denominator, said):
     from scipy.signal import lfilter
