@@ -32,7 +32,7 @@ def test_tutorial_runs(script, tmp_path):
     environment |= {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.setdefault("LLMBRAIN_TEST_DATA", str(FOLDER.parents[1] / "shared" / "data"))  # used where it exists
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(tmp_path.iterdir()), "a tutorial left files behind"

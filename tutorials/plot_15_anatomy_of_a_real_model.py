@@ -126,7 +126,7 @@ if ready:
         if method != "dense":
             plan = lb.plan_pruning(model, ratio=0.2, method=method, protect=[0, 1, 2, -2, -1], random_state=0,
                                    **calibration)  # fmt: skip
-            small = lb.prune(model, plan, compensate="least-squares", **calibration)
+            small = lb.prune(model, plan, compensate="least-squares", ridge=0.01, **calibration)
         results[method] = {kind: lb.perplexity(small, tokenizer, texts, window=128) for kind, texts in tests.items()}
     print(pd.DataFrame(results).T.rename_axis("perplexity").to_string(float_format="{:.1f}".format))
 
