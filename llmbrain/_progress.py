@@ -107,6 +107,8 @@ def watched(log: Path | None = None) -> Iterator[None]:
 
     thread = threading.Thread(target=beating, daemon=True, name="llmbrain-progress")
     with _desk.lock:
+        if not _desk.watchers:
+            _desk.bars.clear()  # of work that broke off before: it would be named as what goes on now
         _desk.watchers += 1
         _desk.logs += [log] if log is not None else []
     thread.start()
