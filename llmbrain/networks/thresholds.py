@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.stats import PUBLISHED_Z
-from llmbrain.stats.nulls import phase_randomize
+from llmbrain.stats.nulls import independent_times, phase_randomize
 from llmbrain.stats.sparsity import zscore_maps
 from llmbrain.stats.tails import benjamini_hochberg
 
@@ -240,12 +240,20 @@ class NullNetworks:
         return float(np.sort(self.maxima)[-allowed])
 
 
+LEAST_TOKENS = 40  # independent ones, below which cut-offs against phase-randomized networks are too high
+
+
 class HeavyTailsWarning(UserWarning):
     """Activations are far from normal, and the null's are not."""
 
 
+def _some_columns(data: NDArray[Any]) -> NDArray[np.float64]:
+    """At most 2,000 of a run's neurons, evenly spread."""
+    return data[:, np.linspace(0, data.shape[1] - 1, min(data.shape[1], 2000)).astype(int)].astype(np.float64)
+
+
 def _warn_of_tails(data: NDArray[Any]) -> None:
-    chosen = data[:, np.linspace(0, data.shape[1] - 1, min(data.shape[1], 2000)).astype(int)].astype(np.float64)
+    chosen = _some_columns(data)
     centered = chosen - chosen.mean(axis=0)
     variance = np.maximum((centered**2).mean(axis=0), 1e-300)
     excess = float(np.median((centered**4).mean(axis=0) / variance**2)) - 3
@@ -256,6 +264,19 @@ def _warn_of_tails(data: NDArray[Any]) -> None:
             "against it are too low here: clip them (outliers='clip'), or read 'fdr' and 'fwe' as scales",
             HeavyTailsWarning, stacklevel=3,
         )  # fmt: skip
+
+
+def _warn_of_memory(runs: Iterable[NDArray[Any]]) -> None:
+    worth = 0.0
+    for run in runs:
+        worth += independent_times(_some_columns(run))
+        if worth >= LEAST_TOKENS:
+            return
+    warnings.warn(
+        f"the tokens of all runs are worth about {worth:.0f} independent ones: with fewer than {LEAST_TOKENS}, "
+        "cut-offs against this null are too high, and networks keep fewer neurons than they could, or none",
+        UserWarning, stacklevel=3,
+    )  # fmt: skip
 
 
 def null_networks(
@@ -277,7 +298,8 @@ def null_networks(
     n_permutations : int
         FWE at .05 needs 19. The null takes neighbouring neurons to be strangers: images of a brain are refused, arrays
         that look like one get a warning (see `split_half_reproducibility`). Random phases make time courses normal:
-        there is a warning where those of the scans are far from it.
+        there is a warning where those of the scans are far from it, and where their tokens are worth few independent
+        ones.
     options
         Go to `GroupICA`; use those of the real decomposition.
     random_state : int, Generator or None
@@ -296,6 +318,7 @@ def null_networks(
     runs = Runs(scans, mask_img=image)
     check_neighbors(runs)
     _warn_of_tails(runs[0])
+    _warn_of_memory(runs)
     draws = []
     for draw in bar(range(n_permutations), desc="null networks", show=progress):
         rng = np.random.default_rng([random_state, draw])

@@ -192,3 +192,14 @@ def test_a_null_of_normal_time_courses_is_warned_of_where_they_are_heavy_tailed(
         warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
         null_networks([rng.laplace(size=(60, 80))], 2, n_permutations=1, progress=False, max_iter=2)
+
+
+def test_a_null_of_few_independent_tokens_is_warned_of():
+    from llmbrain.datasets.fmri_phantom import ar_noise
+
+    rng = np.random.default_rng(3)
+    for ar, said in ((0.9, True), (0.0, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            null_networks([ar_noise(rng, (60, 80), ar)], 2, n_permutations=1, progress=False, max_iter=2)
+        assert any("independent ones" in str(w.message) for w in caught) == said
