@@ -20,7 +20,7 @@ class ListCommand(TyperCommand):
         repeatable, single, n_arguments = set(), set(), 0
         for parameter in self.params:
             if parameter.param_type_name == "argument":
-                n_arguments += 1
+                n_arguments += bool(parameter.required)
             elif getattr(parameter, "multiple", False):
                 repeatable.update(parameter.opts)
             elif not getattr(parameter, "is_flag", False):
@@ -38,7 +38,7 @@ def spread(args: Sequence[str], repeatable: set[str], single: set[str], n_argume
     """``--text a b`` as ``--text a --text b``.
 
     Values that follow are taken up to the next option; the last ones are given back where the command would else lack
-    one of its `n_arguments` arguments: ``lesion --text a b MODEL``.
+    one of the `n_arguments` arguments that it must have: ``lesion --text a b MODEL``.
 
     Examples
     --------

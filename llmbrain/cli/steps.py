@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -32,7 +33,11 @@ from llmbrain.cli.common import (
 from llmbrain.cli.lists import ListCommand, parts
 from llmbrain.stats import PUBLISHED_Z
 
-STUDY = Annotated[Path, typer.Argument(help="Folder of a scan, or a folder that `llmbrain run` wrote.")]
+# Not required, so that the last of several --images is never taken for it.
+STUDY = Annotated[
+    Path | None,
+    typer.Argument(help="Folder of a scan, or that `llmbrain run` wrote; with --images the folder to write, or --out."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -104,7 +109,7 @@ def merge(
 
 
 def decompose(
-    study: STUDY,
+    study: STUDY = None,
     components: COMPONENTS = "20",
     method: str = typer.Option("fastica", help="fastica, picard, dictlearning, kmeans or nmf."),
     runs: int = typer.Option(0, help="Use the first N runs; 0 is all.", min=0),
@@ -138,7 +143,7 @@ def decompose(
         one_process("decompose --images")
 
         found = decompose_images(
-            images, out or study / "networks", mask=mask, n_components=parse_components(components),
+            images, _place(out, study, "networks", "--out"), mask=mask, n_components=parse_components(components),
             confounds=confounds,
             columns=parts(confound_columns), scrub=scrub or None, method=method, threshold=threshold,
             convention=convention, device=device, random_state=seed, overwrite=overwrite, atlas=atlas,
@@ -147,6 +152,8 @@ def decompose(
         print_table(found["networks"].summary().reset_index())
         say(f"networks and report: {found['folder']}")
         return
+    study = _study(study, {"--mask": mask, "--atlas": atlas, "--atlas-labels": atlas_labels, "--confounds": confounds,
+                           "--confound-columns": confound_columns, "--scrub": scrub})  # fmt: skip
     made = networks.decompose(
         study, parse_components(components), method=method, n_runs=runs or None, stability=stability,
         threshold=threshold, out=out, convention=convention, device=device, random_state=seed, overwrite=overwrite,
@@ -158,7 +165,7 @@ def decompose(
 
 
 def dualreg(
-    study: STUDY,
+    study: STUDY = None,
     networks: Path | None = typer.Option(None, help="Folder of networks; default STUDY/networks."),
     out: Path | None = typer.Option(
         None, "--out", parser=path_of, metavar="PATH", help="Folder to write; default STUDY/dualreg."
@@ -181,16 +188,35 @@ def dualreg(
 
         one_process("dualreg --images")
 
+        place = _place(out, study, "dualreg", "--out")
         made = dualreg_images(
-            images, networks or study / "networks", out or study / "dualreg", mask=mask, confounds=confounds,
+            images, _place(networks, study, "networks", "--networks"), place, mask=mask, confounds=confounds,
             columns=parts(confound_columns), scrub=scrub or None, normalize=normalize,
         )  # fmt: skip
-        say(f"{made}: {out or study / 'dualreg'}")
+        say(f"{made}: {place}")
         return
+    study = _study(study, {"--mask": mask, "--confounds": confounds, "--confound-columns": confound_columns,
+                           "--scrub": scrub})  # fmt: skip
     scans, group = Study(study).scans, Study(networks or study).networks
     target = out or study / "dualreg"
     dual_regression(group, scans, normalize=normalize, out=target)
     say(f"{len(scans)} runs x {len(group)} networks: {target}")
+
+
+def _place(given: Path | None, study: Path | None, name: str, option: str) -> Path:
+    """A folder that was named, or the one of this name in the study."""
+    if given is None and study is None:
+        raise InputError(f"{option}=None: with --images name a folder, or a STUDY that holds it")
+    return given if given is not None else cast(Path, study) / name
+
+
+def _study(study: Path | None, of_images: Mapping[str, object]) -> Path:
+    """The study, where no images are given; options that are theirs are refused."""
+    if alone := [option for option, value in of_images.items() if value]:
+        raise InputError(f"{', '.join(alone)}: only with --images")
+    if study is None:
+        raise InputError("study=None: give the folder of a scan (or a folder that `llmbrain run` wrote), or --images")
+    return study
 
 
 def evaluate(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmbrain.imaging.atlas import Atlas
 
 _SAME_TR = 1e-3  # relative
+_ALIGNED = 2  # the sform code that nibabel writes where nobody says one
 
 
 class BrainMask:
@@ -34,7 +35,7 @@ class BrainMask:
     ----------
     image : Nifti1Image
         The mask as 0 and 1 (uint8), with the affines, their codes and the units of `mask_img`; once runs were read,
-        with their TR.
+        with their TR, and with their codes and units where the mask has none of its own (nibabel's default header).
     volume : bool array (x, y, z)
     n_voxels : int
     t_r : float or None
@@ -129,8 +130,22 @@ class BrainMask:
         spatial_shape(loaded, name, volumes=True)
         places = places_in(loaded, self.volume.shape, self.image.affine, np.nonzero(self.volume), name, "mask_img")
         if run:
+            self._take_codes(loaded)
             self._check_t_r(loaded, name)
         return read_voxels(loaded, places, name)
+
+    def _take_codes(self, image: Any) -> None:
+        """Of the first run on its very grid, a mask takes what its own header leaves open."""
+        own = self.image.header
+        if (
+            int(own["qform_code"])
+            or int(own["sform_code"]) not in (0, _ALIGNED)
+            or not hasattr(image.header, "get_qform")
+        ):
+            return
+        if image.shape[:3] == self.volume.shape and np.allclose(image.affine, self.image.affine, atol=1e-4):
+            self.image = image_like(image, self.volume.astype(np.uint8))
+            self.set_t_r(self.t_r)
 
     def _check_t_r(self, image: Any, name: str) -> None:
         t_r = seconds_between_volumes(image)

@@ -32,6 +32,8 @@ def runs_of(
         raise InputError("images is empty: pass at least one run")
     if confounds and len(confounds) != len(images):
         raise InputError(f"{len(confounds)} tables of confounds for {len(images)} images: one each is needed")
+    if not confounds and (columns or scrub):
+        raise InputError("confounds=None (--confounds): columns and scrub are of tables of confounds")
     runs: list[Any] = []
     for path in map(Path, images):
         if path.name.lower().endswith(IMAGES):

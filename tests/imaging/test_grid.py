@@ -97,8 +97,11 @@ def test_what_is_outside_a_mask(brain):
     np.testing.assert_array_equal(Runs([five], mask_img=mask)[0], Runs([image], mask_img=mask)[0])
 
 
-def test_headers_survive(brain, tmp_path):
-    mask, _, image = brain
+@pytest.mark.parametrize("bare", [False, True])
+def test_headers_survive(brain, tmp_path, bare):
+    mask, inside, image = brain
+    if bare:  # as nibabel writes an array and an affine
+        mask = nib.Nifti1Image(inside.astype(np.uint8), AFFINE)
     ica = GroupICA(2, mask=mask).fit([image])
     ica.save(tmp_path / "ica")
     dual = dual_regression(ica, [image], mask=mask, out=tmp_path / "dr")

@@ -61,6 +61,35 @@ def test_images_without_a_mask_say_mask(images):
     assert not (folder / "study").exists()
 
 
+def test_every_image_is_read_where_no_study_is_named(images):
+    folder, runs = images
+    mask = ["--mask", str(folder / "mask.nii.gz")]
+    third = str(folder / "run2.nii.gz")
+    nib.load(runs[0]).to_filename(third)
+    done = CliRunner().invoke(app, ["decompose", "--images", *runs, third, *mask, "--components", "2", "--out",
+                                    str(folder / "made")])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert pd.read_csv(folder / "made/mixing.tsv", sep="\t").iloc[:, 0].nunique() == 3
+    done = CliRunner().invoke(app, ["dualreg", "--networks", str(folder / "made"), "--out", str(folder / "dr"),
+                                    "--images", *runs, third])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert len(list((folder / "dr").glob("dr_stage2_subject0000?.nii.gz"))) == 3
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["decompose", "--images", "a.nii.gz", "b.nii.gz"], "--out=None"),
+    (["decompose", "--images", "a.nii.gz", "--out", "o", "--scrub", "0.5"], "confounds=None"),
+    (["decompose"], "study=None"),
+    (["decompose", "s", "--mask", "m.nii.gz", "--scrub", "0.5"], "--mask, --scrub: only with --images"),
+    (["dualreg", "--images", "a.nii.gz", "--out", "o"], "--networks=None"),
+    (["dualreg", "s", "--confound-columns", "csf"], "--confound-columns: only with --images"),
+])  # fmt: skip
+def test_what_images_need_and_what_needs_them(arguments, said):
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, InputError)
+    assert said in str(done.exception)
+
+
 def test_tables_of_parcels_need_none(tmp_path):
     rng = np.random.default_rng(1)
     for i in range(2):
