@@ -188,7 +188,7 @@ def ica(folder: Path, team: Any) -> dict[str, Any]:
     import llmbrain as lb
 
     runs = phantom_runs()
-    fit = lb.GroupICA(5, n_init=3).fit(runs)  # one start may end on a saddle, where two sources stay mixed
+    fit = lb.GroupICA(5).fit(runs)
     few = lb.GroupICA(5).fit(runs[:3])
     back = lb.dual_regression(fit.components_, runs[:5], mask="varying", out=folder / "dualreg")
     kept = lb.dual_regression(fit.components_, runs[:5])

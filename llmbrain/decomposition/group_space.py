@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmbrain._validation import InputError
 from llmbrain.decomposition.group_ica import GroupICA
-from llmbrain.decomposition.prepare.pca import numerical_rank, project, whiten
+from llmbrain.decomposition.prepare.pca import numerical_rank, project, row_signs, whiten
 from llmbrain.decomposition.prepare.reduce import Window, default_run_components, group_subspace, reduce_runs
 from llmbrain.decomposition.solvers import SOLVERS, unmix
 from llmbrain.decomposition.time_courses import Regressor, standardize_maps
@@ -109,6 +109,8 @@ class GroupSpace:
         size = len(self.basis)
         turn = np.eye(size)[:n_components] if sample is None else self._sampled_axes(n_components, sample)
         white = project(torch.from_numpy(turn).to(self.basis.device), self.basis)
+        signs = row_signs(white)
+        white, turn = white * signs[:, None], turn * signs.cpu().numpy()[:, None]
         unmixing, converged, steps = unmix_once(self.ica, white, self.n_live, start)
         found = unmixing @ turn
         return found / np.linalg.norm(found, axis=1, keepdims=True), converged, steps

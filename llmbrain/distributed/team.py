@@ -293,10 +293,7 @@ class Ranks:
             with self._reaching():
                 if store.check([key]):
                     return
-                for failed in (f"failed/{self._job}", "failed/all"):
-                    if store.check([failed]):
-                        rank, said = json.loads(store.get(failed))
-                        raise RankError(f"{said} (rank {rank} of {self.size})")
+                self._raise_failed()
                 if time.monotonic() - changed > min(1.0, limit / 4):
                     beat = store.get(f"beat/{source}") if store.check([f"beat/{source}"]) else b""
                     if beat != seen:
@@ -308,6 +305,15 @@ class Ranks:
                 )
             time.sleep(pause)
             pause = min(1.5 * pause, SLOWEST_LOOK)
+
+    def _raise_failed(self) -> None:
+        """Raise what another rank said when it failed."""
+        store = self._store
+        assert store is not None
+        for failed in (f"failed/{self._job}", "failed/all"):
+            if store.check([failed]):
+                rank, said = json.loads(store.get(failed))
+                raise RankError(f"{said} (rank {rank} of {self.size})")
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -328,6 +334,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            with suppress(RuntimeError):
+                self._raise_failed()  # it said why, and went
             gone = self._silent()
             who = f"rank {', '.join(map(str, gone))} of {self.size} is" if gone else "another rank is"
             raise RankError(

@@ -281,6 +281,16 @@ class Whitened:
     dewhitening: torch.Tensor
 
 
+def row_signs(rows: torch.Tensor) -> torch.Tensor:
+    """+1 or -1 for each row: with it, the row's largest entry is positive (scikit-learn's ``svd_flip``).
+
+    An eigenvector has no sign of its own; which one LAPACK gives depends on threads, ranks and device. ICA from a given
+    random start must not.
+    """
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))[:, 0]
+    return torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
+
+
 def whiten(rows: torch.Tensor, n_components: int | None = None, *, n_samples: int | None = None) -> Whitened:
     """Leading principal components of (n_rows, n_columns) `rows`, rotated to unit variance and no correlation.
 
@@ -309,6 +319,10 @@ def whiten(rows: torch.Tensor, n_components: int | None = None, *, n_samples: in
     scale = (values[:k] / n_samples).sqrt()
     whitening = (vectors[:, :k] / scale).T.contiguous()
     data = project(whitening, rows)
+    signs = row_signs(data)
+    data *= signs[:, None]
+    whitening *= signs[:, None]
+    vectors = vectors[:, :k] * signs
     # single precision leaves the small components slightly correlated: take out what is left
     lengths, turn = torch.linalg.eigh(gram(data) / n_samples)
     if bool((lengths < 0.5).any()):
@@ -316,5 +330,5 @@ def whiten(rows: torch.Tensor, n_components: int | None = None, *, n_samples: in
     correction = (turn / lengths.sqrt()) @ turn.T
     data = project(correction, data)
     whitening = correction @ whitening
-    dewhitening = (vectors[:, :k] * scale) @ torch.linalg.inv(correction)
+    dewhitening = (vectors * scale) @ torch.linalg.inv(correction)
     return Whitened(data, values, whitening, dewhitening)

@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from llmbrain._validation import InputError
 from llmbrain.decomposition import fastica
+from llmbrain.decomposition.prepare import pca
 from llmbrain.decomposition.prepare.pca import whiten
 from llmbrain.decomposition.solvers import Settings, unmix
 from llmbrain.decomposition.solvers.fastica import negentropy, random_start
@@ -163,6 +164,24 @@ def test_whitening_of_orthonormal_rows_keeps_every_component():
     np.testing.assert_allclose((result.data @ result.data.T / 4000).numpy(), np.eye(8), atol=1e-12)
     np.testing.assert_allclose((result.dewhitening @ result.data).numpy(), rows, atol=1e-12)
     assert np.isfinite(fastica(result.data, fun="cube", tol=1e-3, max_iter=1000, warn=False).unmixing).all()
+
+
+def test_signs_of_principal_components_do_not_come_from_lapack(monkeypatch):
+    rows = torch.from_numpy(np.random.default_rng(3).laplace(size=(6, 500)))
+    rows -= rows.mean(dim=1, keepdim=True)
+    one = whiten(rows, 4)
+    plain = pca.symmetric_eigen
+
+    def turned(matrix):
+        values, vectors = plain(matrix)
+        return values, vectors * torch.where(torch.arange(len(values)) % 2 == 0, -1.0, 1.0)
+
+    monkeypatch.setattr(pca, "symmetric_eigen", turned)
+    other = whiten(rows, 4)
+    for name in ("data", "whitening", "dewhitening"):
+        assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-12)
+    assert torch.allclose(one.whitening @ rows, one.data)
+    assert torch.allclose(one.dewhitening @ one.data, rows @ one.data.T @ one.data / 500, atol=1e-9)
 
 
 def test_single_precision_whitening_is_exact_for_small_components():
