@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: install  ## scan, decompose, lesion and prune the embedded model; writes demo-out/report.html
 	$(BIN)/llmbrain demo --out demo-out
 
-test: install-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+test: install-dev  ## the whole test suite, in two processes of one thread each
+	$(BIN)/python -m pytest -n 2
 
 families: install-dev  ## every family of transformers, tiny: prints what is wrong, writes docs/families.md
 	$(BIN)/python tests/families/table.py
