@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError
-from llmbrain.hooks.experts import EditNeurons, EditRoute, changed, changing_experts
+from llmbrain.hooks.experts import EditNeurons, EditRoute, Redrawn, changed, changing_experts
 from llmbrain.hooks.listen import Call, Hook, Hooks, Place
 
 Edit = Callable[[Tensor], Tensor]
@@ -70,8 +70,8 @@ class Intervention(AbstractContextManager):
     _entered: list[ExitStack] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> nn.Module:
-        for _, edit in self.edits:
-            if isinstance(edit, Resample):
+        for edit in (*(edit for _, edit in self.edits), *self.neurons.values()):
+            if isinstance(edit, (Resample, Redrawn)):
                 edit.restart()
         with ExitStack() as stack:
             stack.enter_context(change_inputs(self.model, self.edits, verify=self.verify))

@@ -267,6 +267,66 @@ def scaled(chosen: Tensor, gain: float) -> EditNeurons:
     return lambda h, expert: torch.where(chosen[expert].to(h.device), h * gain, h)
 
 
+class Held:
+    """Chosen neurons hold these values whatever is said.
+
+    Parameters
+    ----------
+    chosen : bool tensor ``(experts, width)``
+    values : tensor ``(experts, width)``
+        nan where nothing is known: a call of such an expert is an error.
+    path : str
+        Of the experts, for messages.
+    """
+
+    def __init__(self, chosen: Tensor, values: Tensor, path: str) -> None:
+        self.chosen, self.values, self.path = chosen, values, path
+
+    def __call__(self, h: Tensor, expert: int) -> Tensor:
+        chosen, values = self.chosen[expert], self.values[expert]
+        if bool(torch.isnan(values[chosen]).any()):
+            raise InputError(unknown(self.path, expert))
+        return torch.where(chosen.to(h.device), values.to(h), h)
+
+
+class Redrawn:
+    """Chosen neurons of an expert hold what they held together at a random one of the calls in its pool.
+
+    Parameters
+    ----------
+    chosen : bool tensor ``(experts, width)``
+    pools : dict of expert -> tensor ``(calls, n_chosen)``
+    seed : int
+    path : str
+        Of the experts, for messages.
+    """
+
+    def __init__(self, chosen: Tensor, pools: Mapping[int, Tensor], seed: int, path: str) -> None:
+        self.chosen, self.pools, self.seed, self.path = chosen, pools, seed, path
+        self.restart()
+
+    def restart(self) -> None:
+        """Draw the same calls again."""
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, h: Tensor, expert: int) -> Tensor:
+        positions = self.chosen[expert].nonzero()[:, 0]
+        if not len(positions):
+            return h
+        if expert not in self.pools:
+            raise InputError(unknown(self.path, expert))
+        rows = torch.randint(len(self.pools[expert]), (len(h),), generator=self.generator)
+        return h.index_copy(-1, positions.to(h.device), self.pools[expert][rows].to(h))
+
+
+def unknown(path: str, expert: int) -> str:
+    """What is said where a lesioned expert is called that the reference never called."""
+    return (
+        f"{path}: expert {expert} is called, but reference= never called it, so that nothing is known of what its "
+        "neurons hold: pass more text as reference=, or value='zero'"
+    )
+
+
 def unweighted(experts: Tensor) -> EditRoute:
     """What these routed experts (int64) give does not count, biases included; the others' gates stay as they are."""
 

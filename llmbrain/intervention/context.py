@@ -19,7 +19,7 @@ from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.change import Edit, Intervention, Resample, constant, scale, zero
 from llmbrain.hooks.listen import hear_inputs
 from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
-from llmbrain.intervention.experts import change_mixture, reroute
+from llmbrain.intervention.experts import change_mixture, filling_of, reroute
 from llmbrain.intervention.targets import Part, find_parts
 from llmbrain.scanning.inputs import Runs
 
@@ -43,15 +43,18 @@ def lesion(
         Any model that `llmbrain.anatomy.families.anatomy` knows.
     what : Network, FunctionalNetworks, list of Network, bool mask, flat indices, (layer, neuron) pairs, table or Heads
         See `llmbrain.intervention.targets.neuron_mask`; several networks mean their union. Of a mixture of experts
-        also `llmbrain.intervention.experts.Experts`; its units are set to "zero", or, with "reroute", its routers may
-        not choose these experts, so that their tokens go to others.
+        also `llmbrain.intervention.experts.Experts`; with "reroute", its routers may not choose these experts, so that
+        their tokens go to others.
     value : {"zero", "mean", "resample"}
         What the units hold instead. "zero" equals zero columns in the weight they enter; "mean" is each unit's mean
         over the reference; "resample" is what the units of a layer held together at a random token of the reference,
-        drawn anew for every token, so that their distribution stays and their meaning goes.
+        drawn anew for every token, so that their distribution stays and their meaning goes. Of a routed expert both are
+        over the tokens that call it, and what is drawn is of one expert together; an expert that is called though the
+        reference never called it is an error.
     reference : scans, arrays ``(n_tokens, n_neurons)``, NIfTI images, or int64 token ids ``(n, length)``
         Needed by "mean" and "resample"; there is no hidden default. Token ids are read by the model first; heads need
-        them, since a scan holds one signal a head.
+        them, since a scan holds one signal a head. Of a mixture of experts scans or token ids: arrays do not tell which
+        experts were called.
     random_state : int or None
         Seed of "resample"; entering the context starts it anew. None draws one.
     verify : bool
@@ -78,7 +81,7 @@ def lesion(
     """
     if has_experts(model):
         check_option("value", value, (*VALUES, "reroute"))
-        return _of_mixture(model, what, value, verify)
+        return _of_mixture(model, what, value, reference, random_state, verify)
     check_option("value", value, VALUES)
     return _replace(model, find_parts(model, what), value, reference, random_state, verify)
 
@@ -98,7 +101,7 @@ def keep_only(
     """
     if has_experts(model):
         check_option("value", value, (*VALUES, "reroute"))
-        return _of_mixture(model, what, value, verify, complement=True)
+        return _of_mixture(model, what, value, reference, random_state, verify, complement=True)
     check_option("value", value, VALUES)
     return _replace(model, find_parts(model, what, complement=True), value, reference, random_state, verify)
 
@@ -121,12 +124,16 @@ def amplify(model: nn.Module, what: Any, gain: float, *, verify: bool = True) ->
     return Intervention(model, edits, _count(parts), verify)
 
 
-def _of_mixture(model: nn.Module, what: Any, value: str, verify: bool, *, complement: bool = False) -> Intervention:
+def _of_mixture(
+    model: nn.Module, what: Any, value: str, reference: Any, random_state: int | None, verify: bool, *,
+    complement: bool = False,
+) -> Intervention:  # fmt: skip
     if value == "reroute":
         return reroute(model, what, complement=complement, verify=verify)
+    filling = None
     if value != "zero":
-        raise InputError(f"value={value!r}: units of a mixture of experts are set to 'zero' only (or 'reroute')")
-    return change_mixture(model, what, complement=complement, verify=verify)
+        filling = filling_of(model, what, value, reference, seed_of(random_state), complement)
+    return change_mixture(model, what, complement=complement, verify=verify, filling=filling)
 
 
 def _replace(

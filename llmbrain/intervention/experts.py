@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from llmbrain._validation import InputError, seed_of
 from llmbrain.anatomy.expert_surgery import check_kept
 from llmbrain.anatomy.experts import ExpertAnatomy, expert_anatomy
-from llmbrain.hooks.change import Edit, Intervention, scale, zero
-from llmbrain.hooks.experts import EditNeurons, EditRoute, rerouted, scaled, silenced, unweighted
+from llmbrain.hooks.change import Edit, Intervention, Resample, constant, scale, zero
+from llmbrain.hooks.experts import EditNeurons, EditRoute, Held, Redrawn, rerouted, scaled, silenced, unweighted
+from llmbrain.intervention.expert_values import READS, Place, held_over, pools_of
 from llmbrain.intervention.targets import Heads, neuron_mask
 from llmbrain.scanning.scans import Scan
 
@@ -39,8 +41,8 @@ class Experts:
     def __repr__(self) -> str:
         return f"Experts({self.experts})"
 
-    def by_layer(self, body: ExpertAnatomy) -> dict[int, list[int]]:
-        """Experts of each layer.
+    def by_layer(self, body: ExpertAnatomy, complement: bool = False) -> dict[int, list[int]]:
+        """Experts of each layer; with `complement`, all other routed experts. Layers without any are left out.
 
         Raises
         ------
@@ -56,25 +58,83 @@ class Experts:
                     f"what={self}: expert={expert} does not exist in layer {layer}: it has {routed[layer].count}"
                 )
             found.setdefault(layer, []).append(expert)
-        return {layer: sorted(set(experts)) for layer, experts in found.items()}
+        if complement:
+            found = {layer: sorted(set(range(r.count)) - set(found.get(layer, []))) for layer, r in routed.items()}
+        return {layer: sorted(set(experts)) for layer, experts in found.items() if experts}
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What lesioned neurons hold instead of zero.
+
+    Attributes
+    ----------
+    means : float64 ``(n_neurons,)``, optional
+        These; nan where nothing is known.
+    pools : dict of (layer, expert) -> tensor ``(calls, n_chosen)``, optional
+        Or what they held together at a random call (shared experts: token); see `pools_of`.
+    seed : int
+        Of what is drawn.
+    """
+
+    means: NDArray[np.float64] | None = None
+    pools: Mapping[Place, Tensor] | None = None
+    seed: int = 0
+
+
+def filling_of(model: nn.Module, what: Any, value: str, reference: Any, seed: int, complement: bool) -> Filling:
+    """What a lesion to "mean" or "resample" puts in place of what neurons say.
+
+    Raises
+    ------
+    InputError
+        If the reference is missing, or does not tell which experts were called.
+    """
+    if reference is None:
+        raise InputError(f"value={value!r} needs reference=: {READS}")
+    body = expert_anatomy(model)
+    if value == "mean":
+        return Filling(means=held_over(model, body, reference).means)
+    return Filling(pools=pools_of(model, body, mask_of(what, body, complement), reference), seed=seed)
+
+
+def mask_of(what: Any, body: ExpertAnatomy, complement: bool = False) -> NDArray[np.bool_]:
+    """The neurons that are changed, ``(n_neurons,)``: of whole routed experts, or as `neuron_mask` says."""
+    if isinstance(what, Heads):
+        raise InputError("heads of a mixture of experts are not lesioned yet: pass neurons or Experts")
+    if not isinstance(what, Experts):
+        mask = neuron_mask(what, body.space)
+        return ~mask if complement else mask
+    mask = np.zeros(body.space.n_neurons, dtype=bool)
+    for layer, of in what.by_layer(body, complement).items():
+        first = len(body.layers[layer].shared)
+        for expert in of:
+            mask[body.space.expert_slice(layer, first + expert)] = True
+    return mask
 
 
 def change_mixture(
-    model: nn.Module, what: Any, *, gain: float = 0.0, complement: bool = False, verify: bool = True
-) -> Intervention:
+    model: nn.Module, what: Any, *, gain: float = 0.0, complement: bool = False, verify: bool = True,
+    filling: Filling | None = None,
+) -> Intervention:  # fmt: skip
     """Multiply neurons or whole experts of a mixture of experts by `gain`; 0 is a lesion.
 
     `what` is `Experts`, or neurons as `neuron_mask` takes them, in the space of the model's scans. A lesioned expert
     gives nothing where it is called, its bias included; the gates of the others stay as they are. With `complement` all
-    other routed experts, or all other neurons, are changed.
+    other routed experts, or all other neurons, are changed. With `filling` neurons hold that instead of zero (and the
+    bias of an expert's output stays).
     """
     body = expert_anatomy(model)
-    if isinstance(what, Heads):
-        raise InputError("heads of a mixture of experts are not lesioned yet: pass neurons or Experts")
-    if isinstance(what, Experts):
-        return _whole(model, body, what, gain, complement, verify)
-    mask = neuron_mask(what, body.space)
-    mask = ~mask if complement else mask
+    if isinstance(what, Experts) and gain != 0:
+        raise InputError(f"gain={gain}: whole experts are lesioned (gain=0); to amplify one, pass its neurons")
+    mask = mask_of(what, body, complement)
+    _say_empty(what, not mask.any())
+    if isinstance(what, Experts) and filling is None:
+        routed = dict(body.routed)
+        routes: dict[nn.Module, EditRoute] = {
+            routed[layer].module: unweighted(torch.tensor(of)) for layer, of in what.by_layer(body, complement).items()
+        }
+        return Intervention(model, [], int(mask.sum()), verify, {}, routes)
     edits: list[tuple[nn.Module, Edit]] = []
     neurons: dict[nn.Module, EditNeurons] = {}
     for layer in body.layers:
@@ -82,29 +142,35 @@ def change_mixture(
         for mlp in layer.shared:
             chosen, part = part[: mlp.width], part[mlp.width :]
             if chosen.any():
-                edits.append((mlp.down.module, zero(chosen) if gain == 0 else scale(chosen, gain)))
+                edits.append((mlp.down.module, _of_shared(chosen, body, layer.index, gain, filling)))
         if layer.routed is not None and part.any():
             chosen = part.reshape(layer.routed.count, layer.routed.width)
-            neurons[layer.routed.module] = silenced(chosen) if gain == 0 else scaled(chosen, gain)
-    _say_empty(what, not mask.any())
+            neurons[layer.routed.module] = _of_routed(chosen, body, layer.index, gain, filling)
     return Intervention(model, edits, int(mask.sum()), verify, neurons)
 
 
-def _whole(
-    model: nn.Module, body: ExpertAnatomy, what: Experts, gain: float, complement: bool, verify: bool
-) -> Intervention:
-    if gain != 0:
-        raise InputError(f"gain={gain}: whole experts are lesioned (gain=0); to amplify one, pass its neurons")
-    routed, experts = dict(body.routed), what.by_layer(body)
-    if complement:
-        experts = {i: sorted(set(range(r.count)) - set(experts.get(i, []))) for i, r in routed.items()}
-    experts = {layer: of for layer, of in experts.items() if of}
-    routes: dict[nn.Module, EditRoute] = {
-        routed[layer].module: unweighted(torch.tensor(of)) for layer, of in experts.items()
-    }
-    _say_empty(what, not experts)
-    n = sum(len(of) * routed[layer].width for layer, of in experts.items())
-    return Intervention(model, [], n, verify, {}, routes)
+def _of_shared(chosen: Tensor, body: ExpertAnatomy, layer: int, gain: float, filling: Filling | None) -> Edit:
+    if filling is None:
+        return zero(chosen) if gain == 0 else scale(chosen, gain)
+    if filling.means is not None:
+        return constant(chosen, torch.from_numpy(filling.means[body.space.expert_slice(layer, 0)])[chosen])
+    assert filling.pools is not None
+    return Resample(chosen.nonzero()[:, 0], filling.pools[layer, 0], filling.seed + 2 * layer)
+
+
+def _of_routed(chosen: Tensor, body: ExpertAnatomy, layer: int, gain: float, filling: Filling | None) -> EditNeurons:
+    if filling is None:
+        return silenced(chosen) if gain == 0 else scaled(chosen, gain)
+    place = body.layers[layer]
+    assert place.routed is not None
+    first, path = len(place.shared), place.routed.path
+    if filling.means is not None:
+        start = body.space.expert_slice(layer, first).start
+        values = torch.from_numpy(filling.means[start : start + chosen.numel()])
+        return Held(chosen, values.reshape(chosen.shape), path)
+    assert filling.pools is not None
+    pools = {part - first: pool for (at, part), pool in filling.pools.items() if at == layer and part >= first}
+    return Redrawn(chosen, pools, filling.seed + 2 * layer + 1, path)
 
 
 def reroute(model: nn.Module, what: Any, *, complement: bool = False, verify: bool = True) -> Intervention:

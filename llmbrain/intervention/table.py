@@ -186,7 +186,7 @@ def lesion_table(
         Stays loaded and unchanged; a network and its controls share forward passes.
     networks : FunctionalNetworks, list of Network, or dict of name -> anything that `lesion` takes
         `Heads` too: their controls are other heads of the same layers. Of a mixture of experts also `Experts`, against
-        as many random experts of the same layers; matched controls need a `reference`.
+        as many random experts of the same layers, and (matched) as many that are called about as often.
     evaluations : dict of name -> texts, token ids ``(n, length)``, `TokenEvaluation` or callable
         Texts and token ids are scored by their mean loss in windows (`window`, `max_windows`; texts need `tokenizer`).
         A callable takes the model and gives a number, or one number an item; more counts as better unless it has an
@@ -201,7 +201,7 @@ def lesion_table(
         What lesioned neurons hold; "mean" is over `reference`, else over the tokens of the evaluations.
         Heads hold zero.
     reference : scans or arrays ``(n_tokens, n_neurons)``, optional
-        Not with heads: a scan of neurons does not hold them.
+        Not with heads: a scan of neurons does not hold them. Of a mixture of experts scans, or token ids.
     n_bootstrap, level : int, float
         Confidence intervals: percentile bootstrap over items (windows, examples), lesion and baseline paired.
     random_state : int or None
@@ -233,10 +233,7 @@ def lesion_table(
     check_option("value", value, ("zero", "mean"))
     check_range("n_random", n_random, 0)
     mixture = MixtureSets(model, _named(networks)) if has_experts(model) else None
-    if mixture is not None and value != "zero":
-        raise InputError(f"value={value!r}: units of a mixture of experts are set to 'zero' only")
-    if n_matched is None:
-        n_matched = 0 if mixture is not None and reference is None else n_random
+    n_matched = n_random if n_matched is None else n_matched
     check_range("n_matched", n_matched, 0)
     check_range("n_bootstrap", n_bootstrap, 1)
     check_range("level", level, 0, 1, open_low=True, open_high=True)
@@ -248,15 +245,17 @@ def lesion_table(
             f"value={value!r} with reference={_given(reference)}: heads take value='zero' and no reference"
         )
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
-    if mixture is not None and n_matched and reference is None:
-        raise InputError(f"n_matched={n_matched}: of a mixture of experts, activations are known from reference= scans")
     team = ranks()
     writes = out is not None and team.leads
     asked = {"n_random": n_random, "n_matched": n_matched, "value": value}
     facts = {"networks": _digest(masks, {}), "evaluations": _digest({}, ready), **asked} if team.size > 1 else {}
     with team.job("lesions", **facts), owner(out) if writes and out is not None else nullcontext():
-        levels = _levels_for(model, ready, reference, space, heads) if n_matched or value == "mean" else None
-        fill = None if levels is None or value == "zero" else levels[0]
+        levels, held, fill = None, None, None
+        if n_matched or value == "mean":
+            held = mixture.held(ready, reference, means=value == "mean") if mixture is not None else None
+            levels = held.levels if held is not None else _levels_for(model, ready, reference, space, heads)
+            if value == "mean":
+                fill = levels[0] if held is None else held.means
         nothing = np.zeros((1, space.n_neurons), dtype=bool)
         baseline, _, _ = _unpacked(
             team.found_by(0, "lesions", lambda: _packed((_score(model, nothing, ready, None, mixture, None), 0, 0))),
@@ -279,7 +278,7 @@ def lesion_table(
             k = todo[number]
             (name, mask), rng = every[k], np.random.default_rng([seed, k])
             if mixture is not None and name in mixture.experts:
-                controls = mixture.random(name, n_random, rng), nothing[:0]
+                controls = mixture.random(name, n_random, rng), mixture.called_alike(name, n_matched, rng, held)
             else:
                 controls = _controls(mask, space, levels, n_random, n_matched, rng)
             sets = np.concatenate([mask[None], *controls])
@@ -291,6 +290,8 @@ def lesion_table(
             if store is not None:
                 store.write(k, *found[k])
     results = [found[k] for k in range(len(masks))]
+    if mixture is not None:
+        mixture.say_silent({name: items for name, (items, _, _) in zip(masks, results)}, baseline)
     frame, draws = _frames(masks, ready, baseline, results, n_bootstrap, level, seed)
     provenance = {
         **settings,
@@ -310,7 +311,7 @@ def _score(
     """Scores of each set, lesioned; ``(n_sets, n_items)`` an evaluation."""
     if mixture is None:
         return score_conditions(model, ~sets, ready, fill=fill)
-    return mixture.score(sets, ready, whole=name in mixture.experts)
+    return mixture.score(sets, ready, whole=name in mixture.experts, fill=fill)
 
 
 def _given(value: Any) -> str:

@@ -111,8 +111,10 @@ def test_bad_input() -> None:
         lb.lesion(model, Experts([(0, 0)]))
     with pytest.raises(InputError, match="expert=4 does not exist in layer 1"):
         lb.lesion(model, Experts([(1, 4)]))
-    with pytest.raises(InputError, match="'zero' only"):
-        lb.lesion(model, Experts([(1, 0)]), "mean", reference=IDS)
+    with pytest.raises(InputError, match="needs reference="):
+        lb.lesion(model, Experts([(1, 0)]), "mean")
+    with pytest.raises(InputError, match="does not tell which experts were called"):
+        lb.lesion(model, [0, 1], "resample", reference=np.ones((4, expert_anatomy(model).space.n_neurons)))
     with pytest.raises(InputError, match="1 experts would stay, but a token visits 2"):
         lb.lesion(model, Experts([(1, 0), (1, 1), (1, 2)]), "reroute")
     with pytest.raises(InputError, match="neurons have no router"):
@@ -135,12 +137,14 @@ def test_table_of_experts_and_neurons() -> None:
     sets = {"expert": Experts([(0, 1), (1, 2)]), "neurons": np.arange(0, 192, 5)}
     table = lb.lesion_table(model, sets, {"text": evaluation}, n_random=3, progress=False)
     assert list(table.frame["size"]) == [48, 39]
-    assert table.frame["p_matched"].isna().all()
+    assert table.frame["p_matched"].notna().all()
     for name, what in sets.items():
         with lb.lesion(model, what), torch.no_grad():
             wanted = evaluation.of(model(input_ids=ids).logits, torch.arange(6)).mean()
         np.testing.assert_allclose(table.matrix("lesioned").loc[name, "text"], float(wanted), rtol=1e-5)
     draws = table.draws[table.draws["network"] == "expert"]["effect"]
+    assert len(draws) == 6
+    assert (draws != 0).all()
     alone = {}
     for one in range(4):
         for other in range(4):
@@ -148,7 +152,222 @@ def test_table_of_experts_and_neurons() -> None:
                 alone[one, other] = float(evaluation.of(model(input_ids=ids).logits, torch.arange(6)).mean())
     base = float(table.matrix("baseline").loc["expert", "text"])
     assert all(min(abs(draw + base - value) for value in alone.values()) < 1e-5 for draw in draws)
-    with pytest.raises(InputError, match="activations are known from reference"):
-        lb.lesion_table(model, sets, {"text": evaluation}, n_matched=2)
-    with pytest.raises(InputError, match="set to 'zero' only"):
-        lb.lesion_table(model, sets, {"text": evaluation}, value="mean")
+    with pytest.raises(InputError, match="called as often"):
+        lb.lesion_table(model, sets, {"number": lambda m: 1.0}, n_matched=2)
+    with pytest.raises(InputError, match="called as often"):
+        lb.lesion_table(model, sets, {"text": evaluation}, value="mean", reference=np.ones((4, 192)))
+
+
+def by_hand(model: Any, values: dict[str, Any]) -> Any:
+    """A copy whose experts say fixed numbers instead of chosen neurons, in a loop of its own."""
+    other = copy.deepcopy(model)
+    for layer in expert_anatomy(other).layers:
+        chosen, means = values[layer.index]
+        for mlp in layer.shared:
+            mine, held = chosen[: mlp.width], means[: mlp.width]
+            mlp.down.module.register_forward_pre_hook(lambda m, a, c=mine, v=held: (torch.where(c, v, a[0]),))
+            chosen, means = chosen[mlp.width :], means[mlp.width :]
+        if layer.routed is None:
+            continue
+        module = layer.routed.module
+        chosen, means = (x.reshape(layer.routed.count, -1) for x in (chosen, means))
+
+        def forward(x: Any, index: Any, gates: Any, module: Any = module, chosen: Any = chosen, means: Any = means):
+            out = torch.zeros_like(x)
+            for t in range(len(x)):
+                for e, gate in zip(index[t].tolist(), gates[t]):
+                    up = module.gate_up_proj[e]
+                    y = x[t] @ (up if module.is_transposed else up.T)
+                    y = y + module.gate_up_proj_bias[e] if module.has_bias else y
+                    h = torch.where(chosen[e], means[e], module._apply_gate(y[None])[0])
+                    down = module.down_proj[e]
+                    z = h @ (down if module.is_transposed else down.T)
+                    out[t] += gate * (z + module.down_proj_bias[e] if module.has_bias else z)
+            return out
+
+        module.forward = forward
+    return other
+
+
+def held_by_hand(model: Any, ids: torch.Tensor) -> dict[int, list[list[torch.Tensor]]]:
+    """What each expert's neurons hold at the tokens that call it, from what enters the experts."""
+    body, found = expert_anatomy(model), {}
+    handles = []
+    for layer in body.layers:
+        found[layer.index] = [[] for _ in layer.expert_widths]
+        for mlp in layer.shared:
+            handles.append(
+                mlp.down.module.register_forward_pre_hook(
+                    lambda m, a, i=layer.index: found[i][0].extend(a[0].flatten(0, -2))
+                )
+            )
+        if layer.routed is not None:
+
+            def hear(module: Any, args: Any, i: int = layer.index, first: int = len(layer.shared)) -> None:
+                for x, index in zip(args[0], args[1]):
+                    for e in index.tolist():
+                        up = module.gate_up_proj[e]
+                        y = x @ (up if module.is_transposed else up.T)
+                        y = y + module.gate_up_proj_bias[e] if module.has_bias else y
+                        found[i][first + e].append(module._apply_gate(y[None])[0])
+
+            handles.append(layer.routed.module.register_forward_pre_hook(hear))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+REFERENCE = torch.randint(3, 35, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM"])
+def test_means_of_the_tokens_that_call(name: str) -> None:
+    model = build(name, rows()[name])
+    body = expert_anatomy(model)
+    held = held_by_hand(model, REFERENCE)
+    assert all(calls for layer in held.values() for calls in layer)
+    mask = np.random.default_rng(0).random(body.space.n_neurons) < 0.4
+    values = {
+        layer.index: (
+            torch.from_numpy(mask[body.space.layer_slice(layer.index)]),
+            torch.cat([torch.stack(calls).mean(dim=0) for calls in held[layer.index]]),
+        )
+        for layer in body.layers
+    }
+    before = logits(model)
+    with lb.lesion(model, mask, "mean", reference=REFERENCE):
+        got = logits(model)
+    torch.testing.assert_close(got, logits(by_hand(model, values)), atol=1e-5, rtol=1e-5)
+    with lb.lesion(model, mask):
+        assert not torch.allclose(got, logits(model), atol=1e-5)
+    assert not torch.allclose(got, before, atol=1e-5)
+    assert torch.equal(logits(model), before)
+    with lb.keep_only(model, ~mask, "mean", reference=REFERENCE):
+        assert torch.equal(logits(model), got)
+    layer = next(body.routed)[0]
+    whole = {i: (torch.zeros_like(c), m) for i, (c, m) in values.items()}
+    one = body.space.expert_slice(layer, len(body.layers[layer].shared) + 1)
+    whole[layer][0][one.start - body.space.offsets[layer] : one.stop - body.space.offsets[layer]] = True
+    with lb.lesion(model, Experts([(layer, 1)]), "mean", reference=REFERENCE):
+        torch.testing.assert_close(logits(model), logits(by_hand(model, whole)), atol=1e-5, rtol=1e-5)
+
+
+def test_scans_tell_the_same_as_token_ids() -> None:
+    model, tokenizer = tiny("mixtral"), tiny_tokenizer()
+    text = "abc cab bca abcab cab b " * 2
+    ids = torch.tensor([tokenizer(text).input_ids])
+    scans = lb.scan(model, tokenizer, [text])
+    for value in ("mean", "resample"):
+        with lb.lesion(model, Experts([(0, 1)]), value, reference=scans):
+            one = logits(model)
+        with lb.lesion(model, Experts([(0, 1)]), value, reference=ids):
+            torch.testing.assert_close(logits(model), one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "DeepseekV3ForCausalLM"])
+def test_resampled_states_are_of_calls_of_the_same_expert(name: str) -> None:
+    model = build(name, rows()[name])
+    body = expert_anatomy(model)
+    held = held_by_hand(model, REFERENCE)
+    layer, routed = next(body.routed)
+    first, said = len(body.layers[layer].shared), []
+    parts = [body.space.expert_slice(layer, part) for part in range(len(body.layers[layer].expert_widths))]
+    chosen = np.concatenate([np.arange(part.start, part.start + 3) for part in parts])
+    before = logits(model)
+
+    def listen(visits: Any) -> None:
+        said.append((visits.experts.clone(), visits.neurons.clone()))
+
+    from llmbrain.hooks.experts import hearing_experts
+
+    with lb.lesion(model, chosen, "resample", reference=REFERENCE, random_state=3) as changed:
+        got = logits(changed)
+        with hearing_experts({routed.module: listen}):
+            again = logits(changed)
+    with lb.lesion(model, chosen, "resample", reference=REFERENCE, random_state=3):
+        assert torch.equal(logits(model), got)
+    assert not torch.equal(again, got)  # drawn anew
+    assert not torch.allclose(got, before, atol=1e-5)
+    (experts, neurons), seen = said[0], 0
+    for token, place in zip(*torch.where(experts >= 0)):
+        pool = torch.stack(held[layer][first + int(experts[token, place])])[:, :3]
+        distance = (pool - neurons[token, place, :3]).abs().amax(dim=1)
+        assert float(distance.min()) < 1e-5
+        seen += 1
+    assert seen == routed.top_k * IDS.numel()
+
+
+def test_what_was_never_called_is_named_where_it_is_called() -> None:
+    model = tiny("mixtral")
+    layer, routed = next(expert_anatomy(model).routed)
+    called = []
+    handle = routed.module.register_forward_pre_hook(lambda m, a: called.append(a[1]))
+    logits(model)
+    few = torch.tensor([[5, 5]])
+    with torch.no_grad():
+        model(input_ids=few, use_cache=False)
+    handle.remove()
+    never = set(called[0].unique().tolist()) - set(called[1].unique().tolist())
+    assert never
+    expert = min(never)
+    for value in ("mean", "resample"):
+        with (
+            lb.lesion(model, Experts([(layer, expert)]), value, reference=few),
+            pytest.raises(InputError, match=f"expert {expert} is called, but reference= never called it"),
+        ):
+            logits(model)
+    logits(model)
+
+
+def test_controls_fire_in_every_mode() -> None:
+    """Random experts of the same layers and experts called as often, silenced or held at their mean: each is called."""
+    model = tiny("mixtral")
+    ids = torch.randint(3, 35, (6, 12), generator=torch.Generator().manual_seed(0))
+    evaluation = lb.TokenEvaluation.from_texts(model, None, ids, window=12)
+    scans = lb.scan(model, tiny_tokenizer(), ["abc cab bca abcab " * 4])
+    what, effects = {"expert": Experts([(0, 1)]), "neurons": np.arange(0, 192, 5)}, {}
+    for value in ("zero", "mean"):
+        for reference in (None, scans):
+            table = lb.lesion_table(
+                model, what, {"text": evaluation}, n_random=4, value=value, reference=reference, progress=False
+            )
+            assert set(table.draws["control"]) == {"random", "matched"}
+            assert len(table.draws) == 16
+            assert (table.draws["effect"] != 0).all()
+            effects[value, reference is None] = table
+    mean, zero = effects["mean", True], effects["zero", True]
+    assert not np.allclose(mean.frame["effect"], zero.frame["effect"])
+    with lb.lesion(model, what["expert"], "mean", reference=ids), torch.no_grad():
+        wanted = evaluation.of(model(input_ids=ids).logits, torch.arange(6)).mean()
+    np.testing.assert_allclose(mean.matrix("lesioned").loc["expert", "text"], float(wanted), rtol=1e-5)
+    held = dict.fromkeys(range(4), 0)
+    for scan in scans:
+        for expert, calls in enumerate(scan.visits(0).sum(axis=0)):
+            held[expert] += int(calls)
+    assert min(held.values()) > 0
+    alike = experts_called_alike(what["expert"], model, scans)
+    assert all(held[e] for _, e in alike.experts)
+    base = logits(model)
+    for chosen in (alike, *random_experts(what["expert"], model, 3)):
+        for value in ("zero", "mean", "resample", "reroute"):
+            with lb.lesion(model, chosen, value, reference=scans):
+                assert not torch.allclose(logits(model), base, atol=1e-6), (chosen, value)
+
+
+def test_a_silent_control_is_said() -> None:
+    model = tiny("mixtral")
+    evaluation = lb.TokenEvaluation(torch.full((1, 2), 5), torch.tensor([[False, True]]))
+    calls = []
+    _, routed = next(expert_anatomy(model).routed)
+    handle = routed.module.register_forward_pre_hook(lambda m, a: calls.append(a[1]))
+    with torch.no_grad():
+        model(input_ids=evaluation.ids)
+    handle.remove()
+    silent = min(set(range(4)) - set(calls[0].unique().tolist()))
+    with pytest.warns(UserWarning, match=r"no token calls its experts.* of its 5 controls change nothing"):
+        table = lb.lesion_table(
+            model, {"quiet": Experts([(0, silent)])}, {"one": evaluation}, n_random=5, n_matched=0, progress=False
+        )
+    assert float(table.frame["effect"].iloc[0]) == 0
