@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-# The demo brain, and, where it was trained, the one that is a mixture of experts.
+# The demo brain, and the one that is a mixture of experts.
 FOLDERS = {
     f"llmbrain.datasets.{name}_files": f"data/{name}"
     for name in ("demo", "demo_experts")

@@ -2,7 +2,7 @@
 
 A Llama of 4 layers x 512 neurons (1.06 million parameters) learns the eight abilities of
 `llmbrain.datasets.abilities` from lines made on the fly. With ``--experts 8`` a Mixtral of
-4 layers x 8 experts x 128 neurons does, two of which a token visits (1.86 million parameters, kept in 16 bits):
+4 layers x 8 experts x 128 neurons does, two of which a token visits (1.85 million parameters, kept in 16 bits):
 `data/demo_experts/`. What is hard gets more lines: every `EVAL_EVERY` steps the share of an ability becomes its error
 rate on fresh training-side lines plus a floor. Held-out lines are only measured.
 

@@ -1,7 +1,8 @@
 """Mixtures of experts: where their neurons, their routers and what goes with them are.
 
 What transformers builds on its common interface of experts is read (`use_experts_implementation`): one module holds
-the weights of all routed experts of a block, ``(experts, rows, columns)``. Beside them a block may have MLPs that every
+the weights of all routed experts of a block, ``(experts, rows, columns)``; and Llama-4's experts, whose gate multiplies
+what enters them (`GATE_FIRST`). Beside them a block may have MLPs that every
 token passes (shared experts, of one name or another); some blocks of a model may be dense. A block that holds anything
 else is refused: what is not known could be part of what its neurons do.
 """
@@ -9,10 +10,11 @@ else is refused: what is not known could be part of what its neurons do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +103,8 @@ class Routed:
         Why experts can not be cut; "" where they can.
     groups_visited : int
         Groups that a token may visit.
+    gate_first : bool
+        Whether the gate multiplies what enters an expert, instead of what it gives.
     """
 
     path: str
@@ -118,6 +122,7 @@ class Routed:
     parent: nn.Module
     fixed: str = ""
     groups_visited: int = 1
+    gate_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,12 +174,46 @@ class ExpertAnatomy:
         return ((layer.index, layer.routed) for layer in self.layers if layer.routed is not None)
 
 
+GATE_FIRST = {"Llama4TextExperts"}
+"""Classes of experts that get every token once an expert, multiplied with its gate: ``(experts * tokens, hidden)``."""
+_BLOCKS: WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How experts keep their weights; see `Routed`."""
+
+    gated: bool
+    transposed: bool
+    interleaved: bool
+    has_bias: bool
+    gate_first: bool = False
+    normed: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layout:
+        """Of a module for which `is_experts` is true."""
+        m: Any = module
+        if type(m).__name__ in GATE_FIRST:
+            return cls(gated=True, transposed=True, interleaved=False, has_bias=False, gate_first=True)
+        normed = bool(getattr(m, "has_post_expert_norm", False))
+        return cls(
+            bool(m.has_gate), bool(m.is_transposed), not bool(m.is_concatenated), bool(m.has_bias), normed=normed
+        )
+
+
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds routed experts on the common interface of transformers."""
+    """Whether a module holds routed experts on the common interface of transformers, or those of Llama-4."""
     down = getattr(module, "down_proj", None)
-    return all(hasattr(module, n) for n in ("has_gate", "is_transposed", "has_bias", "_apply_gate")) and (
-        isinstance(down, Tensor) and down.ndim == 3
-    )
+    known = all(hasattr(module, n) for n in ("has_gate", "is_transposed", "has_bias", "_apply_gate"))
+    return (known or type(module).__name__ in GATE_FIRST) and isinstance(down, Tensor) and down.ndim == 3
+
+
+def block_of(module: nn.Module) -> nn.Module:
+    """What holds experts and their router, once their anatomy was looked up."""
+    found = _BLOCKS[module]()
+    assert found is not None
+    return found
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -280,7 +319,8 @@ def _own(name: str) -> str:
 
 def _routed(path: str, block: nn.Module, name: str, module: nn.Module, config: object) -> tuple[Routed, list[str]]:
     m: Any = module
-    transposed, gated = bool(m.is_transposed), bool(m.has_gate)
+    layout = Layout.of(module)
+    transposed, gated = layout.transposed, layout.gated
     count = int(m.down_proj.shape[0])
     width = int(m.down_proj.shape[1 if transposed else 2])
     rows = m.gate_up_proj if gated else m.up_proj
@@ -305,9 +345,11 @@ def _routed(path: str, block: nn.Module, name: str, module: nn.Module, config: o
         raise InputError(f"{full}: how many experts a token visits is said nowhere")
     prefix = f"{parent_name}." if parent_name else ""
     routed = Routed(
-        full, m, count, width, top_k, _whole(owners, GROUPS) or 1, gated, transposed, not bool(m.is_concatenated),
-        bool(m.has_bias), weights, router, parent, fixed, _whole(owners, ("topk_group", "n_limited_groups")) or 1,
+        full, m, count, width, top_k, _whole(owners, GROUPS) or 1, gated, transposed, layout.interleaved,
+        layout.has_bias, weights, router, parent, fixed, _whole(owners, ("topk_group", "n_limited_groups")) or 1,
+        layout.gate_first,
     )  # fmt: skip
+    _BLOCKS[module] = ref(parent)
     return routed, [f"{prefix}{n}" for n in ours]
 
 

@@ -2,7 +2,8 @@
 
 The neurons of an expert pass no module. So transformers is told of one more implementation of its experts,
 ``"llmbrain"``: a plain loop over the experts that were called. It is in force within a ``with`` block; afterwards the
-implementation that was there comes back, whatever happened. Each set of experts is first computed both ways: where the
+implementation that was there comes back, whatever happened. Experts that are not on that interface (Llama-4) have their
+``forward`` replaced within the block. Each set of experts is first computed both ways: where the
 loop gives something else than the model's own implementation, its experts are of no known layout.
 """
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.expert_surgery import cut_router
-from llmbrain.anatomy.experts import Routed
+from llmbrain.anatomy.experts import Layout, Routed, block_of
 from llmbrain.hooks.probe import nearly_equal
 
 NAME = "llmbrain"  # what our implementation is called in transformers
@@ -35,20 +36,20 @@ class Visits:
     experts : int64 ``(tokens, top_k)``
         Which experts each token called; -1 where it called none.
     weights : ``(tokens, top_k)``
-        What the output of each was multiplied with: the gate.
+        What the output of each was multiplied with: the gate; 1 where the gate multiplies what enters.
     neurons : ``(tokens, top_k, width)``
         What entered the down projection; zero where none was called.
     outputs : ``(tokens, top_k, hidden)`` or None
         What each expert gave before it was multiplied with its gate; only where asked for.
-    inputs : ``(tokens, hidden)``
-        What entered the experts.
+    gates : ``(tokens, top_k)``
+        What the router said: what the output of each, or what entered it, was multiplied with.
     """
 
     experts: Tensor
     weights: Tensor
     neurons: Tensor
     outputs: Tensor | None
-    inputs: Tensor
+    gates: Tensor
 
 
 Listen = Callable[[Visits], None]
@@ -121,24 +122,77 @@ def _in_force(modules: list[Any]) -> Iterator[dict[int, _State]]:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
-    configs = {id(module.config): module.config for module in modules}
+    gate_first = [module for module in modules if Layout.of(module).gate_first]
+    configs = {id(module.config): module.config for module in modules if module not in gate_first}
     before = {key: config._experts_implementation_internal for key, config in configs.items()}
-    new, states = [], {}
-    try:
+    states: dict[int, _State] = {}
+    with ExitStack() as stack:
         for module in modules:
             state = vars(module).get(STATE)
             if state is None:
-                state = vars(module)[STATE] = _State(before[id(module.config)])
-                new.append(module)
+                was = None if module in gate_first else before[id(module.config)]
+                state = vars(module)[STATE] = _State(was)
+                stack.callback(vars(module).pop, STATE, None)
+                if module in gate_first:
+                    stack.enter_context(_replaced(module, state))
             states[id(module)] = state
-        for config in configs.values():
+        for key, config in configs.items():
+            stack.callback(setattr, config, "_experts_implementation_internal", before[key])
             config._experts_implementation_internal = NAME
         yield states
+
+
+@contextmanager
+def _replaced(module: Any, state: _State) -> Iterator[None]:
+    """Within the block experts whose gate multiplies what enters them are run by us, on the choice of their router."""
+    block: Any = block_of(module)
+    said: list[tuple[Tensor, Tensor]] = []
+
+    def hear(router: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        said[:] = [output]
+
+    own = module.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        scores, logits = said[0]  # (tokens, experts)
+        index = torch.topk(logits, block.router.top_k, dim=1).indices  # as the router itself chose
+        entering = hidden_states.unflatten(0, (scores.shape[1], -1))  # (experts, tokens, hidden)
+        token = torch.arange(len(scores), device=index.device)[:, None]
+        if not state.compared and not hidden_states.is_meta:
+            wanted = own(hidden_states)
+            done = _run(module, entering[index, token], index, _ones(index, scores), [], outputs=True)
+            _hold_against(module, _spread(done, index, scores.shape[1]), wanted)
+            state.compared = True
+        called, weights = index, _ones(index, scores)
+        for route in state.routes:
+            called, weights = route(called, weights)
+        done = _run(
+            module, entering[index, token], called, weights, state.neurons, hear=bool(state.listen), outputs=True
+        )
+        _tell(module, state, called, weights, done, scores.gather(1, index) * weights)
+        assert done.outputs is not None
+        done.outputs = done.outputs * weights[..., None]
+        return _spread(done, index, scores.shape[1])
+
+    handle = block.router.register_forward_hook(hear)
+    try:
+        vars(module)["forward"] = forward
+        yield
     finally:
-        for key, config in configs.items():
-            config._experts_implementation_internal = before[key]
-        for module in new:
-            vars(module).pop(STATE, None)
+        vars(module).pop("forward", None)
+        handle.remove()
+
+
+def _ones(index: Tensor, like: Tensor) -> Tensor:
+    return torch.ones(index.shape, dtype=like.dtype, device=like.device)
+
+
+def _spread(done: _Done, index: Tensor, count: int) -> Tensor:
+    """What experts gave by visit, as ``(experts * tokens, hidden)``, zero where not called."""
+    assert done.outputs is not None
+    spread = done.outputs.new_zeros((count, len(index), done.outputs.shape[-1]))
+    token = torch.arange(len(index), device=index.device)[:, None].expand_as(index)
+    return spread.index_put((index, token), done.outputs).flatten(0, 1)
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -151,62 +205,77 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     for route in state.routes:
         top_k_index, top_k_weights = route(top_k_index, top_k_weights)
     wanted = any(outputs for _, outputs in state.listen)
-    out, neurons, outputs = _run(
-        self, hidden_states, top_k_index, top_k_weights, state.neurons, hear=bool(state.listen), outputs=wanted
-    )
-    if neurons is not None:
-        called = (top_k_index >= 0) & (top_k_index < self.down_proj.shape[0])
-        experts = torch.where(called, top_k_index, -1)
-        weights = torch.where(called, top_k_weights, 0)
-        for listen, asked in state.listen:
-            listen(Visits(experts, weights, neurons, outputs if asked else None, hidden_states))
-    return out
+    done = _run(self, hidden_states, top_k_index, top_k_weights, state.neurons, hear=bool(state.listen), outputs=wanted)
+    _tell(self, state, top_k_index, top_k_weights, done, top_k_weights)
+    return done.total
+
+
+def _tell(module: Any, state: _State, index: Tensor, weights: Tensor, done: _Done, gates: Tensor) -> None:
+    """Functions that listen get what was done."""
+    if done.neurons is None:
+        return
+    called = (index >= 0) & (index < module.down_proj.shape[0])
+    experts = torch.where(called, index, -1)
+    weights, gates = torch.where(called, weights, 0), torch.where(called, gates, 0)
+    for listen, asked in state.listen:
+        listen(Visits(experts, weights, done.neurons, done.outputs if asked else None, gates))
+
+
+@dataclass
+class _Done:
+    """What experts did: their sum ``(tokens, hidden)``, and by visit, where asked for, neurons and outputs."""
+
+    total: Tensor
+    neurons: Tensor | None = None
+    outputs: Tensor | None = None
 
 
 def _run(
-    module: Any, x: Tensor, index: Tensor, weights: Tensor, edits: list[EditNeurons], *, hear: bool, outputs: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The experts' sum, and, where they are to be heard, neurons and outputs by visit."""
-    count = int(module.down_proj.shape[0])
-    total = torch.zeros_like(x)
-    neurons: Tensor | None = None
-    given: Tensor | None = None
+    module: Any, x: Tensor, index: Tensor, weights: Tensor, edits: list[EditNeurons], *, hear: bool = False,
+    outputs: bool = False,
+) -> _Done:  # fmt: skip
+    """Run the experts; `x` is ``(tokens, hidden)``, or ``(tokens, top_k, hidden)`` where each gets something else."""
+    count, layout = int(module.down_proj.shape[0]), Layout.of(module)
+    done = _Done(x.new_zeros((len(x), x.shape[-1])))
     for expert in torch.unique(index).tolist():
         if not 0 <= expert < count:  # a place left empty: the token calls fewer experts
             continue
         place, token = torch.where((index == expert).T)
-        h = _neurons(module, x[token], expert)
+        h = _neurons(module, layout, x[token] if x.ndim == 2 else x[token, place], expert)
         for edit in edits:
             h = edit(h, expert)
-        one = _linear(module, h, "down_proj", expert)
-        if getattr(module, "has_post_expert_norm", False):
+        one = _linear(module, layout, h, "down_proj", expert)
+        if layout.normed:
             one = module.post_expert_norm(one)
         if hear:
-            if neurons is None:
-                neurons = h.new_zeros((*index.shape, h.shape[-1]))
-            neurons[token, place] = h
+            if done.neurons is None:
+                done.neurons = h.new_zeros((*index.shape, h.shape[-1]))
+            done.neurons[token, place] = h
         if outputs:
-            if given is None:
-                given = one.new_zeros((*index.shape, one.shape[-1]))
-            given[token, place] = one
-        total.index_add_(0, token, (one * weights[token, place, None]).to(total.dtype))
-    if hear and neurons is None:
-        axis = 1 if module.is_transposed else 2
-        neurons = x.new_zeros((*index.shape, int(module.down_proj.shape[axis])))
-    return total, neurons, given
+            if done.outputs is None:
+                done.outputs = one.new_zeros((*index.shape, one.shape[-1]))
+            done.outputs[token, place] = one
+        done.total.index_add_(0, token, (one * weights[token, place, None]).to(done.total.dtype))
+    if hear and done.neurons is None:
+        axis = 1 if layout.transposed else 2
+        done.neurons = x.new_zeros((*index.shape, int(module.down_proj.shape[axis])))
+    return done
 
 
-def _neurons(module: Any, x: Tensor, expert: int) -> Tensor:
+def _neurons(module: Any, layout: Layout, x: Tensor, expert: int) -> Tensor:
     """What the neurons of an expert say to some tokens."""
-    if module.has_gate:
-        return module._apply_gate(_linear(module, x, "gate_up_proj", expert))
-    return module.act_fn(_linear(module, x, "up_proj", expert))
+    if layout.gate_first:
+        gate, up = _linear(module, layout, x, "gate_up_proj", expert).chunk(2, dim=-1)
+        return up * module.act_fn(gate)  # type: ignore[no-any-return]
+    if layout.gated:
+        return module._apply_gate(_linear(module, layout, x, "gate_up_proj", expert))  # type: ignore[no-any-return]
+    return module.act_fn(_linear(module, layout, x, "up_proj", expert))  # type: ignore[no-any-return]
 
 
-def _linear(module: Any, x: Tensor, name: str, expert: int) -> Tensor:
-    weight = getattr(module, name)[expert]
-    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-    if not module.is_transposed:
+def _linear(module: Any, layout: Layout, x: Tensor, name: str, expert: int) -> Tensor:
+    weight: Tensor = getattr(module, name)[expert]
+    bias: Tensor | None = getattr(module, f"{name}_bias")[expert] if layout.has_bias else None
+    if not layout.transposed:
         return F.linear(x, weight, bias)
     y = x @ weight
     return y if bias is None else y + bias
@@ -220,15 +289,23 @@ def _compare(module: Any, state: _State, x: Tensor, index: Tensor, weights: Tens
     own: Any = ALL_EXPERTS_FUNCTIONS.get(state.before, eager) if state.before is not None else eager
     if own is None:
         return
-    wanted = own(module, x, index, weights)
-    got, _, _ = _run(module, x, index, weights, [], hear=False, outputs=False)
-    finite = bool(torch.isfinite(wanted).all())
-    if finite and not nearly_equal(got, wanted):
+    _hold_against(module, _run(module, x, index, weights, []).total, own(module, x, index, weights))
+    state.compared = True
+
+
+def _hold_against(module: Any, got: Tensor, wanted: Tensor) -> None:
+    if bool(torch.isfinite(wanted).all()) and not nearly_equal(got, wanted):
         raise InputError(
             f"{type(module).__name__} does not compute what its weights say (gate and up projection, activation, down "
             "projection, gate of the router): its experts are of no known layout"
         )
-    state.compared = True
+
+
+def summed(module: Any, out: Tensor) -> Tensor:
+    """The sum over experts of what their module gave, ``(tokens, hidden)``."""
+    out = out.flatten(0, -2)
+    count = int(module.down_proj.shape[0])
+    return out.unflatten(0, (count, -1)).sum(0) if Layout.of(module).gate_first else out
 
 
 @contextmanager

@@ -239,7 +239,7 @@ class Recorder:
     def _hear_visits(self, taps: Sequence[Tap], visits: Visits) -> None:
         heard = {
             "visited": visits.experts.to(torch.int32),
-            "weight": visits.weights,
+            "weight": visits.gates,
             "routed": visits.neurons.flatten(1),
         }
         for tap in taps:

@@ -165,7 +165,9 @@ class _Planner:
         layer, routed = self.body.layers[key[0]], key[1]
         if routed:
             assert layer.routed is not None
-            return layer.routed.module
+            if not layer.routed.gate_first:
+                return layer.routed.module
+        # Both are added up, so their gradients are the same; experts whose gate comes first give one row an expert.
         return layer.shared[0].down.module
 
     def of(self, layer: ExpertLayer, counts: Counts) -> list[tuple[Part, int]]:

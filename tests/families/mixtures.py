@@ -45,7 +45,7 @@ def zeroed(model: Any, body: ExpertAnatomy, gone: dict[int, set[int]]) -> Any:
             module = other.get_submodule(names[id(layer.routed.module)])
             for expert in range(module.down_proj.shape[0]):
                 matrix = module.down_proj[expert]
-                columns = matrix if module.is_transposed else matrix.T
+                columns = matrix if layer.routed.transposed else matrix.T
                 for u in range(columns.shape[0]):
                     if start + u in gone[layer.index]:
                         columns[u] = 0
@@ -68,9 +68,12 @@ def recorded(model: Any, body: ExpertAnatomy) -> None:
     for handle in handles:
         handle.remove()
     for i, routed in body.routed:
-        x, index, gates = heard[i][:3]
         m, first = routed.module, len(body.layers[i].shared)
         data, router = scan.data(i), scan.data(i, site="router")
+        if routed.gate_first:
+            gate_first(heard[i][0], routed, body, i, data, router)
+            continue
+        x, index, gates = heard[i][:3]
         for token, expert, gate in zip(*torch.where(index < routed.count), gates[index < routed.count]):
             e = int(index[token, expert])
             rows = m.gate_up_proj if m.has_gate else m.up_proj
@@ -81,6 +84,22 @@ def recorded(model: Any, body: ExpertAnatomy) -> None:
             at = body.space.expert_slice(i, first + e).start - body.space.offsets[i]
             same(torch.from_numpy(data[int(token), at : at + routed.width]).float(), h.float(), f"layer {i}")
             same(torch.tensor(router[int(token), e]), gate.detach().float(), f"gate of layer {i}")
+
+
+def gate_first(x: Any, routed: Any, body: ExpertAnatomy, i: int, data: Any, router: Any) -> None:
+    """Of Llama-4, whose experts get every token once an expert, times its gate: zero where it is not called."""
+    first, m, heard = len(body.layers[i].shared), routed.module, 0
+    for expert, rows in enumerate(x.unflatten(0, (routed.count, -1))):
+        gate, up = (rows @ m.gate_up_proj[expert]).chunk(2, dim=-1)
+        h = (m.act_fn(gate) * up).detach().float()
+        at = body.space.expert_slice(i, first + expert).start - body.space.offsets[i]
+        same(torch.from_numpy(data[:, at : at + routed.width]).float(), h, f"layer {i}")
+        called = torch.from_numpy(router[:, expert] != 0)
+        if not torch.equal(called, (rows != 0).any(dim=-1)):
+            raise Wrong(f"layer {i}: called otherwise than the router says")
+        heard += int(called.sum())
+    if heard != len(data) * routed.top_k:
+        raise Wrong(f"layer {i}: {heard} visits")
 
 
 def lesions(model: Any, body: ExpertAnatomy) -> None:

@@ -16,10 +16,11 @@ from table import mistakes
 FAMILIES = (
     "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM", "GptOssForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeForCausalLM",
-    "GraniteMoeSharedForCausalLM", "PhimoeForCausalLM", "JambaForCausalLM", "HunYuanMoEV1ForCausalLM",
+    "GraniteMoeSharedForCausalLM", "PhimoeForCausalLM", "Llama4ForCausalLM",
+    "JambaForCausalLM", "HunYuanMoEV1ForCausalLM",
 )  # fmt: skip
 REFUSED = {
-    "Llama4ForCausalLM": r"its own \(Llama4TextExperts at model\.layers\.\d\.feed_forward\.experts\)",
+    "JetMoeForCausalLM": r"no known layout",
     "DeepseekV4ForCausalLM": "no known layout",
 }
 

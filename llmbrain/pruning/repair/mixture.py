@@ -26,7 +26,7 @@ from llmbrain.anatomy.expert_parts import Part, parts_of
 from llmbrain.anatomy.experts import ExpertAnatomy, ExpertLayer
 from llmbrain.anatomy.surgery import write
 from llmbrain.anatomy.units import NEURONS
-from llmbrain.hooks.experts import Visits, hearing_experts, rerouted
+from llmbrain.hooks.experts import Visits, hearing_experts, rerouted, summed
 from llmbrain.hooks.listen import hear_outputs
 from llmbrain.hooks.text import evaluating
 from llmbrain.pruning.calibrate.mixture import weights_by_batch
@@ -91,7 +91,7 @@ def repair_experts(
 def _dense(stream: Stream | WholePasses, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """What a layer's routed experts give, and its hidden states, with all of them."""
     given: list[Tensor] = []
-    with hear_outputs(None, [(module, lambda entering, out: given.append(out.detach().flatten(0, -2).clone()))]):
+    with hear_outputs(None, [(module, lambda entering, out: given.append(summed(module, out.detach()).clone()))]):
         return given, [stream.through(i) for i in range(len(stream.hidden))]
 
 
