@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, cast
@@ -54,22 +53,22 @@ def _is_single(runs: object) -> TypeGuard[RunLike]:
     return getattr(runs, "ndim", None) == 2
 
 
-def find_non_finite(data: np.ndarray, name: str, space: NeuronSpace | None = None) -> None:
-    """Raise `InputError` naming run, token and neuron of the first NaN or infinity in a (tokens, neurons) array."""
-    # the sum is not finite if a value is not: one cheap pass, and the exact search only when it fails
-    if math.isfinite(float(torch.from_numpy(data).sum())):
-        return
-    for token, row in enumerate(data):
-        bad = np.flatnonzero(~np.isfinite(row))
-        if bad.size:
+def find_non_finite(data: np.ndarray | torch.Tensor, name: str, space: NeuronSpace | None = None) -> None:
+    """Raise `InputError` naming run, token and neuron of the first NaN or infinity in (tokens, neurons) data."""
+    values = torch.as_tensor(data)
+    if not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
+        return  # both ends are NaN if anything is
+    for token, row in enumerate(values):
+        bad = torch.nonzero(~torch.isfinite(row))
+        if len(bad):
             unit = int(bad[0])
             where = f"neuron {unit}"
-            if space is not None and space.n_neurons == data.shape[1]:
+            if space is not None and space.n_neurons == values.shape[1]:
                 layer, neuron = space.locate(unit)
                 where = f"neuron (layer {int(layer)}, neuron {int(neuron)})"
             raise InputError(
-                f"{name} holds {row[unit]} at token {token}, {where}: all activations must be finite, not NaN or inf "
-                f"({bad.size} such neurons at this token)"
+                f"{name} holds {float(row[unit])} at token {token}, {where}: all activations must be finite, not NaN "
+                f"or inf ({len(bad)} such neurons at this token)"
             )
 
 

@@ -13,7 +13,7 @@ from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.decomposition.prepare.preprocess import PreparedRun, Preprocessing, Statistics, prepare
 from llmbrain.distributed import Ranks
-from llmbrain.scanning.inputs import Runs
+from llmbrain.scanning.inputs import Runs, find_non_finite
 
 
 @dataclass
@@ -61,7 +61,9 @@ class Source:
     def read(self, index: int) -> PreparedRun:
         """One run, preprocessed."""
         known = self._statistics.get(index)
-        data = self.runs.read(index, check=known is None)
+        data = torch.as_tensor(self.runs.read(index, check=False)).to(self.device)
+        if known is None:
+            find_non_finite(data, self.runs.name(index), self.runs.space)
         width = data.shape[1]
         if self.n_features not in (None, width):
             raise InputError(

@@ -22,6 +22,7 @@ from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.decomposition import fastica
+from llmbrain.decomposition.prepare.pca import row_signs
 from llmbrain.pruning.calibrate.windows import signals_of_windows
 from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, ends, register
 
@@ -214,7 +215,8 @@ def _maps(
         left = left / values[-k:].clamp_min(values[-1] * 1e-12).sqrt()
     else:
         left = torch.linalg.eigh(x.T @ x)[1][:, -k:]
-    white = _whiten(_signed(left.flip(1)))
+    left = left.flip(1)
+    white = _whiten(left * row_signs(left.T))
     result = fastica(
         white, fun="cube", random_state=random_state, max_iter=max_iter, tol=tol, n_samples=white.shape[1], warn=False
     )
@@ -234,9 +236,3 @@ def _whiten(left: torch.Tensor) -> torch.Tensor:
     if bool(lost.any()):  # a constant vector was among them
         return ((vectors[:, ~lost] / values[~lost].sqrt()).T @ centred.T) * np.sqrt(len(left))
     return (vectors / values.sqrt()) @ vectors.T @ centred.T * np.sqrt(len(left))
-
-
-def _signed(columns: torch.Tensor) -> torch.Tensor:
-    """The same columns with their largest entry positive: what a decomposition gives is only known up to signs."""
-    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
-    return columns * largest.sign()
