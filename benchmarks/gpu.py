@@ -217,11 +217,11 @@ class Bench:
         return {"GB": round(size / 1e9, 2)}
 
     def real(self, data: Path) -> dict[str, Any]:
-        """SmolLM2's quick rows, in a process of their own; they are in `real.json`'s place for this device."""
+        """SmolLM2's quick rows, in a process of their own; they are in `real.jsonl`'s place for this device."""
         for name in list(self.made):
             del self.made[name]
         gc.collect()
-        out = self.file.with_name(f"{self.file.stem}_real.json")
+        out = self.file.with_name(f"{self.file.stem}_real.jsonl")
         command = [sys.executable, str(Path(__file__).with_name("real.py")), "--quick", "--data", str(data),
                    "--device", str(self.device), "--out", str(out)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)

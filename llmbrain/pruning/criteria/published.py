@@ -23,12 +23,14 @@ from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.decomposition import fastica
 from llmbrain.decomposition.prepare.pca import row_signs
+from llmbrain.hooks.text import input_device
 from llmbrain.pruning.calibrate.windows import signals_of_windows
 from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, ends, register
 
 SCOPES = ("layer", "window", "model")
 WINDOW_LAYERS = 4
 GROUP_SIZE = 40  # texts in a group
+STEPS, SURE = 60, 1e-9  # power steps for singular vectors on a GPU, and how wrong they may be, relative to the largest
 
 
 @register("published", "scans", standardize=False, allocation="global")
@@ -103,7 +105,8 @@ def _by_rule(material: Material, widths: Sequence[int], *, sites: Sequence[str],
         if material.windows is None:
             raise InputError(f"method='published' needs scans with the sites {list(sites)}, or calibration texts")
         scans = signals_of_windows(material.model, material.body, material.windows, sites)
-    options = {"n_groups": -(-len(scans) // GROUP_SIZE), "random_state": material.random_state, **rule}
+    options = {"n_groups": -(-len(scans) // GROUP_SIZE), "random_state": material.random_state,
+               "device": input_device(material.model), **rule}  # fmt: skip
     return published_scores(scans, widths, sites=sites, **options)
 
 
@@ -126,6 +129,7 @@ def published_scores(
     max_iter: int = 300,
     tol: float = 1e-4,
     random_state: int | None = 0,
+    device: torch.device | str = "cpu",
 ) -> PublishedScores:
     """Score neurons by the published rule.
 
@@ -146,6 +150,8 @@ def published_scores(
         Of FastICA.
     random_state : int or None
         Of FastICA's start.
+    device : torch.device or str
+        Where the singular vectors are computed.
 
     Returns
     -------
@@ -166,7 +172,7 @@ def published_scores(
     for layers in _scopes(scope, len(widths)):
         for group in groups:
             read = _reader(group, layers, sites)
-            maps, converged = _maps(read(), n_components, max_iter, tol, random_state)
+            maps, converged = _maps(read().to(device), n_components, max_iter, tol, random_state)
             failed += not converged
             n_maps.append(len(maps))
             peak = np.abs(maps).max(axis=0).reshape(len(sites), -1).max(axis=0)
@@ -210,18 +216,37 @@ def _maps(
         raise InputError(f"{x.shape[0]} tokens are too few for the published rule: at least 3 are needed")
     # Left singular vectors of X^T by the smaller Gram matrix: tokens or signals.
     if x.shape[0] < x.shape[1]:
-        values, vectors = torch.linalg.eigh(x @ x.T)
-        left = x.T @ vectors[:, -k:]
-        left = left / values[-k:].clamp_min(values[-1] * 1e-12).sqrt()
+        values, vectors = _leading(x @ x.T, k)
+        left = x.T @ vectors
+        left = left / values.clamp_min(values[-1] * 1e-12).sqrt()
     else:
-        left = torch.linalg.eigh(x.T @ x)[1][:, -k:]
+        left = _leading(x.T @ x, k)[1]
     left = left.flip(1)
-    white = _whiten(left * row_signs(left.T))
+    white = _whiten(left * row_signs(left.T)).cpu()
     result = fastica(
         white, fun="cube", random_state=random_state, max_iter=max_iter, tol=tol, n_samples=white.shape[1], warn=False
     )
     maps = result.unmixing @ white.numpy()
     return (maps - maps.mean(1, keepdims=True)) / maps.std(1, keepdims=True), result.converged
+
+
+def _leading(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest eigenvalues, ascending, and their vectors.
+
+    A GPU takes seconds to find all of them: there block power steps find those that are wanted, all where these are not
+    sure.
+    """
+    if gram.device.type != "cpu" and 6 * k < len(gram):
+        generator = torch.Generator().manual_seed(0)
+        block = torch.randn(len(gram), 3 * k, generator=generator, dtype=gram.dtype).to(gram.device)
+        for _ in range(STEPS):
+            block = torch.linalg.qr(gram @ block)[0]
+        values, vectors = torch.linalg.eigh(block.T @ gram @ block)
+        values, found = values[-k:], block @ vectors[:, -k:]
+        if bool((gram @ found - found * values).norm(dim=0).max() <= SURE * values[-1]):
+            return values, found
+    values, vectors = torch.linalg.eigh(gram)
+    return values[-k:], vectors[:, -k:]
 
 
 def _whiten(left: torch.Tensor) -> torch.Tensor:

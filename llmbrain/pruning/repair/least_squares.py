@@ -33,8 +33,11 @@ def least_squares(moments: Moments, weight: Tensor, kept: Tensor, *, ridge: floa
     s, cross = _normal_equations(moments, intercept)
     old = weight[kept]
     penalty = ridge * s.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    left = s[kept][:, kept] + penalty * torch.eye(len(kept), dtype=s.dtype, device=s.device)
-    new = torch.linalg.solve(left, cross[:, kept].T + penalty * old)
+    left = s[kept][:, kept]
+    left.diagonal().add_(penalty)
+    right = cross[:, kept].T + penalty * old
+    factor, failed = torch.linalg.cholesky_ex(left)
+    new = torch.linalg.solve(left, right) if bool(failed) else torch.cholesky_solve(right, factor)
     bias = moments.target_mean - moments.mean[kept] @ new if intercept else None
     return Refit(new, bias, ridge)
 
@@ -50,20 +53,31 @@ def _normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor
 
 def error(moments: Moments, refit: Refit, kept: Tensor, metric: Tensor | None = None) -> float:
     """Mean squared error of a repaired output on the tokens of `moments`, summed over outputs (in `metric`)."""
-    new = refit.weight
-    centred = new.T @ moments.covariance[kept][:, kept] @ new - 2 * (moments.cross_covariance[:, kept] @ new)
+    new, cross = refit.weight, moments.cross_covariance[:, kept]
+    across = moments.covariance[kept][:, kept] @ new
     offset = moments.mean[kept] @ new - moments.target_mean
     if refit.bias is not None:
         offset = offset + refit.bias
-    if metric is None:
-        return float(centred.diagonal().sum() + moments.target_variance.sum() + offset @ offset)
-    return float((metric * centred).sum() + offset @ metric @ offset)
+    if metric is None:  # only the diagonal of what a metric would weigh
+        return float((new * (across - 2 * cross.T)).sum() + moments.target_variance.sum() + offset @ offset)
+    return float((metric * (new.T @ across - 2 * (cross @ new))).sum() + offset @ metric @ offset)
 
 
 def choose_ridge(train: Moments, held_out: Moments, weight: Tensor, kept: Tensor, *, intercept: bool = True) -> float:
-    """The ridge of `RIDGES` whose fit on `train` errs least on `held_out`."""
-    fits = [least_squares(train, weight, kept, ridge=r, intercept=intercept) for r in RIDGES]
-    return min(fits, key=lambda fit: error(held_out, fit, kept)).ridge
+    """The ridge of `RIDGES` whose fit on `train` errs least on `held_out`, from the middle on while the error falls."""
+    errors: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in errors:
+            fit = least_squares(train, weight, kept, ridge=RIDGES[i], intercept=intercept)
+            errors[i] = error(held_out, fit, kept)
+        return errors[i]
+
+    best, last = len(RIDGES) // 2, len(RIDGES) - 1
+    for way in (1, -1):
+        while 0 <= best + way <= last and at(best + way) < at(best):
+            best += way
+    return RIDGES[best]
 
 
 def bias_only(moments: Moments, weight: Tensor, kept: Tensor) -> Refit:

@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/real.py``: its rows, what a row is measured with, how rows are shared out, its page."""

@@ -1,0 +1,146 @@
+"""The rows: what is pruned how, and in which order they are worth measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+ENDS = "ends kept"  # the first 3 and last 2 layers are not cut
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to prune.
+
+    Attributes
+    ----------
+    widths_of : str, optional
+        Take the widths that another method's plan gives.
+    own : str
+        Text that the model writes: ``""`` none, ``"half"`` of the calibration tokens, ``"beside"`` half as many more
+        (what `run` does by default with deep models), ``"only"``.
+    tune : int
+        Steps of LoRA afterwards, on 256 windows of the calibration text.
+    quick : bool
+        Whether ``--quick`` measures it.
+    draws : bool
+        Whether it is measured with every draw of calibration text.
+    sizes : bool
+        Whether it is measured with less and more calibration text.
+    slow : bool
+        Whether it takes minutes: an allocation by search.
+    """
+
+    label: str
+    method: str
+    allocation: str | None = None
+    compensate: str | None = "least-squares"
+    networks: str | None = None
+    ends: bool = False
+    widths_of: str | None = None
+    own: str = ""
+    tune: int = 0
+    quick: bool = False
+    draws: bool = False
+    sizes: bool = False
+    slow: bool = False
+
+
+def _uniform(label: str, method: str, compensate: str | None = "least-squares") -> Row:
+    return Row(label, method, "uniform", compensate)
+
+
+DEFAULT = Row(
+    "ours, as by default: networks, search, ends kept, own text beside", "networks", "search", networks="real",
+    ends=True, own="beside", draws=True, sizes=True, slow=True,
+)  # fmt: skip
+UNIFORM = Row(
+    "ours, uniform: OBS with gradients, ends kept, own text beside", "obs-gradient", "uniform", ends=True, own="beside",
+    quick=True, draws=True, sizes=True,
+)  # fmt: skip
+FLAP = Row("FLAP, uniform", "flap", "uniform", quick=True, draws=True)
+FLAP_ENDS = replace(FLAP, label=f"FLAP, uniform, {ENDS}", ends=True, sizes=True)
+OBS = Row("OBS with gradients, uniform", "obs-gradient", "uniform")
+PUBLISHED = Row("published rule", "published", quick=True, draws=True)
+ROWS = (
+    DEFAULT,
+    replace(DEFAULT, label="the same without networks", networks=None, draws=False, sizes=False),
+    replace(DEFAULT, label="the same with phase-randomized networks", networks="null", draws=False, sizes=False),
+    UNIFORM,
+    replace(UNIFORM, label="ours, uniform, with networks", method="networks", networks="real", quick=False),
+    replace(UNIFORM, label="ours, uniform, with phase-randomized networks", method="networks", networks="null",
+            quick=False, sizes=False),
+    replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, own text beside", own="beside"),
+    FLAP_ENDS,
+    Row("FLAP at the published rule's widths", "flap", widths_of="published", quick=True, draws=True, sizes=True),
+    PUBLISHED,
+    Row("random at the published rule's widths", "random", widths_of="published", quick=True, draws=True),
+    replace(PUBLISHED, label="published rule, cut only", compensate=None),
+    Row("FLAP, global", "flap", "global", quick=True, draws=True),
+    FLAP,
+    Row("random, uniform", "random", "uniform", quick=True, draws=True),
+    Row(f"random, uniform, {ENDS}", "random", "uniform", ends=True, draws=True),
+    replace(OBS, label=f"OBS with gradients, uniform, {ENDS}", ends=True, quick=True, draws=True, sizes=True),
+    replace(OBS, label="OBS with gradients, global", allocation="global", quick=True, draws=True),
+    Row("ours, global, nothing kept, with networks", "networks", "global", networks="real", draws=True),
+    Row("ours, global, nothing kept, with phase-randomized networks", "networks", "global", networks="null"),
+    replace(UNIFORM, label="ours, uniform, half own text", own="half", quick=False),
+    replace(UNIFORM, label="ours, uniform, own text only", own="only", quick=False),
+    replace(UNIFORM, label=f"OBS with gradients, global, {ENDS}, own text beside", allocation="global", quick=False,
+            draws=False, sizes=False),
+    replace(FLAP_ENDS, label=f"FLAP, global, {ENDS}", allocation="global", quick=False, draws=False, sizes=False),
+    replace(FLAP_ENDS, label=f"FLAP, global, {ENDS}, own text beside", allocation="global", quick=False, draws=False,
+            own="beside"),
+    replace(OBS, label="OBS with gradients at the published rule's widths", allocation=None, widths_of="published"),
+    OBS,
+    _uniform("OBS, uniform", "obs"),
+    _uniform("Wanda-sp, uniform", "wanda-sp"),
+    _uniform("magnitude, uniform", "magnitude"),
+    replace(FLAP, label="FLAP, uniform, bias only", compensate="bias", quick=False, draws=False),
+    replace(FLAP, label="FLAP, uniform, cut only", compensate=None, quick=False, draws=False),
+    _uniform("Wanda-sp, uniform, cut only", "wanda-sp", None),
+    _uniform("magnitude, uniform, cut only", "magnitude", None),
+    _uniform("random, uniform, cut only", "random", None),
+    _uniform("OBS with gradients, uniform, cut only", "obs-gradient", None),
+    replace(UNIFORM, label="ours, uniform, cut only", compensate=None, quick=False, draws=False, sizes=False),
+    replace(UNIFORM, label="ours, uniform, then LoRA", tune=100, quick=False, draws=False, sizes=False),
+    replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then LoRA", tune=100, quick=False, draws=False, sizes=False),
+)  # fmt: skip
+MAIN = ROWS[:25]  # those whose order the issue is about
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row at some ratios; what they share is done once."""
+
+    row: Row
+    tokens: int
+    draw: int
+    ratios: tuple[float, ...]
+
+    @property
+    def needs(self) -> tuple[tuple[str, int, int], ...]:
+        """What must have been found before: kind, calibration tokens, draw."""
+        kinds = [f"networks {self.row.networks}"] if self.row.networks else []
+        kinds += ["published"] if "published" in (self.row.method, self.row.widths_of) else []
+        kinds += ["own"] if self.row.own else []
+        return tuple((kind, self.tokens, self.draw) for kind in kinds)
+
+
+def tasks(ratios: tuple[float, ...], draws: int, tokens: int, others: tuple[int, ...], main: float) -> Iterator[Task]:
+    """All rows, the most valuable first: one ratio, then other sizes and draws of it, then the other ratios."""
+    rest = tuple(r for r in ratios if r != main)
+    cheap = [row for row in ROWS if not row.slow]
+    if main in ratios:
+        yield from (Task(row, tokens, 0, (main,)) for row in ROWS)
+        yield Task(DEFAULT, others[0], 0, (main,)) if others else Task(UNIFORM, tokens, 0, (main,))
+        yield from (Task(row, size, 0, (main,)) for size in others for row in cheap if row.sizes)
+        yield from (Task(DEFAULT, size, 0, (main,)) for size in others[1:])
+        yield from (Task(row, tokens, draw, (main,)) for draw in range(1, draws) for row in cheap if row.draws)
+        yield from (Task(DEFAULT, tokens, draw, (main,)) for draw in range(1, draws))
+    yield from (Task(row, tokens, 0, (ratio,)) for row in cheap if row in MAIN for ratio in rest[-1:])
+    yield from (Task(row, tokens, 0, (ratio,)) for row in cheap if row in MAIN for ratio in rest[:-1])
+    yield from (Task(DEFAULT, tokens, 0, (ratio,)) for ratio in reversed(rest))
+    yield from (Task(row, tokens, 0, rest) for row in cheap if row not in MAIN and rest)
+    yield from (Task(row, tokens, draw, rest) for draw in range(1, draws) for row in cheap if row.draws and rest)
+    yield from (Task(row, size, 0, rest) for size in others for row in cheap if row.sizes and rest)
