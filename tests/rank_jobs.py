@@ -133,6 +133,91 @@ def killed(folder: Path, team: Any) -> dict[str, Any]:
     return {}
 
 
+@job
+def spread(folder: Path, team: Any) -> dict[str, Any]:
+    """Models spread over ranks: scanned by all of them together; all else is refused."""
+    import torch
+
+    import llmbrain as lb
+    from llmbrain.scanning import schedule
+    from llmbrain.scanning.store import FileShards
+
+    schedule.SHARD_BYTES = 4000
+
+    known: dict[str, Any] = {}
+
+    def opened(name: str, **options: Any) -> Any:
+        key = f"{name} {options}"
+        known[key] = known.get(key) or lb.load_model(folder / name, tp_plan="auto", **options)
+        return known[key]
+
+    def read(name: str, out: Path | None, model: Any = None, **options: Any) -> list[Any]:
+        loaded, tokenizer = opened(name)
+        return lb.scan(model or loaded, tokenizer, TEXTS, out=out, batch_size=4, **options)
+
+    sites = {"llama": ("neuron", "gate", "up", "mlp_out", "block_out", "head"), "qwen3": ("neuron", "up", "head"),
+             "phi3": ("neuron", "gate")}  # fmt: skip
+    for name, of in sites.items():
+        read(name, folder / f"{name}-scan", site=of)
+    kept = read("llama", None)
+    half = read("llama", None, model=opened("llama", dtype="bfloat16")[0])
+    if team.leads:
+        (folder / "llama-scan/shards/0002.safetensors").unlink()
+    read("llama", folder / "llama-scan", site=sites["llama"])  # goes on
+    model, tokenizer = opened("llama")
+    plan = lb.PruningPlan.load(folder / "plan.json")
+    found = {
+        "kept": hashed(kept[3].data()),
+        "half": hashed(half[3].data()),
+        "values": half[3].data().tolist(),
+        "perplexity": lb.perplexity(model, tokenizer, TEXTS, window=16),
+        "gpt2": said(lambda: opened("gpt2")),
+        "heads": said(lambda: opened("heads")),
+        "mixture": said(lambda: read("mixtral", None)),
+        "fused": said(lambda: read("phi3", None, site="up")),
+        "plan": said(lambda: lb.plan_pruning(model, ratio=0.3, method="magnitude")),
+        "prune": said(lambda: lb.prune(model, plan)),
+        "save": said(lambda: lb.save_pruned(model, tokenizer, folder / "small")),
+        "lesion": said(lambda: lb.lesion(model, [1, 2]).__enter__()),
+        "table": said(lambda: lb.lesion_table(model, {"a": [1]}, {"t": TEXTS}, tokenizer=tokenizer)),
+        "both": said(lambda: opened("llama", device_map="auto")),
+        "other": said(lambda: lb.scan(model, tokenizer, TEXTS[team.rank :], out=folder / "other")),
+    }
+    write = FileShards.write
+
+    def fails(self: Any, index: int, tensors: Any) -> None:
+        raise lb.InputError("the disk is gone")
+
+    FileShards.write = fails  # type: ignore[method-assign]
+    found["disk"] = said(lambda: read("llama", folder / "no-disk"))
+    FileShards.write = write  # type: ignore[method-assign]
+    if team.rank == 1:
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.to_local()[0] = float("nan")
+    found["nan"] = said(lambda: read("llama", folder / "nan", model=model))
+    return found
+
+
+@job
+def killed_spread(folder: Path, team: Any) -> dict[str, Any]:
+    """Rank 1 is killed while the model that is spread over it reads."""
+    import llmbrain as lb
+    from llmbrain.scanning import schedule
+
+    schedule.SHARD_BYTES = 4000
+    model, tokenizer = lb.load_model(folder / "llama", tp_plan="auto")
+    left = [6]
+
+    def dies(*_: Any) -> None:
+        left[0] -= 1
+        if team.rank == 1 and not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.model.layers[1].mlp.register_forward_pre_hook(dies)
+    lb.scan(model, tokenizer, TEXTS, out=folder / "study", batch_size=4)
+    return {}
+
+
 def phantom_runs() -> list[Any]:
     """More runs than a state of the group PCA holds at once."""
     from llmbrain.datasets import make_phantom

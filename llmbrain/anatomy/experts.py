@@ -23,6 +23,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.layers import Projection, get, is_linear
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.anatomy.spread import refuse_spread
 from llmbrain.anatomy.structure import OUTSIDE, TOWERS, mlp_of
 
 # How the linear layers of a dense MLP or shared expert are called: (gate, up, down); one name twice is a fused layer.
@@ -244,6 +245,7 @@ def expert_anatomy(model: nn.Module) -> ExpertAnatomy:
         If there are none, or they or what is beside them is of no known layout; says what.
     """
     name = type(model).__name__
+    refuse_spread(model, f"model {name}, a mixture of experts")
     stacks = [
         (path, list(module))
         for path, module in model.named_modules()

@@ -21,6 +21,7 @@ from llmbrain.anatomy.attention import attention_of
 from llmbrain.anatomy.family import Family
 from llmbrain.anatomy.layers import Anatomy, LayerAnatomy, PerHead, Projection, get
 from llmbrain.anatomy.nothing import Nothing
+from llmbrain.anatomy.spread import refuse_spread
 
 __all__ = [
     "FAMILIES", "HEADS_FIXED", "REFUSED", "Anatomy", "Family", "LayerAnatomy", "PerHead", "Projection", "anatomy",
@@ -130,13 +131,15 @@ REFUSED = {
 }
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: nn.Module, *, spread: bool = False) -> Anatomy:
     """Find the neurons and heads of a model.
 
     Parameters
     ----------
     model : torch.nn.Module
         A transformers model, or any module built of like blocks in a ``ModuleList``.
+    spread : bool
+        Take one whose weights are spread over ranks (``tp_plan``), too: sizes are those of the whole.
 
     Returns
     -------
@@ -146,8 +149,10 @@ def anatomy(model: nn.Module) -> Anatomy:
     ------
     InputError
         If the model is of a kind that has no neurons of its own a layer, or no row of `FAMILIES` fits and the shapes
-        are not unambiguous; says why.
+        are not unambiguous; says why. Or if its weights are spread over ranks.
     """
+    if not spread:
+        refuse_spread(model, f"model {type(model).__name__}")
     _refuse(model)
     stacks = list(_stacks(model))
     for attending in (True, False):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmbrain._files.one import writing
 from llmbrain._validation import InputError
 from llmbrain.anatomy.layers import LayerAnatomy
+from llmbrain.anatomy.spread import refuse_spread
 
 _CHANGES = "_llmbrain_changes"  # attribute of accelerate's loader: the folder that holds what was changed
 
@@ -135,12 +136,7 @@ def check_in_memory(model: nn.Module, what: str) -> None:
             f"{what}: the weights of {names[id(part)]} are offloaded, not in memory: load the model whole, or cut it "
             "block by block (llmbrain prune --offload, lb.prune_offloaded)"
         )
-    for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
-            raise InputError(
-                f"{what}: {name} is spread over ranks (tp_plan), and none holds all of it: load the model with "
-                "device_map='auto', or cut it block by block (llmbrain prune --offload, lb.prune_offloaded)"
-            )
+    refuse_spread(model, what)
 
 
 def copied(layer: LayerAnatomy) -> LayerAnatomy:

@@ -17,7 +17,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_reading import is_gguf, load_gguf
-from llmbrain.checkpoints.placing import DeviceMap, Placement
+from llmbrain.checkpoints.placing import NO_PLAN, DeviceMap, Placement, TpPlan
 from llmbrain.checkpoints.shapes import (
     RECORD,
     apply_shapes,
@@ -49,6 +49,7 @@ def load_model(
     device_map: DeviceMap | None = None,
     offload: bool = False,
     offload_folder: str | Path | None = None,
+    tp_plan: TpPlan | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model, in evaluation mode, and its tokenizer.
@@ -70,6 +71,9 @@ def load_model(
         of which only a block fits.
     offload_folder : path, optional
         For weights that can not be read from the checkpoint as they are; default a temporary folder.
+    tp_plan : str or mapping, optional
+        ``"auto"`` (or a plan of transformers') spreads every layer over the ranks of the process group, on a GPU each
+        where there are any. Such a model can be scanned, and read; all else refuses it.
     trust_remote_code : bool
         Run code that comes with the model. Pruned folders never need it here.
 
@@ -84,9 +88,9 @@ def load_model(
         If a folder, or what must be in it, is not there.
     InputError
         If the checkpoint does not fit its config: a tensor that is missing, left over or of another shape is named; or
-        if `device`, `device_map` and `offload` exclude each other.
+        if `device`, `device_map`, `offload` and `tp_plan` exclude each other; if there is no plan for such a model.
     """
-    where = Placement(device, device_map, offload, offload_folder)
+    where = Placement(device, device_map, offload, offload_folder, tp_plan)
     if is_gguf(path_or_id):
         model, tokenizer = load_gguf(path_or_id, dtype=_checked(dtype))
         return where.dispatch(model), tokenizer
@@ -186,6 +190,8 @@ def _load(source: str, dtype: Any, where: Placement, trust_remote_code: bool) ->
         _refuse_foreign_code(source, config)
     model_class = model_class_of(config, trust_remote_code)
     shapes, layers = layer_shapes(config), per_layer_entries(config)
+    if shapes and where.tp_plan is not None:
+        raise InputError(f"tp_plan={where.tp_plan!r}: {NO_PLAN}")
     if shapes:  # stock classes refuse to be built from a config whose layers differ
         text_config(config).per_layer_config = own_layers(config)
     loader = _with_shapes(model_class, shapes) if shapes else model_class
@@ -204,6 +210,10 @@ def _load(source: str, dtype: Any, where: Placement, trust_remote_code: bool) ->
         )
     except OSError as error:
         raise FileNotFoundError(f"{source}: {_first_line(error)}") from error
+    except ValueError as error:
+        if where.tp_plan is None:
+            raise
+        raise where.no_plan(config, _first_line(error)) from error
     except RuntimeError as error:
         raise InputError(f"{source} does not fit its config.json: {_first_line(error)}") from error
     if shapes:

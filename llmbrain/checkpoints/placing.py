@@ -15,10 +15,14 @@ from torch import nn
 from llmbrain._validation import InputError, resolve_device
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.spread import is_part, is_spread
 from llmbrain.checkpoints.shapes import build_empty
+from llmbrain.distributed import ranks
 
 DeviceMap = str | Mapping[str, int | str]
+TpPlan = str | Mapping[str, str]
 NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
+NO_PLAN = "a GGUF and a pruned folder with layers of its own are not spread over ranks: use device_map='auto'"
 
 
 class Placement:
@@ -33,6 +37,8 @@ class Placement:
         The blocks stay in the checkpoint, all else goes to `device`.
     offload_folder : path, optional
         For weights that must be written anew to be read one by one; default a temporary folder.
+    tp_plan : str or mapping, optional
+        ``"auto"``, or what transformers takes: each rank of the process group holds some columns of every layer.
 
     Raises
     ------
@@ -46,7 +52,10 @@ class Placement:
         device_map: DeviceMap | None = None,
         offload: bool = False,
         offload_folder: str | Path | None = None,
+        tp_plan: TpPlan | None = None,
     ) -> None:
+        if tp_plan is not None:
+            _check_tp_plan(tp_plan, device, device_map, offload)
         if device_map is not None and (offload or device is not None):
             other = "offload=True" if offload else f"device={str(device)!r}"
             raise InputError(f"device_map={device_map!r} and {other} exclude each other: both say where weights go")
@@ -57,18 +66,23 @@ class Placement:
                 raise InputError(f"device_map={device_map!r} must name modules and their devices, or be one of {NAMES}")
             device_map = dict(device_map)
         self.device = None if device is None else resolve_device(device)
-        self.device_map, self.offload = device_map, offload
+        self.device_map, self.offload, self.tp_plan = device_map, offload, tp_plan
         self._folder = offload_folder
 
     @property
     def spread(self) -> bool:
         """Whether accelerate places the weights."""
-        return self.offload or self.device_map is not None
+        return self.offload or self.device_map is not None or self.tp_plan is not None
 
     def options(self, model_class: Any, config: Any, **extra: Any) -> dict[str, Any]:
         """Keywords of ``from_pretrained``."""
         if not self.spread:
             return {}
+        if self.tp_plan is not None:
+            from transformers.distributed import DistributedConfig
+
+            plan = self.tp_plan if isinstance(self.tp_plan, str) else dict(self.tp_plan)
+            return {"distributed_config": DistributedConfig(tp_plan=plan, tp_size=ranks().size)}
         return {"device_map": self._map(model_class, config, extra), "offload_folder": str(self.folder())}
 
     def folder(self) -> Path:
@@ -80,9 +94,22 @@ class Placement:
 
     def finish(self, model: Any) -> Any:
         """The model where it belongs; a temporary folder goes when the model does."""
+        if self.tp_plan is not None:
+            if not is_spread(model):
+                raise self.no_plan(model.config)
+            _check_heads(model, self.tp_plan)
         if getattr(self, "_own", False):
             weakref.finalize(model, shutil.rmtree, str(self._folder), ignore_errors=True)
         return model if self.device is None or self.spread else model.to(self.device)
+
+    def no_plan(self, config: Any, why: str = "") -> InputError:
+        """What is said of a model that transformers does not spread."""
+        names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+        more = f" ({why})" if why else ""
+        return InputError(
+            f"tp_plan={self.tp_plan!r}: transformers has no tensor-parallel plan for {names}: use device_map='auto' "
+            f"(--device-map auto){more}"
+        )
 
     def dispatch(self, model: Any) -> Any:
         """The same for a model that is in memory already (of a GGUF, which is dequantized whole)."""
@@ -91,6 +118,8 @@ class Placement:
                 "offload=True reads blocks from safetensors, a GGUF is dequantized whole: save it as a folder first "
                 "(load_model, then save_pruned with format='uniform')"
             )
+        if self.tp_plan is not None:
+            raise InputError(f"tp_plan={self.tp_plan!r}: {NO_PLAN}")
         if self.device_map is None:
             return self.finish(model)
         from accelerate import dispatch_model, infer_auto_device_map
@@ -111,6 +140,35 @@ class Placement:
         if not self.offload:
             return self.device_map
         return blocks_on_disk(empty_of(model_class, config, extra), str(self.device or "cpu"))
+
+
+def _check_tp_plan(
+    tp_plan: TpPlan, device: str | torch.device | None, device_map: DeviceMap | None, offload: bool
+) -> None:
+    if device_map is not None or offload or device is not None:
+        other = "offload=True" if offload else "device" if device_map is None else "device_map"
+        raise InputError(f"tp_plan={tp_plan!r} and {other} exclude each other: both say where weights go")
+    if tp_plan != "auto" and not (isinstance(tp_plan, Mapping) and tp_plan):
+        raise InputError(f"tp_plan={tp_plan!r} must be 'auto', or name modules and how each is cut")
+    if ranks().size == 1:
+        raise InputError(
+            f"tp_plan={tp_plan!r} spreads every layer over the ranks of a process group, and this process is alone: "
+            "torchrun --nproc-per-node 2 -m llmbrain scan MODEL --tp-plan auto ..."
+        )
+
+
+def _check_heads(model: nn.Module, tp_plan: TpPlan) -> None:
+    """Heads that do not divide into ranks would be read wrongly, or not at all."""
+    if has_experts(model):
+        return  # a scan says that it does not take it
+    size = ranks().size
+    for layer in anatomy(model, spread=True).layers:
+        split = layer.out is not None and is_part(layer.out.module.weight)
+        if split and (layer.n_heads % size or layer.n_kv_heads % size):
+            raise InputError(
+                f"tp_plan={tp_plan!r}: the {layer.n_heads} heads ({layer.n_kv_heads} of keys) of layer {layer.index} "
+                f"do not divide into {size} ranks"
+            )
 
 
 def empty_of(model_class: Any, config: Any, extra: Mapping[str, Any]) -> nn.Module:

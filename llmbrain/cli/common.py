@@ -134,7 +134,7 @@ def fail(error: BaseException) -> None:
 
 
 def open_model(
-    model: str, device: str, *, dtype: str = "", device_map: str = "", offload: bool = False
+    model: str, device: str, *, dtype: str = "", device_map: str = "", offload: bool = False, tp_plan: str = ""
 ) -> tuple[Any, Any]:
     """Load a model on a device (or several), in evaluation mode, with its tokenizer."""
     from llmbrain._validation import resolve_device
@@ -142,6 +142,12 @@ def open_model(
 
     if model.endswith(".gguf"):
         say(f"reading {model}: its weights are dequantized")
+    if tp_plan:
+        if device != "auto" or device_map:
+            raise InputError(
+                f"--tp-plan {tp_plan} and {'--device-map' if device_map else '--device'} exclude each other"
+            )
+        return load_model(model, dtype=dtype or None, tp_plan=tp_plan)
     if device_map:
         if device != "auto" or offload:
             raise InputError(

@@ -62,6 +62,9 @@ def scan(
     dry_run: DRY_RUN = False,
     device: DEVICE = "auto",
     device_map: DEVICE_MAP = "",
+    tp_plan: str = typer.Option(
+        "", help="For models larger than a device: 'auto' gives each process of torchrun some neurons of every layer."
+    ),
     model_dtype: str = typer.Option("", help="What the model computes in: float32, bfloat16, float16."),
     field: FIELD = "text",
 ) -> None:
@@ -76,7 +79,7 @@ def scan(
     if (rank is None) != (of is None):
         raise InputError(f"--rank={rank} --of={of}: give both, or neither")
     texts = load_texts(text, field)
-    loaded, tokenizer = open_model(model, device, dtype=model_dtype, device_map=device_map)
+    loaded, tokenizer = open_model(model, device, dtype=model_dtype, device_map=device_map, tp_plan=tp_plan)
     sites = site.split(",")
     most = n_tokens * len(texts) or None
     told(step_cost(loaded, tokenizer, texts, n_tokens=most, site=sites[0], dtype=dtype or None, disk=True), say)

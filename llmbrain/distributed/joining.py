@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmbrain._progress import muted
 from llmbrain._validation import InputError
-from llmbrain.distributed.team import ALONE, SLOWEST_LOOK, RankError, Ranks, known, line_of, timeout
+from llmbrain.distributed.team import ALONE, SLOWEST_LOOK, RankError, Ranks, known, timeout
+from llmbrain.distributed.wire import line_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -50,8 +51,10 @@ def joined() -> Iterator[Ranks]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = _meeting_place(rank, size, host, port)
     _arrive(store, rank, size)
+    # Tensors of GPUs are only those of a model that is spread over them; NCCL starts with the first of these.
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(
-        "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=GLOO_TIMEOUT
+        backends, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=GLOO_TIMEOUT
     )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())

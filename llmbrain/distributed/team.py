@@ -11,13 +11,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbrain._files import plain
 from llmbrain._validation import InputError
+from llmbrain.distributed.wire import Json, bytes_of, empty, line_of, shapes_of, short, words_of_gone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 TIMEOUT = 300.0  # seconds without a sign of life until a rank counts as gone; LLMBRAIN_RANK_TIMEOUT changes it
 FAREWELL = 5.0  # seconds that a rank which fails waits for the others to say so too
 SLOWEST_LOOK = 0.05  # seconds between two looks of one that waits
-
-Json = Any  # what JSON can hold
 
 
 @dataclass
@@ -131,7 +130,7 @@ class Ranks:
                 name = differ[0]
                 raise RankError(
                     f"{what}: rank {rank} of {self.size} was given other {' and other '.join(differ)} than rank 0 "
-                    f"({_short(other.get(name))}, not {_short(told[0][name])}): all ranks must be given the same"
+                    f"({short(other.get(name))}, not {short(told[0][name])}): all ranks must be given the same"
                 )
 
     def gather(self, what: str, value: Json) -> list[Json]:
@@ -219,12 +218,12 @@ class Ranks:
         """Give a parcel to one other rank, which receives it."""
         import torch.distributed as dist
 
-        self._post(f"to-{to}-of-{self.rank}", what, [parcel.record, _shapes(parcel.tensors)])
+        self._post(f"to-{to}-of-{self.rank}", what, [parcel.record, shapes_of(parcel.tensors)])
         self._hear(f"ready-{to}-{self.rank}", to, what)
         with self._carrying(what):
             for tensor in parcel.tensors.values():
                 if tensor.numel():
-                    dist.send(_bytes(tensor), self._global(to), group=self._group)
+                    dist.send(bytes_of(tensor), self._global(to), group=self._group)
 
     def receive(self, source: int, what: str) -> Parcel:
         """Take the parcel that another rank sends."""
@@ -233,7 +232,7 @@ class Ranks:
 
         record, shapes = self._hear(f"to-{self.rank}-of-{source}", source, what)
         self._post(f"ready-{self.rank}-{source}", what, None)
-        tensors = _empty(shapes)
+        tensors = empty(shapes)
         with self._carrying(what):
             for name, tensor in tensors.items():
                 content = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8)
@@ -243,15 +242,66 @@ class Ranks:
                 tensors[name] = content.view(tensor.dtype).reshape(tensor.shape)
         return Parcel(tensors, record)
 
+    def collect(self, part: Tensor, shapes: Sequence[Sequence[int]], what: str, to: int | None = None) -> list[Tensor]:
+        """What every rank has of something, in the order of ranks.
+
+        Parameters
+        ----------
+        part : Tensor
+            This rank's, of the dtype that all have.
+        shapes : sequence of shape
+            Of each rank's part.
+        what : str
+        to : int, optional
+            The rank that gets them (others get an empty list); default all.
+
+        Returns
+        -------
+        list of Tensor
+            On the CPU.
+        """
+        if self._store is None:
+            return [part]
+        import torch
+        import torch.distributed as dist
+
+        found: list[Tensor] = []
+        with self._carrying(what):
+            for owner, shape in enumerate(shapes):
+                own = owner == self.rank
+                if to is not None and to != self.rank:
+                    if own and part.numel():
+                        dist.send(bytes_of(part), self._global(to), group=self._group)
+                    continue
+                room = part if own else torch.empty(list(shape), dtype=part.dtype)
+                content = bytes_of(room)
+                if len(content) and to is None:
+                    dist.broadcast(content, self._global(owner), group=self._group)
+                elif len(content) and not own:
+                    dist.recv(content, self._global(owner), group=self._group)
+                found.append(room)
+        return found
+
+    @contextmanager
+    def watching(self, what: str) -> Iterator[None]:
+        """Within the block the ranks talk to each other by means of torch's own: who dies meanwhile is named."""
+        try:
+            yield
+        except RuntimeError as error:
+            gone = self._silent() if self._store is not None else []
+            if not gone:
+                raise
+            raise RankError(words_of_gone(what, gone, self.size, error)) from error
+
     def _broadcast(self, owner: int, what: str, parcel: Parcel) -> Parcel:
         import torch.distributed as dist
 
-        said = [parcel.record, _shapes(parcel.tensors)] if owner == self.rank else None
+        said = [parcel.record, shapes_of(parcel.tensors)] if owner == self.rank else None
         record, shapes = self.gather(what, said)[owner]
-        tensors = dict(parcel.tensors) if owner == self.rank else _empty(shapes)
+        tensors = dict(parcel.tensors) if owner == self.rank else empty(shapes)
         with self._carrying(what):
             for name, tensor in tensors.items():
-                content = _bytes(tensor)
+                content = bytes_of(tensor)
                 if not len(content):
                     continue
                 dist.broadcast(content, self._global(owner), group=self._group)
@@ -336,11 +386,7 @@ class Ranks:
         except RuntimeError as error:
             with suppress(RuntimeError):
                 self._raise_failed()  # it said why, and went
-            gone = self._silent()
-            who = f"rank {', '.join(map(str, gone))} of {self.size} is" if gone else "another rank is"
-            raise RankError(
-                f"{what}: {who} gone. What was written is kept: the same command goes on from there ({line_of(error)})"
-            ) from error
+            raise RankError(words_of_gone(what, self._silent(), self.size, error)) from error
 
     def _silent(self) -> list[int]:
         """Ranks that give no sign of life for some seconds."""
@@ -448,33 +494,3 @@ def timeout() -> float:
 
 def _pace() -> float:
     return min(1.0, timeout() / 10)
-
-
-# -- what goes through the wire ----------------------------------------------------------------------------------------
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> list[Json]:
-    return [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
-
-
-def _empty(shapes: Sequence[Json]) -> dict[str, Tensor]:
-    import torch
-
-    return {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in shapes}
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A tensor as the bytes of a contiguous copy on the CPU; its own memory where it is that already."""
-    import torch
-
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-
-
-def _short(value: Json) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def line_of(error: BaseException) -> str:
-    """What an error says, short and in one line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__

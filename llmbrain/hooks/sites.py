@@ -38,7 +38,7 @@ class Tap:
     output: bool
     start: int = 0
     width: int | None = None
-    heads: int = 0
+    head_size: int = 0
     by_visit: bool = False
     silent: bool = False  # of a part that was dropped: it is not run, and says zeros of this `width`
 
@@ -46,8 +46,8 @@ class Tap:
         """The signal in what the module got or gave; units on the last axis."""
         while not isinstance(value, Tensor):  # some blocks give a tuple, hidden states first
             value = value[0]
-        if self.heads:
-            return torch.linalg.vector_norm(value.unflatten(-1, (self.heads, -1)), dim=-1, dtype=torch.float32)
+        if self.head_size:
+            return torch.linalg.vector_norm(value.unflatten(-1, (-1, self.head_size)), dim=-1, dtype=torch.float32)
         if self.width is not None and self.width != value.shape[-1]:
             value = value[..., self.start : self.start + self.width]
         return value
@@ -123,7 +123,7 @@ def _tap(site: str, layer: LayerAnatomy, family: str) -> Tap:
     if site == "gate" and layer.gated and layer.act is not None:
         return Tap(site, i, layer.act, output=True)
     if site == "head" and layer.out is not None and layer.n_heads:
-        return Tap(site, i, layer.out.module, output=False, heads=layer.n_heads)
+        return Tap(site, i, layer.out.module, output=False, head_size=sizes(layer.out.module)[0] // layer.n_heads)
     reason = {"gate": "its MLP is not gated", "router": "it is no mixture of experts"}.get(
         site, "its attention heads could not be found"
     )

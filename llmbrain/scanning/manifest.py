@@ -17,8 +17,10 @@ from torch import nn
 from llmbrain._files.errors import bytes_text
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
+from llmbrain.anatomy.spread import whole
 from llmbrain.hooks.listen import Kinds, Reader
 from llmbrain.hooks.text import Run, ScanWarning
+from llmbrain.scanning.columns import Columns
 from llmbrain.scanning.mixture import Mixture
 from llmbrain.scanning.schedule import Schedule
 from llmbrain.scanning.shares import Share
@@ -48,7 +50,7 @@ def manifest_of(
 
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    for volatile in ("_name_or_path", "transformers_version", "_commit_hash"):
+    for volatile in ("_name_or_path", "transformers_version", "_commit_hash", "distributed_config"):
         settings.pop(volatile, None)
     sites: dict[str, Any] = {}
     for (site, _), (dtype, units) in kinds.items():
@@ -90,13 +92,13 @@ def manifest_of(
 def weights_sum(model: nn.Module) -> str:
     """Checksum of all weights, from the sum of each parameter's bytes as 64-bit words: the same on any device.
 
-    Parameters that accelerate has put on disk are not looked at.
+    Parameters that accelerate has put on disk are not looked at; of those that are spread over ranks all must ask.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         if flat.storage_offset() * flat.element_size() % 8:
             flat = flat.clone()  # a view as words must begin at one
         content = flat.view(torch.uint8)
@@ -132,8 +134,12 @@ def warn_of_other_model(found: object, here: nn.Module | Mapping[str, str]) -> N
         )
 
 
-def check_same(reader: Reader, schedule: Schedule, shards: FileShards, done: int, kinds: Kinds) -> None:
+def check_same(
+    reader: Reader, schedule: Schedule, shards: FileShards, done: int, kinds: Kinds, columns: Columns | None = None
+) -> None:
     """Read the first block of a finished shard again: a lesion or another intervention would show.
+
+    Of a model that is spread over ranks (`columns`) each compares what it hears.
 
     Raises
     ------
@@ -144,7 +150,8 @@ def check_same(reader: Reader, schedule: Schedule, shards: FileShards, done: int
     heard = reader.read_alone(block)
     compared = [key for key in kinds if key[0] not in ("visited", "routed")]  # in an order that rounding may change
     for key, stored in zip(compared, shards.read(done, [key_of(*key) for key in compared], 0, len(block))):
-        new, old = heard[key].to(stored.dtype).double(), stored.double()
+        mine = stored if columns is None else columns.own(key, stored)
+        new, old = heard[key].to(stored.dtype).double(), mine.double()
         if float((new - old).norm()) > SAME[stored.dtype] * float(old.norm()):
             raise InputError(
                 f"out={str(shards.folder)!r} already holds another study: {key_of(*key)} of "
@@ -167,12 +174,18 @@ def say_disk(folder: Path, schedule: Schedule, todo: Sequence[int], share: Share
         If the disk has less.
     """
     rows = schedule.rows
-    together = share.team.size == share.size
+    together = share.team.size == share.size or share.size == 1
     among = range(len(rows) - 1) if together else share.mine(len(rows) - 1)
     tokens, total = (sum(rows[i + 1] - rows[i] for i in of) for of in (todo, among))
     need = tokens * schedule.per_token
     done = f" ({total - tokens:,} of {total:,} are there already)" if tokens < total else ""
-    who = f", {share.size} ranks" if share.team.size > 1 else "" if together else f", rank {share.rank} of {share.size}"
+    who = (
+        f", {share.team.size} ranks"
+        if share.team.size > 1
+        else ""
+        if together
+        else f", rank {share.rank} of {share.size}"
+    )
     if share.team.leads:
         print(f"scan: {tokens:,} tokens need {bytes_text(need)} of disk in {folder}{who}{done}", file=sys.stderr)
     free = shutil.disk_usage(folder).free

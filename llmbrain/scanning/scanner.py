@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_range
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import anatomy, context_length
+from llmbrain.anatomy.spread import is_spread
 from llmbrain.distributed import ALONE
 from llmbrain.hooks.listen import Kinds, Reader, Recorder, reading
 from llmbrain.hooks.sites import check_sites, expert_taps, find_taps
 from llmbrain.hooks.text import Block, Run, ScanWarning, blocks_of, cut_runs, embeddings, read_texts
+from llmbrain.scanning.columns import Columns, check_spread, check_taps
 from llmbrain.scanning.manifest import check_same, manifest_of, model_id, say_disk
 from llmbrain.scanning.mixture import Mixture
 from llmbrain.scanning.scans import Scan
@@ -49,7 +52,9 @@ def scan(
     """Let a model read texts, and keep what every neuron did at every token.
 
     In a process group (or within `taking`) each rank makes its own part of the study in `out`; all get all of it. A
-    scan that is kept in memory each rank makes by itself.
+    scan that is kept in memory each rank makes by itself. A model that is spread over the ranks (``tp_plan``) is read
+    by all of them together, each hears its own neurons, and rank 0 writes; sums over ranks round otherwise than those
+    of one process (float32: by less than 1e-5 of a layer's largest signal).
 
     What is kept equals what the model's own modules compute in that forward pass, to the bit (unless `dtype` is
     narrower). Texts of a batch are padded on the right; padding is never recorded. A text longer than `block_size` is
@@ -97,7 +102,8 @@ def scan(
         Empty texts, an unknown site or one this model does not have, a block longer than the context, NaN or infinite
         signals (named by layer, neuron, run and token), too little disk, a folder that holds another study.
     """
-    share = Share() if out is None else Share.now()
+    spread = is_spread(model)
+    share = Share.together() if spread else Share() if out is None else Share.now()
     with share.team.job("scan"):
         sites = check_sites(site)
         kept = _check_dtype(dtype)
@@ -106,8 +112,14 @@ def scan(
         if block_size is not None:
             check_range("block_size", block_size, 1, limit)
         size = limit if block_size is None else int(block_size)
-        body = expert_anatomy(model) if has_experts(model) else None
-        recorder = Recorder(expert_taps(body, sites) if body is not None else find_taps(anatomy(model), sites))
+        mixed = has_experts(model)
+        if spread:
+            check_spread(model, share.team, mixed)
+        body = expert_anatomy(model) if mixed else None
+        dense = anatomy(model, spread=True) if body is None else None
+        recorder = Recorder(expert_taps(body, sites) if body is not None else find_taps(dense or anatomy(model), sites))
+        if spread:
+            check_taps(recorder.taps)
         if run_length is not None:
             check_range("run_length", run_length, 1)
         runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
@@ -116,7 +128,11 @@ def scan(
         say_blocks(runs, size)
 
         with reading(model, recorder, runs) as reader, ExitStack() as owned:
-            kinds = reader.kinds(blocks[0], kept)
+            owned.enter_context(share.team.watching("scan"))
+            kinds = heard = reader.kinds(blocks[0], kept)
+            columns = None
+            if spread and dense is not None:
+                columns, kinds = Columns.of(share.team, dense, heard)
             called = {layer: units for (kind, layer), (_, units) in kinds.items() if kind == "visited"}
             mixture = None if body is None else Mixture.of(body, sites, called)
             per_token = sum(dtype.itemsize * units for dtype, units in kinds.values())
@@ -132,14 +148,17 @@ def scan(
                 shards, manifest = open_study(Path(out), manifest, runs, share)
                 origin = origin_of(manifest)
                 schedule = Schedule(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
-                todo = shards.resume()
+                todo = shards.resume() if columns is None else share.team.told("scan: to do", shards.resume)
                 share.note(Path(out), len(shards.sums), batch_size=int(batch_size), verify=bool(verify))
                 if done := sorted(set(share.mine(len(schedule.shards))) - set(todo)):
-                    check_same(reader, schedule, shards, done[0], kinds)
-                say_disk(Path(out), schedule, todo if share.team is ALONE else shards.missing, share)
-            if todo and verify and not reader.pads_well(schedule.most_padded(int(batch_size))):
-                schedule = replace(schedule, even=True)
-            _record(reader, schedule, shards, todo, kinds, int(batch_size))
+                    look = partial(check_same, reader, schedule, shards, done[0], kinds, columns)
+                    look() if columns is None else columns.agreed(look)
+                say_disk(Path(out), schedule, todo if share.size == 1 or share.team is ALONE else shards.missing, share)
+            if todo and verify:
+                pads = reader.pads_well(schedule.most_padded(int(batch_size)))
+                if not (pads if columns is None else columns.all(pads)):
+                    schedule = replace(schedule, even=True)
+            _record(reader, schedule, shards, todo, heard, int(batch_size), columns)
             if isinstance(shards, FileShards):
                 shards.finish()
         widths = {name: [units for (site, _), (_, units) in kinds.items() if site == name] for name in sites}
@@ -183,9 +202,13 @@ def say_blocks(runs: Sequence[Run], size: int | None) -> None:
 
 
 def _record(
-    reader: Reader, schedule: Schedule, shards: Shards, todo: Sequence[int], kinds: Kinds, batch_size: int
-) -> None:
-    """Fill and write the shards that are to be made; one is written while the next is recorded."""
+    reader: Reader, schedule: Schedule, shards: Shards, todo: Sequence[int], kinds: Kinds, batch_size: int,
+    columns: Columns | None = None,
+) -> None:  # fmt: skip
+    """Fill and write the shards that are to be made; one is written while the next is recorded.
+
+    Of a model that is spread over ranks `kinds` are what this one hears, and rank 0 writes what all heard.
+    """
     rows = schedule.rows
     total = sum(rows[i + 1] - rows[i] for i in todo)
     pool = _Buffers(kinds, reuse=isinstance(shards, FileShards))
@@ -201,11 +224,25 @@ def _record(
                 n = reader.read(schedule.blocks[low:high], row)
                 row += n
                 progress.update(n)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(_finish, shards, index, buffers, schedule, reader.runs)
+            _settle(writing, columns)
+            signals: Mapping[tuple[str, int], Tensor] = buffers
+            if columns is not None:
+                on_disk = isinstance(shards, FileShards)
+                signals = columns.joined(buffers, to=0 if on_disk else None)
+                if on_disk and not columns.team.leads:
+                    continue
+            writing = writer.submit(_finish, shards, index, signals, schedule, reader.runs)
+        _settle(writing, columns)
+
+
+def _settle(writing: Future[None] | None, columns: Columns | None) -> None:
+    """Wait until a shard is written; of a model that is spread over ranks all hear if it was not."""
+
+    def wait() -> None:
         if writing is not None:
             writing.result()
+
+    wait() if columns is None else columns.agreed(wait)
 
 
 class _Buffers:

@@ -15,7 +15,7 @@ and removes ``ranks/``. What is finished counts, whoever made it: another number
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,16 @@ class Share:
             raise InputError(f"rank={_taken[-1][0]}, of={_taken[-1][1]}: this process has a rank already, {team!r}")
         return cls(*_taken[-1])
 
+    @classmethod
+    def together(cls) -> Share:
+        """All ranks make every shard together, as a model that is spread over them does; rank 0 writes."""
+        here = cls.now()
+        if here.team is ALONE and here.size > 1:
+            raise InputError(
+                f"rank={here.rank}, of={here.size}: a model that is spread over ranks is read by all of them"
+            )
+        return cls(0, 1, here.team)
+
     def mine(self, n: int) -> range:
         """Which of n shards."""
         return range(self.rank, n, self.size)
@@ -66,7 +76,7 @@ class Share:
     def owning(self, study: str | Path) -> Iterator[None]:
         """Own a study, alone or together with the other ranks; no rank twice."""
         if self.size == 1:
-            with owner(study):
+            with owner(study) if self.team.leads else nullcontext():
                 yield
             return
         with owner(study, among=self.size), owner(self.folder(Path(study))):

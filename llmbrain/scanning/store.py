@@ -199,8 +199,11 @@ class FileShards:
             If the folder was taken by another study meanwhile.
         """
         if self.share.size == 1:
-            if (self.folder / RANKS).is_dir() and not self.missing:
+            if self.share.team.leads and (self.folder / RANKS).is_dir() and not self.missing:
                 settle_ranks(self.folder, [self.name(i) for i in range(self.n_shards)], self.sums)
+            if self.share.team.size > 1:
+                self.share.team.meet("scan: whole")
+                self.sums = known_sums(self.folder)
             return
         self.share.team.meet("scan: shards")
         self.sums = known_sums(self.folder)

@@ -20,6 +20,8 @@ from llmbrain._files import bytes_text
 from llmbrain._progress import span
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
+from llmbrain.anatomy.spread import is_spread
+from llmbrain.distributed import ranks
 from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import DEEP
@@ -113,7 +115,7 @@ class Subject:
     def of(cls, model: nn.Module, body: Anatomy | None = None) -> Subject:
         """Sizes of this model, which need not have values."""
         mixture = expert_anatomy(model) if body is None and has_experts(model) else None
-        found = body or (mixture if mixture is not None else anatomy(model))
+        found = body or (mixture if mixture is not None else anatomy(model, spread=True))
         widths = found.widths
         passed, silent, visits = widths, 0, 0
         if mixture is not None:
@@ -240,6 +242,8 @@ def seconds_per_token(model: nn.Module, ids: Tensor) -> float:
     with evaluating(model):
         timed(ids[:1, : max(2, ids.shape[1] // 8)])
         first = timed(ids[:1])
+        if is_spread(model):  # all ranks read a batch together, or none does
+            first = max(float(seconds) for seconds in ranks().gather("speed", first))
         if first > SLOW or len(ids) == 1:
             return first / ids.shape[1]
         return min(timed(ids) / ids.numel(), first / ids.shape[1])
