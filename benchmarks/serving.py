@@ -1,10 +1,11 @@
-"""Pruned models where they are served: ``python benchmarks/serving.py [--part checks|latency] [--quick]``.
+"""Pruned models where they are served: ``python benchmarks/serving.py [--part checks|build|latency]``.
 
 SmolLM2-135M-Instruct (4-bit GGUF) pruned on WikiText-2 valid. ``checks``: the file that ``llmbrain prune`` writes, in
-llama.cpp beside transformers (logits, greedy text, perplexity on WikiText-2 test). ``latency``: prefill and decode at
-30 and 50%, with widths that are multiples of 32 and without, and with whole blocks dropped, in transformers and in
-llama.cpp. Every row is written to ``benchmarks/results/serving.json`` when it is done and a second call goes on from
-there; ``--anew latency`` measures it again. ``serving.md`` is made from it. Models are kept in ``--work``.
+llama.cpp beside transformers (logits, greedy text, perplexity on WikiText-2 test). ``build``: the models of the latency
+table. ``latency``: prefill and decode at 30 and 50%, with widths that are multiples of 32 and without, and with whole
+blocks dropped, in llama.cpp and in transformers. Every row is written to ``benchmarks/results/serving.json`` when it is
+done and a second call goes on from there; ``--minutes`` ends a call between two rows, ``--anew latency`` measures it
+again. ``serving.md`` is made from it. Models are kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import pandas as pd
 import torch
 
 import llmbrain as lb
+from llmbrain.anatomy import anatomy
+from llmbrain.anatomy.units import HEADS, NEURONS
 from llmbrain.evaluation import LlamaCpp
 from llmbrain.hooks.text import as_windows
 from llmbrain.study.speed import latency_table
@@ -33,8 +37,12 @@ from llmbrain.study.speed import latency_table
 RESULTS = Path(__file__).parent / "results"
 MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "The history of the city begins with a small settlement on the river"
-WINDOW, WINDOWS = 256, 48  # of calibration text
+WINDOW, WINDOWS = 256, 16  # of calibration text of the latency table: speed asks for plausible widths only
+TEXT = 60_000  # characters of calibration text of the command
+HELD = 16  # windows of test text of the latency table
 TESTED = 2  # windows of test text that llama.cpp reads token by token
+PARTS = ("checks", "build", "latency")
+BEGAN = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ FLAP = {"method": "flap", "allocation": "global"}
 DROP = {"method": "flap", "allocation": "uniform", "drop": ("mlp", "attention"), "passes": 8, "multiple_of": 32}
 CASES = (
     Case("dense", quick=True),
-    Case("30%", {"ratio": 0.3, **FLAP}),
+    Case("30%", {"ratio": 0.3, **FLAP}, quick=True),
     Case("30%, multiples of 32", {"ratio": 0.3, **FLAP, "multiple_of": 32}, quick=True),
     Case("50%", {"ratio": 0.5, **FLAP}),
     Case("50%, multiples of 32", {"ratio": 0.5, **FLAP, "multiple_of": 32}, quick=True),
@@ -68,7 +76,7 @@ CASES = (
 def text(data: Path, part: str) -> list[str]:
     """Lines of WikiText-2 without unknown words and marks around hyphens."""
     raw = (data / f"corpora/wikitext2-{part}.tokens").read_text(encoding="utf-8")
-    return [re.sub(r"@(.)@", r"\1", raw.replace("<unk> ", ""))[:400_000]]
+    return [re.sub(r"@(.)@", r"\1", raw.replace("<unk> ", ""))]
 
 
 class Record:
@@ -76,34 +84,51 @@ class Record:
 
     def __init__(self, file: Path, anew: list[str]) -> None:
         self.file = file
-        self.held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.held = self._read()
         for part in anew:
             self.held.pop(part, None)
+        if anew:
+            self._write()
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+
+    def _write(self) -> None:
+        self.file.write_text(json.dumps(self.held, indent=1), encoding="utf-8")
+        self.file.with_suffix(".md").write_text(as_markdown(self.held), encoding="utf-8")
 
     def done(self, part: str, label: str) -> bool:
         return label in self.held.get(part, {})
 
     def add(self, part: str, label: str, value: Any) -> None:
         """Keep a row, on disk, and the table."""
+        self.held = self._read()  # another part may be measured at the same time
         self.held.setdefault(part, {})[label] = value
-        self.file.write_text(json.dumps(self.held, indent=1), encoding="utf-8")
-        self.file.with_suffix(".md").write_text(as_markdown(self.held), encoding="utf-8")
+        self._write()
         print(f"{part}: {label}: {json.dumps(value)[:300]}", flush=True)
 
 
-def build(case: Case, data: Path, work: Path) -> tuple[Path, Path]:
+def build(case: Case, data: Path, work: Path, record: Record) -> tuple[Path, Path]:
     """The folder and the GGUF file of a case, pruned where they are not there yet."""
     folder, file = work / case.name, work / f"{case.name}.gguf"
-    if folder.is_dir() and file.is_file():
+    if (folder / "config.json").is_file() and file.is_file() and record.done("models", case.label):
         return folder, file
     model, tokenizer = lb.load_model(data / MODEL)
+    parameters = sum(p.numel() for p in model.parameters())
     if case.plan:
         windows = as_windows(model, tokenizer, text(data, "valid"), WINDOW, WINDOWS)
         plan = lb.plan_pruning(model, calibration=windows, max_windows=WINDOWS, **case.plan)
         print(plan.summary(), flush=True)
         model = lb.prune(model, plan, calibration=windows, max_windows=WINDOWS, compensate="least-squares")
+    held = as_windows(model, tokenizer, text(data, "test"), WINDOW, HELD)
     lb.save_pruned(model, tokenizer, folder, overwrite=True)
     lb.save_pruned(model, tokenizer, file, format="gguf", gguf_type="f16", like=data / MODEL, overwrite=True)
+    layers = anatomy(model).layers
+    record.add("models", case.label, {
+        "parameters": sum(p.numel() for p in model.parameters()), "of": parameters, "bytes": file.stat().st_size,
+        "perplexity": lb.perplexity(model, None, held), "tokens": held.numel() - len(held),
+        "no_mlp": sum(map(NEURONS.is_gone, layers)), "no_attention": sum(map(HEADS.is_gone, layers)),
+    })  # fmt: skip
     return folder, file
 
 
@@ -113,7 +138,7 @@ def checks(data: Path, work: Path, record: Record) -> None:
     command = ["prune", str(data / MODEL), "--text", str(work / "wiki.txt"), "--ratio", "0.3", "--method", "flap",
                "--allocation", "global", "--format", "gguf", "--gguf-type", "f16", "--out", str(small)]  # fmt: skip
     if not small.is_file():
-        (work / "wiki.txt").write_text(text(data, "valid")[0], encoding="utf-8")
+        (work / "wiki.txt").write_text(text(data, "valid")[0][:TEXT], encoding="utf-8")
         subprocess.run([sys.executable, "-m", "llmbrain", *command], check=True)
     model, tokenizer = lb.load_model(small)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
@@ -153,28 +178,28 @@ def checks(data: Path, work: Path, record: Record) -> None:
 
 
 def latency(data: Path, work: Path, record: Record, args: argparse.Namespace) -> None:
-    """Every case in every engine, one batch size at a time."""
-    for case in CASES:
-        if args.quick and not case.quick:
+    """Every case in every engine, one batch size at a time, cases of one batch size after one another."""
+    cases = [case for case in CASES if case.quick or not args.quick]
+    paths = {case.label: build(case, data, work, record) for case in cases}
+    for batch, engine, case in product(args.batch, args.engine, cases):
+        label = f"{case.label} | {engine} | {batch}"
+        if record.done("latency", label):
             continue
-        folder, file = build(case, data, work)
-        for engine, path in (("llama.cpp", file), ("transformers", folder)):
-            for batch in args.batch:
-                label = f"{case.label} | {engine} | {batch}"
-                if record.done("latency", label):
-                    continue
-                start, load = time.perf_counter(), os.getloadavg()[0]
-                table = latency_table(
-                    [path], engine=engine, batch_sizes=[batch], prompt=args.prompt, new_tokens=args.new_tokens,
-                    repeats=args.repeats, threads=args.threads,
-                )  # fmt: skip
-                rows = table.drop(columns=["model", "relative"]).to_dict("records")
-                record.add("latency", label, {
-                    "case": case.label, "rows": rows, "load": [round(load, 1), round(os.getloadavg()[0], 1)],
-                    "prompt": args.prompt, "new_tokens": args.new_tokens, "repeats": args.repeats,
-                    "threads": args.threads, "seconds": round(time.perf_counter() - start, 1),
-                    "bytes": file.stat().st_size,
-                })  # fmt: skip
+        if time.monotonic() - BEGAN > args.minutes * 60:
+            print("not all is measured yet: call again", flush=True)
+            return
+        folder, file = paths[case.label]
+        start, load = time.perf_counter(), os.getloadavg()[0]
+        table = latency_table(
+            [file if engine == "llama.cpp" else folder], engine=engine, batch_sizes=[batch], prompt=args.prompt,
+            new_tokens=args.new_tokens, repeats=args.repeats, threads=args.threads,
+        )  # fmt: skip
+        record.add("latency", label, {
+            "case": case.label, "rows": table.drop(columns=["model", "relative"]).to_dict("records"),
+            "load": [round(load, 1), round(os.getloadavg()[0], 1)], "prompt": args.prompt,
+            "new_tokens": args.new_tokens, "repeats": args.repeats, "threads": args.threads,
+            "seconds": round(time.perf_counter() - start, 1),
+        })  # fmt: skip
 
 
 def as_markdown(held: dict[str, Any]) -> str:
@@ -197,30 +222,45 @@ def as_markdown(held: dict[str, Any]) -> str:
             what = f"{kind} ({row['bytes'] / 2**20:.0f} MiB): perplexity on {row['tokens']} tokens of WikiText-2 test"
             lines.append(f"| {what}, llama.cpp and llmbrain | {row['llama.cpp']:.3f}, {row['llmbrain']:.3f} "
                          f"({row['apart']:+.2%}) |")  # fmt: skip
+    if found := held.get("models", {}):
+        tokens = f"{next(iter(found.values()))['tokens']:,} tokens of WikiText-2 test"
+        lines += [
+            "",
+            f"| model | parameters | f16 file, MiB | perplexity ({tokens}) | layers without MLP, attention |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {case} | {row['parameters'] / 1e6:.1f}M | {row['bytes'] / 2**20:.0f} | {row['perplexity']:.1f} | "
+            f"{row['no_mlp']}, {row['no_attention']} |"
+            for case, row in found.items()
+        ]
     found = held.get("latency", {})
     if not found:
         return "\n".join(lines) + "\n"
-    rows = [{"case": one["case"], "load": max(one["load"]), **row} for one in found.values() for row in one["rows"]]
-    table = pd.DataFrame(rows)
-    dense = table[table["case"] == "dense"].set_index(["engine", "phase", "batch"])["tokens_per_second"]
     first = next(iter(found.values()))
     lines += [
         "",
         f"Prompt {first['prompt']} tokens, {first['new_tokens']} written, {first['repeats']} timed runs, "
-        f"{first['threads']} threads; weights float16 in llama.cpp, float32 in transformers; seconds are medians with "
-        "quartiles; load is the machine's (processes that wanted to run), ours included.",
-        "",
-        "| model | engine | phase | batch | tokens/s | seconds | to dense | peak MiB | load |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"{first['threads']} threads; weights float16 in llama.cpp, float32 in transformers. Tokens a second: median "
+        "(quartiles), times that of the dense model; peak memory of the process. Load is the machine's (processes that "
+        "wanted to run), ours included.",
     ]
-    for _, r in table.sort_values(["engine", "phase", "batch"], kind="stable").iterrows():
-        key = (r["engine"], r["phase"], r["batch"])
-        ratio = f"{r['tokens_per_second'] / dense[key]:.2f} x" if key in dense.index else ""
-        lines.append(
-            f"| {r['case']} | {r['engine']} | {r['phase']} | {r['batch']} | {r['tokens_per_second']:.1f} | "
-            f"{r['seconds']:.3f} ({r['seconds_low']:.3f} to {r['seconds_high']:.3f}) | {ratio} | "
-            f"{r['peak_memory'] / 2**20:.0f} | {r['load']:.1f} |"
-        )
+    rows = [{"case": one["case"], "load": max(one["load"]), **row} for one in found.values() for row in one["rows"]]
+    for (engine, batch), table in pd.DataFrame(rows).groupby(["engine", "batch"]):
+        head = "| model | prefill, tokens/s | | decode, tokens/s | | peak MiB | load |"
+        lines += ["", f"{engine}, {batch} at once:", "", head, "|---|---|---|---|---|---|---|"]
+        dense: dict[str, float] = {}
+        for case, pair in table.groupby("case", sort=False):
+            cells = []
+            for phase in ("prefill", "decode"):
+                r = pair[pair["phase"] == phase].iloc[0]
+                middle = r["tokens_per_second"]
+                total = middle * r["seconds"]
+                dense.setdefault(phase, middle if case == "dense" else float("nan"))
+                cells.append(f"{middle:.0f} ({total / r['seconds_high']:.0f} to {total / r['seconds_low']:.0f}) | "
+                             f"{middle / dense[phase]:.2f} x")  # fmt: skip
+            most = pair["peak_memory"].max() / 2**20
+            lines.append(f"| {case} | {cells[0]} | {cells[1]} | {most:.0f} | {pair['load'].max():.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -229,9 +269,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLMBRAIN_TEST_DATA", "../shared/data")))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmbrain-serving")
-    parser.add_argument("--part", choices=["checks", "latency"], action="append")
-    parser.add_argument("--anew", choices=["checks", "latency"], action="append", default=[])
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--anew", choices=[*PARTS, "models"], action="append", default=[])
     parser.add_argument("--quick", action="store_true", help="The main cases only.")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="No new row is begun after so long.")
+    parser.add_argument("--engine", nargs="+", default=["llama.cpp", "transformers"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -243,9 +285,13 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     record = Record(RESULTS / "serving.json", args.anew)
-    for part in args.part or ["checks", "latency"]:
+    for part in args.part or PARTS:
         if part == "checks":
             checks(args.data, args.work, record)
+        elif part == "build":
+            for case in CASES:
+                if case.quick or not args.quick:
+                    build(case, args.data, args.work, record)
         else:
             latency(args.data, args.work, record, args)
 

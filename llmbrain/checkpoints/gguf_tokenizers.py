@@ -75,13 +75,15 @@ def read_whole(fields: dict[str, Any]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def copy_tokenizer(writer: gguf.GGUFWriter, like: Path, vocabulary: int) -> None:
+def copy_tokenizer(
+    writer: gguf.GGUFWriter, like: Path, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Write the tokenizer keys of another GGUF file.
 
     Raises
     ------
     InputError
-        If `like` is no GGUF file or its tokenizer has more tokens than the model.
+        If `like` is no GGUF file, its tokenizer has not as many tokens as the model, or others than `tokenizer`.
     """
     import gguf
 
@@ -89,15 +91,31 @@ def copy_tokenizer(writer: gguf.GGUFWriter, like: Path, vocabulary: int) -> None
     tokens = fields.get("tokenizer.ggml.tokens")
     if tokens is None:
         raise InputError(f"like={str(like)!r} holds no tokenizer: name the GGUF of the dense model")
-    if len(tokens.data) > vocabulary:
+    if len(tokens.data) != vocabulary:
         raise InputError(
             f"like={str(like)!r} has {len(tokens.data)} tokens, the model {vocabulary}: it is of another model"
         )
+    if tokenizer is not None:
+        _check_same(tokenizer, tokens.contents(), like)
     for name, field in fields.items():
         if not name.startswith("tokenizer.") or name == WHOLE:
             continue
         sub = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), field.types[0], sub)
+
+
+def _check_same(tokenizer: PreTrainedTokenizerBase, tokens: list[str], like: Path) -> None:
+    """Refuse a file whose tokens are others; added ones, which llama.cpp's converter renames, may have other names."""
+    added = tokenizer.get_added_vocab()
+    ours = {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
+    differ = [number for number, token in sorted(ours.items()) if number >= len(tokens) or tokens[number] != token]
+    if differ:
+        number = differ[0]
+        there = tokens[number] if number < len(tokens) else None
+        raise InputError(
+            f"like={str(like)!r} is of another model: {len(differ):,} of {len(ours):,} tokens are others, such as "
+            f"{number}, {there!r} there and {ours[number]!r} in the tokenizer"
+        )
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

@@ -95,7 +95,7 @@ def write_gguf(
             _write_keys(writer, model, target, gguf_type)
             vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
             if like is not None:
-                copy_tokenizer(writer, Path(like), vocabulary)
+                copy_tokenizer(writer, Path(like), vocabulary, tokenizer)
             else:
                 assert tokenizer is not None
                 write_tokenizer(writer, tokenizer, vocabulary)
@@ -141,9 +141,10 @@ def target_of(model: nn.Module) -> Target:
             f"format='gguf' knows {', '.join(sorted(TARGETS))} language models, not {type(model).__name__}: {_INSTEAD}"
         )
     own, other = TARGETS[kind]
-    layers = anatomy(model).layers
+    blocks = blocks_of(anatomy(model).layers)
+    if all(HEADS.is_gone(layer) for layer in blocks):
+        raise InputError(f"format='gguf': no layer of this {kind} model has its attention, which llama.cpp asks for")
     _check_config(model, kind)
-    blocks = blocks_of(layers)
     uneven = len({(width_of(layer), *heads_of(i, layer)) for i, layer in enumerate(blocks)}) > 1
     biased = any(_bias(part) for layer in blocks for part in (layer.down, layer.out))
     missing = any(layer.out is None or (layer.n_kv_heads < 1 and not HEADS.is_gone(layer)) for layer in blocks)
@@ -154,7 +155,9 @@ def target_of(model: nn.Module) -> Target:
             f"format='gguf': llama.cpp reads no {kind} model whose layers lack their attention alone: save as 'padded' "
             "(plain transformers), or plan whole layers (method='shortgpt')"
         )
-    if not uneven and (not biased or own.output_bias):
+    # qwen2 of llama.cpp takes for granted that all heads together are as wide as the model
+    odd = kind == "qwen2" and any(layer.n_heads * layer.head_dim != config.hidden_size for layer in blocks)
+    if not uneven and not odd and (not biased or own.output_bias):
         return own
     why = "layers that differ" if uneven else "a bias (the intercept of the repair)"
     if other is None:
@@ -224,12 +227,12 @@ def _check_config(model: nn.Module, kind: str) -> None:
     """What llama.cpp would compute in another way than transformers."""
     config: Any = model.config
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    inner = rope.get("full_attention", rope) or {}
-    scaling = inner.get("rope_type", "default")
-    if scaling not in ("default", "llama3") or (scaling == "llama3" and kind not in ("llama", "mistral")):
-        raise InputError(f"format='gguf': rotary positions of type {scaling!r} are not written: {_INSTEAD}")
-    if inner.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"format='gguf': partial_rotary_factor={inner['partial_rotary_factor']} is not written")
+    for inner in (rope.get("full_attention", rope) or {}, rope.get("sliding_attention") or {}):
+        scaling = inner.get("rope_type", "default")
+        if scaling not in ("default", "llama3") or (scaling == "llama3" and kind not in ("llama", "mistral")):
+            raise InputError(f"format='gguf': rotary positions of type {scaling!r} are not written: {_INSTEAD}")
+        if inner.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError(f"format='gguf': partial_rotary_factor={inner['partial_rotary_factor']} is not written")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     allowed = ("gelu_pytorch_tanh",) if kind.startswith("gemma") else ("silu", "swish")
     if activation not in allowed:
@@ -240,19 +243,39 @@ def _check_config(model: nn.Module, kind: str) -> None:
         raise InputError(f"format='gguf': sliding_window={window} below the context of {longest} is not written")
     if kind in ("qwen2", "qwen3") and getattr(config, "use_sliding_window", False):
         raise InputError(f"format='gguf': use_sliding_window=True of {kind} is not written")
-    if kind in ("gemma2", "gemma3_text"):
-        every = 2 if kind == "gemma2" else 6
-        blocks = blocks_of(anatomy(model).layers)
-        wanted = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(blocks))]
-        if [config.layer_types[layer.index] for layer in blocks] != wanted:
-            raise InputError(f"format='gguf': llama.cpp computes every {every}th layer of {kind} with full attention")
-        head = max(layer.head_dim for layer in blocks)
-        if config.query_pre_attn_scalar != head:
-            raise InputError(
-                f"format='gguf': query_pre_attn_scalar={config.query_pre_attn_scalar}, llama.cpp takes head_dim={head}"
-            )
-        if getattr(config, "use_bidirectional_attention", False):
-            raise InputError("format='gguf': use_bidirectional_attention=True is not written")
+    if kind.startswith("gemma"):
+        _check_gemma(model, kind)
+
+
+def _check_gemma(model: nn.Module, kind: str) -> None:
+    config: Any = model.config
+    if kind in ("gemma", "gemma2") and not config.tie_word_embeddings:
+        raise InputError(
+            f"format='gguf': llama.cpp reads no {kind} model with an output matrix of its own (untied embeddings): "
+            "save as 'padded' (plain transformers)"
+        )
+    if kind == "gemma":
+        return
+    every = 2 if kind == "gemma2" else 6
+    blocks = blocks_of(anatomy(model).layers)
+    wanted = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(blocks))]
+    if [config.layer_types[layer.index] for layer in blocks] != wanted:
+        raise InputError(f"format='gguf': llama.cpp computes every {every}th layer of {kind} with full attention")
+    first = max(blocks, key=lambda layer: layer.head_dim)
+    scale, name = first.head_dim, "head_dim"
+    if len(blocks) == (46 if kind == "gemma2" else 62):  # by this number llama.cpp knows the 27B models
+        scale, name = config.hidden_size / max(first.n_heads, 1), "the hidden size over the heads"
+    if config.query_pre_attn_scalar != scale:
+        raise InputError(
+            f"format='gguf': query_pre_attn_scalar={config.query_pre_attn_scalar}, of a {kind} model of {len(blocks)} "
+            f"layers llama.cpp takes {name}, {scale:g}"
+        )
+    if kind == "gemma2" and not (config.final_logit_softcapping and config.attn_logit_softcapping):
+        raise InputError("format='gguf': llama.cpp computes no gemma2 without soft caps of logits and attention")
+    if kind == "gemma3_text" and config.attn_logit_softcapping:
+        raise InputError(f"format='gguf': attn_logit_softcapping={config.attn_logit_softcapping} of gemma3 is not read")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise InputError("format='gguf': use_bidirectional_attention=True is not written")
 
 
 def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -> None:
@@ -286,8 +309,11 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
     if target.arch in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
     if target.arch == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping or 0.0)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if target.arch in ("gemma2", "gemma3") and config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if "sliding_attention" in rope:
+        writer.add_float32(f"{target.arch}.rope.freq_base_swa", float(rope["sliding_attention"]["rope_theta"]))
 
 
 def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tuple[str, NDArray[Any], Any]]:

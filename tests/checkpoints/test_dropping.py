@@ -129,6 +129,15 @@ def test_llama_cpp_computes_what_is_left(family, mlp, attention, tokenizer, tmp_
     assert engine.generate(ids[0].tolist(), 16) == text[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_llama_cpp_asks_for_one_attention(family, tokenizer, tmp_path):
+    model = make(family)
+    for layer in anatomy(model).layers:
+        drop(layer, HEADS)
+    with pytest.raises(InputError, match=f"no layer of this {family} model has its attention"):
+        lb.save_pruned(model, tokenizer, tmp_path / "small.gguf", format="gguf")
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_llama_cpp_has_no_place_for_these_without_an_attention(family, tokenizer, tmp_path):
     model = make(family)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
 from gguf_models import FAMILIES, PROMPT, SHARED, TableGelu, make
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 import llmbrain as lb
@@ -71,7 +73,10 @@ def test_the_file_holds_the_model(family, how, tokenizer, tmp_path):
             reference = model(ids).logits[0, -1].double().log_softmax(-1)
     # float32 in another order of sums; the sandwich norms of Gemma 3 magnify what is left of the table
     scale = max(1.0, float(wanted[0, -1].abs().max()))
-    assert max(abs(found[i] - float(reference[i])) for i in found) < (5e-4 if family == "gemma3" else 1e-4) * scale
+    assert (
+        max(abs(found[i] - float(reference[i])) for i in found)
+        < (5e-4 if family.startswith("gemma3") else 1e-4) * scale
+    )
     written = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert engine.generate(ids[0].tolist(), 16) == written[0, ids.shape[1] :].tolist()
 
@@ -99,6 +104,45 @@ def test_like_gives_the_tokenizer_of_the_dense_file(tokenizer, tmp_path):
     for key in theirs:
         if key.startswith("tokenizer.ggml"):
             assert ours[key].contents() == theirs[key].contents(), key
+
+
+def test_like_of_another_model_is_refused(tokenizer, tmp_path):
+    there = lb.save_pruned(make("llama"), _renamed(tokenizer), tmp_path / "other.gguf", format="gguf")
+    with pytest.raises(InputError, match=r"is of another model: 2 of 509 tokens are others, such as 300"):
+        lb.save_pruned(make("llama"), tokenizer, tmp_path / "small.gguf", format="gguf", like=there)
+    for vocabulary in (500, 640):
+        with pytest.raises(InputError, match=f"has 512 tokens, the model {vocabulary}: it is of another model"):
+            lb.save_pruned(
+                make("llama", vocab_size=vocabulary), None, tmp_path / "small.gguf", format="gguf", like=there
+            )
+    assert [path.name for path in tmp_path.iterdir()] == ["other.gguf"]
+
+
+def _renamed(tokenizer):
+    """A tokenizer of as many tokens, some of which are others."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {number: token for token, number in state["model"]["vocab"].items()}
+    names[300], names[301] = names[301], names[300]
+    state["model"]["vocab"] = {token: number for number, token in sorted(names.items())}
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>")
+
+
+OTHERWISE = {
+    "reads no gemma model with an output matrix of its own": ("gemma", {"tie_word_embeddings": False}),
+    "reads no gemma2 model with an output matrix of its own": ("gemma2", {"tie_word_embeddings": False}),
+    "computes no gemma2 without soft caps": ("gemma2", {"final_logit_softcapping": None}),
+    "of a gemma2 model of 46 layers llama.cpp takes the hidden size over the heads, 8": (
+        "gemma2", {"num_hidden_layers": 46, "hidden_size": 32}),
+    "of a gemma3_text model of 6 layers llama.cpp takes head_dim, 16": ("gemma3", {"query_pre_attn_scalar": 8}),
+    "attn_logit_softcapping=5.0 of gemma3 is not read": ("gemma3", {"attn_logit_softcapping": 5.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", OTHERWISE)
+def test_what_llama_cpp_computes_in_another_way_is_refused(message, tokenizer, tmp_path):
+    family, options = OTHERWISE[message]
+    with pytest.raises(InputError, match=message):
+        lb.save_pruned(make(family, **options), tokenizer, tmp_path / "small.gguf", format="gguf")
 
 
 REFUSED = {
