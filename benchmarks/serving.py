@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import llmbrain as lb
 from llmbrain.anatomy import anatomy
 from llmbrain.anatomy.units import HEADS, NEURONS
 from llmbrain.evaluation import LlamaCpp
+from llmbrain.evaluation import latency as of_model
 from llmbrain.hooks.text import as_windows
 from llmbrain.study.speed import latency_table
 
@@ -41,6 +43,7 @@ WINDOW, WINDOWS = 256, 16  # of calibration text of the latency table: speed ask
 TEXT = 60_000  # characters of calibration text of the command
 HELD = 16  # windows of test text of the latency table
 TESTED = 2  # windows of test text that llama.cpp reads token by token
+MADE = "small.gguf"  # what the command wrote, which is the case "30%" then
 PARTS = ("checks", "build", "latency")
 BEGAN = time.monotonic()
 
@@ -108,24 +111,37 @@ class Record:
         print(f"{part}: {label}: {json.dumps(value)[:300]}", flush=True)
 
 
-def build(case: Case, data: Path, work: Path, record: Record) -> tuple[Path, Path]:
+@cache
+def dense(source: Path) -> tuple[Any, Any]:
+    """The model as it is, and its tokenizer."""
+    return lb.load_model(source, device="auto")
+
+
+def build(case: Case, record: Record, args: argparse.Namespace) -> tuple[Path, Path]:
     """The folder and the GGUF file of a case, pruned where they are not there yet."""
+    data, work, engines, source = args.data, args.work, args.engine, args.data / args.model
     folder, file = work / case.name, work / f"{case.name}.gguf"
-    if (folder / "config.json").is_file() and file.is_file() and record.done("models", case.label):
+    there = (folder / "config.json").is_file() and (file.is_file() or "llama.cpp" not in engines)
+    if there and record.done("models", case.label):
         return folder, file
-    model, tokenizer = lb.load_model(data / MODEL)
+    model, tokenizer = dense(source)
     parameters = sum(p.numel() for p in model.parameters())
-    if case.plan:
+    made = work / MADE
+    if case.name == "30" and made.is_file():
+        model = lb.load_model(made)[0]
+    elif case.plan:
         windows = as_windows(model, tokenizer, text(data, "valid"), WINDOW, WINDOWS)
         plan = lb.plan_pruning(model, calibration=windows, max_windows=WINDOWS, **case.plan)
         print(plan.summary(), flush=True)
         model = lb.prune(model, plan, calibration=windows, max_windows=WINDOWS, compensate="least-squares")
     held = as_windows(model, tokenizer, text(data, "test"), WINDOW, HELD)
     lb.save_pruned(model, tokenizer, folder, overwrite=True)
-    lb.save_pruned(model, tokenizer, file, format="gguf", gguf_type="f16", like=data / MODEL, overwrite=True)
+    if "llama.cpp" in engines:
+        lb.save_pruned(model, tokenizer, file, format="gguf", gguf_type="f16", like=source, overwrite=True)
     layers = anatomy(model).layers
     record.add("models", case.label, {
-        "parameters": sum(p.numel() for p in model.parameters()), "of": parameters, "bytes": file.stat().st_size,
+        "parameters": sum(p.numel() for p in model.parameters()), "of": parameters,
+        "bytes": file.stat().st_size if file.is_file() else None,
         "perplexity": lb.perplexity(model, None, held), "tokens": held.numel() - len(held),
         "no_mlp": sum(map(NEURONS.is_gone, layers)), "no_attention": sum(map(HEADS.is_gone, layers)),
     })  # fmt: skip
@@ -134,7 +150,7 @@ def build(case: Case, data: Path, work: Path, record: Record) -> tuple[Path, Pat
 
 def checks(data: Path, work: Path, record: Record) -> None:
     """The command of the guide, and what its file says in llama.cpp."""
-    small = work / "small.gguf"
+    small = work / MADE
     command = ["prune", str(data / MODEL), "--text", str(work / "wiki.txt"), "--ratio", "0.3", "--method", "flap",
                "--allocation", "global", "--format", "gguf", "--gguf-type", "f16", "--out", str(small)]  # fmt: skip
     if not small.is_file():
@@ -177,10 +193,10 @@ def checks(data: Path, work: Path, record: Record) -> None:
         })  # fmt: skip
 
 
-def latency(data: Path, work: Path, record: Record, args: argparse.Namespace) -> None:
+def latency(record: Record, args: argparse.Namespace) -> None:
     """Every case in every engine, one batch size at a time, cases of one batch size after one another."""
     cases = [case for case in CASES if case.quick or not args.quick]
-    paths = {case.label: build(case, data, work, record) for case in cases}
+    paths = {case.label: build(case, record, args) for case in cases}
     for batch, engine, case in product(args.batch, args.engine, cases):
         label = f"{case.label} | {engine} | {batch}"
         if record.done("latency", label):
@@ -190,16 +206,24 @@ def latency(data: Path, work: Path, record: Record, args: argparse.Namespace) ->
             return
         folder, file = paths[case.label]
         start, load = time.perf_counter(), os.getloadavg()[0]
-        table = latency_table(
-            [file if engine == "llama.cpp" else folder], engine=engine, batch_sizes=[batch], prompt=args.prompt,
-            new_tokens=args.new_tokens, repeats=args.repeats, threads=args.threads,
-        )  # fmt: skip
+        how: dict[str, Any] = {"batch_sizes": [batch], "prompt": args.prompt, "new_tokens": args.new_tokens,
+                               "repeats": args.repeats}  # fmt: skip
+        if engine == "transformers" and torch.cuda.is_available():  # its memory is known without a process of its own
+            table = of_model(lb.load_model(folder, dtype=args.dtype, device="auto")[0], **how).assign(engine=engine)
+        else:
+            path = file if engine == "llama.cpp" else folder
+            table = latency_table([path], engine=engine, threads=args.threads, dtype=args.dtype, **how)
         record.add("latency", label, {
-            "case": case.label, "rows": table.drop(columns=["model", "relative"]).to_dict("records"),
+            "case": case.label, "rows": table.drop(columns=["model", "relative"], errors="ignore").to_dict("records"),
             "load": [round(load, 1), round(os.getloadavg()[0], 1)], "prompt": args.prompt,
             "new_tokens": args.new_tokens, "repeats": args.repeats, "threads": args.threads,
-            "seconds": round(time.perf_counter() - start, 1),
+            "dtype": args.dtype or "float32", "device": device_name(), "seconds": round(time.perf_counter() - start, 1),
         })  # fmt: skip
+
+
+def device_name() -> str:
+    """Of the GPU, where there is one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def as_markdown(held: dict[str, Any]) -> str:
@@ -229,20 +253,22 @@ def as_markdown(held: dict[str, Any]) -> str:
             f"| model | parameters | f16 file, MiB | perplexity ({tokens}) | layers without MLP, attention |",
             "|---|---|---|---|---|",
         ]
-        lines += [
-            f"| {case} | {row['parameters'] / 1e6:.1f}M | {row['bytes'] / 2**20:.0f} | {row['perplexity']:.1f} | "
-            f"{row['no_mlp']}, {row['no_attention']} |"
-            for case, row in found.items()
-        ]
+        for case, row in found.items():
+            size = f"{row['bytes'] / 2**20:.0f}" if row["bytes"] else ""
+            lines.append(
+                f"| {case} | {row['parameters'] / 1e6:.1f}M | {size} | {row['perplexity']:.1f} | {row['no_mlp']}, "
+                f"{row['no_attention']} |"
+            )
     found = held.get("latency", {})
     if not found:
         return "\n".join(lines) + "\n"
     first = next(iter(found.values()))
+    where = first["device"] or f"{first['threads']} threads"
     lines += [
         "",
-        f"Prompt {first['prompt']} tokens, {first['new_tokens']} written, {first['repeats']} timed runs, "
-        f"{first['threads']} threads; weights float16 in llama.cpp, float32 in transformers. Tokens a second: median "
-        "(quartiles), times that of the dense model; peak memory of the process. Load is the machine's (processes that "
+        f"Prompt {first['prompt']} tokens, {first['new_tokens']} written, {first['repeats']} timed runs, {where}; "
+        f"weights float16 in llama.cpp, {first['dtype']} in transformers. Tokens a second: median (quartiles), times "
+        "that of the dense model; peak memory of the process, or on the GPU. Load is the machine's (processes that "
         "wanted to run), ours included.",
     ]
     rows = [{"case": one["case"], "load": max(one["load"]), **row} for one in found.values() for row in one["rows"]]
@@ -268,11 +294,14 @@ def main() -> None:
     """Run what is asked for and not done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LLMBRAIN_TEST_DATA", "../shared/data")))
+    parser.add_argument("--model", default=MODEL, help="In --data.")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmbrain-serving")
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--anew", choices=[*PARTS, "models"], action="append", default=[])
     parser.add_argument("--quick", action="store_true", help="The main cases only.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="No new row is begun after so long.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of serving.json and serving.md.")
+    parser.add_argument("--dtype", help="Of the weights in transformers; default as saved.")
     parser.add_argument("--engine", nargs="+", default=["llama.cpp", "transformers"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=64)
@@ -284,16 +313,16 @@ def main() -> None:
         print("note: models take about 6 GB in --work")
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    record = Record(RESULTS / "serving.json", args.anew)
+    record = Record(args.results / "serving.json", args.anew)
     for part in args.part or PARTS:
         if part == "checks":
             checks(args.data, args.work, record)
         elif part == "build":
             for case in CASES:
                 if case.quick or not args.quick:
-                    build(case, args.data, args.work, record)
+                    build(case, record, args)
         else:
-            latency(args.data, args.work, record, args)
+            latency(record, args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 32  # numbers in one block of Q8_0, which are read and quantized at once
+K_BLOCK = 256  # the same of K-quants
 CONFIG = "llmbrain.config"  # our own key: config.json of the model, so that files of uneven layers open here again
 CLASS = "llmbrain.class"
 PROVENANCE = "llmbrain.pruning"

@@ -17,8 +17,10 @@ from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import LayerAnatomy, anatomy
 from llmbrain.anatomy.units import HEADS, NEURONS
 from llmbrain.checkpoints.gguf_layout import (
+    BLOCK,
     CLASS,
     CONFIG,
+    K_BLOCK,
     NORM_OF_ATTENTION,
     PROVENANCE,
     ROPE_FACTORS,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
-_BLOCK = 32  # numbers in one block of Q8_0
 _INSTEAD = "save as 'padded' (plain transformers), or plan with allocation='uniform' and intercept=False"
 
 
@@ -173,7 +174,7 @@ def width_of(layer: LayerAnatomy) -> int:
 
     One without an MLP gets some that are zero: llama.cpp leaves out the attention too where there are none.
     """
-    return _BLOCK if NEURONS.is_gone(layer) else layer.width
+    return BLOCK if NEURONS.is_gone(layer) else layer.width
 
 
 def heads_of(number: int, layer: LayerAnatomy) -> tuple[int, int]:
@@ -209,13 +210,13 @@ def holds_lone_mlps(model: nn.Module) -> bool:
 
 def odd_widths(widths: Sequence[int], gguf_type: str = "f16") -> str | None:
     """Why widths are bad for llama.cpp, or None: blocks of 32 numbers are quantized, and read, at once."""
-    odd = [width for width in widths if width % _BLOCK]
+    odd = [width for width in widths if width % BLOCK]
     if not odd:
         return None
     stays = f"; with {gguf_type} their ffn_down stays float16" if gguf_type == "q8_0" else ""
     return (
-        f"{len(odd)} of {len(widths)} layers have a width that is no multiple of {_BLOCK}, such as {odd[0]}: llama.cpp "
-        f"is slower there, and cannot quantize them{stays}: plan with multiple_of={_BLOCK} (256 for K-quants)"
+        f"{len(odd)} of {len(widths)} layers have a width that is no multiple of {BLOCK}, such as {odd[0]}: llama.cpp "
+        f"is slower there, and cannot quantize them{stays}: plan with multiple_of={BLOCK} ({K_BLOCK} for K-quants)"
     )
 
 
@@ -349,7 +350,7 @@ def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tup
                 fused.setdefault(suffix, []).append(value)
             else:
                 yield _encoded(f"blk.{i}.{target.names[module]}.{suffix}", value, gguf_type)
-        zeros = _BLOCK if NEURONS.is_gone(layer) else 0
+        zeros = BLOCK if NEURONS.is_gone(layer) else 0
         for name in ZEROS_OF_MLP if zeros else ():
             shape = (config.hidden_size, zeros) if name == ZEROS_OF_MLP[-1] else (zeros, config.hidden_size)
             yield _encoded(f"blk.{i}.{name}.weight", torch.zeros(shape), gguf_type)
@@ -389,7 +390,7 @@ def _encoded(name: str, tensor: Tensor, gguf_type: str) -> tuple[str, NDArray[An
     if values.ndim < 2:
         return name, values, gguf.GGMLQuantizationType.F32
     kind = gguf_type
-    if kind == "q8_0" and values.shape[-1] % _BLOCK:
+    if kind == "q8_0" and values.shape[-1] % BLOCK:
         kind = "f16"
     if kind == "f16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise InputError(f"gguf_type={gguf_type!r}: {name} holds values beyond float16: use 'bf16' or 'f32'")

@@ -22,6 +22,7 @@ from llmbrain.anatomy.offload import present
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.anatomy.surgery import part_parameters
 from llmbrain.anatomy.units import HEADS, NEURONS, Units
+from llmbrain.checkpoints.gguf_layout import BLOCK, K_BLOCK
 from llmbrain.distributed import ranks
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
@@ -185,10 +186,25 @@ class PruningPlan:
         for part, layers in self.dropped.items():
             if layers:
                 lines.append(f"{'MLP' if part == 'mlp' else part} of layers {list(layers)} dropped whole")
+        if odd := self._odd_widths():
+            lines.append(odd)
         if self.protect:
             lines.append(f"layers {list(self.protect)} protected")
         lines += [f"note: {note}" for note in self.details.get("notes", [])]
         return "\n".join(lines)
+
+    def _odd_widths(self) -> str | None:
+        """A line on widths that engines read more slowly and quantize worse; None where the cut leaves none."""
+        cut = [(width, before) for width, before in zip(self.widths, self.widths_before) if 0 < width < before]
+        for block, what in ((BLOCK, "slower in llama.cpp, and not quantized there"),
+                            (K_BLOCK, "of a larger type in llama.cpp's K-quants")):  # fmt: skip
+            odd = [width for width, before in cut if width % block and not before % block]
+            if odd:
+                return (
+                    f"no multiple of {block}: {len(odd)} of {len(self.widths)} widths, such as {odd[0]} ({what}; "
+                    f"multiple_of={block} avoids it)"
+                )
+        return None
 
     def token_weights(self, windows: Tensor) -> Tensor | None:
         """How much each token of these calibration windows counted in the plan, ``(n, window)``.

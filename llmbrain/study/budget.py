@@ -71,11 +71,14 @@ def _smaller(how: Settings, name: str, value: Any, pinned: Collection[str]) -> S
     if name == "method":
         if "allocation" in pinned or how.forget or how.keep or how.expert_ratio is not None:
             return None
-        now = plan_passes(how.method, how.allocation, how.passes)
-        return replace(how, method=value, allocation=None) if plan_passes(value, None, how.passes) < now else None
+        drop = how.drop or ()
+        now = plan_passes(how.method, how.allocation, how.passes, drop=drop)
+        fewer = plan_passes(value, None, how.passes, drop=drop) < now
+        return replace(how, method=value, allocation=None) if fewer else None
     before = getattr(how, name)
-    if name == "passes" and how.allocation not in (None, "search", "sensitivity"):
-        return None
-    if name == "passes" and how.allocation is None and how.method != "networks":
-        return None
+    if name == "passes" and not how.drop:
+        if how.allocation not in (None, "search", "sensitivity"):
+            return None
+        if how.allocation is None and how.method != "networks":
+            return None
     return replace(how, **{name: value}) if before is None or value < before else None

@@ -294,7 +294,7 @@ def run_cost(
     work = subject.token_work(window)
     length = min(how.run_length or n_tokens, n_tokens)
     k = how.n_components if isinstance(how.n_components, int) else 32
-    planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio)
+    planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio, how.drop or ())
     repair = OF_REPAIR if how.compensate else 0.0
     if how.expert_ratio is not None:  # scores are one pass, of networks and chance none
         planning = 0.0 if how.method in ("networks", "random") else 1.0

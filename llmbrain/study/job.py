@@ -33,7 +33,7 @@ from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
-from llmbrain.study.smaller import cut, evidence_of
+from llmbrain.study.smaller import check_drop_fits, cut, evidence_of
 from llmbrain.study.texts import limit_tokens, split_texts
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ def run(
         how, gave_up = subject.fit(asked, limit, list(options))
     if how.format == "gguf":
         demands(model)  # whether a GGUF has a place for it: before the work
+    check_drop_fits(model, how.drop or (), how.method, how.format)
     sample = Sample.of_texts(
         model, tokenizer, subject.texts, n_calibration=subject.n_calibration, tokens=how.eval_tokens,
         max_windows=how.max_windows, wanted=limit is None and how.is_sample_asked,
@@ -299,8 +300,8 @@ def _smaller(
     return cut(
         model, tokenizer, evidence=evidence, out=study.folder / (PRUNED_GGUF if how.format == "gguf" else "pruned"),
         ratio=how.ratio, method=how.method, compensate=how.compensate, allocation=how.allocation,
-        multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, passes=how.passes,
-        token_balance=how.token_balance, keep=how.keep, forget=how.forget, format=how.format,
+        multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, drop=how.drop or (),
+        passes=how.passes, token_balance=how.token_balance, keep=how.keep, forget=how.forget, format=how.format,
         gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
         progress=tell,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.checkpoints import FORMATS
 from llmbrain.checkpoints.gguf_writing import GGUF_TYPES
 from llmbrain.hooks.sites import check_sites
+from llmbrain.pruning.allocate.blocks import check_drop, check_whole
 from llmbrain.pruning.allocate.search import PASSES
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import BALANCE
@@ -46,6 +47,8 @@ class Settings:
         The same, in windows.
     ratio, expert_ratio, method, compensate, allocation, multiple_of, protect, head_ratio
         See `plan_pruning` and `prune`.
+    drop : tuple of str, optional
+        Parts that may be set to nothing in some layers: ``"mlp"``, ``"attention"``, or both.
     passes, token_balance, keep, forget
         See `plan_pruning` and `prune`.
     self_text : int, optional
@@ -77,6 +80,7 @@ class Settings:
     multiple_of: int = 1
     protect: tuple[int, ...] | None = None
     head_ratio: float = 0.0
+    drop: tuple[str, ...] | None = None
     passes: float = PASSES
     token_balance: float = BALANCE
     self_text: int | None = None
@@ -89,7 +93,8 @@ class Settings:
     expert_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("protect", "keep", "forget"):  # lists of a file or a caller
+        object.__setattr__(self, "drop", check_drop(self.drop))
+        for name in ("protect", "keep", "forget", "drop"):  # lists of a file or a caller
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if value or (value is not None and name == "protect") else None)
         if self.random_state is None:  # drawn once and recorded: the study can be repeated
@@ -97,12 +102,18 @@ class Settings:
         if self.expert_ratio is not None:
             check_range("expert_ratio", self.expert_ratio, 0, 1, open_low=True, open_high=True)
             beside = {"ratio": self.ratio, "protect": self.protect, "head_ratio": self.head_ratio, "keep": self.keep,
-                      "forget": self.forget, "self_text": self.self_text}  # fmt: skip
+                      "forget": self.forget, "self_text": self.self_text, "drop": self.drop}  # fmt: skip
             if given := [name for name, value in beside.items() if value]:
                 raise InputError(f"expert_ratio={self.expert_ratio} together with {', '.join(given)}: experts go alone")
         elif self.ratio is None and not self.forget:
             object.__setattr__(self, "ratio", 0.3)
         check_option("method", self.method, CRITERIA if self.expert_ratio is None else OF_EXPERTS)
+        if self.expert_ratio is None:
+            functions = bool(self.keep or self.forget)
+            check_whole(
+                self.method, CRITERIA[self.method].blocks, self.drop or (), self.ratio, self.allocation,
+                self.head_ratio, functions,
+            )  # fmt: skip
         check_option("compensate", self.compensate, COMPENSATIONS)
         check_option("format", self.format, FORMATS)
         check_option("gguf_type", self.gguf_type, GGUF_TYPES)

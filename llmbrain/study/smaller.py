@@ -205,17 +205,9 @@ def plan(
     functions = bool(options.get("keep") or options.get("forget"))
     if options.get("ratio") is None and not options.get("forget"):
         options["ratio"] = RATIO
-    if (format == "uniform" or (format == "gguf" and demands(model)[0])) and not has_experts(model):
-        blocks = CRITERIA[method].blocks if method in CRITERIA else ""
-        if options.get("drop") or (blocks and blocks != WHOLE_LAYERS):
-            raise InputError(
-                f"format={format!r} holds whole layers of one width only, no layer that lacks its MLP or its attention "
-                "alone: use method='shortgpt', or another format"
-            )
-        if not blocks:
-            _one_width(model, options, format)
-    elif format == "gguf":
-        check_drop_fits(model, check_drop(options.get("drop")), method)
+    check_drop_fits(model, check_drop(options.get("drop")), method, format)
+    if _of_one_width(model, format) and not (method in CRITERIA and CRITERIA[method].blocks):
+        _one_width(model, options, format)
     if functions and evidence.scans is None:
         raise InputError("keep and forget need a study (--study): a scan whose texts have conditions")
     if functions and evidence.windows is not None:
@@ -234,10 +226,26 @@ def plan(
     return made
 
 
-def check_drop_fits(model: nn.Module, drop: Sequence[str], method: str) -> None:
-    """Before the work: whether llmbrain has a place in llama.cpp for what will be dropped."""
+def _of_one_width(model: nn.Module, format: str) -> bool:
+    """Whether a format asks for one width in all layers of this model."""
+    return (format == "uniform" or (format == "gguf" and demands(model)[0])) and not has_experts(model)
+
+
+def check_drop_fits(model: nn.Module, drop: Sequence[str], method: str, format: str) -> None:
+    """Before the work: whether a format has a place for what will be dropped.
+
+    Raises
+    ------
+    InputError
+        If it has none.
+    """
     alone = method in CRITERIA and CRITERIA[method].blocks not in ("", WHOLE_LAYERS)
-    if (alone or "attention" in drop) and not holds_lone_mlps(model):
+    if (alone or drop) and _of_one_width(model, format):
+        raise InputError(
+            f"format={format!r} holds whole layers of one width only, no layer that lacks its MLP or its attention "
+            "alone: use method='shortgpt', or another format"
+        )
+    if format == "gguf" and (alone or "attention" in drop) and not holds_lone_mlps(model):
         raise InputError(
             f"format='gguf': llama.cpp reads no {type(model).__name__} whose layers lack their attention alone: "
             "drop='mlp', or method='shortgpt', or another format"

@@ -104,7 +104,20 @@ def _measure(model: str, engine: str, threads: int, dtype: str | None, options: 
         frame = llama_cpp_latency(model, threads=threads, **options)
     else:
         frame = latency(load_model(model, dtype=dtype, device="auto")[0], **options)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    measured = frame["peak_memory"].fillna(peak) if "peak_memory" in frame else float(peak)
+    measured = frame["peak_memory"].fillna(peak_memory()) if "peak_memory" in frame else float(peak_memory())
     return frame.assign(peak_memory=measured)
+
+
+def peak_memory() -> int:
+    """Bytes that this process had at most.
+
+    What the system says of a process's resources counts the memory of the one that started it too (Linux keeps it over
+    the start of another program), so that the memory map itself is asked where that can be done.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

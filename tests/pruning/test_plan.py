@@ -31,6 +31,19 @@ def test_plans_are_saved_and_replayed(tmp_path):
         PruningPlan.load(tmp_path / "bad.json")
 
 
+def test_widths_that_engines_dislike_are_named():
+    model = tiny("llama", intermediate_size=512)
+    even = plan_pruning(model, ratio=0.5, method="magnitude", multiple_of=256)
+    assert "no multiple of" not in even.summary()
+    given = plan_pruning(model, method="magnitude", allocation=[512, 480]).summary()
+    assert "no multiple of 256: 1 of 2 widths, such as 480" in given
+    assert "multiple_of=256 avoids it" in given
+    odd = plan_pruning(model, method="magnitude", allocation=[491, 480]).summary()
+    assert "no multiple of 32: 1 of 2 widths, such as 491" in odd
+    small = plan_pruning(tiny("llama"), ratio=0.5, method="magnitude").summary()  # its own width is none either
+    assert "no multiple of" not in small
+
+
 def test_a_plan_of_another_model_is_refused():
     plan = plan_pruning(tiny("llama"), ratio=0.3, method="magnitude")
     with pytest.raises(InputError, match="plan was made for weights"):

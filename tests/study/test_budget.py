@@ -54,6 +54,24 @@ def test_every_setting_has_its_range(option, value):
         Settings.of(**{option: value})
 
 
+def test_parts_to_drop_are_settings_and_cost(tmp_path):
+    how = Settings(method="flap", drop="mlp")
+    assert how.drop == ("mlp",)
+    path = tmp_path / "config.toml"
+    path.write_text(how.to_toml(), encoding="utf-8")
+    assert Settings.from_toml(path) == how
+    assert plan_passes("flap", None, 12.0, drop=how.drop) == plan_passes("flap", None, 12.0) + 8
+    for wrong in (
+        {"drop": "heads"},
+        {"drop": "mlp", "head_ratio": 0.2},
+        {"drop": "mlp", "keep": ("a",)},
+        {"drop": "mlp", "method": "shortgpt"},
+        {"drop": "mlp", "expert_ratio": 0.5, "method": "random"},
+    ):
+        with pytest.raises(InputError, match="drop"):
+            Settings(**wrong)
+
+
 def counted(model, call) -> float:
     """Tokens through the blocks of a model while `call` runs; a backward pass counts twice."""
     seen = [0.0]

@@ -80,6 +80,22 @@ def test_networks_and_calibration_read_the_same_ids(subject, texts, tmp_path, mo
     assert made.plan.details["calibration"]["shape"] == list(calibrated[0].shape)
 
 
+def test_whole_blocks_may_go(subject, texts, tmp_path):
+    model, tokenizer = subject
+    options = {"n_components": 2, "method": "flap", "ratio": 0.5, "drop": ["attention", "mlp"], "eval_tokens": 1024,
+               "n_tokens": 2048}  # fmt: skip
+    study = lb.run(model, tokenizer, texts, out=tmp_path / "s", name="tiny", progress=False, **options)
+    tried = study.plan.details["blocks"]["tried"]
+    assert len(tried) > 1
+    assert tried[0]["attention"] == tried[0]["mlp"] == []
+    assert 'drop = ["attention", "mlp"]' in (tmp_path / "s/config.toml").read_text()
+    for wrong, message in (({"format": "uniform"}, "whole layers of one width only"),
+                           ({"head_ratio": 0.5}, "attentions go whole, or single heads do")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            lb.run(model, tokenizer, texts, out=tmp_path / "t", progress=False, **options | wrong)
+    assert not (tmp_path / "t").exists()
+
+
 def test_parts_alone_are_a_study(made):
     assert len(lb.Study(made.folder / "networks").networks) == 4
     assert len(lb.Study(made.folder / "scan").scans) == len(made.scans)

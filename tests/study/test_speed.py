@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from tiny_models import tiny, tiny_tokenizer
 from typer.testing import CliRunner
@@ -35,6 +39,18 @@ def test_a_row_a_model_phase_and_batch(folder, tmp_path):
     assert set(table["phase"]) == {"prefill", "decode"}
     assert (table["peak_memory"] > 2**20).all()
     assert (table["relative"][:4] == 1).all()
+
+
+def test_the_peak_is_that_of_this_process_alone():
+    from llmbrain.study.speed import peak_memory
+
+    before = peak_memory()
+    ballast = np.ones(before // 8 + 2**24)  # more than all that was there at once, and touched
+    assert peak_memory() - before > ballast.nbytes / 2
+    if sys.platform == "linux":  # another program, started by this one, begins anew
+        code = f"import resource, sys\nfrom pathlib import Path\n{inspect.getsource(peak_memory)}\nprint(peak_memory())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert int(done.stdout) < ballast.nbytes / 4
 
 
 @pytest.mark.slow
