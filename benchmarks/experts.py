@@ -2,7 +2,8 @@
 
 Every expert is silenced alone, and for each ability the most selective one is chosen on one set of held-out lines and
 measured on another, beside every other expert of its layer. Then whole experts and neurons inside all experts are
-removed, as many parameters of one as of the other, by each criterion beside random, without and with repair.
+removed, as many parameters of one as of the other, by each criterion beside random, without and with repair. Rows are
+kept as they are done, and the same call goes on from there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ import llmbrain as lb
 from llmbrain.anatomy.experts import expert_anatomy
 from llmbrain.datasets import load_demo
 from llmbrain.datasets.demo import Demo
-from llmbrain.intervention import TokenEvaluation, lesion_table
+from llmbrain.intervention import TokenEvaluation, experts_called_alike, lesion_table
 from llmbrain.pruning.expert_neurons import methods
 from llmbrain.pruning.experts import METHODS
 
 RATIOS = (0.25, 0.5)
-DRAWS = 5  # random choices
+DRAWS, TEXTS = 5, 3  # random choices; calibration texts of the other methods
+KEYS = ("of", "share", "method", "draw")
 LINES, TESTED = 60, 100  # lines of each ability: of lesions, of pruned models
 K, THRESHOLD = 32, 3.0  # networks, for the criterion that uses them
 
@@ -41,12 +44,13 @@ def evaluations(demo: Demo, seed: int) -> dict[str, TokenEvaluation]:
     return made
 
 
-def which_do_what(demo: Demo) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def which_do_what(demo: Demo, scans: list[Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Effect of every expert on every ability; of the most selective one of each on fresh lines; dissociations."""
     routed = dict(expert_anatomy(demo.model).routed)
     every = {f"{e} of layer {i}": lb.Experts([(i, e)]) for i, r in routed.items() for e in range(r.count)}
-    first = lesion_table(demo.model, every, evaluations(demo, 1), n_random=0, progress=False).matrix("effect")
-    fresh = lesion_table(demo.model, every, evaluations(demo, 2), n_random=0, progress=False)
+    alone: dict[str, Any] = {"n_random": 0, "n_matched": 0, "progress": False}
+    first = lesion_table(demo.model, every, evaluations(demo, 1), **alone).matrix("effect")
+    fresh = lesion_table(demo.model, every, evaluations(demo, 2), **alone)
     effect, rows, chosen = fresh.matrix("effect"), [], {}
     for ability in demo.abilities:
         best = (first[ability] - first.drop(columns=ability).max(axis=1)).idxmax()
@@ -54,11 +58,13 @@ def which_do_what(demo: Demo) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
         layer = best.split()[-1]
         others = effect.loc[[n for n in effect.index if n.split()[-1] == layer and n != best], ability]
         rest = effect.loc[best].drop(ability)
+        i, e = experts_called_alike(every[best], demo.model, scans).experts[0]
         rows.append(
             {
                 "ability": ability, "expert": best, "loss added to it": effect.loc[best, ability],
                 "to the worst-hit other": rest.max(), "which": rest.idxmax(),
                 "others of its layer, mean": others.mean(), "largest": others.max(),
+                "called as often": effect.loc[f"{e} of layer {i}", ability],
             }
         )  # fmt: skip
     pairs = fresh.double_dissociations(corrected=False)
@@ -81,25 +87,49 @@ def calls(demo: Demo, scans: list[Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def cuts(demo: Demo, scans: list[Any], texts: list[Any]) -> Iterator[dict[str, Any]]:
-    """One row a pruned model."""
-    ica = lb.GroupICA(K, random_state=0, max_iter=1000).fit(scans)
-    networks = lb.FunctionalNetworks.from_ica(ica, threshold=THRESHOLD)
-    text: dict[str, Any] = {"tokenizer": demo.tokenizer, "calibration": texts}
-    plain: dict[str, Any] = {"of": "nothing", "share": 0.0, "method": "dense", "repair": "", "parameters": 0.0}
-    yield plain | measured(demo, demo.model)
+def wanted() -> Iterator[dict[str, Any]]:
+    """What is to be measured, one a plan; random choices are drawn anew, the others on other calibration text."""
+    yield {"of": "nothing", "share": 0.0, "method": "dense", "draw": 0}
     for ratio in RATIOS:
         for kind, names in (("experts", METHODS), ("neurons", methods())):
             for method in names:
-                for draw in range(DRAWS if method == "random" else 1):
-                    how = {"expert_ratio" if kind == "experts" else "ratio": ratio, "random_state": draw}
-                    plan = lb.plan_pruning(demo.model, networks, method=method, **how, **text)
-                    for repair in (None, "least-squares"):
-                        small = lb.prune(demo.model, plan, compensate=repair, **text)
-                        yield {
-                            "of": kind, "share": ratio, "method": method, "repair": repair or "",
-                            "parameters": plan.parameters_share,
-                        } | measured(demo, small)  # fmt: skip
+                draws = DRAWS if method == "random" else 1 if method == "magnitude" else TEXTS
+                for draw in range(draws):
+                    yield {"of": kind, "share": ratio, "method": method, "draw": draw}
+
+
+def cut(demo: Demo, row: dict[str, Any], runs: Runs) -> Iterator[dict[str, Any]]:
+    """One row a pruned model of a plan, without and with repair."""
+    if row["method"] == "dense":
+        yield row | {"repair": "", "parameters": 0.0} | measured(demo, demo.model)
+        return
+    by_text = row["method"] not in ("random", "magnitude")
+    seed = row["draw"] if by_text else 0
+    text: dict[str, Any] = {"tokenizer": demo.tokenizer, "calibration": runs.texts(seed)}
+    how = {"expert_ratio" if row["of"] == "experts" else "ratio": row["share"], "random_state": row["draw"]}
+    networks = runs.networks(seed) if row["method"] == "networks" else None
+    plan = lb.plan_pruning(demo.model, networks, method=row["method"], **how, **text)
+    for repair in (None, "least-squares"):
+        small = lb.prune(demo.model, plan, compensate=repair, **text)
+        yield row | {"repair": repair or "", "parameters": plan.parameters_share} | measured(demo, small)
+
+
+class Runs:
+    """Calibration texts, and networks in their scans, by seed."""
+
+    def __init__(self, demo: Demo, n: int) -> None:
+        self.demo, self.n = demo, n
+
+    def texts(self, seed: int) -> list[Any]:
+        """Texts of 256 tokens."""
+        return self.demo.texts("calibration", n=self.n, n_tokens=256, seed=seed)
+
+    @cache  # noqa: B019
+    def networks(self, seed: int) -> lb.FunctionalNetworks:
+        """Of group ICA over scans of the texts."""
+        scans = lb.scan(self.demo.model, self.demo.tokenizer, self.texts(seed))
+        ica = lb.GroupICA(K, random_state=0, max_iter=1000).fit(scans)
+        return lb.FunctionalNetworks.from_ica(ica, threshold=THRESHOLD)
 
 
 def measured(demo: Demo, model: Any) -> dict[str, Any]:
@@ -115,20 +145,50 @@ def measured(demo: Demo, model: Any) -> dict[str, Any]:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Random draws as their mean, and the best of them."""
-    keys = ["of", "share", "method", "repair"]
-    table = rows.groupby(keys, sort=False).agg(
-        parameters=("parameters", "mean"), accuracy=("accuracy", "mean"), best=("accuracy", "max"),
-        worst=("worst", "mean"), loss=("loss", "mean"),
-    ).reset_index()  # fmt: skip
-    table["accuracy"] = [
-        f"{a:.3f} (best of {DRAWS} {b:.3f})" if m == "random" else f"{a:.3f}"
-        for a, b, m in zip(table["accuracy"], table.pop("best"), table["method"])
-    ]
-    table["share"] = [f"{s:.0%}" for s in table["share"]]
-    table["parameters"] = [f"{p:.1%}" for p in table["parameters"]]
-    names = {"of": "cut", "parameters": "parameters removed", "worst": "worst ability"}
-    return table.rename(columns=names)
+    """Mean over draws, and their extremes."""
+    keys, table = ["of", "share", "method", "repair"], []
+    for key, part in rows.groupby(keys, sort=False):
+        accuracy, loss = part["accuracy"], part["loss"]
+        spread = f" ({accuracy.min():.3f} to {accuracy.max():.3f})" if len(part) > 1 else ""
+        table.append(
+            dict(zip(keys, key)) | {
+                "parameters removed": f"{part['parameters'].mean():.1%}", "draws": len(part),
+                "accuracy": f"{accuracy.mean():.3f}{spread}", "worst ability": f"{part['worst'].mean():.3f}",
+                "loss": f"{loss.mean():.2f}",
+            }
+        )  # fmt: skip
+    frame = pd.DataFrame(table)
+    frame["share"] = [f"{s:.0%}" for s in frame["share"]]
+    return frame.rename(columns={"of": "cut"})
+
+
+def verdicts(rows: pd.DataFrame) -> str:
+    """Experts beside neurons: the best of each at equal shares, and who is above the best random draw."""
+    said = []
+    for ratio in RATIOS:
+        part = rows[rows["share"] == ratio]
+        chosen = part[part["method"] != "random"].groupby(["of", "method", "repair"])["accuracy"].mean()
+        best = {of: chosen[of].idxmax() for of in ("experts", "neurons")}
+        said.append(
+            f"{ratio:.0%}: "
+            + "; ".join(
+                f"best of {of} {m}{' repaired' if r else ''} {chosen[of][m, r]:.3f}" for of, (m, r) in best.items()
+            )
+        )
+        for of in ("experts", "neurons"):
+            for repair in ("", "least-squares"):
+                random = part[(part["method"] == "random") & (part["of"] == of) & (part["repair"] == repair)][
+                    "accuracy"
+                ]
+                here = chosen[of].xs(repair, level="repair")
+                above = [m for m, value in here.items() if value > random.max()]
+                below = [m for m, value in here.items() if value < random.mean()]
+                said.append(
+                    f"{of}, {'repaired' if repair else 'not repaired'}: above the best of {len(random)} random draws "
+                    f"({random.max():.3f}) are {', '.join(above) or 'none'}; below their mean ({random.mean():.3f}) "
+                    f"{', '.join(below) or 'none'}"
+                )
+    return "\n".join(f"* {line}." for line in said)
 
 
 def main() -> None:
@@ -137,21 +197,42 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the mixture; default: the demo brain's")
     parser.add_argument("--texts", type=int, default=64, help="calibration texts of 256 tokens")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--keep", type=Path, help="folder of rows that are done, to go on from; default: --out")
+    parser.add_argument(
+        "--part", default="0/1", help="I/N: only every N-th plan, from the I-th; a last call joins them"
+    )
     options = parser.parse_args()
     began = time.process_time()
     demo = load_demo(experts=8) if options.model is None else Demo(*lb.load_model(options.model, dtype="float32"))
-    texts = demo.texts("calibration", n=options.texts, n_tokens=256, seed=0)
-    scans = lb.scan(demo.model, demo.tokenizer, texts)
+    runs, options.keep = Runs(demo, options.texts), options.keep or options.out
+    options.keep.mkdir(parents=True, exist_ok=True)
+    which, of = map(int, options.part.split("/"))
+    done = {}
+    for file in sorted(options.keep.glob("experts-rows*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            done[tuple(row[k] for k in KEYS)] = done.get(tuple(row[k] for k in KEYS), []) + [row]
+    for i, row in enumerate(wanted()):
+        if tuple(row[k] for k in KEYS) in done or i % of != which:
+            continue
+        made = list(cut(demo, row, runs))
+        with (options.keep / f"experts-rows{which}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(r) + "\n" for r in made)
+        done[tuple(row[k] for k in KEYS)] = made
+        print(f"{time.process_time() - began:6.0f} s  {made[-1]}", flush=True)
+    if of > 1:
+        return
+    rows = pd.DataFrame([r for row in wanted() for r in done[tuple(row[k] for k in KEYS)]])
+    scans = lb.scan(demo.model, demo.tokenizer, runs.texts(0))
     accuracy = pd.DataFrame([{"ability": a, "accuracy": v} for a, v in demo.ability_accuracy(n=1000).items()])
     called = calls(demo, scans)
-    effect, table, pairs = which_do_what(demo)
-    rows = pd.DataFrame(list(cuts(demo, scans, texts)))
+    effect, table, pairs = which_do_what(demo, scans)
     body = expert_anatomy(demo.model)
     sizes = ", ".join(f"{r.count} x {r.width}" for _, r in body.routed)
     harmless = int((effect < 0.05).all(axis=1).sum())
     text = (
-        f"A mixture of {sizes} neurons by layer, top {next(iter(body.routed))[1].top_k}. Held-out exact-answer "
-        f"accuracy (1,000 lines each):\n\n{accuracy.to_markdown(index=False, floatfmt='.3f')}\n\n"
+        f"One trained mixture of {sizes} neurons by layer, top {next(iter(body.routed))[1].top_k}. Held-out "
+        f"exact-answer accuracy (1,000 lines each):\n\n{accuracy.to_markdown(index=False, floatfmt='.3f')}\n\n"
         "Largest share of an ability's tokens that call one expert (2 of 8 by chance: 0.25):\n\n"
         f"{called.to_markdown(index=False)}\n\n"
         "Every expert silenced alone; nats per answer token. The most selective one for each ability, chosen on other "
@@ -160,7 +241,8 @@ def main() -> None:
         "(confidence intervals over lines apart, both ways). "
         f"{harmless} of {len(effect)} experts add less than 0.05 to every ability.\n\n"
         "Whole experts and neurons inside all experts, mean accuracy over the eight abilities "
-        f"({TESTED} held-out lines each):\n\n{summary(rows).to_markdown(index=False, floatfmt='.3f')}\n"
+        f"({TESTED} held-out lines each), in brackets the extremes over draws (random choices; of the others, "
+        f"calibration text):\n\n{summary(rows).to_markdown(index=False, disable_numparse=True)}\n\n{verdicts(rows)}\n"
     )
     print(text)
     print(f"{time.process_time() - began:.0f} s of CPU")

@@ -30,8 +30,11 @@ def check_kept(body: ExpertAnatomy, kept: Mapping[int, Sequence[int]], *, planne
     for layer, routed in body.routed:
         check_no_adapter(body.layers[layer].block)
         stays = list(kept[layer])
-        if routed.fixed:
-            raise InputError(f"{routed.path}: the experts of this model cannot be cut: {routed.fixed}")
+        if routed.fixed and len(stays) < routed.count:
+            raise InputError(
+                f"{routed.path}: the experts of this model cannot be cut: {routed.fixed} (allocation= can say how many "
+                f"each layer keeps: all {routed.count} here)"
+            )
         if stays != sorted(set(stays)) or not stays or stays[0] < 0 or stays[-1] >= routed.count:
             raise InputError(f"{routed.path}: kept={stays} must be ascending, each once, of {routed.count} experts")
         if len(stays) < routed.top_k:

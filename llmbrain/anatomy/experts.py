@@ -128,7 +128,10 @@ class Routed:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One block: MLPs that every token passes, and routed experts (None in a dense block)."""
+    """One block: MLPs that every token passes, and routed experts (None in a dense block).
+
+    A block of attention or a state space alone has neither: no neurons.
+    """
 
     index: int
     path: str
@@ -286,10 +289,6 @@ def _layer(model: str, index: int, path: str, block: nn.Module, config: object) 
             f"model {model}: {path} has {len(mlps)} MLPs beside its experts ({', '.join(m.path for m in mlps)}): this "
             "mixture of experts is of no known layout"
         )
-    if routed is None and not mlps:
-        raise InputError(
-            f"model {model}: {path} has neither an MLP nor routed experts: llmbrain needs neurons in every block"
-        )
     return ExpertLayer(index, path, block, tuple(mlps), routed)
 
 
@@ -297,7 +296,7 @@ def _mlps(path: str, block: nn.Module, experts: Sequence[str]) -> tuple[list[Mlp
     """MLPs of a block outside its experts, and the paths of their linear layers."""
     mlps, known = [], []
     for name, module in block.named_modules():
-        if any(name == e or name.startswith(f"{e}.") for e in experts) or OUTSIDE.search(_own(name)):
+        if any(name == e or name.startswith(f"{e}.") for e in experts) or OUTSIDE.search(_own(block, name)):
             continue
         for gate, up, down in MLPS:
             names = [n for n in (gate, up) if n]
@@ -314,8 +313,10 @@ def _mlps(path: str, block: nn.Module, experts: Sequence[str]) -> tuple[list[Mlp
     return mlps, known
 
 
-def _own(name: str) -> str:
-    """A path without the name of Nemotron-H's and other blocks' only part, which holds experts too."""
+def _own(block: nn.Module, name: str) -> str:
+    """A path without the name of Nemotron-H's only part, where that is neither attention nor a state space."""
+    if OUTSIDE.search(type(getattr(block, "mixer", None)).__name__):
+        return name
     return name.removeprefix("mixer.") if name != "mixer" else ""
 
 
@@ -373,7 +374,7 @@ def _router(path: str, parent: nn.Module, count: int) -> tuple[tuple[ExpertTenso
             found.append(ExpertTensor(owner, last, 0, f"{path}.{name}"))
         elif tensor.is_floating_point() and tensor.numel() == count and tensor.shape[-1] == count:
             found.append(ExpertTensor(owner, last, tensor.ndim - 1, f"{path}.{name}"))
-        elif tensor.numel() > 1:
+        elif tensor.numel() > 1 and not (name.endswith("scale") and tensor.ndim == 1):  # of what enters (Gemma 4)
             fixed = fixed or f"its router has {name} {tuple(tensor.shape)}, which is not one entry an expert"
     rows = [t for t in found if t.value.ndim == 2 and t.axis == 0]
     if not fixed and len(rows) != 1:
@@ -381,11 +382,18 @@ def _router(path: str, parent: nn.Module, count: int) -> tuple[tuple[ExpertTenso
     return tuple(found), names, fixed
 
 
+# What stands before or behind attention and experts: norms, the mixing of several residual streams (hyper-connections),
+# the projections into and out of the space that experts work in (Nemotron-3), embeddings of each layer (Gemma 3n).
+AROUND = re.compile(
+    r"norm|(^|[._])hc([._]|$)|hyper_connection|^(mixer\.)?fc[12]_latent_proj\.|^per_layer_(input_gate|projection)\."
+)
+
+
 def _refuse_rest(model: str, path: str, block: nn.Module, known: Sequence[str]) -> None:
     """Refuse a matrix outside attention, norms and what is known."""
     for name, p in block.named_parameters():
         mine = any(name == k or name.startswith(f"{k}.") for k in known)
-        if p.ndim > 1 and not mine and not OUTSIDE.search(_own(name)) and "norm" not in name:
+        if p.ndim > 1 and not mine and not OUTSIDE.search(_own(block, name)) and not AROUND.search(name):
             raise InputError(
                 f"model {model}: {path}.{name} {tuple(p.shape)} is neither part of an attention, a router, an expert "
                 "nor an MLP of known names: this mixture of experts is of no known layout"

@@ -275,7 +275,7 @@ class _Planner:
         if not (sequential and "activations" in self.criterion.needs):
             scores = self.dense()
             return tuple(
-                np.concatenate([p.start + self._best(p, s, n) for (p, n), s in zip(self.of(layer, counts), of)])
+                _joined([p.start + self._best(p, s, n) for (p, n), s in zip(self.of(layer, counts), of)])
                 for layer, of in zip(self.body.layers, scores)
             )
         kept: list[NDArray[np.int64]] = []
@@ -283,7 +283,7 @@ class _Planner:
 
         def step(layer: ExpertLayer, found: list[MeasuredPart]) -> list[Change | None]:
             chosen = [self._best(m.part, self.score(m.part, m), n) for m, (_, n) in zip(found, self.of(layer, counts))]
-            kept.append(np.concatenate([m.part.start + c for m, c in zip(found, chosen)]))
+            kept.append(_joined([m.part.start + c for m, c in zip(found, chosen)]))
             if layer is self.body.layers[-1]:
                 return [None] * len(found)
             return [refit(m, torch.from_numpy(c)) for m, c in zip(found, chosen)]
@@ -301,6 +301,11 @@ class _Planner:
             self.model, self.body, self.asked.windows, step, sequential=sequential, weights=self.asked.weights,  # type: ignore[arg-type]
             progress=what,
         )  # fmt: skip
+
+
+def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """One after the other; a block of attention alone has none."""
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def refit(seen: MeasuredPart, kept: Tensor, kind: str = "least-squares", ridge: float | None = None) -> Change:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -72,6 +73,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
                        "layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 8},
     "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "esmc": {"num_key_value_heads": 4},
@@ -170,15 +172,23 @@ def _entries(config_class: Any) -> dict[str, Any]:
     return {**entries, **{k: v for k, v in special.items() if k not in entries or not isinstance(v, dict)}}
 
 
-def build(name: str, model_type: str, seed: int = 0) -> nn.Module:
-    """The model of a row, in evaluation mode, with random weights and gains and biases that are neither 1 nor 0."""
+def build(name: str, model_type: str, seed: int = 0, **special: dict[str, Any]) -> nn.Module:
+    """The model of a row, in evaluation mode, with random weights and gains and biases that are neither 1 nor 0.
+
+    Further entries, by model type, go before those of `OVERRIDES`.
+    """
     import transformers
 
     model_class = getattr(transformers, name)
-    config = tiny_config(model_class, model_type)
+    with mock.patch.dict(OVERRIDES, {of: {**OVERRIDES.get(of, {}), **entries} for of, entries in special.items()}):
+        config = tiny_config(model_class, model_type)
     torch.manual_seed(seed)
     model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
     perturb(model, seed)
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):  # which experts a token calls: every one is called by some
+            count = model.get_submodule(name.removesuffix(".tid2eid")).num_experts
+            table.copy_((torch.arange(len(table))[:, None] + torch.arange(table.shape[1])) % count)
     return model.float().eval()
 
 
