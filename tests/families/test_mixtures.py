@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,14 +43,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def slow_but(names: Iterable[str], quick: set[str]) -> list[Any]:
+    """All of them, those that are not quick marked as slow."""
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", slow_but(FAMILIES, {"MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"}))
 def test_goes_all_the_way(name: str, tmp_path: Path) -> None:
     row = check(name, build(name, rows()[name]), tmp_path)
     assert {column: said for column, said in row.items() if column != "found" and said != "ok"} == {}
     assert not mistakes(row)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, {"DeepSeek-V3 in groups"}))
 def test_variants_go_all_the_way(variant: str, tmp_path: Path) -> None:
     name, special = VARIANTS[variant]
     row = check(name, build(name, rows()[name], **special), tmp_path)
