@@ -1,53 +1,76 @@
 """What becomes of a study that is attacked: flips, kills, full disks, several processes, bad input, mutations.
 
-python benchmarks/reliability.py                             # two hours on one core, one of them mutations
-python benchmarks/reliability.py --parts files loading       # some parts; the others of the page of results stay
+python benchmarks/reliability.py                             # hours on one core, one of them mutations
+python benchmarks/reliability.py --jobs 16                   # on sixteen
+python benchmarks/reliability.py --parts files loading       # some parts; what is known of the others stays
 python benchmarks/reliability.py --small                     # minutes: does it run?
+
+Each piece of work is a line of the log (`--log`; the page is beside it) as soon as it is done; with the log of a run
+that was stopped, the same command does what is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT / "tests")  # not this folder: its file has the name of a folder there
 
 import pandas as pd  # noqa: E402
+import torch  # noqa: E402
 from reliability import campaign, commands, fuzz, inputs  # noqa: E402
 from tiny_models import tiny  # noqa: E402
 
 import llmbrain as lb  # noqa: E402
-from llmbrain._files import write_text  # noqa: E402
+from llmbrain import InputError  # noqa: E402
+from llmbrain._files import read_json, write_json, write_text  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "reliability.md"
+LOG = ROOT / "benchmarks" / "results" / "reliability.jsonl"
+PARTS = ("files", "commands", "inputs", "mutations", "loading")
+# A section: its part, title, what is said of it, and the outcomes that are right.
+SECTIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "flips": ("files", "Bit flips and truncations of what the package wrote", "`found`: one line that names the file. "
+              "`harmless`: the right content all the same, also since what was damaged was made anew.",
+              ("found", "harmless")),
+    "kills of writers": ("files", "kill -9 of writers in Python", "At random write events; `equal`: the same call "
+                         "again gives what an unbroken one gives.", ("equal",)),
+    "disks of writers": ("files", "Full and read-only disks, writers in Python", "At the first, a middle and the last "
+                         "write event; what stood before still reads.", ("one line", "done")),
+    "kills": ("commands", "kill -9 of commands", "At random write events. `equal`: the same command again, exit code "
+              "0, the same files (of those that say when or how fast, that they are there), `llmbrain check` ok, none "
+              "left over.", ("equal",)),
+    "interrupts": ("commands", "Ctrl-C in commands", "At random write events: exit code 130 and one line that says "
+                   "what stands; then the same command again.", ("equal",)),
+    "disks": ("commands", "Full and read-only disks, files that may not be large, commands", "At the first, a middle "
+              "and the last write event; `one line`: exit code 2; then the same command again, with room, gives the "
+              "same.", ("one line", "done")),
+    "processes": ("commands", "Four processes, the same command, at once", "`told`: one line that says who is at "
+                  "work; `equal`: then once more, and compared.", ("done", "told", "equal")),
+    "bad options": ("inputs", "Command lines with one bad value", "`one line`: exit code 2; `done`: a value that can "
+                    f"be meant. A hang is more than {commands.SECONDS} s of the processor.", ("one line", "done")),
+    "bad files": ("inputs", "Files in wrong forms, through the commands", "Empty, cut, noise, zeros, flipped, other "
+                  "JSON, not UTF-8, deeply nested, a folder; `done`: the file is not needed, or reads.",
+                  ("one line", "done")),
+    "mutations": ("mutations", "Random mutations of every kind of file that is read", "`read`: the change did no harm "
+                  "to what is read, or is data.", ("read", "one line")),
+    "loading": ("loading", "Loading", "", ()),
+}  # fmt: skip
+Unit = tuple[str, str, Callable[[Path], pd.DataFrame]]  # section, name, what it does in a folder of its own
 
 
-def table(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table; whole numbers without a point."""
-    rows = [[str(int(v)) if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
-    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def seconds(works: Sequence[Callable[[], object]], before: Callable[[], object], n: int = 15) -> list[float]:
-    """Median seconds of several pieces of work, done in turn."""
-    times: list[list[float]] = [[] for _ in works]
-    for _ in range(n):
-        for work, own in zip(works, times):
-            before()
-            begin = time.perf_counter()
-            work()
-            own.append(time.perf_counter() - begin)
-    return [statistics.median(own) for own in times]
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def forget(folder: Path) -> None:
@@ -58,8 +81,11 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def loading(folder: Path) -> pd.DataFrame:
-    """Seconds to load a model of some 100 MB with and without its checksums, as for the first time in a process."""
+def loading(folder: Path, n: int = 15) -> pd.DataFrame:
+    """Seconds to load a model of some 100 MB with and without its checksums, as for the first time in a process.
+
+    The plain load only maps the file: the weights are read when the model first reads a text, so that is timed too.
+    """
     whole = tiny("llama", hidden_size=512, intermediate_size=4096, num_hidden_layers=4)
     for name in ("sums", "none", "sha256"):
         lb.save_pruned(whole, None, folder / name)
@@ -68,134 +94,212 @@ def loading(folder: Path) -> pd.DataFrame:
     sums.write_text("".join(line for line in sums.open() if not line.startswith("#")))
     size = (folder / "sums" / "model.safetensors").stat().st_size
     seen = sys.modules["llmbrain._files.reading"]._verified
-
-    def load(name: str) -> None:
-        lb.load_pruned(folder / name)
-
-    rows = []
+    said = {"none": "not verified", "sums": "verified", "sha256": "verified by SHA-256 alone"}
+    ids, rows = torch.arange(3, 35)[None], []
+    warnings.simplefilter("ignore")
     for state in ("in memory", "on disk"):
-
-        def before(state: str = state) -> None:
-            seen.clear()
-            if state == "on disk":
-                forget(folder)
-
-        warnings.simplefilter("ignore")
-        medians = seconds([partial(load, name) for name in ("none", "sums", "sha256")], before)
-        names = ("not verified", "verified", "verified by SHA-256 alone")
-        rows += [{"load_pruned": name, "MB": f"{size / 1e6:.0f}", "file": state, "seconds (median of 15)": f"{m:.3f}",
-                  "of not verified": f"{m / medians[0]:.2f}"} for name, m in zip(names, medians)]  # fmt: skip
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in said}
+        for _ in range(n):
+            for name, own in times.items():
+                seen.clear()
+                if state == "on disk":
+                    forget(folder / name)
+                begin = time.perf_counter()
+                model, _ = lb.load_pruned(folder / name)
+                loaded = time.perf_counter()
+                with torch.no_grad():
+                    model(ids)
+                own.append((loaded - begin, time.perf_counter() - begin))
+                del model
+        for k, what in enumerate(("load", "load, and read 32 tokens")):
+            medians = {name: statistics.median(t[k] for t in own) for name, own in times.items()}
+            rows += [{"timed": what, "file": f"{size / 1e6:.0f} MB {state}", "": said[name],
+                      f"seconds (median of {n})": f"{m:.4f}", "of not verified": f"{m / medians['none']:.2f}"}
+                     for name, m in medians.items()]  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def of_files(root: Path, few: bool) -> str:
-    """Bit flips, truncations, kills and full disks of every writer, in Python."""
-    study = campaign.make(root / "flips" / "study")
-    ok = campaign.checked(study)
-    flips = campaign.flips(study, 2 if few else 24)
-    kills = campaign.kills(root / "kills", 1 if few else 14)
-    disks = campaign.disks(root / "disks")
-    summary = pd.DataFrame(
-        [("bit flips and truncations", int(flips["n"].sum()), _sum(flips, "silent"), _sum(flips, "traceback")),
-         ("kill -9", int(kills["kills"].sum()), _sum(kills, "other"), _sum(kills, "refused") + _sum(kills, "failed")),
-         ("full and read-only disk", int(disks.drop(columns=["disk", "writer"]).to_numpy().sum()), _sum(disks, "then"),
-          _sum(disks, "traceback"))],
-        columns=["attack", "tries", "wrong without a word", "traceback, or a manual step"],
-    )  # fmt: skip
-    return "\n".join([
-        table(summary),
-        f"`llmbrain check` of the study before: {int((ok['state'] == 'ok').sum())} of {len(ok)} files ok.\n",
-        "### Bit flips and truncations\n",
-        "`found`: one line that names the file. `harmless`: the right content all the same, also since what was "
-        "damaged was made anew. `silent`: other content without a word.\n", table(flips),
-        "### kill -9\n", "At random write events; `equal`: the same call again gives what an unbroken one gives.\n",
-        table(kills), "### Full and read-only disks\n",
-        "At the first, a middle and the last write event. `one line`: what stood before still reads.\n", table(disks),
-    ])  # fmt: skip
+# -- what there is to do -----------------------------------------------------------------------------------------------
 
 
-def of_commands(root: Path, few: bool) -> str:
-    """Kills, Ctrl-C, disks and several processes, of every command."""
-    base, trial = commands.make(root / "base"), root / "trial"
-    only = ["plan", "decompose"] if few else None
-    return "\n".join([
-        "`equal`: the same command again, exit code 0, the same files (of those that say when or how fast, that they "
-        "are there), `llmbrain check` ok, nothing left over.\n",
-        "### kill -9\n", table(commands.kills(base, trial, 1 if few else 7, only=only)),
-        "### Ctrl-C\n", "Exit code 130, and a line that says what stands.\n",
-        table(commands.interrupts(base, trial, 1 if few else 2, only=only)),
-        "### Full and read-only disks, files that may not be large\n",
-        "`one line`: exit code 2; then the same command again with room.\n", table(commands.disks(base, trial, only)),
-        "### Four processes at once\n", "`told`: one line that says who is at work.\n",
-        table(commands.processes(base, trial, only=only)),
-    ])  # fmt: skip
+def units(parts: Sequence[str], root: Path, how: argparse.Namespace, known: set[str]) -> list[Unit]:
+    """The pieces of work of some parts that are not in the log yet; what they attack is made once, in `root`."""
+    made: dict[str, Path] = {}
+    makers = {"commands": commands.make, "inputs": commands.make, "mutations": _fuzzed}
+    todo = []
+    for section, name, work in _all(parts, how.small, how):
+        make = makers.get(SECTIONS[section][0])
+        if f"{section}/{name}" in known:
+            continue
+        if make is None:
+            todo.append((section, name, work))
+            continue
+        if make.__name__ not in made:
+            made[make.__name__] = make(root / make.__name__)
+        todo.append((section, name, partial(_in_trial, work, made[make.__name__])))
+    return todo
 
 
-def of_inputs(root: Path, few: bool) -> str:
-    """Bad values of every option, and every file that a command reads in wrong forms."""
-    base, trial = commands.make(root / "base"), root / "trial"
-    tries = len(inputs.hostile())
-    options = inputs.bad_options(base, trial, slice(0, None, 300 if few else 8))
-    damaged = inputs.bad_files(base, trial, part=slice(0, None, 10 if few else 1))
-    return "\n".join([
-        f"Every {300 if few else 8}th of {tries} command lines with one bad value each. `one line`: exit code 2; "
-        f"`done`: a value that can be meant. A hang is more than {commands.SECONDS} s of the processor.\n",
-        table(options),
-        "### Files\n", table(damaged),
-    ])  # fmt: skip
+def _fuzzed(folder: Path) -> Path:
+    return fuzz.make(campaign.make(folder))
 
 
-def of_mutations(root: Path, seconds: float) -> str:
-    """Random mutations of every kind of file."""
-    study = fuzz.make(campaign.make(root / "study"))
-    found = fuzz.mutations(study, seconds)
-    return f"{seconds / 60:.0f} minutes; `read`: the change did no harm to what is read, or is data.\n\n" + table(found)
+def _in_trial(work: Callable[[Path, Path], pd.DataFrame], base: Path, folder: Path) -> pd.DataFrame:
+    return work(base, folder / "trial")
+
+
+def _all(parts: Sequence[str], few: bool, how: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
+    known = ["plan", "decompose"] if few else sorted(commands.names(), key=commands.names().index)
+    if "commands" in parts:
+        for name in known:
+            yield "kills", name, partial(commands.kills, n=1 if few else 7, only=[name])
+        for name in known:
+            yield "disks", name, partial(commands.disks, only=[name])
+            yield "interrupts", name, partial(commands.interrupts, n=1 if few else 2, only=[name])
+            yield "processes", name, partial(commands.processes, only=[name])
+    if "inputs" in parts:
+        each = 300 if few else 64  # of every second command line
+        for i in range(0, 4 if few else each, 2):
+            yield "bad options", f"every {each}th from {i}", partial(inputs.bad_options, part=slice(i, None, each))
+        for i, (file, _) in enumerate(inputs.of_files()[: 2 if few else None]):
+            yield "bad files", file, partial(inputs.bad_files, seed=i, part=slice(i, i + 1))
+    if "files" in parts:
+        for name in campaign.READERS:
+            yield "flips", name, partial(_flips, name, 2 if few else 24)
+        for name in campaign.WRITERS:
+            yield "kills of writers", name, partial(_apart, partial(campaign.kills, n=1 if few else 14, only=[name]))
+            yield "disks of writers", name, partial(_apart, partial(campaign.disks, only=[name]))
+    if "mutations" in parts:
+        for job in range(how.jobs):
+            yield "mutations", f"{how.minutes:g} minutes, {job}", partial(
+                fuzz.mutations, seconds=5 if few else 60 * how.minutes / how.jobs, begin=job * 10**8)  # fmt: skip
+    if "loading" in parts:
+        yield "loading", "load_pruned", partial(loading, n=3 if few else 15)
+
+
+def _flips(name: str, n: int, folder: Path) -> pd.DataFrame:
+    return campaign.flips(campaign.make(folder / "study"), n, only=[name])
+
+
+def _apart(work: Callable[[Path], pd.DataFrame], folder: Path) -> pd.DataFrame:
+    return work(folder / "root")
+
+
+def done(unit: Unit, root: Path) -> dict[str, Any]:
+    """Do a piece of work; its line of the log."""
+    section, name, work = unit
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=root) as place:
+        try:
+            rows = json.loads(work(Path(place)).to_json(orient="records"))
+        except Exception as error:  # the campaign itself failed: said in the table
+            traceback.print_exc()
+            rows = [{"what": name, "tries": 1, f"campaign: {type(error).__name__}: {error}"[:300]: 1}]
+    return {"unit": f"{section}/{name}", "section": section, "rows": rows, "seconds": round(time.monotonic() - begin)}
+
+
+def do(todo: Sequence[Unit], root: Path, jobs: int, stop: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Do pieces of work, several at once, each in a process of its own; timings alone, at the end."""
+    running: dict[int, tuple[Unit, Path]] = {}
+
+    def collect() -> None:
+        child, status = os.wait()
+        (section, name, _), path = running.pop(child)
+        try:
+            keep(read_json(path))
+        except (OSError, InputError):
+            died = {"what": name, "tries": 1, f"campaign: ended by {os.waitstatus_to_exitcode(status)}": 1}
+            keep({"unit": f"{section}/{name}", "section": section, "rows": [died], "seconds": 0})
+
+    for number, unit in enumerate(sorted(todo, key=lambda unit: unit[0] == "loading")):
+        if time.monotonic() > stop:
+            break
+        while len(running) >= (1 if unit[0] == "loading" else jobs):
+            collect()
+        path = root / f"{number}.json"
+        child = os.fork()
+        if not child:
+            try:
+                torch.set_num_threads(2 if unit[0] == "loading" else 1)
+                write_json(path, done(unit, root))
+            finally:
+                os._exit(0)
+        running[child] = (unit, path)
+    while running:
+        collect()
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; whole numbers without a point."""
+    rows = [[str(int(v)) if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
+    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def page(lines: Sequence[dict[str, Any]]) -> str:
+    """All that the log says: one table of everything, what should not be, and a table a section."""
+    summary, bodies, bad = [], [], []
+    for section, (_, title, said, right) in SECTIONS.items():
+        rows = [row for line in lines if line["section"] == section for row in line["rows"]]
+        if not rows:
+            continue
+        if not right:
+            bodies.append(f"## {title}\n\n{table(pd.DataFrame(rows))}")
+            continue
+        first = next(iter(rows[0]))
+        merged: dict[str, dict[str, float]] = {}
+        for row in rows:
+            own = merged.setdefault(" ".join(str(v) for v in row.values() if isinstance(v, str)), {"tries": 0})
+            for key, value in row.items():
+                if not isinstance(value, str) and value:
+                    own[key] = own.get(key, 0) + value
+        good = [c for c in right if any(c in own for own in merged.values())]
+        frame = pd.DataFrame(
+            [{first: name, "tries": own["tries"], **{c: own.get(c, 0) for c in good},
+              "other": sum(v for k, v in own.items() if k not in ("tries", *right))} for name, own in merged.items()]
+        )  # fmt: skip
+        bad += [f"- {title}, {name}: {k} ({v:.0f})" for name, own in merged.items() for k, v in own.items()
+                if k not in ("tries", *right)]  # fmt: skip
+        summary.append({"attack": title, "tries": int(frame["tries"].sum()),
+                        "as it should be": ", ".join(f"{c} {int(frame[c].sum())}" for c in good),
+                        "other": int(frame["other"].sum())})  # fmt: skip
+        bodies.append(f"## {title}\n\n{said}\n\n{table(frame)}")
+    head = [table(pd.DataFrame(summary))] if summary else []
+    head += ["What is not as it should be:\n\n" + "\n".join(bad) + "\n"] if bad else []
+    return "\n".join(["# Reliability\n", *head, *bodies])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=60, help="of mutations")
+    parser.add_argument("--minutes", type=float, default=60, help="of mutations, all jobs together")
+    parser.add_argument("--jobs", type=int, default=1, help="pieces of work at once")
+    parser.add_argument("--stop-after", type=float, default=1e9, help="seconds; what is not begun by then is left")
+    parser.add_argument("--log", type=Path, help=f"default: {LOG.relative_to(ROOT)}; with --small none")
+    parser.add_argument("--page", action="store_true", help="only print what the log says")
     how = parser.parse_args()
-    seconds = 5 if how.small else 60 * how.minutes
-    for part in how.parts:
-        with tempfile.TemporaryDirectory() as place:
-            root = Path(place)
-            match part:
-                case "files":
-                    made = of_files(root, how.small)
-                case "commands":
-                    made = of_commands(root, how.small)
-                case "inputs":
-                    made = of_inputs(root, how.small)
-                case "mutations":
-                    made = of_mutations(root, seconds)
-                case _:
-                    made = table(loading(root))
-        text = f"## {PARTS[part]}\n\n{made.rstrip()}\n"
-        print(text)
-        if not how.small:
-            put(part, text)
+    stop = time.monotonic() + how.stop_after
+    log = how.log or (None if how.small else LOG)
+    lines = [json.loads(line) for line in log.open(encoding="utf-8")] if log and log.is_file() else []
 
+    def keep(line: dict[str, Any]) -> None:
+        lines.append(line)
+        print(f"{line['seconds']:5d} s  {line['unit']}", file=sys.stderr, flush=True)
+        if log:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
-PARTS = {
-    "files": "Files and writers", "commands": "Commands", "inputs": "Bad input", "mutations": "Mutated files",
-    "loading": "Loading",
-}  # fmt: skip
-
-
-def put(part: str, text: str) -> None:
-    """Replace one part of the page of results, and leave the others."""
-    there = RESULT.read_text(encoding="utf-8") if RESULT.is_file() else ""
-    found = {title: f"## {title}\n{body}" for title, _, body in (p.partition("\n") for p in there.split("\n## ")[1:])}
-    found[PARTS[part]] = text
-    pages = [found[title].rstrip() + "\n" for title in PARTS.values() if title in found]
-    write_text(RESULT, "\n".join(["# Reliability\n", *pages]))
-
-
-def _sum(frame: pd.DataFrame, begins: str) -> int:
-    return int(frame[[c for c in frame.columns if str(c).startswith(begins)]].to_numpy().sum())
+    with tempfile.TemporaryDirectory() as place:
+        todo = [] if how.page else units(how.parts, Path(place), how, {line["unit"] for line in lines})
+        do(todo, Path(place), how.jobs, stop, keep)
+    text = page(lines)
+    print(text)
+    if log:
+        write_text(log.with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 LARGE = 1 << 22  # bytes from which the fast checksum is kept beside SHA-256
 PAGE = 4096
-_PIECE = 1 << 26  # bytes that are added up at once
+_PIECE = 1 << 30  # bytes that are added up at once: of a mapped file, nothing is held
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -35,7 +36,7 @@ def file_pages(path: str | os.PathLike[str], blank: slice = slice(0, 0)) -> str:
     ----------
     path : path
     blank : slice
-        Bytes of the first 64 MiB that count as 0: where a file holds this checksum itself.
+        Bytes that count as 0: where a file holds this checksum itself.
     """
     import numpy as np  # not needed by commands that only say what they do
 
@@ -43,9 +44,10 @@ def file_pages(path: str | os.PathLike[str], blank: slice = slice(0, 0)) -> str:
     with Path(path).open("rb") as file:
         # Mapped, not read: nothing is copied, and Python's lock is not asked for between the pieces of it.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-    for start in range(0, size, _PIECE):
-        piece = np.frombuffer(content, dtype=np.uint8, count=min(_PIECE, size - start), offset=start)
-        if start == 0 and blank.stop:
+    head = min(size, -(-blank.stop // PAGE) * PAGE)
+    for start, stop in pairwise((*([0] if head else []), *range(head, size, _PIECE), size)):
+        piece = np.frombuffer(content, dtype=np.uint8, count=stop - start, offset=start)
+        if start < head:
             piece = piece.copy()
             piece[blank] = 0
         whole = len(piece) // PAGE * PAGE

@@ -250,7 +250,7 @@ def read_listed(path: str | os.PathLike[str], *, anew: str = "") -> dict[str, An
 
 @contextmanager
 def verifying(sums: Mapping[Path, str], *, anew: str = "") -> Iterator[None]:
-    """Compare files with their checksums while they are read: large ones in a thread beside the reader.
+    """Compare files with their checksums while they are read: large ones in threads beside the reader.
 
     Raises
     ------
@@ -258,7 +258,7 @@ def verifying(sums: Mapping[Path, str], *, anew: str = "") -> Iterator[None]:
         At the latest when the context ends; also in place of what the reader raised on a damaged file.
     """
     small = sum(path.stat().st_size for path in sums if path.is_file()) < _SMALL
-    pool = None if small else ThreadPoolExecutor(1)
+    pool = None if small else ThreadPoolExecutor(min(len(sums), os.cpu_count() or 1, 4))
     try:
         jobs = {} if pool is None else {path: pool.submit(_compare, path, digest) for path, digest in sums.items()}
         failed: Exception | None = None

@@ -36,7 +36,7 @@ from llmbrain.hooks.probe import nearly_equal, ordinary_ids
 from llmbrain.hooks.text import batches, digest, evaluating, input_device
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning.allocate.experts import how_many, ranked
-from llmbrain.pruning.plan import PruningPlan
+from llmbrain.pruning.plan import PruningPlan, whole_numbers
 from llmbrain.pruning.repair.mixture import repair_experts
 from llmbrain.pruning.repair.undo import down_projections, unchanged
 
@@ -77,8 +77,18 @@ class ExpertPlan:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kept = tuple(tuple(int(e) for e in layer) for layer in self.kept)
-        before = tuple(int(n) for n in self.before)
+        before = whole_numbers("before", self.before, 0)
+        if isinstance(self.kept, (str, bytes)) or not isinstance(self.kept, Sequence):
+            raise InputError(f"kept={self.kept!r} of this plan is no list of layers")
+        kept = tuple(whole_numbers("kept", layer, 0) for layer in self.kept)
+        check_range("ratio", self.ratio, 0, 1)
+        for name in ("parameters", "parameters_removed"):
+            object.__setattr__(self, name, whole_numbers(name, [getattr(self, name)], 0)[0])
+        for name in ("method", "digest"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name}={getattr(self, name)!r} of this plan is no text")
+        if not isinstance(self.details, dict):
+            raise InputError(f"details={self.details!r} of this plan is no dict")
         fits = len(kept) == len(before) and all(
             list(k) == sorted(set(k)) and (not k or (k[0] >= 0 and k[-1] < n)) for k, n in zip(kept, before)
         )

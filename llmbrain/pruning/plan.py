@@ -83,8 +83,8 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "widths_before": _counts("widths_before", self.widths_before, 0),
-            "groups_before": _counts("groups_before", self.groups_before, 0),
+            "widths_before": whole_numbers("widths_before", self.widths_before, 0),
+            "groups_before": whole_numbers("groups_before", self.groups_before, 0),
         }
         n = len(checked["widths_before"])
         checked["kept"] = _kept("kept", self.kept, checked["widths_before"])
@@ -92,17 +92,17 @@ class PruningPlan:
             checked["kept_heads"] = _kept("kept_heads", self.kept_heads, checked["groups_before"])
         if checked["groups_before"] and len(checked["groups_before"]) != n:
             raise InputError(f"this plan has {len(checked['groups_before'])} groups_before for {n} layers")
-        checked["protect"] = _counts("protect", self.protect, 0)
+        checked["protect"] = whole_numbers("protect", self.protect, 0)
         if any(layer >= n for layer in checked["protect"]):
             raise InputError(f"protect={list(checked['protect'])} of this plan names layers that are not there: {n}")
         if self.experts_before is not None:
-            experts = tuple(_counts("experts_before", of, 1) for of in self.experts_before)
+            experts = tuple(whole_numbers("experts_before", of, 1) for of in self.experts_before)
             if tuple(map(sum, experts)) != checked["widths_before"]:
                 raise InputError("experts_before of this plan does not add up to widths_before")
             checked["experts_before"] = experts
         check_range("ratio", self.ratio, 0, 1)
         for name in ("parameters", "parameters_removed"):
-            checked[name] = _counts(name, [getattr(self, name)], 0)[0]
+            checked[name] = whole_numbers(name, [getattr(self, name)], 0)[0]
         for name in ("method", "allocation", "digest"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}={getattr(self, name)!r} of this plan is no text")
@@ -324,7 +324,7 @@ class PruningPlan:
         return body
 
 
-def _counts(name: str, values: Any, low: int) -> tuple[int, ...]:
+def whole_numbers(name: str, values: Any, low: int) -> tuple[int, ...]:
     """Whole numbers of at least `low`, as they stand in a plan."""
     if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
         raise InputError(f"{name}={values!r} of this plan is no list of whole numbers")
@@ -345,7 +345,7 @@ def _kept(name: str, kept: Any, before: Sequence[int]) -> Kept:
         raise InputError(f"{name} of this plan has {size} layers, the model had {len(before)}")
     found = []
     for i, (units, width) in enumerate(zip(kept, before)):
-        indices = np.array(_counts(f"{name}[{i}]", units, 0), dtype=np.int64)
+        indices = np.array(whole_numbers(f"{name}[{i}]", units, 0), dtype=np.int64)
         if len(indices) and int(indices.max()) >= width:
             raise InputError(f"{name}[{i}] of this plan names unit {int(indices.max())} of {width}")
         if (np.diff(indices) <= 0).any():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from llmbrain._files import COMMIT, SUMS, damages, read_json, read_sums, settle
+from llmbrain._files import COMMIT, SUMS, damages, read_json, read_sums, settle, verify_listed
 from llmbrain._validation import InputError
+from llmbrain.checkpoints.gguf_opening import check_gguf
 from llmbrain.decomposition import read_ica
 from llmbrain.imaging import read_nifti
 from llmbrain.imaging.dual_regression_folder import RECORD as DUAL_REGRESSION
@@ -18,7 +19,7 @@ from llmbrain.imaging.dual_regression_folder import check_dual_regression
 from llmbrain.imaging.nifti import sidecar_of
 from llmbrain.intervention.table import LesionTable
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.pruning import PruningPlan
+from llmbrain.pruning.experts import read_plan
 from llmbrain.scanning import load_scans
 from llmbrain.scanning.store import FileShards, read_manifest
 
@@ -49,7 +50,10 @@ def check(path: str | os.PathLike[str]) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"path {path} does not exist")
     if path.is_file():
-        rows = [(_kind(path), path.name, *_state(lambda: _open_file(path), "write it again"))]
+        said = _state(lambda: _open_file(path), "write it again")
+        if said is None:
+            raise InputError(f"path {path} carries no checksum of llmbrain, and no {SUMS} beside it lists it")
+        rows = [(_kind(path), path.name, *said)]
         return pd.DataFrame(rows, columns=COLUMNS)
     found: list[tuple[str, str, str, str]] = []
     for folder in _folders(path):
@@ -65,7 +69,9 @@ def check(path: str | os.PathLike[str]) -> pd.DataFrame:
 def _folders(path: Path) -> Iterator[Path]:
     """`path` and the folders below it that are checked, or would be if a save had been finished."""
     for folder in (path, *sorted(p for p in path.rglob("*") if p.is_dir() and not p.name.startswith("."))):
-        if any((folder / name).exists() for name in (SUMS, COMMIT, "manifest.json", DUAL_REGRESSION)):
+        marks = (SUMS, COMMIT, "manifest.json", DUAL_REGRESSION, "plan.json")
+        files = any(any(folder.glob(pattern)) for pattern in ("*.gguf", "*.nii", "*.nii.gz"))
+        if files or any((folder / name).exists() for name in marks):
             yield folder
 
 
@@ -76,7 +82,7 @@ def _files_of(folder: Path) -> dict[str, str]:
     checks: dict[str, Callable[[], object]] = {
         "study.json": lambda: read_json(folder / "study.json"),
         "summary.json": lambda: read_json(folder / "summary.json"),
-        "plan.json": lambda: PruningPlan.load(folder / "plan.json"),
+        "plan.json": lambda: read_plan(folder / "plan.json"),
         "manifest.json": lambda: _check_scan(folder),
         "networks.json": lambda: FunctionalNetworks.load(folder),
         "ica.json": lambda: read_ica(folder),
@@ -84,12 +90,15 @@ def _files_of(folder: Path) -> dict[str, str]:
     }
     for name, opens in checks.items():
         if (folder / name).is_file() and states.get(name, "ok") == "ok":
-            states[name] = _state(opens, "")[0]
+            states[name] = (_state(opens, "") or ("ok",))[0]
     if (folder / "runs.jsonl").is_file():
         states.setdefault("runs.jsonl", "ok")  # compared with the manifest
     for image in sorted((*folder.glob("*.nii"), *folder.glob("*.nii.gz"))):
         if image.name not in states and sidecar_of(image).is_file():
-            states[image.name] = _state(partial(read_nifti, image), "")[0]
+            states[image.name] = (_state(partial(read_nifti, image), "") or ("ok",))[0]
+    for model in sorted(folder.glob("*.gguf")):
+        if model.name not in states and (said := _state(partial(_open_file, model), "")) is not None:
+            states[model.name] = said[0]
     if (folder / DUAL_REGRESSION).is_file() and states.get(DUAL_REGRESSION, "ok") == "ok":
         states |= {"dr_maps.npy": "ok", "dr_z_maps.npy": "ok"} | check_dual_regression(folder)
     return states
@@ -103,24 +112,32 @@ def _check_scan(folder: Path) -> None:
         shards.verify(index)
 
 
-def _state(opens: Callable[[], object], anew: str) -> tuple[str, str]:
+def _state(opens: Callable[[], object], anew: str) -> tuple[str, str] | None:
+    """What is wrong and what makes it anew; None where `opens` says that nothing could be wrong."""
     try:
-        opens()
+        if opens() is False:
+            return None
     except (InputError, OSError) as error:
         return " ".join(str(error).split()), anew
     return "ok", ""
 
 
 def _open_file(path: Path) -> object:
+    """Read one file with whatever checksum it has; False where it has none."""
+    listed = path.name in read_sums(path.parent, strict=False)
+    if listed:
+        verify_listed(path)
     if path.name.endswith((".nii", ".nii.gz")):
         return read_nifti(path)
     if path.suffix == ".json":
         record = read_json(path)
-        return PruningPlan.load(path) if record.get("llmbrain") == "pruning plan" else record
-    raise InputError(f"path {path} is no folder, NIfTI or JSON of llmbrain: it has no checksum")
+        return read_plan(path) if record.get("llmbrain") in ("pruning plan", "expert plan") else record
+    return (path.suffix == ".gguf" and check_gguf(path)) or listed
 
 
 def _kind(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "model"
     return "image" if path.name.endswith((".nii", ".nii.gz")) else "record"
 
 

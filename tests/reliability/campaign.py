@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,10 @@ def outcome(read: Callable[[Path], Any], folder: Path, right: Any) -> str:
     return "harmless" if content == right else "silent"
 
 
-def flips(study: Path, n: int, seed: int = 0) -> pd.DataFrame:
+def flips(study: Path, n: int, seed: int = 0, only: Sequence[str] | None = None) -> pd.DataFrame:
     """Flip one bit, or cut the file, `n` times each for every kind of file; counts of what reading it says."""
     rng, rows = np.random.default_rng(seed), []
-    for read, names in READERS.values():
+    for read, names in (READERS[reader] for reader in only or READERS):
         with quiet():
             right = read(study)
         for name in names:
@@ -204,7 +204,7 @@ def flips(study: Path, n: int, seed: int = 0) -> pd.DataFrame:
                     path.write_bytes(content)
                     counts[outcome(read, study, right)] += 1
                     restore(path.parent, copies)
-                rows.append({"file": name, "damage": how, "n": n, **counts})
+                rows.append({"file": name, "damage": how, "tries": n, **counts})
     return pd.DataFrame(rows).fillna(0)
 
 
@@ -249,12 +249,13 @@ def in_child(work: Callable[[], None], hook: Callable[[str, tuple[Any, ...]], No
         os._exit(code)
 
 
-def kills(root: Path, n: int, seed: int = 0) -> pd.DataFrame:
+def kills(root: Path, n: int, seed: int = 0, only: Sequence[str] | None = None) -> pd.DataFrame:
     """kill -9 at `n` random write events of every writer: the same call again gives what an unbroken one gives."""
     rng, rows = np.random.default_rng(seed), []
     base = make(root / "whole")
-    right = {name: digest(base, name) for name in WRITERS}
-    for name, write in WRITERS.items():
+    right = {name: digest(base, name) for name in only or WRITERS}
+    for name in only or WRITERS:
+        write = WRITERS[name]
         trial = root / "trial"
         counts: Counter[str] = Counter()
         events = _events(base, trial, write)
@@ -280,7 +281,7 @@ def kills(root: Path, n: int, seed: int = 0) -> pd.DataFrame:
                 counts["equal" if same else "other result"] += 1
             except Exception as error:
                 counts[f"refused: {type(error).__name__}: {error}"[:120]] += 1
-        rows.append({"command": name, "kills": n, **counts})
+        rows.append({"writer": name, "tries": n, **counts})
     shutil.rmtree(root / "trial", ignore_errors=True)
     return pd.DataFrame(rows).fillna(0)
 
@@ -323,15 +324,16 @@ def _clean(folder: Path) -> bool:
     return not [p for p in folder.rglob(".*") if p.name != ".bidsignore"]
 
 
-def disks(root: Path) -> pd.DataFrame:
+def disks(root: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
     """A full and a read-only disk at the first, a middle and the last write event of every writer."""
     rows = []
     base = make(root / "whole")
     for code in (errno.ENOSPC, errno.EROFS):
-        for name, write in WRITERS.items():
-            counts: Counter[str] = Counter()
+        for name in only or WRITERS:
+            write, counts = WRITERS[name], Counter[str]()
             events = _events(base, root / "trial", write)
-            for at in sorted({0, events // 2, events - 1}):
+            places = sorted({0, events // 2, events - 1})
+            for at in places:
                 trial = root / "trial"
                 shutil.rmtree(trial, ignore_errors=True)
                 shutil.copytree(base, trial)
@@ -359,7 +361,7 @@ def disks(root: Path) -> pd.DataFrame:
                     digest(trial, name)
                 except Exception as error:
                     counts[f"then: {type(error).__name__}: {error}"[:100]] += 1
-            rows.append({"disk": errno.errorcode[code], "writer": name, **counts})
+            rows.append({"writer": name, "disk": errno.errorcode[code], "tries": len(places), **counts})
     return pd.DataFrame(rows).fillna(0)
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +15,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from llmbrain.cli import CTRL_C, main
 
 Hook = Callable[[str, tuple[Any, ...]], None]
 FAST = ["--device", "cpu"]
-SECONDS = 12  # of the processor, that a command may take
+SECONDS = 10  # of the processor, that a command may take
 SHARED = Path(os.environ.get("LLMBRAIN_TEST_DATA", "../shared/data")).resolve()
 
 # What is typed, `@` for the folder that it happens in; all that is written goes into `@/made` (or has its name).
@@ -67,7 +69,8 @@ def typed(name: str, folder: Path) -> list[str]:
 
 def names() -> list[str]:
     """The commands that can be tried here: the one for GGUF needs a model with a tokenizer of its kind."""
-    return [name for name in COMMANDS if name != "export" or (SHARED / "models/stories260K").is_dir()]
+    able = (SHARED / "models/stories260K").is_dir() and find_spec("gguf") is not None
+    return [name for name in COMMANDS if name != "export" or able]
 
 
 def make(folder: Path) -> Path:
@@ -192,11 +195,24 @@ def fresh(base: Path, trial: Path) -> Path:
     return trial
 
 
+STAMP = re.compile(rb"20\d\d-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?(\.\d+)?")
+
+
 def contents(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*") if path.is_file()
-    }  # fmt: skip
+    """Digest of every file, whenever it was made: dates are taken out, and what checksums say of files with dates."""
+    raw = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    dated = {path for path, content in raw.items() if path.suffix in (".html", ".json") and STAMP.search(content)}
+    for path in raw:
+        if path in dated:
+            raw[path] = STAMP.sub(b"", raw[path])
+        elif path.name == "SHA256SUMS":
+            ours = [f"  {other.relative_to(path.parent).as_posix()}".encode() for other in dated
+                    if path.parent in other.parents]  # fmt: skip
+            raw[path] = b"\n".join(
+                name if (name := next((o for o in ours if line.endswith(o)), None)) else line
+                for line in raw[path].split(b"\n")
+            )
+    return {path.as_posix(): hashlib.sha256(content).hexdigest() for path, content in raw.items()}
 
 
 class Right:
@@ -357,5 +373,5 @@ def processes(base: Path, trial: Path, n: int = 4, only: Sequence[str] | None = 
             counts["done" if code == 0 else "told" if busy else f"exit {code}: {last(text)}"[:120]] += 1
         code, text = call(typed(name, trial), trial)
         counts[right.same() if code == 0 else f"again: {last(text)}"[:120]] += 1
-        rows.append({"command": name, "processes": n, **counts})
+        rows.append({"command": name, "tries": n + 1, **counts})
     return pd.DataFrame(rows).fillna(0)

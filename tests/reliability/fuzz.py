@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def make(study: Path) -> Path:
     (study / "config.toml").write_text(Settings().to_toml(model="a", text="b"))
     (study / "summary.json").write_text(json.dumps({"dense": {"perplexity": 3.5}, "pruned": {}, "provenance": {}}))
     (study / "task.yaml").write_text("task: mine\ndataset_path: json\ndoc_to_text: 'Q: {{question}}'\noutput_type: x\n")
+    stories = Path(os.environ.get("LLMBRAIN_TEST_DATA", "../shared/data")) / "models/stories260K"
+    if stories.is_dir() and find_spec("gguf"):
+        lb.save_pruned(*lb.load_model(stories), study / "small.gguf", format="gguf", gguf_type="q8_0")
     lb.imaging.write_melodic(lb.read_ica(study / "networks" / "ica"), study / "melodic")
     for sums in (path for path in study.rglob("SHA256SUMS") if path.parent.name not in ("scan",)):
         sums.unlink()
@@ -204,13 +208,21 @@ def attack(name: str, study: Path, seeds: range) -> Counter[str]:
     return counts
 
 
-def mutations(study: Path, seconds: float, each: int = 50) -> pd.DataFrame:
-    """Mutations of every loader's file for a while; in processes that may crash, hang or take all memory."""
+def mutations(study: Path, trial: Path, seconds: float, each: int = 50, begin: int = 0) -> pd.DataFrame:
+    """Mutations of every loader's file for a while; in processes that may crash, hang or take all memory.
+
+    Parameters
+    ----------
+    trial : path
+        Where copies of the study are mutated.
+    begin : int
+        Seed of the first mutation.
+    """
     totals: dict[str, Counter[str]] = {name: Counter() for name in LOADERS if (study / LOADERS[name][0]).is_file()}
-    end, begin = time.monotonic() + seconds, 0
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         for name, counts in totals.items():
-            counts += _apart(name, study, range(begin, begin + each))
+            counts += _apart(name, study, trial, range(begin, begin + each))
             if time.monotonic() > end:
                 break
         begin += each
@@ -218,11 +230,10 @@ def mutations(study: Path, seconds: float, each: int = 50) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna(0)
 
 
-def _apart(name: str, study: Path, seeds: range) -> Counter[str]:
+def _apart(name: str, study: Path, trial: Path, seeds: range) -> Counter[str]:
     """`attack` in a process of its own, on a copy; a file that ends it counts as a crash or a hang, with its seed."""
     counts: Counter[str] = Counter()
     left = seeds
-    trial = study.parent / "mutated"
     while left:
         shutil.rmtree(trial, ignore_errors=True)
         shutil.copytree(study, trial)

@@ -69,14 +69,14 @@ def test_flips_and_cuts(study: Path) -> None:
 @needs_fork
 def test_kill(tmp_path: Path) -> None:
     found = campaign.kills(tmp_path, 2, seed=1)
-    assert (found["equal"] == found["kills"]).all(), found.to_string()
+    assert (found["equal"] == found["tries"]).all(), found.to_string()
 
 
 @pytest.mark.slow
 @needs_fork
 def test_full_and_read_only_disks(tmp_path: Path) -> None:
     found = campaign.disks(tmp_path)
-    assert set(found.columns) == {"disk", "writer", "one line", "done"}, found.to_string()
+    assert set(found.columns) == {"disk", "writer", "tries", "one line", "done"}, found.to_string()
     assert (found["one line"] >= 2).all()
 
 
