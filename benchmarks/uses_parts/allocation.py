@@ -61,9 +61,11 @@ def networks_of(subject: Subject, windows: torch.Tensor) -> dict[str, lb.Functio
             "phase-randomized networks": null}  # fmt: skip
 
 
-def rows(subject: Subject, ratios: tuple[float, ...], known: set[tuple[str, float]]) -> Iterator[dict[str, Any]]:
+def rows(
+    subject: Subject, ratios: tuple[float, ...], known: set[tuple[str, float]], only: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """One row an allocation and ratio: perplexities of FLAP's neurons at its widths, after least squares."""
-    wanted = REAL if subject.name == "smollm2" else ROWS
+    wanted = only or (REAL if subject.name == "smollm2" else ROWS)
     if all((label, ratio) in known for label in wanted for ratio in ratios):
         return
     windows, tests = texts(subject)

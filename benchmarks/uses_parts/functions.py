@@ -53,9 +53,9 @@ def material(subject: Subject, contrast: str) -> tuple[list[lb.Scan], dict[str, 
     )
 
 
-def rows(subject: Subject, known: set[str]) -> Iterator[dict[str, Any]]:
+def rows(subject: Subject, known: set[str], only: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """One row a contrast: loss added to its lines and to its control's by each set of neurons of one size."""
-    for contrast in subject.demo.abilities if subject.demo is not None else CONTRASTS:
+    for contrast in only or (subject.demo.abilities if subject.demo is not None else CONTRASTS):
         if contrast in known:
             continue
         scans, weights, evaluations = material(subject, contrast)

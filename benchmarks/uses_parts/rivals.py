@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,20 @@ import pandas as pd
 
 import llmbrain as lb
 from llmbrain.anatomy.families import anatomy
-from llmbrain.decomposition import split_half_reproducibility
+from llmbrain.decomposition import ULCMOD, dual_regression
 from llmbrain.intervention import TokenEvaluation, lesion_table
 from llmbrain.networks import localizer
 from llmbrain.pruning.calibrate.windows import calibration_windows
 from llmbrain.pruning.criteria.relp import relevance
+from llmbrain.pruning.forecast import share_cut, shifted, token_losses_of
 from llmbrain.pruning.forget.conditions import token_conditions
 from llmbrain.pruning.planner import Planner
+from llmbrain.stats.matching import correlate_rows, match_maps
+from uses_parts.forecast import scored
 from uses_parts.subject import Subject
 
-DECOMPOSITIONS = {"group ICA": "fastica", "dictionary learning": "dictlearning", "k-means": "kmeans", "semi-NMF": "nmf"}
+DECOMPOSITIONS = {"group ICA": "fastica", "dictionary learning": "dictlearning", "k-means": "kmeans",
+                  "semi-NMF": "nmf", "ULCMOD": ""}  # fmt: skip
 CHOICES = ("RelP", "gradient times activity", "localizer t")
 SIZE = 41  # neurons that a choice lesions: 2% of the demo brain, about the size of a network
 CRITERIA = ("random", "flap", "taylor", "obs", "relp")
@@ -35,15 +40,56 @@ def evaluations(demo: Any, seed: int, n: int = 40) -> dict[str, TokenEvaluation]
     return made
 
 
+def maps_of(subject: Subject, label: str, scans: list[Any]) -> np.ndarray:
+    """Maps by one of the decompositions."""
+    if label == "ULCMOD":
+        return np.asarray(ULCMOD(subject.n_components, random_state=subject.draw).fit(scans).components_)
+    ica = lb.GroupICA(subject.n_components, method=DECOMPOSITIONS[label], random_state=0, max_iter=500)
+    return np.asarray(ica.fit(scans).components_)
+
+
+def reproducibility(subject: Subject, label: str, maps: np.ndarray) -> float:
+    """Mean ``|r|`` between the maps of two halves of the runs that match each map, over two ways to halve them."""
+    rng, found = np.random.default_rng(subject.draw), []
+    for _ in range(2):
+        order = rng.permutation(len(subject.scans))
+        half = len(order) // 2
+        sides = [maps_of(subject, label, [subject.scans[i] for i in part]) for part in (order[:half], order[half:])]
+        places = [match_maps(side, maps)[0] for side in sides]
+        found += [abs(correlate_rows(sides[0][[i]], sides[1][[j]])[0, 0]) for i, j in zip(*places)]
+    return float(np.mean(found))
+
+
+def forecast_score(subject: Subject, maps: np.ndarray) -> dict[str, float]:
+    """Rank correlation of share cut x squared time course with the loss that a cut adds; mean over four plans."""
+    networks = lb.FunctionalNetworks(maps, subject.scans[0].space, threshold=subject.threshold)
+    courses = dual_regression(networks.maps, subject.tests).time_courses
+    found = []
+    for plan, added in measured_plans(subject):
+        said = [shifted(c**2 @ share_cut(networks, plan.kept), s) for c, s in zip(courses, subject.tests)]
+        found.append(scored(subject, np.concatenate(said), added))
+    return {of: float(np.mean([f[of] or 0.0 for f in found])) for of in ("tokens", "texts", "conditions")}
+
+
+@cache
+def measured_plans(subject: Subject) -> list[tuple[Any, np.ndarray]]:
+    """Plans, and what each costs every held-out token after least squares."""
+    windows = calibration_windows(subject.model, None, None, subject.scans, None, 128)
+    before, found = np.concatenate(token_losses_of(subject.model, subject.tests)), []
+    for method in ("flap", "random"):
+        planner = Planner(subject.model, method, windows, random_state=subject.draw)
+        for ratio in (0.3, 0.5):
+            plan = planner.plan(ratio, allocation="uniform")
+            small = lb.prune(subject.model, plan, calibration=windows, compensate="least-squares", verify=False)
+            found.append((plan, np.concatenate(token_losses_of(small, subject.tests)) - before))
+    return found
+
+
 def decomposition_row(subject: Subject, label: str) -> dict[str, Any]:
-    """Reproducibility, and for each ability the loss that its most selective network adds, beside both controls."""
-    demo, method = subject.demo, DECOMPOSITIONS[label]
-    halves = split_half_reproducibility(
-        subject.scans, subject.n_components, method=method, n_splits=2, n_permutations=0, random_state=subject.draw
-    )
-    networks = subject.networks_of(method)
-    largest = [np.argsort(-np.abs(m))[:SIZE] for m in networks.maps]  # of one size, so that methods compare
-    masks = np.zeros(networks.maps.shape, dtype=bool)
+    """Reproducibility, forecast, and for each ability the loss that its most selective network adds, and controls."""
+    demo, maps = subject.demo, maps_of(subject, label, subject.scans)
+    largest = [np.argsort(-np.abs(m))[:SIZE] for m in maps]  # of one size, so that methods compare
+    masks = np.zeros(maps.shape, dtype=bool)
     for mask, at in zip(masks, largest):
         mask[at] = True
     named = {f"N{k:02d}": mask for k, mask in enumerate(masks)}
@@ -52,7 +98,7 @@ def decomposition_row(subject: Subject, label: str) -> dict[str, Any]:
     ).matrix("effect")
     chosen = {a: (first[a] - first.drop(columns=a).max(axis=1)).idxmax() for a in demo.abilities}
     return {"label": label, "kind": "decomposition", "draw": subject.draw,
-            "reproducibility": float(halves.reproducibility.mean()),
+            "reproducibility": reproducibility(subject, label, maps), "forecast": forecast_score(subject, maps),
             "lesions": selective(demo, {a: named[k] for a, k in chosen.items()}, subject.draw)}  # fmt: skip
 
 
@@ -112,7 +158,7 @@ def criterion_row(subject: Subject, method: str) -> dict[str, Any]:
     return {"label": method, "kind": "criterion", "draw": subject.draw, **found}
 
 
-def rows(subject: Subject, known: set[str]) -> Iterator[dict[str, Any]]:
+def rows(subject: Subject, known: set[str], only: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """All rows of a draw."""
     makers = {"decomposition": (DECOMPOSITIONS, decomposition_row), "choice of neurons": (CHOICES, choice_row),
               "criterion": (CRITERIA, criterion_row)}  # fmt: skip
@@ -120,7 +166,7 @@ def rows(subject: Subject, known: set[str]) -> Iterator[dict[str, Any]]:
         if subject.demo is None and kind != "criterion":
             continue
         for label in labels:
-            if label not in known:
+            if label not in known and (only is None or label in only):
                 yield make(subject, label)
 
 
@@ -133,7 +179,11 @@ def page(found: list[dict[str, Any]], name: str) -> str:
         cells = pd.DataFrame([x for r in of for x in r["lesions"].values()])
         beyond = (cells["own"] > cells[["worst other", "random", "matched"]].max(axis=1) + 0.05).mean()
         halves = [r["reproducibility"] for r in of if r["reproducibility"] is not None]
+        told = [r["forecast"] for r in of if "forecast" in r]
         lesions.append({"method": label, "split-half r": f"{np.mean(halves):.2f}" if halves else "-",
+                        "forecast: tokens / texts / conditions": " / ".join(
+                            f"{np.mean([t[k] for t in told]):.2f}" for k in ("tokens", "texts", "conditions")
+                        ) if told else "-",
                         "loss added to its ability": f"{cells['own'].mean():.2f}",
                         "to the worst other": f"{cells['worst other'].mean():.2f}",
                         "random neurons": f"{cells['random'].mean():.3f}",
@@ -142,7 +192,9 @@ def page(found: list[dict[str, Any]], name: str) -> str:
     if lesions:
         lines += [f"Lesions of {SIZE} neurons (2%), one set an ability; networks: the most selective one, chosen on "
                   "other lines. Nats per answer token, means over abilities and draws. Selective: more than .05 above "
-                  "the worst-hit other ability and both controls.", "",
+                  "the worst-hit other ability and both controls. Split-half r: maps of two halves of the "
+                  "runs that match each other. Forecast: rank correlation of what a cut takes of each network, times "
+                  "its squared time course, with the loss that comes (four plans).", "",
                   pd.DataFrame(lesions).to_markdown(index=False), ""]  # fmt: skip
     cut = pd.DataFrame([r for r in found if r["kind"] == "criterion"])
     if len(cut):

@@ -29,10 +29,12 @@ class Subject:
         The folder with the models and corpora that do not come with the package.
     draw : int
         Another draw takes other text.
+    device : str
+        Where the model lies.
     """
 
-    def __init__(self, name: str, data: Path, draw: int = 0) -> None:
-        self.name, self.data, self.draw = name, data, draw
+    def __init__(self, name: str, data: Path, draw: int = 0, device: str = "cpu") -> None:
+        self.name, self.data, self.draw, self.device = name, data, draw, device
         self.demo = load_demo() if name == "demo" else None
         if self.demo is not None:
             self.model, self.tokenizer = self.demo.model, self.demo.tokenizer
@@ -40,6 +42,9 @@ class Subject:
         else:
             self.model, self.tokenizer = lb.load_model(data / (SMOLLM2 if name == "smollm2" else f"models/{name}"))
             self.n_components, self.threshold = 32, 3.6
+        self.model = self.model.to(device)
+        if self.demo is not None:
+            self.demo.model = self.model
 
     def _mixed(self, n: int, n_tokens: int, seed: int, *, held_out: bool) -> list[lb.Stimulus]:
         """Texts of every kind, each one condition."""

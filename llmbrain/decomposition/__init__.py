@@ -10,8 +10,10 @@ from llmbrain.decomposition.reproducibility import SmoothMapsWarning, SplitHalf,
 from llmbrain.decomposition.saved_fit import read_ica
 from llmbrain.decomposition.solvers.fastica import fastica
 from llmbrain.decomposition.stability import Stability, UnstableComponentsWarning, ica_stability, model_order_sweep
+from llmbrain.decomposition.ulcmod import ULCMOD
 
 __all__ = [
+    "ULCMOD",
     "DualRegression",
     "ExchangeabilityWarning",
     "GroupICA",

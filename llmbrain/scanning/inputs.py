@@ -19,6 +19,7 @@ from llmbrain.imaging.nifti import read_nifti
 from llmbrain.imaging.surface import Grayordinates, is_surface, read_surface
 
 if TYPE_CHECKING:
+    import pandas as pd
     from nibabel.spatialimages import SpatialImage
     from numpy.typing import NDArray
 
@@ -147,6 +148,11 @@ class Runs(Sequence[np.ndarray]):
         """Position of each token in its context block, for scans; None for what does not know."""
         positions = getattr(self._items[index], "positions", None)
         return None if positions is None or callable(positions) else np.asarray(positions)
+
+    def events(self, index: int) -> pd.DataFrame | None:
+        """Events of a run, for scans; None for what has none."""
+        events = getattr(self._items[index], "events", None)
+        return events if hasattr(events, "columns") else None
 
     def origin(self) -> dict[str, str]:
         """The `Scan.origin` that all runs share; empty where they have none, or several."""

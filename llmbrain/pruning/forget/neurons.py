@@ -153,9 +153,11 @@ def _round(
             ours = torch.autograd.grad(F.softplus(odds[wanted] + 1).sum(), signals, retain_graph=True)
             theirs = torch.autograd.grad(odds[other].sum(), signals)
             onehot = F.one_hot(labels[part].flatten() + 1, n + 1).float().T
-            flat = [x.detach().float().reshape(-1, x.shape[-1]).cpu() for x in signals]
-            gain += torch.cat([(x * g.reshape(x.shape).cpu()).sum(0) for x, g in zip(flat, ours)])
-            harm += torch.cat([onehot @ (x * g.reshape(x.shape).cpu()).square() for x, g in zip(flat, theirs)], 1)
+            flat = [x.detach().float().reshape(-1, x.shape[-1]) for x in signals]
+            gain += torch.cat([(x * g.reshape(x.shape)).sum(0).cpu() for x, g in zip(flat, ours)])
+            harm += torch.cat(
+                [(onehot.to(x) @ (x * g.reshape(x.shape)).square()).cpu() for x, g in zip(flat, theirs)], 1
+            )
     still = torch.cat(right)
     counts = F.one_hot(labels.flatten() + 1, n + 1).sum(0)[:, None].clamp_min(1)
     share = [float(still[known & (labels[:, 1:] == i)].float().mean()) for i in range(n)]
