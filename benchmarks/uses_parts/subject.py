@@ -70,7 +70,7 @@ class Subject:
         """One of the corpora; held-out text comes from another part or file."""
         folder = self.data / "corpora"
         if kind == "wiki":
-            from real import wikitext
+            from real_parts.bench import wikitext
 
             return wikitext(folder / f"wikitext2-{'test' if held_out else 'valid'}.tokens")
         if kind == "stories":
