@@ -58,6 +58,7 @@ class Bench:
         self.machine = {
             "device": name, "torch": torch.__version__, "cuda": torch.version.cuda,
             "transformers": transformers.__version__, "python": sys.version.split()[0], "sizes": sizes,
+            "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         }  # fmt: skip
 
     def step(self, name: str, needs: list[str], run: Callable[[], dict[str, Any] | None]) -> None:
@@ -91,7 +92,8 @@ class Bench:
     def write(self) -> None:
         """All rows so far."""
         self.file.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
-        lines = [f"# Steps on {self.machine['device']}", "", "`python benchmarks/gpu.py`", "",
+        texts = f"{self.sizes['texts']} texts of {self.sizes['length']:,} tokens"
+        lines = [f"# Steps on {self.machine['device']}", "", f"`{self.machine['command']}`: {texts}", "",
                  "| step | seconds | peak of the device, GB | |", "|---|---|---|---|"]  # fmt: skip
         for row in self.rows:
             what = row.get("error") or row.get("skipped") or ", ".join(
@@ -128,7 +130,7 @@ class Bench:
         fit = ica.fit(self.made["runs"])
         self.made["fit"] = fit
         r = match_maps(fit.components_, self.made["maps"])[1]
-        return {"matched_r_least": round(float(r.min()), 4), "steps": int(fit.n_iter_)}
+        return {"matched_r_least": round(float(np.abs(r).min()), 4), "steps": int(fit.n_iter_)}
 
     def dual_regression(self) -> dict[str, Any]:
         """Dual regression of two of the runs."""
@@ -246,6 +248,7 @@ def main() -> None:
     """All steps, or those asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the same in small, on the CPU if there is no GPU")
+    parser.add_argument("--texts", type=int, help="texts of 2,048 tokens; default 128")
     parser.add_argument("--device", default="", help="default: CUDA")
     parser.add_argument("--only", default="", help="steps whose name holds one of these words (commas between)")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of SmolLM2 and the texts")
@@ -258,7 +261,8 @@ def main() -> None:
     file = args.out or (args.folder / "gpu.json" if args.tiny else RESULTS / "gpu.json")
     args.folder.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(TINY if args.tiny else FULL, device, file, args.folder)
+    sizes = {**(TINY if args.tiny else FULL), **({"texts": args.texts} if args.texts else {})}
+    bench = Bench(sizes, device, file, args.folder)
     plans = ("flap", "obs-gradient", "networks")
     steps: list[tuple[str, list[str], Callable[[], dict[str, Any] | None]]] = [
         ("drawn runs", [], bench.draw), ("group ICA", ["runs"], bench.group_ica),
