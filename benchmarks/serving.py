@@ -283,10 +283,12 @@ def as_markdown(held: dict[str, Any]) -> str:
                 middle = r["tokens_per_second"]
                 total = middle * r["seconds"]
                 dense.setdefault(phase, middle if case == "dense" else float("nan"))
-                cells.append(f"{middle:.0f} ({total / r['seconds_high']:.0f} to {total / r['seconds_low']:.0f}) | "
-                             f"{middle / dense[phase]:.2f} x")  # fmt: skip
-            most = pair["peak_memory"].max() / 2**20
-            lines.append(f"| {case} | {cells[0]} | {cells[1]} | {most:.0f} | {pair['load'].max():.1f} |")
+                most = f"{total / r['seconds_low']:.0f}" if r["seconds_low"] > 0 else "?"
+                cells.append(
+                    f"{middle:.0f} ({total / r['seconds_high']:.0f} to {most}) | {middle / dense[phase]:.2f} x"
+                )
+            peak = pair["peak_memory"].max() / 2**20
+            lines.append(f"| {case} | {cells[0]} | {cells[1]} | {peak:.0f} | {pair['load'].max():.1f} |")
     return "\n".join(lines) + "\n"
 
 

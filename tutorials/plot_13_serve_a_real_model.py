@@ -93,6 +93,23 @@ if ready:
     theirs = engine.generate(ids[0].tolist(), 12)
     print("transformers:", tokenizer.decode(ours))
     print("llama.cpp:   ", tokenizer.decode(theirs))
+
+# %%
+# Whole blocks
+# ------------
+# Narrow layers are still layers: each token passes as many of them. With ``drop=`` a plan may set the MLP or the
+# attention of a layer to nothing instead, where that measured less harm than taking as many parameters from neurons.
+# What is dropped is not run, and an attention that is gone keeps no cache. ``method="shortgpt"`` (whole layers) and
+# ``method="2ssp"`` are published rules to hold beside it. All formats carry it; the GGUF leaves the parts out. This
+# search takes two minutes and more with text that suffices, so that here it gets four windows and few passes.
+if ready:
+    little = {**calibration, "max_windows": 4}
+    blocks = lb.plan_pruning(model, ratio=0.3, method="flap", allocation="uniform", drop=("mlp", "attention"),
+                             passes=6, protect=[0, 1, 2, n - 2, n - 1], multiple_of=32, **little)  # fmt: skip
+    print(blocks.summary())
+    for tried in blocks.details["blocks"]["tried"]:
+        gone = f"{len(tried['mlp'])} MLPs and {len(tried['attention'])} attentions"
+        print(f"{gone} dropped, the rest of neurons: loss {tried['loss']:.3f}{', chosen' * tried['chosen']}")
 folder.cleanup()
 
 # %%

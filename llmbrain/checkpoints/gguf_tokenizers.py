@@ -75,19 +75,21 @@ def read_whole(fields: dict[str, Any]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def copy_tokenizer(
-    writer: gguf.GGUFWriter, like: Path, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
-    """Write the tokenizer keys of another GGUF file.
+def check_like(
+    like: str | Path, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, gguf.ReaderField]:
+    """The fields of the GGUF file of a model, from which a tokenizer is to be taken.
 
     Raises
     ------
     InputError
         If `like` is no GGUF file, its tokenizer has not as many tokens as the model, or others than `tokenizer`.
+    FileNotFoundError
+        If it is not there.
     """
-    import gguf
-
-    fields = open_gguf(like).fields
+    if not Path(like).is_file():
+        raise FileNotFoundError(f"like={str(like)!r}: there is no such file")
+    fields = open_gguf(Path(like)).fields
     tokens = fields.get("tokenizer.ggml.tokens")
     if tokens is None:
         raise InputError(f"like={str(like)!r} holds no tokenizer: name the GGUF of the dense model")
@@ -97,6 +99,13 @@ def copy_tokenizer(
         )
     if tokenizer is not None:
         _check_same(tokenizer, tokens.contents(), like)
+    return dict(fields)
+
+
+def copy_tokenizer(writer: gguf.GGUFWriter, fields: dict[str, gguf.ReaderField]) -> None:
+    """Write the tokenizer keys of another GGUF file, of which these are the fields."""
+    import gguf
+
     for name, field in fields.items():
         if not name.startswith("tokenizer.") or name == WHOLE:
             continue
@@ -104,7 +113,7 @@ def copy_tokenizer(
         writer.add_key_value(name, field.contents(), field.types[0], sub)
 
 
-def _check_same(tokenizer: PreTrainedTokenizerBase, tokens: list[str], like: Path) -> None:
+def _check_same(tokenizer: PreTrainedTokenizerBase, tokens: list[str], like: str | Path) -> None:
     """Refuse a file whose tokens are others; added ones, which llama.cpp's converter renames, may have other names."""
     added = tokenizer.get_added_vocab()
     ours = {number: token for token, number in tokenizer.get_vocab().items() if token not in added}

@@ -33,7 +33,7 @@ from llmbrain.checkpoints.gguf_layout import (
     rotary_factors,
 )
 from llmbrain.checkpoints.gguf_opening import CHECKSUM, EMPTY, seal_gguf
-from llmbrain.checkpoints.gguf_tokenizers import copy_tokenizer, write_tokenizer, write_whole
+from llmbrain.checkpoints.gguf_tokenizers import check_like, copy_tokenizer, write_tokenizer, write_whole
 from llmbrain.checkpoints.shrinking import blocks_of, is_empty
 
 if TYPE_CHECKING:
@@ -87,18 +87,16 @@ def write_gguf(
     check_option("gguf_type", gguf_type, GGUF_TYPES)
     path = check_gguf_path(path)
     target = target_of(model)
-    if tokenizer is None and like is None:
-        raise InputError("tokenizer=None: a GGUF needs a tokenizer, or like= a GGUF of the dense model")
+    fields = check_tokenizer(model, tokenizer, like)
     with writing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, target.arch)
         try:
             writer.add_string(CHECKSUM, EMPTY)
             _write_keys(writer, model, target, gguf_type)
-            vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-            if like is not None:
-                copy_tokenizer(writer, Path(like), vocabulary, tokenizer)
-            else:
-                assert tokenizer is not None
+            vocabulary = _rows(model)
+            if fields is not None:
+                copy_tokenizer(writer, fields)
+            elif tokenizer is not None:
                 write_tokenizer(writer, tokenizer, vocabulary)
             if tokenizer is not None:
                 write_whole(writer, tokenizer)
@@ -117,6 +115,37 @@ def write_gguf(
         if check is not None:
             check(Path(temporary))
     return path
+
+
+class _Nowhere:
+    """A writer that keeps nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def check_tokenizer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, like: str | Path | None
+) -> dict[str, Any] | None:
+    """Whether a GGUF can have the tokenizer of this model: from `like` (whose fields are given back), or written.
+
+    Raises
+    ------
+    InputError
+        If it can not; saying what to give.
+    FileNotFoundError
+        If `like` is not there.
+    """
+    if like is not None:
+        return check_like(like, _rows(model), tokenizer)
+    if tokenizer is None:
+        raise InputError("tokenizer=None: a GGUF needs a tokenizer, or like= a GGUF of the dense model")
+    write_tokenizer(_Nowhere(), tokenizer, _rows(model))  # type: ignore[arg-type]
+    return None
+
+
+def _rows(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def check_gguf_path(path: str | Path) -> Path:
@@ -304,7 +333,7 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
     writer.add_rope_dimension_count(first.head_dim)
     writer.add_rope_freq_base(float(full["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]
+    writer.add_vocab_size(_rows(model))
     file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[gguf_type]
     writer.add_file_type(gguf.LlamaFileType[file_type])
     if target.arch in ("gemma2", "gemma3"):

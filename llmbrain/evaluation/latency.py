@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
@@ -16,6 +18,9 @@ from llmbrain.hooks.text import evaluating, input_device
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+COLUMNS = ("phase", "batch", "tokens_per_second", "seconds", "seconds_low", "seconds_high")
 
 
 def throughput(model: nn.Module, *, n_tokens: int = 2048, repeats: int = 5) -> float:
@@ -101,11 +106,30 @@ def latency(
             prefill = _times(read, model, repeats)
             decode = _times(generate, model, repeats) - np.median(prefill)
             peak = float(torch.cuda.max_memory_allocated(ids.device)) if cuda else float("nan")
-            for phase, seconds, tokens in (("prefill", prefill, prompt), ("decode", decode, new_tokens)):
-                low, middle, high = np.percentile(seconds, [25, 50, 75])
-                rows.append((phase, batch, batch * tokens / middle, middle, low, high, peak))
-    columns = ["phase", "batch", "tokens_per_second", "seconds", "seconds_low", "seconds_high", "peak_memory"]
-    return pd.DataFrame(rows, columns=columns)
+            rows += [(*row, peak) for row in phase_rows(batch, prefill, prompt, decode, new_tokens)]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "peak_memory"])
+
+
+def phase_rows(
+    batch: int, prefill: NDArray[np.float64], prompt: int, decode: NDArray[np.float64], new_tokens: int
+) -> list[tuple[str, int, float, float, float, float]]:
+    """Rows of `COLUMNS` from seconds of repeated runs; decode is what was left of a run less the median prefill.
+
+    Where that is nothing, noise was larger than what was measured: nan, and a warning.
+    """
+    rows = []
+    for phase, seconds, tokens in (("prefill", prefill, prompt), ("decode", decode, new_tokens)):
+        low, middle, high = (float(x) for x in np.percentile(seconds, [25, 50, 75]))
+        speed = batch * tokens / middle if middle > 0 else float("nan")
+        if not middle > 0:
+            warnings.warn(
+                f"batch {batch}: writing {tokens} tokens took no longer than reading alone, within what runs differ: "
+                "measure more new tokens, or on an idle machine",
+                UserWarning,
+                stacklevel=3,
+            )
+        rows.append((phase, batch, speed, middle, low, high))
+    return rows
 
 
 def _random_ids(model: nn.Module, batch: int, length: int) -> Tensor:

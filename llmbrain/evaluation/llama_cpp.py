@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmbrain._validation import InputError, check_whole, soft_import
+from llmbrain.evaluation.latency import COLUMNS, phase_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
 EXTRA = "serve"
-LATENCY_COLUMNS = ("phase", "batch", "tokens_per_second", "seconds", "seconds_low", "seconds_high")
 
 
 class LlamaCpp:
@@ -149,7 +149,5 @@ def llama_cpp_latency(
 
         prefill = np.array([seconds(pair[0], 1) for pair in texts][1:])
         decode = np.array([seconds(pair[1], 1 + new_tokens) for pair in texts][1:]) - np.median(prefill)
-        for phase, times, tokens in (("prefill", prefill, prompt), ("decode", decode, new_tokens)):
-            low, middle, high = np.percentile(times, [25, 50, 75])
-            rows.append((phase, batch, batch * tokens / middle, middle, low, high))
-    return pd.DataFrame(rows, columns=list(LATENCY_COLUMNS))
+        rows += phase_rows(batch, prefill, prompt, decode, new_tokens)
+    return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -14,7 +14,6 @@ from llmbrain._progress import Say, seconds_of, span, speaker, watched
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts, widths_of
 from llmbrain.anatomy.families import anatomy
-from llmbrain.checkpoints.gguf_writing import demands
 from llmbrain.decomposition import GroupICA
 from llmbrain.evaluation import throughput
 from llmbrain.evaluation.perplexity import check_causal, window_losses
@@ -29,11 +28,12 @@ from llmbrain.scanning.manifest import model_id
 from llmbrain.study.budget import fit
 from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, told
 from llmbrain.study.experts import check_method, cut_fewer
+from llmbrain.study.fits import check_drop_fits, check_saving
 from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
-from llmbrain.study.smaller import check_drop_fits, cut, evidence_of
+from llmbrain.study.smaller import cut, evidence_of
 from llmbrain.study.texts import limit_tokens, split_texts
 
 if TYPE_CHECKING:
@@ -199,8 +199,7 @@ def run(
     how = _same_as_before(out, mark) or asked
     if limit is not None and how is asked:
         how, gave_up = subject.fit(asked, limit, list(options))
-    if how.format == "gguf":
-        demands(model)  # whether a GGUF has a place for it: before the work
+    check_saving(model, tokenizer, how.format, how.gguf_type, how.like)
     check_drop_fits(model, how.drop or (), how.method, how.format)
     sample = Sample.of_texts(
         model, tokenizer, subject.texts, n_calibration=subject.n_calibration, tokens=how.eval_tokens,

@@ -15,7 +15,7 @@ from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import load_model, load_pruned, save_pruned
 from llmbrain.checkpoints.gguf_reading import is_gguf
-from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, holds_lone_mlps, odd_widths
+from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.parts import FORMATS_BY_PART
 from llmbrain.checkpoints.shapes import RECORD
@@ -25,7 +25,7 @@ from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
-from llmbrain.pruning.allocate.blocks import WHOLE_LAYERS, check_drop
+from llmbrain.pruning.allocate.blocks import check_drop
 from llmbrain.pruning.allocate.search import PASSES
 from llmbrain.pruning.benchmark import REPEATED, ROWS, WINDOW, compare_methods
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
@@ -35,6 +35,7 @@ from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.again import MADE, check_free, made_from
 from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, own_windows, plan_passes, step_cost, together
+from llmbrain.study.fits import check_drop_fits, check_saving, gguf_of, is_of_one_width
 from llmbrain.study.folder import Study
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
@@ -206,7 +207,7 @@ def plan(
     if options.get("ratio") is None and not options.get("forget"):
         options["ratio"] = RATIO
     check_drop_fits(model, check_drop(options.get("drop")), method, format)
-    if _of_one_width(model, format) and not (method in CRITERIA and CRITERIA[method].blocks):
+    if is_of_one_width(model, format) and not (method in CRITERIA and CRITERIA[method].blocks):
         _one_width(model, options, format)
     if functions and evidence.scans is None:
         raise InputError("keep and forget need a study (--study): a scan whose texts have conditions")
@@ -224,32 +225,6 @@ def plan(
         made.save(out)
         write_figure(Path(out).with_suffix(".png"), plot_widths(made), dpi=130)
     return made
-
-
-def _of_one_width(model: nn.Module, format: str) -> bool:
-    """Whether a format asks for one width in all layers of this model."""
-    return (format == "uniform" or (format == "gguf" and demands(model)[0])) and not has_experts(model)
-
-
-def check_drop_fits(model: nn.Module, drop: Sequence[str], method: str, format: str) -> None:
-    """Before the work: whether a format has a place for what will be dropped.
-
-    Raises
-    ------
-    InputError
-        If it has none.
-    """
-    alone = method in CRITERIA and CRITERIA[method].blocks not in ("", WHOLE_LAYERS)
-    if (alone or drop) and _of_one_width(model, format):
-        raise InputError(
-            f"format={format!r} holds whole layers of one width only, no layer that lacks its MLP or its attention "
-            "alone: use method='shortgpt', or another format"
-        )
-    if format == "gguf" and (alone or "attention" in drop) and not holds_lone_mlps(model):
-        raise InputError(
-            f"format='gguf': llama.cpp reads no {type(model).__name__} whose layers lack their attention alone: "
-            "drop='mlp', or method='shortgpt', or another format"
-        )
 
 
 def _one_width(model: nn.Module, options: dict[str, Any], format: str) -> None:
@@ -342,8 +317,8 @@ def cut(
         return _before(out, tokenizer, plan, offload)
     if format == "gguf":
         check_gguf_path(out)
-        demands(model)  # whether there is a place for it: before the work
     if evidence is None:
+        check_saving(model, tokenizer, format, gguf_type, like)
         method = "" if plan is not None else options.get("method", "networks")
         self_text = 0 if offload and self_text is None else _beside(self_text, options)
         evidence = evidence_of(
@@ -388,8 +363,7 @@ def cut(
         return small, plan
     if report:  # first: the model says that all of it is done
         page(Path(out).with_suffix(".html"), small)
-    source = Path(model_id(model))
-    like = like or (source if is_gguf(source) and source.is_file() else None)
+    like = like or gguf_of(model)
     save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, gguf_type=gguf_type, like=like, note=note)
     return small, plan
 

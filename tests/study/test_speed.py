@@ -41,6 +41,15 @@ def test_a_row_a_model_phase_and_batch(folder, tmp_path):
     assert (table["relative"][:4] == 1).all()
 
 
+def test_noise_is_no_speed():
+    from llmbrain.evaluation.latency import phase_rows
+
+    with pytest.warns(UserWarning, match="took no longer than reading alone"):
+        prefill, decode = phase_rows(2, np.array([1.0, 2.0, 3.0]), 8, np.array([-0.2, -0.1, 0.1]), 4)
+    assert prefill == ("prefill", 2, 8.0, 2.0, 1.5, 2.5)
+    assert np.isnan(decode[2])
+
+
 def test_the_peak_is_that_of_this_process_alone():
     from llmbrain.study.speed import peak_memory
 
