@@ -88,11 +88,10 @@ def rows(
 def measured(case: Case, name: str, model: Any) -> dict[str, Any]:
     """What a model knows, what it lost, and how fast it learns again."""
     removed = (getattr(model, "llmbrain_pruning", None) or [{}])[-1]
-    widths = [sum(removed["plan"][k]) if k in removed.get("plan", {}) else None for k in ("widths", "widths_before")]
     row: dict[str, Any] = {
         "ability": case.name, "method": name, "accuracy": case.score(model), "harm": case.harm(model), "attacks": {},
         "probe": float(probe_accuracy(model, *case.probes).max()), "every": case.attack.every,
-        "steps": case.attack.steps, "removed": None if None in widths else 1 - widths[0] / widths[1],
+        "steps": case.attack.steps, "removed": 1 - sum(map(len, removed["kept"])) / sum(removed["widths_before"]) if removed else None,
     }  # fmt: skip
     most = max(case.attack.lines)
     cases = {str(n): case.own[:n] for n in case.attack.lines} | {UNRELATED: case.rest[:most]}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.pruning.forget.relearning import padded
 
-STEPS, LOOK = 150, 15  # of unlearning, and steps between two looks at the harm
+STEPS, LOOK = 200, 20  # of unlearning, and steps between two looks at the harm
 Lines = list[torch.Tensor]
 
 
@@ -36,7 +36,7 @@ def unlearned(
     watch : function
         Of a model: accuracy on what is to go, and harm to the rest.
     rate : float
-        Of Adam, relative to the root mean square of each parameter.
+        First step of Adam, relative to the root mean square of each parameter; falls linearly to 0.
     """
     model: Any = copy.deepcopy(dense)
     generator = torch.Generator().manual_seed(0)
@@ -44,6 +44,7 @@ def unlearned(
     for p in model.parameters():
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(groups)
+    falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     best, least = copy.deepcopy(model.state_dict()), np.inf
 
     def nats(of: Any, lines: Lines) -> torch.Tensor:
@@ -60,12 +61,13 @@ def unlearned(
             if how == "gradient difference":
                 loss = loss - 0.3 * nats(model, some).mean()
             else:
-                with torch.no_grad():
+                with evaluating(dense):
                     reference = nats(dense, some)
                 loss = loss + (2 / 0.1) * F.softplus(-0.1 * (nats(model, some) - reference)).mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        falls.step()
         optimizer.zero_grad(set_to_none=True)
         if step % LOOK == 0:
             accuracy, worst = watch(model)

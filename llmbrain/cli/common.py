@@ -62,7 +62,9 @@ LIKE = Annotated[
 ]
 ALLOCATION = Annotated[
     str,
-    typer.Option("--allocation", help="uniform, global, clamped, sensitivity or search; default: the method's own."),
+    typer.Option(
+        "--allocation", help="uniform, global, clamped, networks, sensitivity or search; default: the method's own."
+    ),
 ]
 MULTIPLE = Annotated[int, typer.Option("--multiple-of", min=1, help="Widths are multiples of it (8 to 256).")]
 PROTECT = Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,11 +105,24 @@ def unlearning_texts(
     -------
     list of Stimulus
         With the conditions ``"forget"`` and ``"retain"``, one event a row: ``plan_pruning(..., forget=["forget"])``.
+
+    Raises
+    ------
+    InputError
+        As `read_rows`; and if a row stands in both files.
     """
     from llmbrain.scanning import Stimulus
 
-    check_range("lines", lines, 1)
-    named = [(line, FORGET) for line in read_rows(forget)] + [(line, RETAIN) for line in read_rows(retain)]
+    if not isinstance(check_range("lines", lines, 1), Integral):
+        raise InputError(f"lines={lines!r} must be a whole number, at least 1")
+    goes, stays = read_rows(forget), read_rows(retain)
+    kept = set(stays)
+    both = [line for line in goes if line in kept]
+    if both:
+        raise InputError(
+            f"{len(both)} rows stand in {forget} and in {retain}, such as {both[0][:80]!r}: a row goes or stays"
+        )
+    named = [(line, FORGET) for line in goes] + [(line, RETAIN) for line in stays]
     random.Random(seed).shuffle(named)
     groups = [named[i : i + lines] for i in range(0, len(named), lines)]
     return [Stimulus.from_segments(g, tokenizer, f"unlearning-run{i + 1:04d}") for i, g in enumerate(groups)]

@@ -18,6 +18,7 @@ from llmbrain._validation import InputError, check_option, check_range, seed_of
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.scanning.scans import Scan
+from llmbrain.stats.matching import correlate_rows
 from llmbrain.stats.nulls import circular_shift
 from llmbrain.stats.tails import t_to_z
 
@@ -122,8 +123,8 @@ def localizer(
     contrasts : dict of name -> {condition: weight}, or names of conditions; default all
         A bare name means that condition against the mean of all others.
     networks : FunctionalNetworks, optional
-        Test the time courses of these (their own if they have as many runs and tokens as the scans, else by dual
-        regression) instead of every neuron.
+        Test the time courses of these (their own if they are of these scans, else by dual regression) instead of every
+        neuron.
     noise_model : {"ols", "ar1"}
         "ar1" is nilearn's prewhitening; its permutations are slow.
     drift : int
@@ -213,6 +214,8 @@ def contrast_weights(
     conditions: Sequence[str], contrasts: Mapping[str, Any] | Sequence[str] | None
 ) -> dict[str, Array]:
     """Weights over `conditions` of each contrast; see `localizer`."""
+    if isinstance(contrasts, str):
+        contrasts = [contrasts]
     named = dict(contrasts) if isinstance(contrasts, Mapping) else {c: c for c in (contrasts or conditions)}
     weights: dict[str, Array] = {}
     for name, what in named.items():
@@ -222,19 +225,39 @@ def contrast_weights(
             what = {c: 1.0 if c == what else -1 / others for c in conditions}
         if not isinstance(what, Mapping) or not any(what.values()):
             raise InputError(f"contrasts[{name!r}]={what!r} must be a condition or a dict of condition -> weight")
-        for condition in what:
+        for condition, weight in what.items():
             check_option(f"contrasts[{name!r}]: condition", condition, conditions)
+            check_range(f"contrasts[{name!r}][{condition!r}]", weight)
         weights[str(name)] = np.array([float(what.get(c, 0)) for c in conditions])
     return weights
 
 
 def time_courses_of(networks: FunctionalNetworks, scans: Sequence[Scan]) -> Sequence[NDArray[Any]]:
-    """The networks' own time courses if they fit the scans token by token, else by dual regression."""
-    if [len(course) for course in networks.time_courses] == [int(scan.n_tokens) for scan in scans]:
-        return networks.time_courses
+    """The networks' own time courses if they fit the scans token by token, else by dual regression.
+
+    Those of an ICA are of its own runs. Other runs may be as long, so the first is looked at: courses that have little
+    in common with what the maps do there are not of it.
+    """
+    own = networks.time_courses
+    fits = [len(course) for course in own] == [int(scan.n_tokens) for scan in scans]
+    if fits and ("estimator" not in networks.provenance or _are_of(own[0], networks, scans[0])):
+        return own
     from llmbrain.decomposition import dual_regression
 
     return dual_regression(networks.maps, scans).time_courses
+
+
+def _are_of(course: NDArray[Any], networks: FunctionalNetworks, scan: Scan) -> bool:
+    """Whether time courses are of a scan: median ``|r|`` with what z-scored neurons give there above a half."""
+    from llmbrain.decomposition import dual_regression
+
+    found = dual_regression(networks.maps, [scan], standardize=True).time_courses[0]
+    positions = getattr(scan, "positions", None)
+    real = np.ones(len(course), dtype=bool) if positions is None else np.asarray(positions) > 0  # not the sink
+    if real.sum() < 3:
+        return True
+    r = [correlate_rows(a[None], b[None])[0, 0] for a, b in zip(np.asarray(course)[real].T, found[real].T)]
+    return bool(np.median(np.abs(r)) > 0.5)
 
 
 def _conditions(scans: Sequence[Scan]) -> list[str]:

@@ -130,8 +130,8 @@ def forecast(
     widths : sequence of int
         Neurons of each layer before.
     networks : FunctionalNetworks, optional
-        Of this model; their time courses say at which tokens each is active (their own where they fit the scans, else
-        by dual regression). Without any there is no table of networks.
+        Of this model; their time courses say at which tokens each is active (their own where they are of these scans,
+        else by dual regression). Without any there is no table of networks.
     scans : sequence of Scan
         Of the dense model, with tokens.
     model, predictor, compensate, calibration

@@ -26,7 +26,7 @@ from llmbrain.checkpoints.gguf_layout import BLOCK, K_BLOCK
 from llmbrain.distributed import ranks
 from llmbrain.hooks.text import digest
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.pruning.forecast import BEST, Forecast, forecast
+from llmbrain.pruning.forecast import BEST, OF_MODEL, Forecast, forecast
 from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
@@ -258,7 +258,8 @@ class PruningPlan:
         Raises
         ------
         InputError
-            If there is no model, or scans, networks and model do not belong together.
+            If there is no model, scans, networks and model do not belong together, or the plan cuts more than neurons
+            or is to be repaired to keep or forget functions.
         """
         known = self._model() if model is None and self._model is not None else model
         if known is not None:
@@ -267,6 +268,12 @@ class PruningPlan:
             raise InputError("this plan drops whole blocks: a forecast is for cuts of neurons only")
         if self.kept_heads is not None and predictor != "share":
             raise InputError("this plan cuts heads as well: a forecast is for cuts of neurons only")
+        functions = self.details.get("functions") or {}
+        if compensate is not None and predictor in OF_MODEL and any(functions.get(k) for k in ("keep", "forget")):
+            raise InputError(
+                "this plan keeps or forgets functions: its repair weighs tokens by them, and a forecast knows no such "
+                "repair. compensate=None forecasts the bare cut"
+            )
         return forecast(
             self.kept, self.widths_before, networks, scans, model=known, predictor=predictor, compensate=compensate,
             calibration=calibration,

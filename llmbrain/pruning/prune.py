@@ -109,6 +109,8 @@ def prune(
         calibration is missing or too short, or an intervention is in force; `model` is untouched then.
     """
     check_option("compensate", compensate, COMPENSATIONS)
+    if not isinstance(relearning, (bool, Relearning)):
+        raise InputError(f"relearning={relearning!r} must be True, False or a Relearning")
     if ridge is not None:
         check_range("ridge", ridge, 0)
     if isinstance(plan, ExpertPlan) or plan.experts_before is not None:

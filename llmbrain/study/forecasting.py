@@ -25,7 +25,7 @@ def forecast_of(
     compensate: str | None,
 ) -> Forecast | None:  # fmt: skip
     """The forecast of a plan on the last scans of a study, such that they hold `TOKENS` tokens; None where there can be
-    none (no scans with tokens, heads cut as well, no next token, a mixture of experts).
+    none (no scans with tokens, heads cut as well, no next token, a mixture of experts, a repair that keeps or forgets).
 
     Parameters
     ----------
@@ -37,6 +37,9 @@ def forecast_of(
         return None
     known = [s for s in scans_with_tokens(scans) if tuple(s.space.widths) == plan.widths_before]
     if not known or plan.kept_heads is not None or any(plan.dropped.values()) or not predicts_next_token(model):
+        return None
+    functions = plan.details.get("functions") or {}
+    if compensate is not None and (functions.get("keep") or functions.get("forget")):
         return None
     if networks is not None and (networks.space is None or tuple(networks.space.widths) != plan.widths_before):
         networks = None

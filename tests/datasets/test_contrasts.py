@@ -59,6 +59,10 @@ def test_rows_of_unlearning_benchmarks(tmp_path, tokenizer):
     texts = unlearning_texts(tofu, wmdp, tokenizer, lines=4)
     kinds = [k for text in texts for k in text.events["trial_type"]]
     assert sorted(kinds) == ["forget"] * 5 + ["retain"] * 4
+    with pytest.raises(InputError, match="5 rows stand in"):
+        unlearning_texts(tofu, tofu, tokenizer)
+    with pytest.raises(InputError, match=r"lines=2\.5"):
+        unlearning_texts(tofu, wmdp, tokenizer, lines=2.5)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,17 @@ def test_family_wise_error_under_autocorrelation():
     assert stats.binomtest(wrong, n_sets, 0.05, alternative="greater").pvalue > 0.01
 
 
+def test_contrasts_are_what_they_say():
+    scans = make_scans(1)
+    one, same = (localizer(scans, c, n_permutations=0) for c in ("add", ["add"]))
+    np.testing.assert_array_equal(one.t, same.t)
+    for wrong in ({"a": {"add": np.nan}}, {"a": {"add": "much"}}, {"a": {}}, {"a": 3}):
+        with pytest.raises(InputError, match="contrasts"):
+            localizer(scans, wrong, n_permutations=0)
+    with pytest.raises(InputError, match="code"):
+        localizer(scans, "code", n_permutations=0)
+
+
 def test_networks_as_units():
     scans = make_scans(2)
     maps = np.zeros((3, 30))

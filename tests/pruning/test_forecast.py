@@ -13,6 +13,8 @@ from tiny_models import tiny
 import llmbrain as lb
 from llmbrain import InputError, PruningPlan, plan_pruning, prune, scan
 from llmbrain.anatomy.families import anatomy
+from llmbrain.decomposition import dual_regression
+from llmbrain.networks.localizer import time_courses_of
 from llmbrain.pruning.forecast import PREDICTORS, share_cut, token_losses_of
 
 
@@ -116,3 +118,25 @@ def test_what_does_not_belong_together_is_refused(setting):
         plan.forecast(networks, scans, predictor="magic")
     with pytest.raises(InputError, match="predictor='networks' needs networks"):
         plan.forecast(None, scans, predictor="networks")
+
+
+def test_a_repair_that_keeps_a_function_is_not_foretold(setting):
+    model, scans, _ = setting
+    plan = plan_pruning(model, None, scans, ratio=0.4, method="magnitude", keep=["low"], window=16)
+    with pytest.raises(InputError, match="keeps or forgets functions"):
+        plan.forecast(None, scans)
+    assert plan.forecast(None, scans, compensate=None).unit == "nats a token"
+
+
+def test_time_courses_of_other_texts_are_not_taken_for_these(setting):
+    """Networks bring the time courses of their own runs; others may be as long."""
+    _, scans, _ = setting
+    rng = np.random.default_rng(0)
+    other = [lb.Scan.from_array(s.data()[rng.permutation(s.n_tokens)], s.space) for s in scans]  # as long, not the same
+    ica = lb.GroupICA(4, random_state=0).fit(other)
+    own = lb.FunctionalNetworks.from_ica(ica, threshold=1.5)
+    bare = lb.FunctionalNetworks(own.maps, own.space, threshold=1.5, standardize=False)
+    for found, wanted in zip(time_courses_of(own, scans), dual_regression(bare.maps, scans).time_courses):
+        np.testing.assert_array_equal(found, wanted)
+    for found, wanted in zip(time_courses_of(own, other), ica.mixing_):
+        np.testing.assert_array_equal(found, wanted)

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,14 @@ class Relearning:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "every", "test"):
-            check_range(name, getattr(self, name), 1)
+            value = check_range(name, getattr(self, name), 1)
+            if not isinstance(value, Integral):
+                raise InputError(f"{name}={value!r} must be a whole number, at least 1")
         check_range("rate", self.rate, 0, open_low=True)
-        if not self.lines or any(int(n) != n or n < 1 for n in self.lines):
+        lines: Any = (self.lines,) if isinstance(self.lines, Integral) else self.lines
+        if isinstance(lines, str) or not lines or any(not isinstance(n, Integral) or n < 1 for n in lines):
             raise InputError(f"lines={self.lines!r} must be whole numbers, at least 1: lines that an attacker has")
+        object.__setattr__(self, "lines", tuple(int(n) for n in lines))
 
 
 def relearn(

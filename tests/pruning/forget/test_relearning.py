@@ -33,6 +33,17 @@ def test_numbers_of_a_curve():
     assert steps_until([0, 10], [0.1, 0.2], 0.5) is None
 
 
+@pytest.mark.parametrize(
+    "options", [{"lines": ()}, {"lines": "8"}, {"lines": (0,)}, {"lines": (2.5,)}, {"steps": 2.5}, {"rate": np.nan}]
+)
+def test_attacks_that_cannot_be_are_refused(options):
+    with pytest.raises(InputError, match=f"{next(iter(options))}="):
+        Relearning(**options)
+    assert Relearning(lines=8).lines == (8,)
+    with pytest.raises(InputError, match="relearning='yes'"):
+        prune(torch.nn.Linear(1, 1), None, relearning="yes")
+
+
 def test_lines_are_the_events_of_a_condition(two_abilities):
     _, scans, _ = two_abilities
     own, others = lines_of(scans, ["low"]), lines_of(scans, ["low"], without=True)
