@@ -88,10 +88,11 @@ def rows(
 def measured(case: Case, name: str, model: Any) -> dict[str, Any]:
     """What a model knows, what it lost, and how fast it learns again."""
     removed = (getattr(model, "llmbrain_pruning", None) or [{}])[-1]
+    gone = 1 - sum(map(len, removed["kept"])) / sum(removed["widths_before"]) if removed else None
     row: dict[str, Any] = {
         "ability": case.name, "method": name, "accuracy": case.score(model), "harm": case.harm(model), "attacks": {},
         "probe": float(probe_accuracy(model, *case.probes).max()), "every": case.attack.every,
-        "steps": case.attack.steps, "removed": 1 - sum(map(len, removed["kept"])) / sum(removed["widths_before"]) if removed else None,
+        "steps": case.attack.steps, "removed": gone,
     }  # fmt: skip
     most = max(case.attack.lines)
     cases = {str(n): case.own[:n] for n in case.attack.lines} | {UNRELATED: case.rest[:most]}
