@@ -161,7 +161,9 @@ def read_json(
     FileNotFoundError
         If there is no such file.
     DamagedError
-        If it is not UTF-8, not JSON, no object, altered after it was sealed, or of another or newer format.
+        If it is not UTF-8, not JSON, no object, altered after it was sealed, or of another format.
+    InputError
+        If a newer llmbrain wrote it.
     FileError
         If the system cannot read it.
     """
@@ -193,14 +195,27 @@ def read_json(
         del record[SEAL]
     if format is not None and record.get("format") != format:
         raise DamagedError(f"{path} has format {record.get('format')!r}, not {format!r}{hint(anew)}")
+    refuse_newer(record, path, version or 1)
     if version is not None and record.get("format_version") != version:
-        there = record.get("format_version")
-        newer = isinstance(there, int) and there > version
         raise DamagedError(
-            f"{path} has format version {there!r}; this version of llmbrain reads {version}"
-            + (": update llmbrain" if newer else hint(anew))
+            f"{path} has format version {record.get('format_version')!r}; this version of llmbrain reads {version}"
+            + hint(anew)
         )
     return record
+
+
+def refuse_newer(record: Mapping[str, Any], path: object, version: int = 1) -> None:
+    """Refuse a record that a newer llmbrain wrote: it says ``format_version``; without one it is of the first.
+
+    Raises
+    ------
+    InputError
+        If its version is above `version`. It is not damaged, and nothing makes it anew.
+    """
+    there = record.get("format_version")
+    if isinstance(there, (int, float)) and not isinstance(there, bool) and there > version:
+        raise InputError(f"{path} has format version {there!r}; this version of llmbrain reads {version}: "
+                         "update llmbrain")  # fmt: skip
 
 
 def read_tensors(path: str | os.PathLike[str], *, anew: str = "") -> dict[str, NDArray[Any]]:

@@ -22,6 +22,7 @@ from llmbrain._files import (
     file_sha256,
     read_json,
     read_sums,
+    refuse_newer,
     verifying,
     write_json,
     writing,
@@ -269,6 +270,7 @@ def _space_of(image: Any, path: Path | None, name: str) -> NeuronSpace:
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and record.get("format") == FORMAT:
+            refuse_newer(record, name)
             try:
                 return NeuronSpace.from_dict(record["space"])
             except (KeyError, TypeError, AttributeError):

@@ -438,7 +438,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a scan (format {FORMAT!r})")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {manifest.get('format_version')}; this version reads 1")
+        raise CorruptStoreError(f"{path} has format version {manifest.get('format_version')!r}, not 1: it was edited")
     if not _is_manifest(manifest):
         raise CorruptStoreError(
             f"{path} lacks entries of a scan's manifest, or they are not of their kind: it was edited"

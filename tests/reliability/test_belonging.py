@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections import Counter
@@ -103,6 +104,36 @@ def test_a_model_without_checksums_says_so(study: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnverifiedWarning)
         lb.load_pruned(moved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["scan/manifest.json", "networks/networks.json", "networks/ica/ica.json", "networks/study.json", "plan.json",
+     "pruned/pruning.json", "dualreg/dual_regression.json", "lesions/lesions.json", "image.json"],
+)  # fmt: skip
+def test_what_a_newer_version_wrote_is_refused(study: Path, tmp_path: Path, name: str) -> None:
+    """In one line that names the file, and nothing is made anew over it."""
+    newer = tmp_path / "study"
+    shutil.copytree(study, newer)
+    record = read_json(newer / name)
+    (newer / name).write_text(json.dumps(record | {"format_version": 2}))
+    (newer / name).with_name("SHA256SUMS").unlink(missing_ok=True)
+    before = campaign.keep(newer)
+    read = {
+        "scan": lambda: lb.load_scans(newer / "scan"), "networks": lambda: Study(newer).networks,
+        "ica": lambda: Study(newer).ica, "study.json": lambda: campaign.networks(newer, overwrite=False),
+        "plan.json": lambda: lb.PruningPlan.load(newer / name), "pruned": lambda: lb.load_pruned(newer / "pruned"),
+        "dualreg": lambda: campaign.dualreg(newer), "lesions": lambda: campaign.lesions(newer),
+        "image.json": lambda: lb.read_nifti(newer / "image.nii"),
+    }  # fmt: skip
+    work = read.get(Path(name).name) or read[Path(name).parent.name]
+    with (
+        campaign.quiet(),
+        pytest.raises(InputError, match=r"format version 2; .* reads 1: update llmbrain") as said,
+    ):
+        work()
+    assert Path(name).name in str(said.value)
+    assert campaign.keep(newer) == before
 
 
 def test_every_flip_in_a_gguf_is_found(tmp_path: Path, shared_data: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from llmbrain import _files as files
 from llmbrain._files import DamagedError, FileError, sets
+from llmbrain._validation import InputError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -225,7 +226,7 @@ def test_a_sealed_record_tells_every_change(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_no_record(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(DamagedError, match=said) as caught:
+    with pytest.raises(InputError, match=said) as caught:
         files.read_json(tmp_path / "a.json", format="f", version=1, anew="make it again")
     assert str(tmp_path / "a.json") in str(caught.value)
     assert "\n" not in str(caught.value)
