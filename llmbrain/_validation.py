@@ -59,7 +59,7 @@ def seed_of(random_state: Any) -> int:
     Raises
     ------
     InputError
-        If it is anything else, or below 0.
+        If it is anything else, below 0, or 2**32 and more.
     """
     if random_state is None:
         return secrets.randbits(31)
@@ -67,9 +67,10 @@ def seed_of(random_state: Any) -> int:
         return int(random_state.integers(2**31))
     if hasattr(random_state, "randint"):
         return int(random_state.randint(2**31 - 1))
-    if not hasattr(random_state, "__index__") or isinstance(random_state, bool) or random_state < 0:
+    if not hasattr(random_state, "__index__") or isinstance(random_state, bool) or not 0 <= random_state < 2**32:
         raise InputError(
-            f"random_state={random_state!r} must be a whole number of at least 0, a numpy generator, or None"
+            f"random_state={random_state!r} must be a whole number of at least 0 and below 2**32, a numpy generator, "
+            "or None"
         )
     return int(random_state)
 

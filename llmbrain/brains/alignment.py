@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, check_whole
 from llmbrain.brains.finding import find_words
 from llmbrain.brains.hrf import HRFS, add_delays, hrf_weights, lanczos_weights
 from llmbrain.brains.series import check_tr, high_pass_filter
@@ -108,8 +108,8 @@ def align(
         If the words do not occur in the text, none falls into the scan, or the series do not belong to the tokens.
     """
     check_option("aggregate", aggregate, AGGREGATES)
-    check_range("n_volumes", n_volumes, 1)
-    check_range("drop", drop, 0, n_volumes - 1)
+    check_whole("n_volumes", n_volumes, 1)
+    check_whole("drop", drop, 0, n_volumes - 1)
     words = check_words(words)
     at_volumes = volume_weights(words, tr, n_volumes, rule=rule, hrf=hrf, delays=delays, offset=offset)
     spans = find_words(scan.text, words["word"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, check_whole
 
 Array = NDArray[np.float64]
 LONGEST_TR = 20.0  # seconds; no one scans slower, and a TR of 2000 is in milliseconds
@@ -125,7 +125,7 @@ def prepare(series: ArrayLike, tr: float, *, high_pass: float | None = 128.0, dr
     """
     values = np.asarray(series, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
-    check_range("drop", drop, 0, values.shape[-2] - 3)
+    check_whole("drop", drop, 0, values.shape[-2] - 3)
     values = values[..., int(drop) :, :]
     filtered = high_pass_filter(values, tr, high_pass)
     filtered[np.isnan(standardize(values))] = np.nan  # the filter would leave rounding errors of a constant

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain.brains.alignment import align, word_regressor
 from llmbrain.brains.series import prepare
 from llmbrain.scanning import Scan
@@ -81,7 +81,7 @@ class Clock:
         """
         check_option("window", window, WINDOWS)
         tr, n_volumes, offset = settings["tr"], settings["n_volumes"], settings["offset"]
-        check_range("drop", drop, 0, n_volumes - 3)
+        check_whole("drop", drop, 0, n_volumes - 3)
         start, stop = int(drop), n_volumes
         times = offset + tr * np.arange(n_volumes)
         if window == "all":

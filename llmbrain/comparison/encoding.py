@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range, seed_of, soft_import
+from llmbrain._validation import InputError, check_option, check_whole, seed_of, soft_import
 from llmbrain.brains.hrf import add_delays
 from llmbrain.brains.series import check_series, check_tr, slow_cosines
 from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, surrogates, warn_if_too_smooth
@@ -115,8 +115,8 @@ def contiguous_folds(n_volumes: int, n_folds: int, gap: int) -> list[Fold]:
     list of (train, test)
         Index arrays.
     """
-    check_range("n_folds", n_folds, 2)
-    check_range("gap", gap, 0)
+    check_whole("n_folds", n_folds, 2)
+    check_whole("gap", gap, 0)
     edges = np.linspace(0, n_volumes, int(n_folds) + 1).round().astype(int)
     folds = []
     for start, stop in pairwise(edges):

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from llmbrain._validation import InputError, check_range, seed_of
+from llmbrain._validation import InputError, check_range, check_whole, seed_of
 from llmbrain.brains.alignment import token_spans
 from llmbrain.brains.series import standardize
 from llmbrain.scanning import Scan
@@ -327,7 +327,7 @@ def corrmap(
         template), found (``|rho| >= threshold``).
     """
     check_range("threshold", threshold, 0, 1)
-    check_range("network", network, 0, template.time_courses[0].shape[1] - 1)
+    check_whole("network", network, 0, template.time_courses[0].shape[1] - 1)
     aligned = _on_common_units([template, *models])
     ranked = [[standardize(rankdata(s, axis=0)) for s in series] for series in aligned]
     target = [s[:, [network]] for s in ranked[0]]

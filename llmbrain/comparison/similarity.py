@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain._validation import InputError, check_option, check_whole, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.imputation import imputation
 from llmbrain.stats.nulls import NULLS, missing_cosines, surrogates, warn_if_too_smooth
@@ -42,7 +42,7 @@ class Similarity:
 
 def allowed_pairs(n_volumes: int, exclude: int) -> Mask:
     """Pairs of volumes that are more than `exclude` apart (0: all but the diagonal), as a square mask."""
-    check_range("exclude", exclude, 0, n_volumes - 4)
+    check_whole("exclude", exclude, 0, n_volumes - 4)
     index = np.arange(n_volumes)
     return np.abs(index[:, None] - index) > exclude
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain.datasets.passages import LANGUAGES, PROSE
 
 if TYPE_CHECKING:
@@ -195,8 +195,8 @@ def condition_texts(
 
     check_option("condition", condition, CONDITIONS)
     check_option("split", split, SIDES)
-    check_range("n", n, 1)
-    check_range("n_tokens", n_tokens, 16)
+    check_whole("n", n, 1)
+    check_whole("n_tokens", n_tokens, 16)
     sources, texts = SOURCES[condition](split, random.Random(f"{condition}-{split}-{seed}")), []
     for i in range(n):
         source = sources[i % len(sources)]
@@ -280,7 +280,7 @@ def condition_rows(
     """
     from llmbrain.hooks.text import without_end
 
-    check_range("skip", skip, 1, n_tokens - 1)
+    check_whole("skip", skip, 1, n_tokens - 1)
     texts = condition_texts(tokenizer, condition, n, n_tokens=n_tokens, split=split, seed=seed)
     rows = [without_end(tokenizer, text) for text in texts]
     ids = torch.zeros(n, max(map(len, rows)), dtype=torch.long)

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llmbrain._validation import check_option, check_range
+from llmbrain._validation import check_option, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +159,7 @@ def contrast_texts(
 
     maker = _MAKERS[check_option("contrast", contrast, CONTRASTS)]
     for name, value in (("n", n), ("blocks", blocks), ("items", items)):
-        check_range(name, value, 1)
+        check_whole(name, value, 1)
     texts = []
     for run in range(n):
         rng = random.Random(f"{contrast}-{seed}-{run}")
@@ -185,5 +185,5 @@ def contrast_lines(contrast: str, *, n: int = 100, seed: int = 0) -> list[Pair]:
         Same arguments, same pairs.
     """
     maker, rng = _MAKERS[check_option("contrast", contrast, CONTRASTS)], random.Random(f"lines-{contrast}-{seed}")
-    check_range("n", n, 1)
+    check_whole("n", n, 1)
     return [maker(rng) for _ in range(n)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, check_whole
 from llmbrain.datasets.abilities import ABILITIES, Example, draw_example
 from llmbrain.datasets.scoring import score_examples
 
@@ -140,7 +140,7 @@ class Demo:
         check_option("design", design, DESIGNS)
         names = self._names(abilities)
         for parameter, value in (("n", n), ("n_tokens", n_tokens), ("block_lines", block_lines)):
-            check_range(parameter, value, 1)
+            check_whole(parameter, value, 1)
         if weights is not None:
             for name, weight in weights.items():
                 check_option("weights: ability", name, names)
@@ -170,7 +170,7 @@ class Demo:
     ) -> list[Example]:
         """Draw `n` single lines of each ability (prompt and answer apart), as the scores use them."""
         check_option("split", split, SIDES)
-        check_range("n", n, 1)
+        check_whole("n", n, 1)
         lines = []
         for name in self._names(abilities):
             rng = random.Random(f"score-{split}-{seed}-{name}")

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from llmbrain._validation import check_range
+from llmbrain._validation import check_range, check_whole
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.brains.alignment import word_regressor
 from llmbrain.brains.fmri import FMRI
@@ -83,7 +83,7 @@ def make_paired_phantom(
     random_state : int, Generator or None
         What is drawn starts from it; None draws anew.
     """
-    check_range("n_pairs", n_pairs, 0, min(n_networks, n_regions))
+    check_whole("n_pairs", n_pairs, 0, min(n_networks, n_regions))
     check_range("ar", ar, 0, 1, open_high=True)
     rng = np.random.default_rng(random_state)
     duration = n_volumes * tr

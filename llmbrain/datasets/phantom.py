@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.signal import lfilter
 from scipy.stats import rankdata
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, check_whole
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.scanning import Scan
 from llmbrain.stats.matching import correlate_rows, match_maps
@@ -288,9 +288,9 @@ def make_phantom(
     In the manner of SimTB (Erhardt et al. 2012, NeuroImage 59:4160), with units instead of blobs and relocation instead
     of translation.
     """
-    check_range("n_sources", n_sources, 1)
-    check_range("n_runs", n_runs, 1)
-    check_range("n_tokens", n_tokens, 2)
+    check_whole("n_sources", n_sources, 1)
+    check_whole("n_runs", n_runs, 1)
+    check_whole("n_tokens", n_tokens, 2)
     shares = {"shared_variance": shared_variance, "presence": presence, "relocation": relocation, "outliers": outliers}
     for name, share in shares.items():
         check_range(name, share, 0, 1)
@@ -357,8 +357,8 @@ def make_phantom(
 
 
 def _equal_widths(n_neurons: int, n_layers: int) -> list[int]:
-    check_range("n_layers", n_layers, 1)
-    check_range("n_neurons", n_neurons, n_layers)
+    check_whole("n_layers", n_layers, 1)
+    check_whole("n_neurons", n_neurons, n_layers)
     return [n_neurons // n_layers + (layer < n_neurons % n_layers) for layer in range(n_layers)]
 
 
@@ -464,7 +464,7 @@ def _block_design(
     task = np.zeros((n_tokens, n_sources))
     if not conditions:
         return None, task
-    check_range("block", block, 1)
+    check_whole("block", block, 1)
     onsets = np.arange(0, n_tokens, block)
     which = [i % len(conditions) for i in range(len(onsets))]
     for onset, k in zip(onsets, which):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import random
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,8 +112,7 @@ def unlearning_texts(
     """
     from llmbrain.scanning import Stimulus
 
-    if not isinstance(check_range("lines", lines, 1), Integral):
-        raise InputError(f"lines={lines!r} must be a whole number, at least 1")
+    check_whole("lines", lines, 1)
     goes, stays = read_rows(forget), read_rows(retain)
     kept = set(stays)
     both = [line for line in goes if line in kept]

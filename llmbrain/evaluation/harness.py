@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmbrain._validation import InputError, check_range, soft_import
+from llmbrain._validation import InputError, check_range, check_whole, soft_import
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.evaluation.trust import refuse_code
 from llmbrain.hooks.text import evaluating
@@ -86,11 +86,11 @@ def evaluate(
 
     from llmbrain.checkpoints import load_model
 
-    check_range("batch_size", batch_size, 1)
+    check_whole("batch_size", batch_size, 1)
     if limit is not None:
         check_range("limit", limit, 0, open_low=True)
     if num_fewshot is not None:
-        check_range("num_fewshot", num_fewshot, 0)
+        check_whole("num_fewshot", num_fewshot, 0)
     specs = [tasks] if isinstance(tasks, (str, Path, Mapping)) else list(tasks)
     if not specs:
         raise InputError("tasks=[] names no task")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_whole
 from llmbrain.anatomy.families import context_length
 from llmbrain.hooks.text import evaluating, input_device
 
@@ -38,7 +38,7 @@ def throughput(model: nn.Module, *, n_tokens: int = 2048, repeats: int = 5) -> f
     -------
     float
     """
-    check_range("n_tokens", n_tokens, 1)
+    check_whole("n_tokens", n_tokens, 1)
     length = min(n_tokens, context_length(model) or 512, 512)
     ids = _random_ids(model, max(1, n_tokens // length), length)
     with evaluating(model):
@@ -90,7 +90,7 @@ def latency(
     rows = []
     with evaluating(model, cache=True):
         for batch in batch_sizes:
-            ids = _random_ids(model, int(check_range("batch_sizes", batch, 1)), prompt)
+            ids = _random_ids(model, int(check_whole("batch_sizes", batch, 1)), prompt)
             options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
             mask = torch.ones_like(ids)
 
@@ -144,7 +144,7 @@ def _times(call: Callable[[], Any], model: nn.Module, repeats: int) -> np.ndarra
     """Seconds of each of `repeats` calls, after a warm-up."""
     device = input_device(model)
     seconds = []
-    for _ in range(int(check_range("repeats", repeats, 1)) + 1):
+    for _ in range(int(check_whole("repeats", repeats, 1)) + 1):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

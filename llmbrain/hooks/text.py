@@ -13,11 +13,12 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_whole
 from llmbrain.anatomy.families import context_length
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None 
     InputError
         If there is no text, a text is empty, or a text has no token.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = listed_texts(texts)
     if not texts:
         raise InputError("texts is empty: give at least one text")
     for i, text in enumerate(texts):
@@ -130,7 +131,7 @@ def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None 
         except UnicodeEncodeError:
             raise InputError(f"texts[{i}] holds half a surrogate pair: it was decoded wrongly") from None
     if n_tokens is not None:
-        check_range("n_tokens", n_tokens, 1)
+        check_whole("n_tokens", n_tokens, 1)
     runs = []
     dropped = 0
     pieces: dict[int, str] = {}
@@ -148,6 +149,28 @@ def read_texts(texts: Iterable[str] | str, tokenizer: Any, n_tokens: int | None 
     if dropped:
         warnings.warn(f"the tokenizer drops {dropped} characters that it does not know", ScanWarning, stacklevel=3)
     return runs
+
+
+def listed_texts(texts: Iterable[str] | str) -> list[str]:
+    """Texts in their order, one as a list: what iterates over something else (columns, keys, bytes) is refused.
+
+    Raises
+    ------
+    InputError
+        Says what to give.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    kind = type(texts).__name__
+    if hasattr(texts, "columns"):
+        raise InputError(f"texts is a {kind}: give one column of it, such as texts['text']")
+    if isinstance(texts, Mapping):
+        raise InputError(f"texts is a {kind}: give its texts, such as list(texts.values())")
+    if isinstance(texts, (set, frozenset)):
+        raise InputError(f"texts is a {kind}, which has no order: give a list")
+    if isinstance(texts, (bytes, PurePath)) or not hasattr(texts, "__iter__"):
+        raise InputError(f"texts is a {kind}: texts must be strings, or a list of them")
+    return list(texts)
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -305,7 +328,7 @@ def packed_windows(
     InputError
         If the texts do not fill one window; the message says how many tokens there are.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = listed_texts(texts)
     if not texts or not all(isinstance(t, str) for t in texts):
         raise InputError(f"texts must be a list of strings with at least one text, got {_short(texts)}")
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_whole
 from llmbrain.networks.functional import FunctionalNetworks, Network
 from llmbrain.networks.localizer import Localizer, time_courses_of
 
@@ -52,7 +52,7 @@ def top_tokens(
     """
     import pandas as pd
 
-    check_range("n", n, 1)
+    check_whole("n", n, 1)
     if not isinstance(network, Network):
         raise InputError(f"network of type {type(network).__name__} must be one Network: pass networks[k]")
     courses = time_courses_of(network.group, scans)

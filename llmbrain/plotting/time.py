@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain.plotting.style import (
     CATEGORIES,
     GRID,
@@ -91,7 +91,7 @@ def plot_carpet(
     -------
     Figure
     """
-    check_range("max_neurons", max_neurons, 1)
+    check_whole("max_neurons", max_neurons, 1)
     start, stop = _span(int(scan.n_tokens), tokens)
     space = scan.space
     chosen = list(range(space.n_layers)) if layers is None else [int(layer) for layer in layers]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._progress import Say, bar, speaker
-from llmbrain._validation import InputError, check_range, seed_of
+from llmbrain._validation import InputError, check_whole, seed_of
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.pruning.calibrate.windows import check_enough
@@ -102,7 +102,7 @@ def compare_methods(
     import pandas as pd
     from scipy.stats import t as student
 
-    check_range("draws", draws, 1)
+    check_whole("draws", draws, 1)
     unknown = sorted(set(methods or ()) - set(CRITERIA))
     if unknown:
         raise InputError(f"methods={unknown} are not known: allowed are {sorted(CRITERIA)}")

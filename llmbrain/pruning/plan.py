@@ -394,10 +394,13 @@ def parameters_removed(body: Anatomy, kept: Mapping[Units, Kept]) -> int:
 
 def check_protect(protect: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
     """Layer numbers, ascending; negative ones count from the end."""
+    if protect is not None and (isinstance(protect, (str, bytes)) or not hasattr(protect, "__iter__")):
+        raise InputError(f"protect={protect!r} must be a list of layers, such as [0, -1]")
     layers = set()
-    for layer in protect or ():
-        number = int(layer)
-        if number != layer or not -n_layers <= number < n_layers:
+    for layer in () if protect is None else protect:
+        whole = isinstance(layer, Integral) and not isinstance(layer, bool)
+        number = int(layer) if whole else n_layers
+        if not -n_layers <= number < n_layers:
             raise InputError(f"protect={layer!r} is not a layer: allowed are {-n_layers} to {n_layers - 1}")
         layers.add(number % n_layers)
     return tuple(sorted(layers))

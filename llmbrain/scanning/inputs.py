@@ -267,6 +267,8 @@ def _as_float(data: object, name: str) -> np.ndarray:
     if isinstance(data, torch.Tensor):
         data = data.detach().cpu()
         data = (data if data.dtype == torch.float64 else data.float()).numpy()
+    if np.ma.is_masked(data):
+        raise InputError(f"{name} is a masked array with masked values: leave these neurons or tokens out")
     if issparse(data):
         raise InputError(f"{name} is sparse: sparse input is not supported, pass its .toarray()")
     data = np.asarray(data)

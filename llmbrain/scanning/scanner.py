@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._progress import bar
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_whole
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import anatomy, context_length
 from llmbrain.anatomy.spread import is_spread
@@ -107,10 +107,10 @@ def scan(
     with share.team.job("scan"):
         sites = check_sites(site)
         kept = _check_dtype(dtype)
-        check_range("batch_size", batch_size, 1)
+        check_whole("batch_size", batch_size, 1)
         limit = context_length(model)
         if block_size is not None:
-            check_range("block_size", block_size, 1, limit)
+            check_whole("block_size", block_size, 1, limit)
         size = limit if block_size is None else int(block_size)
         mixed = has_experts(model)
         if spread:
@@ -121,7 +121,7 @@ def scan(
         if spread:
             check_taps(recorder.taps)
         if run_length is not None:
-            check_range("run_length", run_length, 1)
+            check_whole("run_length", run_length, 1)
         runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
         check_ids(model, runs)
         blocks = blocks_of(runs, size)

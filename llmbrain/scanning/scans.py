@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.hooks.text import Run, cut_runs
 from llmbrain.scanning.stimuli import EVENT_COLUMNS, check_events
@@ -214,7 +214,7 @@ class Scan:
 
         Each keeps its tokens, its part of the text and of the events, and the positions that the model gave its tokens.
         """
-        if run_length is None or self.n_tokens <= check_range("run_length", run_length, 1):
+        if run_length is None or self.n_tokens <= check_whole("run_length", run_length, 1):
             return [self]
         whole = Run(self.name, self.text, self._ids, self.tokens, self._offsets, self._events)
         parts, start = [], 0
@@ -341,7 +341,7 @@ class Scan:
         self, max_tokens: int = 512, layers: Layers = None, *, site: str | None = None
     ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Read in pieces of at most `max_tokens` tokens; yields ``(slice of tokens, array)``."""
-        check_range("max_tokens", max_tokens, 1)
+        check_whole("max_tokens", max_tokens, 1)
         for start in range(0, self.n_tokens, int(max_tokens)):
             part = slice(start, min(start + int(max_tokens), self.n_tokens))
             yield part, self.data(layers, part, site=site)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.fft import dct, idct, irfft, rfft
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 
 Array = NDArray[np.float64]
@@ -37,13 +37,13 @@ def circular_shifts(
     n_volumes: int, min_shift: int, n_permutations: int | None, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Shifts of at least `min_shift` in both directions round the circle: all, or `n_permutations` of them."""
-    check_range("min_shift", min_shift, 1)
+    check_whole("min_shift", min_shift, 1)
     shifts = np.arange(int(min_shift), n_volumes - int(min_shift) + 1)
     if len(shifts) < 19:
         raise InputError(
             f"min_shift={min_shift} leaves {len(shifts)} shifts of {n_volumes} volumes: 19 are needed for p = .05"
         )
-    if n_permutations is not None and check_range("n_permutations", n_permutations, 1) < len(shifts):
+    if n_permutations is not None and check_whole("n_permutations", n_permutations, 1) < len(shifts):
         shifts = np.sort(rng.choice(shifts, int(n_permutations), replace=False))
     return shifts
 
@@ -205,7 +205,7 @@ def surrogates(
         for shift in circular_shifts(n, min_shift, n_permutations, rng):
             yield circular_shift(filled(), shift)
         return
-    draws = DEFAULT_PHASE_DRAWS if n_permutations is None else int(check_range("n_permutations", n_permutations, 1))
+    draws = DEFAULT_PHASE_DRAWS if n_permutations is None else int(check_whole("n_permutations", n_permutations, 1))
     for _ in range(draws):
         yield phase_randomize(filled(), rng)
 

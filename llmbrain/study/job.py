@@ -17,7 +17,7 @@ from llmbrain.anatomy.families import anatomy
 from llmbrain.decomposition import GroupICA
 from llmbrain.evaluation import throughput
 from llmbrain.evaluation.perplexity import check_causal, window_losses
-from llmbrain.hooks.text import input_device, window_length
+from llmbrain.hooks.text import input_device, listed_texts, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.criteria import CRITERIA
@@ -83,8 +83,7 @@ class _Subject:
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> _Subject:
-        if isinstance(texts, str):
-            texts = [texts]
+        texts = listed_texts(texts)
         if not texts or not any(text.strip() for text in texts):
             raise InputError("texts are empty: there is nothing to read")
         check_causal(model)

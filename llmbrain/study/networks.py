@@ -11,7 +11,7 @@ import pandas as pd
 
 from llmbrain._files import write_figure, write_table
 from llmbrain._progress import Say, speaker
-from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain._validation import InputError, check_option, check_range, check_whole, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
 from llmbrain.decomposition.solvers import SOLVERS
@@ -71,7 +71,7 @@ def find_networks(
         Say what is done, on stderr or to a function of a line.
     """
     if n_components is not None:
-        check_range("n_components", n_components, 1)
+        check_whole("n_components", n_components, 1)
     runs = scans or _scanned(model, tokenizer, texts or [], run_length)  # type: ignore[arg-type]
     most = min(runs[0].n_neurons // NEURONS_EACH, sum(run.n_tokens for run in runs) // TOKENS_EACH)
     n_components = n_components or max(2, min(FOUND, most))
@@ -141,7 +141,7 @@ def decompose(
     check_option("method", method, tuple(SOLVERS))
     check_range("stability", stability, 0)
     if n_runs is not None:
-        check_range("n_runs", n_runs, 1)
+        check_whole("n_runs", n_runs, 1)
     study = study if isinstance(study, Study) else Study(study)
     store = study.place("scans")
     scans = study.scans[:n_runs]
@@ -220,7 +220,7 @@ def describe_networks(
         ``networks``, ``thresholds`` and, with time courses, ``connectivity``; written as ``table-*.tsv``, figures
         beside them as ``figure-*.png``.
     """
-    check_range("n_permutations", n_permutations, 0)
+    check_whole("n_permutations", n_permutations, 0)
     study = study if isinstance(study, Study) else Study(study)
     group = study.networks
     target = Path(out) if out is not None else study.place("networks")

@@ -21,7 +21,7 @@ from llmbrain.checkpoints.parts import FORMATS_BY_PART
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.distributed import Parcel, ranks
 from llmbrain.evaluation.perplexity import predicts_next_token
-from llmbrain.hooks.text import as_windows, window_length
+from llmbrain.hooks.text import as_windows, listed_texts, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
@@ -100,7 +100,7 @@ def evidence_of(
     study = None if study is None else _study(study)
     scans = None if study is None else study.scans
     networks = study.networks if study is not None and study.has("networks") else None
-    texts = list(texts) if texts is not None else [run.text for run in scans or () if run.text]
+    texts = listed_texts(texts) if texts is not None else [run.text for run in scans or () if run.text]
     windows, filled = None, None
     if texts and (self_text or (self_text is None and _may_write(model, tokenizer))):
         filled = as_windows(model, tokenizer, texts, None, TEXT_WINDOWS)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, check_whole
 from llmbrain.decomposition.workers import workers
 
 STANDARDIZE = ("zscore", "center", "none")
@@ -51,8 +51,8 @@ class Preprocessing:
             check_option("detrend", self.detrend, ("none", "linear"))
         else:
             check_range("detrend", self.detrend, 0, 20)
-        check_range("drop_first", self.drop_first, 0)
-        check_range("drop_positions", self.drop_positions, 0)
+        check_whole("drop_first", self.drop_first, 0)
+        check_whole("drop_positions", self.drop_positions, 0)
         if self.outlier_threshold is not None:
             check_range("outlier_threshold", self.outlier_threshold, 0, open_low=True)
         if self.standardize == "none" and self.degree:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from llmbrain._validation import InputError, check_option, check_range, legacy_generator
+from llmbrain._validation import InputError, check_option, check_range, check_whole, legacy_generator
 from llmbrain.decomposition.solvers.result import Unmixed, warn_not_converged
 from llmbrain.decomposition.workers import workers
 
@@ -94,7 +94,7 @@ def fastica(
     n_samples = n_columns if n_samples is None else n_samples
     n_zero = n_columns - n_samples  # constant columns: g(0) = 0, but g'(0) is 1 for logcosh and exp
     function = _FUNCTIONS[check_option("fun", fun, FUNCTIONS)]
-    check_range("max_iter", max_iter, 1)
+    check_whole("max_iter", max_iter, 1)
     check_range("tol", tol, 0, open_low=True)
     start = random_start(k, random_state) if w_init is None else np.asarray(w_init, dtype=np.float64)
     if start.shape != (k, k) or not np.isfinite(start).all():

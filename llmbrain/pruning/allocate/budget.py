@@ -9,7 +9,7 @@ from numbers import Integral
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, check_whole
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Budget:
 
 def check_multiple(multiple_of: int) -> None:
     """Refuse what is no whole number, or below 1."""
-    check_range("multiple_of", multiple_of, 1)
+    check_whole("multiple_of", multiple_of, 1)
     if multiple_of != int(multiple_of):
         raise InputError(f"multiple_of={multiple_of!r} must be a whole number, at least 1")
 

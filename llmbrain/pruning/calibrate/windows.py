@@ -75,9 +75,10 @@ class Calibration:
     @property
     def scans(self) -> list[Scan] | None:
         """The source, where it is scans."""
-        if isinstance(self.source, Tensor) or not self.source or not all(isinstance(s, Scan) for s in self.source):
+        if not isinstance(self.source, (list, tuple)) or not self.source:
             return None
-        return list(self.source)  # type: ignore[arg-type]
+        found = [scan for scan in self.source if isinstance(scan, Scan)]
+        return found if len(found) == len(self.source) else None
 
     def windows(self, model: nn.Module) -> Tensor | None:
         """Windows ``(n, window)`` of token ids; None where there is no text.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._progress import bar
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_range, check_whole
 from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.pruning.calibrate.windows import scans_with_tokens
 from llmbrain.scanning.scans import Scan
@@ -68,9 +68,7 @@ class Relearning:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "every", "test"):
-            value = check_range(name, getattr(self, name), 1)
-            if not isinstance(value, Integral):
-                raise InputError(f"{name}={value!r} must be a whole number, at least 1")
+            check_whole(name, getattr(self, name), 1)
         check_range("rate", self.rate, 0, open_low=True)
         lines: Any = (self.lines,) if isinstance(self.lines, Integral) else self.lines
         if isinstance(lines, str) or not lines or any(not isinstance(n, Integral) or n < 1 for n in lines):

@@ -1,0 +1,77 @@
+"""Values that cannot be meant are refused in one line, by name, wherever they are given in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_models import tiny, tiny_tokenizer
+
+import llmbrain as lb
+from llmbrain import InputError
+from llmbrain.hooks.text import listed_texts
+
+TEXT = "hello there, how are you? "
+RUNS = [np.random.default_rng(seed).standard_normal((60, 12)) for seed in range(2)]
+WHOLE: dict[str, Callable[[object], object]] = {
+    "block_size": lambda v: lb.scan(tiny("llama"), tiny_tokenizer(), TEXT, block_size=v),
+    "batch_size": lambda v: lb.scan(tiny("llama"), tiny_tokenizer(), TEXT, batch_size=v),
+    "n_tokens": lambda v: lb.scan(tiny("llama"), tiny_tokenizer(), TEXT, n_tokens=v),
+    "run_length": lambda v: lb.scan(tiny("llama"), tiny_tokenizer(), TEXT, run_length=v),
+    "n_components": lambda v: lb.GroupICA(n_components=v).fit(RUNS),
+    "max_iter": lambda v: lb.GroupICA(n_components=2, max_iter=v).fit(RUNS),
+    "n_init": lambda v: lb.GroupICA(n_components=2, n_init=v).fit(RUNS),
+    "random_state": lambda v: lb.GroupICA(n_components=2, random_state=v).fit(RUNS),
+    "multiple_of": lambda v: lb.plan_pruning(tiny("llama"), ratio=0.5, method="magnitude", multiple_of=v),
+    "protect": lambda v: lb.plan_pruning(tiny("llama"), ratio=0.5, method="magnitude", protect=v),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_must_be_whole(name: str) -> None:
+    for value in (-1, 1.5, np.float64(2.5), float("nan"), float("inf"), "x", [1.5], {}, 1j, -(10**30), True):
+        if (name, value) in [("protect", {})]:  # no layer
+            continue
+        with pytest.raises(InputError, match=name) as said:
+            WHOLE[name](value)
+        assert "\n" not in str(said.value)
+
+
+def test_seeds_that_no_generator_takes() -> None:
+    with pytest.raises(InputError, match="random_state=4294967296 must be"):
+        WHOLE["random_state"](2**32)
+    with pytest.raises(InputError, match="random_state"):
+        lb.plan_pruning(tiny("llama"), ratio=0.5, method="random", random_state=10**30)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [pd.DataFrame({"text": [TEXT]}), {"a": TEXT}, {TEXT}, frozenset({TEXT}), b"abc", Path("a.txt"), None, 3, 1.5],
+    ids=lambda texts: type(texts).__name__,
+)
+def test_what_is_no_list_of_texts(texts: object) -> None:
+    """A table would be read by the names of its columns, a dict by its keys, a set in any order."""
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    for use in (
+        lambda: listed_texts(texts),
+        lambda: lb.scan(model, tokenizer, texts),
+        lambda: lb.run(model, tokenizer, texts, out="never"),
+        lambda: lb.plan_pruning(model, ratio=0.5, method="flap", tokenizer=tokenizer, calibration=texts),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"text|calibration"):
+            use()
+
+
+def test_texts_in_their_order() -> None:
+    assert listed_texts("abc") == ["abc"]
+    assert listed_texts(pd.Series(["b", "a"])) == listed_texts(iter(["b", "a"])) == ["b", "a"]
+
+
+def test_masked_values_are_not_taken_for_values() -> None:
+    masked = [np.ma.masked_greater(run, 1) for run in RUNS]
+    with pytest.raises(InputError, match="run 0 is a masked array with masked values"):
+        lb.GroupICA(n_components=2).fit(masked)
+    lb.GroupICA(n_components=2).fit([np.ma.array(run) for run in RUNS])
