@@ -63,6 +63,11 @@ def peak(*, reset: bool = False) -> float:
     return float(line.split()[1]) * 1024
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def source_of(name: str, data: Path, folder: Path) -> Path:
     """What the estimate reads of a model."""
     if name.startswith("135M"):
@@ -165,21 +170,31 @@ def steps(name: str, source: Path, job: dict[str, Any], out: Path) -> Iterator[t
     yield "save", lambda: lb.save_pruned(state["small"], tokenizer, out / "small", overwrite=True)
 
 
-def measure(name: str, data: Path, rows: dict[str, Any], write: Callable[[], None]) -> None:
-    """Estimate first, then measure; rows that are there are not measured again."""
+def estimated(name: str, source: Path, timings: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """What is computed of each step; pieces of which the time is known are not timed again."""
     job = JOBS[name]
+    options = {k: v for k, v in job.items() if k != "methods"}
+    found: Estimate = estimate(
+        source, methods=job.get("methods", METHODS), clock=time.process_time, timings=timings, **options
+    )
+    return {row["step"]: row for row in found.steps}
+
+
+def measure(name: str, data: Path, rows: dict[str, Any], write: Callable[[], None]) -> None:
+    """Estimate first, then measure. The times of the pieces are kept, so that the table can be computed again."""
     with tempfile.TemporaryDirectory() as folder:
         source = source_of(name, data, Path(folder))
-        methods = job.get("methods", METHODS)
-        options = {k: v for k, v in job.items() if k != "methods"}
-        found: Estimate = estimate(source, methods=methods, clock=time.process_time, **options)
-        computed = {row["step"]: row for row in found.steps}
-        for step, run in steps(name, source, job, Path(folder)):
+        timings: dict[str, float] = {}
+        computed = estimated(name, source, timings)
+        rows[f"{name}: pieces"] = timings
+        write()
+        for step, run in steps(name, source, JOBS[name], Path(folder)):
             peak(reset=True)
-            start = time.process_time()
+            start, disk = time.process_time(), size_of(Path(folder))
             run()
             row = {"measured_seconds": time.process_time() - start, "measured_memory": peak()}
-            row |= {"seconds": computed[step]["seconds"], "memory": computed[step]["memory"]}
+            row["measured_disk"] = size_of(Path(folder)) - disk
+            row |= {what: computed[step][what] for what in ("seconds", "memory", "disk")}
             rows[f"{name}: {step}"] = row
             took = f"{row['measured_seconds']:.3g} s, computed {row['seconds']:.3g} s"
             held = f"{row['measured_memory'] / 1e9:.2f} GB, computed {row['memory'] / 1e9:.2f} GB"
@@ -191,15 +206,30 @@ def table(rows: dict[str, Any]) -> list[str]:
     """Measured beside computed, and their ratios."""
     if not rows:
         return ["Nothing was measured yet."]
-    lines = ["| model: step | seconds measured | computed | ratio | memory measured, GB | computed | ratio |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = " | ".join(f"{what} measured | computed | ratio" for what in ("seconds", "memory, GB", "disk, MB"))
+    lines = [f"| model: step | {columns} |", "|---|" + "---|" * 9]
     for name, row in rows.items():
-        s, m = row["seconds"] / max(row["measured_seconds"], 1e-9), row["memory"] / row["measured_memory"]
-        lines.append(
-            f"| {name} | {row['measured_seconds']:.3g} | {row['seconds']:.3g} | {s:.2f} | "
-            f"{row['measured_memory'] / 1e9:.2f} | {row['memory'] / 1e9:.2f} | {m:.2f} |"
-        )
+        if "measured_seconds" not in row:
+            continue
+        cells = [name]
+        for what, unit in (("seconds", 1.0), ("memory", 1e9), ("disk", 1e6)):
+            there, here = row[f"measured_{what}"] / unit, row[what] / unit
+            none = what == "disk" and not here
+            cells += ["", "", ""] if none else [f"{there:.3g}", f"{here:.3g}", f"{here / max(there, 1e-9):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def again(rows: dict[str, Any], data: Path) -> None:
+    """Compute what is computed once more, of the pieces that were timed beside the measurements."""
+    for name in JOBS:
+        if f"{name}: pieces" not in rows:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = estimated(name, source_of(name, data, Path(folder)), dict(rows[f"{name}: pieces"]))
+        for step, row in found.items():
+            if f"{name}: {step}" in rows:
+                rows[f"{name}: {step}"] |= {what: row[what] for what in ("seconds", "memory", "disk")}
 
 
 def computed() -> list[str]:
@@ -227,9 +257,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name holds this; 'computed' measures none")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the models")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    file = RESULTS / "estimate.json"
+    file = args.results / "estimate.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def write() -> None:
@@ -239,11 +270,13 @@ def main() -> None:
     for name in JOBS:
         if args.only in name:
             measure(name, args.data, rows, write)
+    again(rows, args.data)
+    write()
     text = [
         "# What `llmbrain estimate` computes", "", "`python benchmarks/estimate.py`; one thread, processor time.", "",
         *table(rows), "", "## Computed, not measured (262,144 tokens, ratio 0.3, published peaks)", "", *computed(), "",
     ]  # fmt: skip
-    (RESULTS / "estimate.md").write_text("\n".join(text))
+    (args.results / "estimate.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ then the hooks find the new values in a folder of their own, and the checkpoint 
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.layers import LayerAnatomy
 from llmbrain.anatomy.spread import refuse_spread
 
+LARGE = 2**20  # bytes of weights from which memory is given back when they leave
 _CHANGES = "_llmbrain_changes"  # attribute of accelerate's loader: the folder that holds what was changed
 
 
@@ -55,9 +58,19 @@ def present(*modules: nn.Module) -> Iterator[None]:
                 entered.append((part, hook))
         yield
     finally:
+        size = sum(p.numel() * p.element_size() for part, _ in entered for p in part.parameters(recurse=False))
         for part, hook in entered:
             hook.offload = True
             hook.post_forward(part, None)
+        if size > LARGE:
+            give_back()
+
+
+def give_back() -> None:
+    """Let the system have what was freed; glibc keeps the gaps that tensors below 32 MB leave, a block's at a time."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def store(module: nn.Module) -> None:

@@ -44,7 +44,7 @@ OF_NEURONS = (
 MLP_SHARE = 0.7  # of a block's time, what runs again where only its MLP was changed
 BACKWARD = 1.3  # forward passes that gradients of signals take, without those of weights
 CANDIDATES = 6  # allocations that a search tries, at most
-FIXED = {"scan": 0.3, "networks": 0.1, "save": 0.2}  # seconds that do not grow with the model
+FIXED = {"scan": 0.02, "networks": 0.1, "save": 0.06}  # seconds that do not grow with the model
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def estimate(
     ratio: float = 0.3,
     passes: float = 24,
     clock: Callable[[], float] = time.perf_counter,
+    timings: dict[str, float] | None = None,
 ) -> Estimate:
     """Disk, memory and seconds of each step, from the config of a model; its weights are not needed.
 
@@ -160,6 +161,8 @@ def estimate(
         networks, share of the neurons removed, passes of the search.
     clock : function
         Seconds, by which this CPU is measured.
+    timings : dict, optional
+        Seconds of the pieces that are measured, by name: what is there is not measured again, the rest is put in.
 
     Returns
     -------
@@ -194,7 +197,7 @@ def estimate(
     )
     speeds: Speeds
     if table is None:
-        speeds = CpuSpeeds(subject, config, model, how.window, next(model.parameters()).dtype, clock)
+        speeds = CpuSpeeds(subject, config, model, how.window, next(model.parameters()).dtype, clock, timings)
         machine = f"this CPU ({torch.get_num_threads()} threads)"
     else:
         speeds, machine = GpuSpeeds(subject, table, how.window), f"{gpus} x {gpu.lower() if gpu else ''}"
@@ -265,7 +268,7 @@ class Steps:
         elif method == "published":
             shared, owned = whole, speeds.published(tokens, self.how.window)
         elif method in ("taylor", "relp"):
-            shared = whole * 3
+            shared = speeds.forward(tokens) * (1 + BACKWARD) + speeds.head(tokens) * 2.5
         else:
             shared, owned = self._walk(changed=True), speeds.surgeon(method != "obs") + speeds.fit(self._stays, True)
             if method in ("obs-gradient", "networks"):

@@ -184,7 +184,7 @@ class GpuSpeeds:
 
 
 LARGE = 3e8  # parameters of a block from which it is not built to be timed
-BIG = 1024  # width from which moments and fits are timed smaller, and scaled
+BIG = 2048  # width from which moments and fits are timed smaller, and scaled
 
 
 class CpuSpeeds:
@@ -204,14 +204,15 @@ class CpuSpeeds:
 
     def __init__(
         self, subject: Subject, config: Any, model: nn.Module, window: int, dtype: torch.dtype,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.perf_counter, timings: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.subject, self.window, self.dtype, self.clock = subject, window, dtype, clock
         self._config, self._model = config, model
-        self._known: dict[Any, float] = {}
+        self._known = {} if timings is None else timings
 
     def _timed(self, key: Any, make: Callable[[], Callable[[], Any]]) -> float:
         """Seconds of what `make` gives, the better of two calls; once for each key."""
+        key = str(key)
         if key not in self._known:
             run, found = make(), []
             for _ in range(2):
@@ -221,7 +222,7 @@ class CpuSpeeds:
                 if found[0] > 3:
                     break
             self._known[key] = min(found)
-        return self._known[key]
+        return float(self._known[key])
 
     def _product(self, dtype: torch.dtype) -> float:
         """Multiplications a second of a product of matrices."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from tiny_models import tiny, tiny_tokenizer
 
 import llmbrain as lb
 from llmbrain import InputError
-from llmbrain.anatomy.offload import is_away, present
+from llmbrain.anatomy.offload import give_back, is_away, present
 from llmbrain.pruning.criteria import CRITERIA
 
 TEXTS = ["the cat sat on the mat, and the dog ran away. " * 3, "who is there? nobody, said the bird in the tree. " * 3]
@@ -23,6 +25,11 @@ def saved(name: str, folder: Path, **changes: object) -> Path:
     """A tiny model in a folder."""
     model = tiny(name, num_hidden_layers=3, **changes)
     model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def saved_tokenizer(folder: Path) -> Path:
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -184,6 +191,32 @@ def test_only_a_block_is_ever_in_memory(tmp_path: Path) -> None:
         handle.remove()
     assert 0 < most <= one
     assert not any(not p.is_meta for block in blocks for p in block.parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's own count of memory")
+def test_memory_does_not_grow_with_blocks(tmp_path: Path) -> None:
+    """What 12 blocks take at most is, within two blocks, what 4 take: the kernel's peak, all copies counted."""
+
+    def memory(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
+
+    sizes = {"hidden_size": 768, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
+    above, block = {}, 4 * (4 * 768**2 + 3 * 768 * 256)
+    for n in (4, 12):
+        folder = tmp_path / f"{n}"
+        tiny("llama", num_hidden_layers=n, **sizes).save_pretrained(folder, max_shard_size="20MB")
+        placed, _ = lb.load_model(saved_tokenizer(folder), offload=True)
+        plan = lb.plan_pruning(placed, ratio=0.4, method="magnitude")
+        gc.collect()
+        give_back()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        how = {"calibration": WINDOWS, "compensate": "least-squares"}
+        lb.prune_offloaded(placed, plan, tmp_path / f"{n}-small", **how)
+        above[n] = memory("VmHWM") - before
+        del placed
+    assert above[12] - above[4] < 2 * block, {n: round(size / block, 1) for n, size in above.items()}
 
 
 def test_offloaded_models_are_not_cut_in_place(folder: Path, tmp_path: Path) -> None:
