@@ -194,8 +194,9 @@ def dual_regression(
 
         def of_run(number: int) -> Parcel:
             i = done + number
-            data = runs[i]
-            _check_width(data, group.shape[1], names[i])
+            read = runs.read(i, narrow=team.device.type != "cpu")
+            _check_width(read, group.shape[1], names[i])
+            data = torch.from_numpy(read).to(team.device)
             keep = kept_tokens(len(data), settings, runs.positions(i), names[i])
             if keep.sum() <= len(group) + 1:
                 raise InputError(
@@ -214,7 +215,8 @@ def dual_regression(
                 stage2[:, ~keep_neurons] = 0
                 z_maps[:, ~keep_neurons] = 0
             found = {"course": course, "maps": stage2, "z": z_maps}
-            return Parcel({name: torch.from_numpy(array) for name, array in found.items()}, data.dtype.str)
+            kept_dtype = np.result_type(read.dtype, np.float32).str
+            return Parcel({name: torch.from_numpy(array) for name, array in found.items()}, kept_dtype)
 
         with workers(resolve_device(device)) as team:
             n = len(runs) - done
@@ -232,12 +234,12 @@ def dual_regression(
         return DualRegression(store.time_courses, store.maps, store.z_maps, names, space, _image_of(runs))
 
 
-def stage_one(weights: NDArray[np.float64], data: NDArray[Any], team: Workers) -> NDArray[np.float64]:
+def stage_one(weights: NDArray[np.float64], data: torch.Tensor, team: Workers) -> NDArray[np.float64]:
     """Time courses ``(n_tokens, n_networks)`` of one run; see `_spatial_weights`."""
-    source, columns = torch.from_numpy(data), torch.from_numpy(weights)
+    columns = torch.from_numpy(weights).to(team.device)
 
     def block(part: slice) -> torch.Tensor:
-        return source[:, part].to(team.device, torch.float64) @ columns[part].to(team.device)
+        return data[:, part].double() @ columns[part]
 
     total = torch.zeros((len(data), weights.shape[1]), dtype=torch.float64, device=team.device)
     for partial in team.map(block, len(weights), rows=2 * len(data)):
@@ -247,7 +249,7 @@ def stage_one(weights: NDArray[np.float64], data: NDArray[Any], team: Workers) -
 
 def stage_two(
     course: NDArray[np.float64],
-    data: NDArray[Any],
+    data: torch.Tensor,
     team: Workers,
     *,
     keep: NDArray[np.bool_] | None = None,
@@ -255,8 +257,8 @@ def stage_two(
     name: str = "run",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Maps and z-maps ``(n_networks, n_neurons)`` of one run from its time courses and its data, over tokens `keep`."""
-    rows = None if keep is None or keep.all() else torch.from_numpy(np.flatnonzero(keep))
-    course = course if rows is None else course[rows]
+    rows = None if keep is None or keep.all() else torch.from_numpy(np.flatnonzero(keep)).to(team.device)
+    course = course if keep is None else course[keep]
     n_tokens, n_networks = course.shape
     design = course - course.mean(axis=0)
     if normalize:
@@ -269,13 +271,11 @@ def stage_two(
     inverse = np.linalg.inv(triangle)
     error = np.sqrt((inverse**2).sum(axis=1))[:, None]  # of a coefficient, for unit residual SD
     df = n_tokens - n_networks - 1
-    source = torch.from_numpy(data)
     project = torch.from_numpy(basis.T.copy()).to(team.device)
     maps, z_maps = (np.empty((n_networks, data.shape[1])) for _ in range(2))
 
     def block(part: slice) -> None:
-        x = source[:, part] if rows is None else source[rows, part]
-        x = x.to(team.device, torch.float64)
+        x = (data[:, part] if rows is None else data[rows, part]).double()
         x = x - x[0]  # exact zeros for constant neurons, whatever their value
         x -= x.mean(dim=0)
         scores = project @ x
@@ -292,15 +292,13 @@ def stage_two(
 
 
 def _mean_and_scale(
-    data: NDArray[Any], keep: NDArray[np.bool_], team: Workers
+    data: torch.Tensor, keep: NDArray[np.bool_], team: Workers
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and 1 / SD (ddof 0) of each neuron over tokens `keep`; the scale of a constant neuron is 0."""
-    source = torch.from_numpy(data)
-    rows = None if keep.all() else torch.from_numpy(np.flatnonzero(keep))
+    rows = None if keep.all() else torch.from_numpy(np.flatnonzero(keep)).to(team.device)
 
     def block(part: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        x = source[:, part] if rows is None else source[rows, part]
-        x = x.to(team.device, torch.float64)
+        x = (data[:, part] if rows is None else data[rows, part]).double()
         mean = x.mean(dim=0)
         spread = (x - x[0]).std(dim=0, correction=0)
         return mean.cpu().numpy(), torch.where(spread > 0, 1 / spread, 0).cpu().numpy()

@@ -190,12 +190,12 @@ class Runs(Sequence[np.ndarray]):
         """Where voxels of a brain mask lie, int (n_voxels, 3); None for neurons, whose numbers are one axis."""
         return None if self.mask is None else np.argwhere(self.mask.volume)
 
-    def read(self, index: int, *, check: bool = True) -> np.ndarray:
-        """Read one run; `check` looks for values that are not finite."""
+    def read(self, index: int, *, check: bool = True, narrow: bool = False) -> np.ndarray:
+        """Read one run; `check` looks for values that are not finite, and with `narrow` float16 stays as it is."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         data, space = self._read(self._items[index], self.name(index))
-        data = _as_float(data, self.name(index))
+        data = _as_float(data, self.name(index), narrow=narrow)
         self._check_space(index, data.shape[1], space)
         own = None if self._confounds is None else self._confounds[index]
         if own is not None:
@@ -262,8 +262,8 @@ class Runs(Sequence[np.ndarray]):
         return values
 
 
-def _as_float(data: object, name: str) -> np.ndarray:
-    """A (n_tokens, n_neurons) array of float32, or float64 if it was that; no copy where none is needed."""
+def _as_float(data: object, name: str, *, narrow: bool = False) -> np.ndarray:
+    """A (n_tokens, n_neurons) array of float32, or float64 if it was that (`narrow`: or float16); no needless copy."""
     if isinstance(data, torch.Tensor):
         data = data.detach().cpu()
         data = (data if data.dtype == torch.float64 else data.float()).numpy()
@@ -281,7 +281,7 @@ def _as_float(data: object, name: str) -> np.ndarray:
         elif data.ndim == 2 and not data.shape[1]:
             what += f". 0 feature(s) (shape={data.shape}) while a minimum of 1 is required."
         raise InputError(what)
-    if data.dtype not in (np.float32, np.float64):
+    if data.dtype not in (np.float32, np.float64) and not (narrow and data.dtype == np.float16):
         data = data.astype(np.float32)
     if min(data.strides) < 0:
         data = data.copy()  # torch takes no view that runs backwards
