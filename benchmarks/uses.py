@@ -42,7 +42,8 @@ def rows_of(part: str, name: str, options: argparse.Namespace, known: list[dict[
     if part == "forgetting":
         if name != "stories260K":
             done = {(r["ability"], r["method"]) for r in known}
-            yield from forgetting.rows(subject(0), options.gold, done, options.items, options.methods)
+            yield from forgetting.rows(subject(0), options.gold, done, options.items, options.methods,
+                                       options.attacks)  # fmt: skip
         return
     draws = range(1 if name == "smollm2" or part == "forecast" else options.draws)
     for draw in draws if options.draw is None else [options.draw]:
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--draw", type=int, help="only this draw")
     parser.add_argument("--items", nargs="*", help="abilities, contrasts or rows of a part; default all")
     parser.add_argument("--methods", nargs="*", help="of forgetting; default all")
+    parser.add_argument("--attacks", nargs="*", help="of forgetting: numbers of lines, unrelated; default all")
     parser.add_argument("--gold", type=Path, help="folder with a model an ability, trained without it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=Path, help="append rows to this file, and make no page")

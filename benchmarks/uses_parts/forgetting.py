@@ -66,7 +66,7 @@ def methods(subject: Subject, case: Case, gold: Path | None) -> dict[str, Callab
 
 def rows(
     subject: Subject, gold: Path | None, known: set[tuple[str, str]], only: list[str] | None,
-    names: list[str] | None = None,
+    names: list[str] | None = None, attacks: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row an ability and method: accuracy, harm, what the attacks did, what a linear probe reads."""
     demo, scans = subject.demo, []
@@ -82,10 +82,10 @@ def rows(
         makers = methods(subject, case, gold)
         for name in wanted:
             if name in makers:
-                yield measured(case, name, makers[name]())
+                yield measured(case, name, makers[name](), attacks)
 
 
-def measured(case: Case, name: str, model: Any) -> dict[str, Any]:
+def measured(case: Case, name: str, model: Any, attacks: list[str] | None = None) -> dict[str, Any]:
     """What a model knows, what it lost, and how fast it learns again."""
     removed = (getattr(model, "llmbrain_pruning", None) or [{}])[-1]
     gone = 1 - sum(map(len, removed["kept"])) / sum(removed["widths_before"]) if removed else None
@@ -96,7 +96,8 @@ def measured(case: Case, name: str, model: Any) -> dict[str, Any]:
     }  # fmt: skip
     most = max(case.attack.lines)
     cases = {str(n): case.own[:n] for n in case.attack.lines} | {UNRELATED: case.rest[:most]}
-    for attack, lines in cases.items():
+    for attack in attacks or cases:
+        lines = cases[attack]
         steps, scores = relearn(model, lines, case.score, case.attack)
         row["attacks"][attack] = {
             "area": area(steps, scores), "scores": [round(s, 4) for s in scores], "lines": len(lines)
@@ -113,7 +114,7 @@ def taken(row: dict[str, Any], level: float, attack: str = "128") -> float | Non
 
 def page(found: list[dict[str, Any]], name: str) -> str:
     """The tables, as Markdown."""
-    cases = list(found[0]["attacks"])
+    cases = max((list(r["attacks"]) for r in found), key=len)
     by = {(r["ability"], r["method"]): r for r in found}
     abilities, order = (
         list(dict.fromkeys(r["ability"] for r in found)),
@@ -126,7 +127,8 @@ def page(found: list[dict[str, Any]], name: str) -> str:
         sizes = [r["removed"] for r in of if r["removed"] is not None]
         mean = {"accuracy": np.mean([r["accuracy"] for r in of]), "harm, mean": np.mean([r["harm"] for r in of]),
                 "harm, worst": np.max([r["harm"] for r in of]), "probe": np.mean([r["probe"] for r in of]),
-                **{f"area {c}": np.mean([r["attacks"][c]["area"] for r in of]) for c in cases}}  # fmt: skip
+                **{f"area {c}": np.mean([r["attacks"][c]["area"] for r in of if c in r["attacks"]] or [np.nan])
+                   for c in cases}}  # fmt: skip
         cells.append({"method": method, "abilities": len(of), "removed": f"{np.mean(sizes):.0%}" if sizes else "-"}
                      | {k: f"{v:.3f}" for k, v in mean.items()})  # fmt: skip
         row = {"method": method}

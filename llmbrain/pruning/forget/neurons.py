@@ -80,7 +80,8 @@ def neurons_to_forget(
     check_option("attribution", attribution, ATTRIBUTIONS)
     if not predicts_next_token(model):
         raise InputError(f"forget: model {type(model).__name__} predicts no next token, so there is none to forget")
-    windows, labels_ = _spread(windows, TOKENS), _spread(torch.from_numpy(labels), TOKENS)
+    chosen = spread(np.isin(labels, list(forget)).any(axis=1), max(1, TOKENS // windows.shape[1]))
+    windows, labels_ = windows[chosen], torch.from_numpy(labels[chosen])
     total = sum(body.widths)
     most = min(int(MOST * total), total if most is None else most)
     step = max(1, round(STEP * total))
@@ -90,6 +91,11 @@ def neurons_to_forget(
     with gradients_of(model, [leaf.weight]):  # one leaf is enough for gradients to reach every layer
         known = torch.cat([_log_odds(model, ids).detach().cpu() > 0 for ids in batches(windows)])
         target = torch.from_numpy(np.isin(labels_[:, 1:].numpy(), list(forget))) & known
+        if not np.isin(labels, list(forget)).any():
+            raise InputError(
+                f"forget={[names[i] for i in forget]}: none of these tokens are in the {len(labels)} calibration "
+                "windows that are used: raise max_windows, or mix the texts"
+            )
         if not target.any():
             raise InputError(
                 f"forget={[names[i] for i in forget]}: the model predicts none of these tokens: nothing to forget"
@@ -172,10 +178,25 @@ def _log_odds(model: Any, ids: Tensor) -> Tensor:
     return log_odds(model(input_ids=ids).logits, ids)
 
 
-def _spread(values: Tensor, tokens: int) -> Tensor:
-    """So many tokens' worth of windows, spread over the text."""
-    count = max(1, tokens // values.shape[1])
-    return values[:: max(1, len(values) // count)][:count]
+def spread(holds: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
+    """Numbers of so many windows, spread over the text, at least half of them where something is to be forgotten.
+
+    Texts may come sorted by condition: then the first windows would hold one of them only.
+
+    Parameters
+    ----------
+    holds : bool array ``(n_windows,)``
+        Whether a window holds tokens to forget.
+    count : int
+        At most so many windows.
+    """
+
+    def evenly(among: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        return among[np.arange(n) * len(among) // max(n, 1)]
+
+    own, others = np.flatnonzero(holds), np.flatnonzero(~holds)
+    of_own = min(len(own), max((count + 1) // 2, count - len(others)))
+    return np.sort(np.concatenate([evenly(own, of_own), evenly(others, min(count - of_own, len(others)))]))
 
 
 def _last_ones(gone: NDArray[np.bool_], widths: Sequence[int]) -> NDArray[np.int64]:
