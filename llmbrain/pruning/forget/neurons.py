@@ -80,7 +80,8 @@ def neurons_to_forget(
     check_option("attribution", attribution, ATTRIBUTIONS)
     if not predicts_next_token(model):
         raise InputError(f"forget: model {type(model).__name__} predicts no next token, so there is none to forget")
-    chosen = spread(np.isin(labels, list(forget)).any(axis=1), max(1, TOKENS // windows.shape[1]))
+    holds = np.asarray(np.isin(labels, list(forget)).any(axis=1))
+    chosen = spread(holds, max(1, TOKENS // windows.shape[1]))
     windows, labels_ = windows[chosen], torch.from_numpy(labels[chosen])
     total = sum(body.widths)
     most = min(int(MOST * total), total if most is None else most)
