@@ -54,7 +54,7 @@ class Size:
     texts: int  # others, that networks are looked for in
 
 
-QUICK = Size(20, 16, 4, 0, 9, 5, 199, "bfloat16", 2)
+QUICK = Size(20, 16, 4, 0, 19, 5, 199, "bfloat16", 2)
 WHOLE = Size(32, 16, 12, 19, 99, 19, 999, "float32", 3)
 
 

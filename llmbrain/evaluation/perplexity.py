@@ -20,6 +20,8 @@ from llmbrain.hooks.text import as_windows, batches, evaluating, input_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IGNORED = -100  # a target that is none
+
 
 def perplexity(
     model: nn.Module,
@@ -91,9 +93,9 @@ def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     logits = getattr(model(input_ids=ids), "logits", None)
     if logits is None or logits.shape[:2] != ids.shape:
         raise InputError(f"model {type(model).__name__} gives no next-token logits: use a causal model")
-    target = ids[:, 1:].flatten().to(logits.device)
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="none")
-    return losses.unflatten(0, (len(ids), -1))
+    target = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten().to(logits.device)  # no copy of all logits but the last
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), target, reduction="none", ignore_index=IGNORED)
+    return losses.unflatten(0, (len(ids), -1))[:, :-1]
 
 
 def window_losses(model: nn.Module, windows: Tensor, *, progress: bool = False) -> NDArray[np.float64]:

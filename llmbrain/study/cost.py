@@ -23,6 +23,7 @@ from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.spread import is_spread
 from llmbrain.distributed import ranks
 from llmbrain.hooks.text import evaluating, input_device
+from llmbrain.pruning.calibrate.gradients import LARGE
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import DEEP
 from llmbrain.study.settings import Settings
@@ -282,7 +283,8 @@ def memory_of(
     streams = 3 * n_tokens * subject.hidden * 4 + 8 * widest * widest * 8
     gradient = 0
     if method in ("taylor", "obs-gradient", "networks"):
-        gradient = BATCH * len(subject.widths) * (12 * subject.hidden + 4 * widest) * 4 + reading
+        kept = BATCH * len(subject.widths) * (12 * subject.hidden + 4 * widest) * 4
+        gradient = min(kept, LARGE) + reading
     return int(BASE_MEMORY + copies * subject.size + max(scan, ica, reading, streams + gradient))
 
 

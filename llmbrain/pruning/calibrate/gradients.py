@@ -20,6 +20,8 @@ from llmbrain.hooks.text import batches, digest, embeddings, evaluating
 from llmbrain.pruning.calibrate.losses import last_states
 from llmbrain.pruning.calibrate.moments import gram
 
+LARGE = 2**30  # bytes kept for a backward pass, from which on blocks run twice instead
+
 
 def gradient_pass(
     model: nn.Module,
@@ -98,8 +100,8 @@ def gradient_pass(
     leaf = None if taylor or table is None or table.weight.is_meta else table.weight
     if not taylor and leaf is None:  # the table is offloaded, too: what comes out of it is the leaf
         heard.append((table, lambda entering, output: (output.requires_grad_(True), None)[1]))
-    # Blocks run again in the backward pass where their weights would else pile up in memory until then.
-    once = [layer.block for layer in body.layers] if away else []
+    # Blocks run again in the backward pass where their weights or signals would else pile up in memory until then.
+    once = [layer.block for layer in body.layers] if away or _kept(body, windows) > LARGE else []
     try:
         for p, _ in before:
             p.requires_grad_(taylor and id(p) in wanted)
@@ -143,6 +145,11 @@ def gradient_pass(
             p.requires_grad_(flag)
             if id(p) in wanted:
                 p.grad = None
+
+
+def _kept(body: Anatomy, windows: Tensor) -> int:
+    """Bytes that a forward pass over a batch keeps for the backward pass, about: some copies of all neurons."""
+    return 5 * batches(windows)[0].numel() * sum(body.widths) * 4
 
 
 def _sum(

@@ -81,3 +81,16 @@ def test_the_metric_of_an_encoder_is_the_curvature_of_its_last_states():
     found = gradient_pass(bert, anatomy(bert), ids.repeat(20000, 1))["metric"][1].float()
     exact = jacobian.T @ jacobian
     assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_blocks_that_run_twice_give_the_same(monkeypatch):
+    from llmbrain.pruning.calibrate import gradients
+
+    model, ids = tiny("llama"), windows(3)
+    body = anatomy(model)
+    once = gradient_pass(model, body, ids, metric=True, taylor=True)
+    monkeypatch.setattr(gradients, "LARGE", 0)
+    twice = gradient_pass(model, body, ids, metric=True, taylor=True)
+    for name in ("metric", "taylor"):
+        for a, b in zip(once[name], twice[name]):
+            assert torch.equal(a, b)

@@ -48,3 +48,17 @@ def test_wide_layers_lose_several_units_a_step():
     costs = removal_costs(cov, w, ridge=1e-9)
     assert torch.equal(costs.argsort(), torch.arange(600))
     assert torch.allclose(costs, w[:, 0] ** 2, rtol=1e-6)
+
+
+def test_updates_that_wait_change_nothing(monkeypatch):
+    """The inverse and W are brought up to date every `BLOCK` columns: at every column they give the same costs."""
+    from llmbrain.pruning.criteria import obs
+
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(900, 150)) @ rng.normal(size=(150, 150))
+    cov, w = torch.from_numpy(np.cov(x.T)), torch.from_numpy(rng.normal(size=(150, 7)))
+    waiting = removal_costs(cov, w, ridge=1e-6)
+    monkeypatch.setattr(obs, "BLOCK", 1)
+    at_once = removal_costs(cov, w, ridge=1e-6)
+    assert torch.equal(waiting.argsort(), at_once.argsort())
+    assert torch.allclose(waiting, at_once, rtol=1e-9)

@@ -54,3 +54,21 @@ def test_least_squares_equals_ridge_of_scikit_learn():
     down = anatomy(small).layers[0].down
     assert np.allclose(down.weight().detach().numpy(), old + fitted.coef_.T, atol=1e-4)
     assert np.allclose(down.module.bias.detach().numpy(), fitted.intercept_, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.01, 1.0, 30.0])
+def test_the_ridge_is_the_one_that_errs_least_of_all(noise):
+    from llmbrain.pruning.calibrate.moments import Moments
+    from llmbrain.pruning.repair.least_squares import RIDGES, choose_ridge, error, least_squares
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(120, 60, generator=generator) @ torch.randn(60, 60, generator=generator)
+    w = torch.randn(60, 5, generator=generator)
+    t = x @ w + noise * torch.randn(120, 5, generator=generator)
+    train = Moments()
+    train.add(x[:90], t[:90])
+    held_out = Moments(train)
+    held_out.add(x[90:], t[90:])
+    kept = torch.arange(45)
+    errors = [error(held_out, least_squares(train, w.double(), kept, ridge=r), kept) for r in RIDGES]
+    assert choose_ridge(train, held_out, w.double(), kept) == RIDGES[int(np.argmin(errors))]
