@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 BLOCK, RUN = 64, 512  # tokens of a block of one condition, and of a run of other texts
 ROW, SKIP = 32, 8  # tokens of a row that lesions are measured on, and how many of them are context only
-LOUD, MASSIVE = 20.0, 100.0  # times the typical size of a neuron of the layer: listed, and called massive
+LOUD, MASSIVE = 50.0, 100.0  # times the typical size of a neuron of the layer: listed, and called massive
 ALPHA = 0.05
 FIRST = 10  # times chance: how much of a network's energy at the first token makes it the network of that token
 
@@ -160,10 +160,8 @@ class Bench:
             peak = np.maximum(first[:, part].mean(axis=0), largest[part]) / typical
             for j in np.flatnonzero(peak > LOUD):
                 k = part.start + int(j)
-                found.append({
-                    "layer": layer, "neuron": int(j), "typical": typical, "first": float(first[:, k].mean()),
-                    "elsewhere": float(largest[k]), "times": float(peak[j]),
-                })  # fmt: skip
+                values = {"typical": typical, "first": first[:, k].mean(), "elsewhere": largest[k], "times": peak[j]}
+                found.append({"layer": layer, "neuron": int(j), **{n: float(f"{v:.4g}") for n, v in values.items()}})
         return sorted(found, key=lambda row: -row["times"])
 
 

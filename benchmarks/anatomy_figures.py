@@ -21,7 +21,7 @@ from llmbrain.datasets.conditions import CONDITIONS
 from llmbrain.plotting.style import CATEGORIES, INK, QUIET, diverging, ink_on, legend, new_figure, style
 
 COLORS = dict(zip(CONDITIONS, CATEGORIES))
-ALPHA, VMAX = 0.05, 1.0
+ALPHA, VMAX = 0.05, 1.6
 SMOOTH = 5  # tokens
 
 
@@ -80,7 +80,8 @@ def draw_networks(found: dict[str, Any], networks: Any, scans: list[Any], run: i
         what.imshow(values[None], cmap=diverging(), norm=scale, aspect="auto", interpolation="nearest")
         for j, (value, sure) in enumerate(zip(values, clear)):
             what.text(j, 0, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink_on(value, scale),
-                      fontweight="bold" if sure else "normal", alpha=1.0 if sure else 0.55)  # fmt: skip
+                      fontweight="bold" if sure else "normal",
+                      alpha=0.55 if not sure and abs(value) < VMAX / 3 else 1.0)  # fmt: skip
         what.set(yticks=[])
         what.spines["left"].set_visible(False)
         for ax in line:
@@ -118,7 +119,7 @@ def draw_returns(found: dict[str, Any]) -> Any:
     left.set_yticks(y, names)
     left.set(xlim=(0, 1), xlabel="|r| of maps", ylim=(len(r) - 0.4, -0.6))
     left.set_title("which networks come back")
-    legend(left, loc="lower right")
+    legend(left, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
     effect = np.array(found["localized"]["effect"])[order]
     p = np.array(found["localized"]["p"])[order]
     top = float(np.abs(effect).max()) or 1.0
@@ -134,27 +135,32 @@ def draw_returns(found: dict[str, Any]) -> Any:
     return figure
 
 
-def draw_artefacts(found: dict[str, Any], with_first: Any) -> Any:
-    """Loud neurons, and the network of the first token."""
+def draw_artefacts(found: dict[str, Any], scans: list[Any], run: int = 0) -> Any:
+    """Loud neurons, and when the loudest are loud."""
     figure = new_figure((12.0, 3.6))
     left, right = (style(ax) for ax in figure.subplots(1, 2))
     loud = pd.DataFrame(found["massive"])
-    for at_first, color, label in ((True, CATEGORIES[1], "largest at the first token"),
-                                   (False, CATEGORIES[0], "largest elsewhere")):  # fmt: skip
+    for at_first, color, label in ((False, CATEGORIES[0], "largest elsewhere"),
+                                   (True, CATEGORIES[1], "largest at the first token")):  # fmt: skip
         part = loud[(loud["first"] > loud["elsewhere"]) == at_first]
         left.scatter(part["layer"], part["times"], s=14, color=color, alpha=0.7, linewidths=0, label=label)
+    layers = len(found["networks"][0]["profile"])
     for row in loud.head(3).itertuples():
-        left.annotate(f"layer {row.layer}, neuron {row.neuron}", (row.layer, row.times), xytext=(6, 0),
-                      textcoords="offset points", fontsize=8, color=INK, va="center")  # fmt: skip
-    left.set(yscale="log", xlabel="layer", ylabel="largest |value| / typical |value|",
-             xlim=(-1, len(found["networks"][0]["profile"])))  # fmt: skip
+        late = row.layer > 0.7 * layers
+        left.annotate(f"layer {row.layer}, neuron {row.neuron}", (row.layer, row.times), xytext=(-6 if late else 6, 0),
+                      textcoords="offset points", fontsize=8, color=INK, va="center",
+                      ha="right" if late else "left")  # fmt: skip
+    left.set(yscale="log", xlabel="layer", ylabel="largest |value| / typical |value|", xlim=(-1, layers))
     left.set_title("neurons of massive activation")
     legend(left, loc="upper right")
-    k = found["first"]["network"]
-    for run in with_first.time_courses[:8]:
-        right.plot(np.abs(np.asarray(run)[:64, k]), color=CATEGORIES[1], alpha=0.6, linewidth=1)
-    right.set(xlabel="token of the run", ylabel="|activity|", yscale="log")
-    right.set_title(f"the network of the first token ({found['first']['size']} neurons, 8 runs)")
+    data, space = scans[run].data(), scans[run].space
+    for row, color in zip(loud.head(3).itertuples(), CATEGORIES):
+        values = np.abs(np.asarray(data[:, space.layer_slice(row.layer).start + row.neuron], dtype=float))
+        right.plot(values, color=color, linewidth=0.9, alpha=0.85, label=f"layer {row.layer}, neuron {row.neuron}")
+        right.plot(0, values[0], "o", color=color, markersize=5)
+    right.set(xlabel="token of the run (dots: the first)", ylabel="|value|", yscale="log", xlim=(-8, len(data)))
+    right.set_title("when they are loud")
+    legend(right, loc="center right")
     return figure
 
 
@@ -168,11 +174,10 @@ def main() -> None:
     args = parser.parse_args()
     found = json.loads(args.results.read_text(encoding="utf-8"))
     networks = lb.FunctionalNetworks.load(args.work / "networks")
-    with_first = lb.FunctionalNetworks.load(args.work / "networks-with-first-tokens")
     scans = lb.load_scans(args.work / "scan")
     figures = {
         "anatomy": draw_networks(found, networks, scans, args.run), "anatomy-returns": draw_returns(found),
-        "anatomy-artefacts": draw_artefacts(found, with_first),
+        "anatomy-artefacts": draw_artefacts(found, scans, args.run),
     }  # fmt: skip
     for name, figure in figures.items():
         write_figure(args.out / f"{name}.png", figure, dpi=110)

@@ -196,7 +196,7 @@ class Bench:
             return text
         written = self.shared("own", tokens, draw)
         parts = {"half": (text[: n // 2], written[: n - n // 2]), "beside": (text, written[: -(-n // 2)]),
-                 "only": (text[:0], written)}[own]  # fmt: skip
+                 "as much": (text, written), "only": (text[:0], written)}[own]  # fmt: skip
         return mixed_windows(*parts, random_state=draw)
 
     # -- rows ---------------------------------------------------------------------------------------------------------

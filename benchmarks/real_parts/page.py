@@ -56,7 +56,8 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     right = dense["dense"].get("PIQA", {}).get("acc")
     lines = [
         "# A real model: SmolLM2-135M-Instruct (4-bit GGUF, dequantized)", "",
-        f"`{setting['command']}`; {dense['machine']}. {len(rows)} rows.", "",
+        f"`{setting['command']}`; {dense['machine']}. {len(rows)} rows, the most valuable first; what is not here "
+        "was not measured.", "",
         f"Perplexity a token of {setting['test_tokens']:,} tokens of each text in windows of 512 (in brackets bits a "
         "byte), mean over draws of calibration text where there are more [lowest, highest]; bold: at most 1.02 times "
         f"the best row. Dense: {', '.join(whole)}" + (f"; PIQA {100 * right:.1f}% right" if right else "") + ".", "",

@@ -52,8 +52,8 @@ class Settings:
     passes, token_balance, keep, forget
         See `plan_pruning` and `prune`.
     self_text : int, optional
-        Windows of calibration text that the model writes itself, beside the text; None is half as many as the text
-        fills in deep models, none in shallow ones: see `llmbrain.study.cost.own_windows`.
+        Windows of calibration text that the model writes itself, beside the text; None is as many as the text fills
+        in deep models, none in shallow ones: see `llmbrain.study.cost.own_windows`.
     format, gguf_type, like : str
         See `save_pruned`.
     random_state : int or None
