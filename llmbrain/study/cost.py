@@ -68,8 +68,8 @@ def own_windows(asked: int | None, n_layers: int, n_text: int) -> int:
     """Windows of text that a model writes itself beside `n_text` of the user's, where the user does not say how many.
 
     None for shallow models; as many for deep ones, which were trained on far more kinds of text than the one they are
-    calibrated on: of SmolLM2, half of the same tokens its own took 28 and 29% off the perplexities of two texts of other
-    kinds and cost nothing on that one (see ``benchmarks/real.py``).
+    calibrated on: of SmolLM2, half of the same tokens its own took 28 and 29% off the perplexities of two texts of
+    other kinds and cost nothing on that one (see ``benchmarks/real.py``).
     """
     if asked is not None:
         return asked
