@@ -12,8 +12,11 @@ that was stopped, the same command does what is left.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import pkgutil
+import shutil
 import statistics
 import sys
 import tempfile
@@ -21,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +130,7 @@ def units(parts: Sequence[str], root: Path, how: argparse.Namespace, known: set[
     """The pieces of work of some parts that are not in the log yet; what they attack is made once, in `root`."""
     made: dict[str, Path] = {}
     makers = {"commands": commands.make, "inputs": commands.make, "mutations": _fuzzed}
-    todo = []
+    todo: list[Unit] = []
     for section, name, work in _all(parts, how.small, how):
         make = makers.get(SECTIONS[section][0])
         if f"{section}/{name}" in known:
@@ -134,10 +138,27 @@ def units(parts: Sequence[str], root: Path, how: argparse.Namespace, known: set[
         if make is None:
             todo.append((section, name, work))
             continue
-        if make.__name__ not in made:
-            made[make.__name__] = make(root / make.__name__)
+        place = root / make.__name__
+        if make.__name__ not in made and place.with_suffix(".whole").exists():  # `--work` of a run before
+            import_all()
+        elif make.__name__ not in made:
+            shutil.rmtree(place, ignore_errors=True)
+            make(place)
+            place.with_suffix(".whole").touch()
+        made[make.__name__] = place
         todo.append((section, name, partial(_in_trial, work, made[make.__name__])))
     return todo
+
+
+def import_all() -> None:
+    """What the commands import, before they are forked."""
+    import matplotlib.pyplot  # noqa: F401
+    import nibabel  # noqa: F401
+    import sklearn.decomposition  # noqa: F401
+
+    for module in pkgutil.walk_packages(lb.__path__, "llmbrain."):
+        with suppress(ImportError):
+            importlib.import_module(module.name)
 
 
 def _fuzzed(folder: Path) -> Path:
@@ -152,14 +173,14 @@ def _all(parts: Sequence[str], few: bool, how: argparse.Namespace) -> Iterator[t
     known = ["plan", "decompose"] if few else sorted(commands.names(), key=commands.names().index)
     if "commands" in parts:
         for name in known:
-            yield "kills", name, partial(commands.kills, n=1 if few else 7, only=[name])
+            yield "kills", name, partial(commands.kills, n=1 if few else 6, only=[name])
         for name in known:
             yield "disks", name, partial(commands.disks, only=[name])
             yield "interrupts", name, partial(commands.interrupts, n=1 if few else 2, only=[name])
             yield "processes", name, partial(commands.processes, only=[name])
     if "inputs" in parts:
-        each = 300 if few else 64  # of every second command line
-        for i in range(0, 4 if few else each, 2):
+        each = 300 if few else 64  # of every eighth command line
+        for i in range(0, 4 if few else each, 2 if few else 8):
             yield "bad options", f"every {each}th from {i}", partial(inputs.bad_options, part=slice(i, None, each))
         for i, (file, _) in enumerate(inputs.of_files()[: 2 if few else None]):
             yield "bad files", file, partial(inputs.bad_files, seed=i, part=slice(i, i + 1))
@@ -280,6 +301,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="pieces of work at once")
     parser.add_argument("--stop-after", type=float, default=1e9, help="seconds; what is not begun by then is left")
     parser.add_argument("--log", type=Path, help=f"default: {LOG.relative_to(ROOT)}; with --small none")
+    parser.add_argument("--work", type=Path, help="where what is attacked is made, and stays for the next run")
     parser.add_argument("--page", action="store_true", help="only print what the log says")
     how = parser.parse_args()
     stop = time.monotonic() + how.stop_after
@@ -293,9 +315,11 @@ def main() -> None:
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    with tempfile.TemporaryDirectory() as place:
-        todo = [] if how.page else units(how.parts, Path(place), how, {line["unit"] for line in lines})
-        do(todo, Path(place), how.jobs, stop, keep)
+    with ExitStack() as stack:
+        place = how.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        todo = [] if how.page else units(how.parts, place, how, {line["unit"] for line in lines})
+        do(todo, place, how.jobs, stop, keep)
     text = page(lines)
     print(text)
     if log:

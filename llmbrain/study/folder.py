@@ -41,6 +41,7 @@ from llmbrain._files import (
     write_json,
 )
 from llmbrain._validation import InputError
+from llmbrain._version import __version__
 from llmbrain.checkpoints import load_model
 from llmbrain.decomposition import GroupICA, read_ica
 from llmbrain.intervention.table import LesionTable
@@ -287,14 +288,24 @@ def _remove_parts(folder: Path) -> None:
 def provenance(model_id: str, texts: Sequence[str], **settings: Any) -> dict[str, Any]:
     """What is needed to repeat a result: inputs, settings, versions."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
+
+    def version_of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
 
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    packages = ("llmbrain", "torch", "transformers", "nilearn", "nibabel", "scikit-learn", "numpy")
+    packages = ("torch", "transformers", "nilearn", "nibabel", "scikit-learn", "numpy")
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "model": model_id,
         "texts": {"n": len(texts), "sha256": digest},
         "settings": settings,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "llmbrain": __version__,
+            "python": platform.python_version(),
+            **{name: version_of(name) for name in packages},
+        },
     }
