@@ -157,8 +157,9 @@ def import_all() -> None:
     import sklearn.decomposition  # noqa: F401
 
     for module in pkgutil.walk_packages(lb.__path__, "llmbrain."):
-        with suppress(ImportError):
-            importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):
+            with suppress(ImportError):
+                importlib.import_module(module.name)
 
 
 def _fuzzed(folder: Path) -> Path:
