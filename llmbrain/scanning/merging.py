@@ -22,7 +22,14 @@ from llmbrain._files import (
 from llmbrain._validation import InputError
 from llmbrain.scanning.scans import Scan
 from llmbrain.scanning.shares import say_missing, settle_ranks
-from llmbrain.scanning.store import CorruptStoreError, FileShards, check_same_study, load_scans, read_manifest
+from llmbrain.scanning.store import (
+    CorruptStoreError,
+    FileShards,
+    check_same_study,
+    load_scans,
+    read_manifest,
+    refuse_others,
+)
 
 
 def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> list[Scan]:
@@ -69,6 +76,8 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
             f"{parts[0].name(missing[0])}. Name the folder that has them too, or run the same scan there again"
         )
     with owner(out):
+        if not (out / "manifest.json").exists():
+            refuse_others(out)
         _copy_runs(paths, out, manifests[0]["study"]["runs_sha256"])
         if not (out / "manifest.json").exists():
             write_json(out / "manifest.json", manifests[0], seal=True)

@@ -336,6 +336,7 @@ def _begun(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> dict[
     if not path.exists():
         with locked(folder, exclusive=True):
             if not path.exists():  # ranks may begin at the same time
+                refuse_others(folder)
                 with clear_errors(folder):
                     (folder / SUMS).unlink(missing_ok=True)
                 _write_runs(folder, runs)
@@ -348,6 +349,13 @@ def _begun(folder: Path, manifest: dict[str, Any], runs: Sequence[Run]) -> dict[
     if not there.is_file() or file_sha256(there) != known["study"]["runs_sha256"]:
         _write_runs(folder, runs)
     return known
+
+
+def refuse_others(folder: Path) -> None:
+    """A new scan does not begin where another set is: its checksums stand where those of the shards will."""
+    others = [name for name in read_sums(folder, strict=False) if not name.startswith(("shards/", "runs.jsonl"))]
+    if others:
+        raise InputError(f"out={str(folder)!r} already holds files that are no scan ({others[0]}): give another folder")
 
 
 def check_same_study(folder: Path, known: dict[str, Any], manifest: dict[str, Any]) -> None:

@@ -228,9 +228,9 @@ def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = Fal
     folder = Path(folder)
     mark = folder / "study.json"
     settings = json.loads(json.dumps(settings, default=plain))
-    with clear_errors(folder):
-        strange = folder.is_dir() and any(not _is_passing(p.name) for p in folder.iterdir())
     with owner(folder):
+        with clear_errors(folder):  # looked at as its owner: another process may have just ended
+            strange = any(not _is_passing(p.name) for p in folder.iterdir())
         if mark.is_file():
             try:
                 before = read_json(mark, anew="give another folder, or --overwrite")

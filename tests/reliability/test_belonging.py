@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from llmbrain._files import UnverifiedWarning, read_json
 from llmbrain.checkpoints.gguf_reading import load_gguf
 from llmbrain.scanning.manifest import warn_of_other_model
 from llmbrain.study import Study, decompose
+from llmbrain.study import folder as folder_module
+from llmbrain.study.folder import claim
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,30 @@ def test_networks_of_another_study_are_refused_by_name(study: Path, other: Path,
         with pytest.raises(InputError, match=rf"in {mixed}/networks are of another study: found in a scan of"):
             getattr(Study(mixed), part)
     assert len(Study(study).networks) == len(Study(study).ica.components_)
+
+
+def test_a_scan_does_not_take_the_folder_of_something_else(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study / "networks", tmp_path / "networks")
+    before = campaign.keep(tmp_path)
+    with pytest.raises(InputError, match=r"already holds files that are no scan \(.*\): give another folder"):
+        lb.scan(tiny("llama"), tiny_tokenizer(), campaign.TEXTS, out=tmp_path / "networks", block_size=32)
+    assert campaign.keep(tmp_path) == before
+    (tmp_path / "networks/SHA256SUMS").unlink()
+
+
+def test_a_folder_is_looked_at_by_its_owner(tmp_path: Path, monkeypatch) -> None:
+    """Another process may have written there, and ended, just before."""
+    own = folder_module.owner
+
+    @contextmanager
+    def late(folder: Path):
+        files.write_text(folder / "manifest.json", "{}")
+        with own(folder):
+            yield folder
+
+    monkeypatch.setattr(folder_module, "owner", late)
+    with pytest.raises(InputError, match="already holds files that are no study"), claim(tmp_path / "a", {"n": 1}):
+        raise AssertionError
 
 
 def test_networks_of_another_model_are_said(study: Path, other: Path, recwarn) -> None:
@@ -178,3 +205,11 @@ def test_the_same_export_again_is_done_before(tmp_path: Path, monkeypatch, capsy
     code, _, err = call(monkeypatch, capsys, *export)
     assert (code, "done before" in err) == (0, True), err
     assert call(monkeypatch, capsys, *export, "--gguf-type", "f32")[0] == 2
+
+
+def test_a_merge_does_not_take_the_folder_of_something_else(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study / "networks", tmp_path / "networks")
+    before = campaign.keep(tmp_path)
+    with pytest.raises(InputError, match="already holds files that are no scan"):
+        lb.merge([study / "scan"], tmp_path / "networks")
+    assert campaign.keep(tmp_path) == before
