@@ -69,7 +69,9 @@ SECTIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
                   ("one line", "done")),
     "mutations": ("mutations", "Random mutations of every kind of file that is read", "`read`: the change did no harm "
                   "to what is read, or is data.", ("read", "one line")),
-    "loading": ("loading", "Loading", "", ()),
+    "loading": ("loading", "Loading", "`verified`: by the fast checksum, as all of 4 MiB and more; `not verified`: "
+                "without `SHA256SUMS`. A plain load only maps the file, and reads its weights when it first reads a "
+                "text; two threads.", ()),
 }  # fmt: skip
 Unit = tuple[str, str, Callable[[Path], pd.DataFrame]]  # section, name, what it does in a folder of its own
 
@@ -269,7 +271,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         if not rows:
             continue
         if not right:
-            bodies.append(f"## {title}\n\n{table(pd.DataFrame(rows))}")
+            bodies.append(f"## {title}\n\n{said}\n\n{table(pd.DataFrame(rows))}")
             continue
         first = next(iter(rows[0]))
         merged: dict[str, dict[str, float]] = {}
