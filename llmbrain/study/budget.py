@@ -22,7 +22,13 @@ LADDER: tuple[tuple[str, Any], ...] = (
 
 
 def fit(
-    seconds: float, how: Settings, cost: Callable[[Settings], Cost], *, pinned: Collection[str] = (), least: int = 1
+    seconds: float,
+    how: Settings,
+    cost: Callable[[Settings], Cost],
+    *,
+    pinned: Collection[str] = (),
+    least: int = 1,
+    ends: tuple[int, ...] = (),
 ) -> tuple[Settings, list[str]]:
     """Settings whose cost fits a time, and what was given up for it.
 
@@ -37,36 +43,39 @@ def fit(
         Settings that were asked for, and stay.
     least : int
         Tokens that calibration needs.
+    ends : tuple of int
+        Layers that the method protects by itself: another one goes on doing so.
 
     Raises
     ------
     InputError
         If nothing fits: the message says how long the least takes.
     """
-    gave_up: list[str] = []
+    gave_up: dict[str, str] = {}  # by setting: once each, from what was wanted to what it is
+    wanted = how
     for name, value in LADDER:
         if (cost(how).seconds or 0.0) <= SAFE * seconds:
-            return how, gave_up
+            return how, list(gave_up.values())
         if name in pinned or (name == "n_tokens" and value < least):
             continue
-        changed = _smaller(how, name, value, pinned)
+        changed = _smaller(how, name, value, pinned, ends)
         if changed is not None and (cost(how).seconds or 0.0) - (cost(changed).seconds or 0.0) > LITTLE * seconds:
             words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text"}
-            before = getattr(how, name)
+            before = getattr(wanted, name)
             shown = f"{before:,.0f}" if isinstance(before, (int, float)) else before or "all"
             now = f"{value:,.0f}" if isinstance(value, (int, float)) else value
-            gave_up.append(f"{words.get(name, name)}: {now} instead of {shown}")
+            gave_up[name] = f"{words.get(name, name)}: {now} instead of {shown}"
             how = changed
     needed = cost(how).seconds or 0.0
     if needed <= SAFE * seconds:
-        return how, gave_up
+        return how, list(gave_up.values())
     raise InputError(
         f"budget={span(seconds)!r} is too small: the least that can be done here (method {how.method}, {how.n_tokens} "
         f"tokens of text) takes about {span(needed / SAFE)}; give at least that, or fewer things to do"
     )
 
 
-def _smaller(how: Settings, name: str, value: Any, pinned: Collection[str]) -> Settings | None:
+def _smaller(how: Settings, name: str, value: Any, pinned: Collection[str], ends: tuple[int, ...]) -> Settings | None:
     """The settings with less of one thing; None where that is no less."""
     if name == "method":
         if "allocation" in pinned or how.forget or how.keep or how.expert_ratio is not None:
@@ -74,7 +83,8 @@ def _smaller(how: Settings, name: str, value: Any, pinned: Collection[str]) -> S
         drop = how.drop or ()
         now = plan_passes(how.method, how.allocation, how.passes, drop=drop)
         fewer = plan_passes(value, None, how.passes, drop=drop) < now
-        return replace(how, method=value, allocation=None) if fewer else None
+        protect = (ends or None) if how.protect is None and "protect" not in pinned else how.protect
+        return replace(how, method=value, allocation=None, protect=protect) if fewer else None
     before = getattr(how, name)
     if name == "passes" and not how.drop:
         if how.allocation not in (None, "search", "sensitivity"):

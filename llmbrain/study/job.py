@@ -20,7 +20,8 @@ from llmbrain.evaluation.perplexity import check_causal, window_losses
 from llmbrain.hooks.text import input_device, listed_texts, window_length
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning import PruningPlan
-from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.criteria import CRITERIA, criterion
+from llmbrain.pruning.criteria.base import protection
 from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.reporting import report
 from llmbrain.scanning import scan
@@ -107,7 +108,14 @@ class _Subject:
         how = replace(how, n_tokens=min(how.n_tokens or self.n_calibration, self.n_calibration),
                       eval_tokens=min(how.eval_tokens or self.n_total, self.n_total))  # fmt: skip
         least = int(TOKENS_A_NEURON * max(self.sizes.widths))
-        return fit(seconds, how, lambda s: self.cost(s, **more), pinned=pinned, least=least)
+        cost: Callable[[Settings], Cost] = lambda s: self.cost(s, **more)  # noqa: E731
+        return fit(seconds, how, cost, pinned=pinned, least=least, ends=self.spared(how))
+
+    def spared(self, how: Settings) -> tuple[int, ...]:
+        """Layers that the method protects by itself, where the format has a place for several widths."""
+        if how.ratio is None or how.format in ("uniform", "gguf") or has_experts(self.model):
+            return ()
+        return protection(criterion(how.method)(), self.sizes.widths, how.ratio, [])
 
 
 def forecast(

@@ -216,3 +216,16 @@ def test_another_study_is_written_over_whole(subject, texts, tmp_path):
     assert not study.has("lesions")
     assert not (tmp_path / "s" / "lesions").exists()
     assert lb.Study(tmp_path / "s").summary == json.loads(json.dumps(study.summary))
+
+
+def test_a_cheaper_method_spares_the_layers_that_the_default_does():
+    class Taken:
+        def __init__(self, how):
+            self.seconds = {"networks": 400.0, "obs-gradient": 200.0, "flap": 50.0}[how.method] + how.passes
+
+    left, gave_up = fit(100.0, Settings(), Taken, ends=(0, 1, 28, 29))
+    assert (left.method, left.protect) == ("flap", (0, 1, 28, 29))
+    assert [line.split(":")[0] for line in gave_up] == ["passes", "method"]
+    assert "6 instead of 24" in gave_up[0]
+    assert fit(100.0, Settings(protect=()), Taken, ends=(0, 1, 28, 29))[0].protect == ()
+    assert fit(1000.0, Settings(), Taken, ends=(0, 1, 28, 29))[0].protect is None
