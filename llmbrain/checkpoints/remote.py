@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmbrain._files import read_json, write_json, write_text
 from llmbrain._validation import InputError
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.nothing import Nothing
 from llmbrain.anatomy.surgery import ConfigOfLayer
@@ -30,6 +31,9 @@ OURS = $ours
 
 # module: {parameter: its shape}, where they are not those of the stock class
 PARAMETERS = $parameters
+
+# the same of buffers that are saved (a router's correction bias)
+BUFFERS = $buffers
 
 # modules that the stock class has and this one has not
 DROPPED = $dropped
@@ -99,6 +103,10 @@ class Pruned:
             for parameter, shape in shapes.items():
                 value = torch.zeros(shape, dtype=like.dtype, device=like.device)
                 setattr(module, parameter, nn.Parameter(value))
+        for name, shapes in self.mine(BUFFERS):
+            module = self.get_submodule(name)
+            for buffer, shape in shapes.items():
+                module._buffers[buffer] = module._buffers[buffer].new_zeros(shape)
         for name, values in self.mine(ATTRIBUTES):
             for attribute, value in values.items():
                 setattr(self.get_submodule(name), attribute, value)
@@ -121,7 +129,8 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
     """Put the class into a folder that `save_pretrained` wrote, and point its config to it."""
     base = type(model).__name__
     stock = dict(build_empty(type(model), stock_config(model.config)).named_modules())
-    tables: dict[str, dict[str, Any]] = {"parameters": {}, "attributes": {}, "configs": {}, "nothing": {}, "empty": {}}
+    kinds = ("parameters", "buffers", "attributes", "configs", "nothing", "empty")
+    tables: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     names = set()
     for name, module in model.named_modules():
         names.add(name)
@@ -137,6 +146,9 @@ def write_remote_code(model: nn.Module, path: Path) -> None:
         changed = {k: shape for k, shape in ours.items() if theirs.get(k) != shape}
         if changed:
             tables["parameters"][name] = changed
+        saved = {k: shape for k, shape in _buffers(module).items() if _buffers(stock[name]).get(k, shape) != shape}
+        if saved:
+            tables["buffers"][name] = saved
         sizes = {k: v for k, v in vars(module).items() if type(v) is int and vars(stock[name]).get(k) != v}
         if sizes:
             tables["attributes"][name] = sizes
@@ -183,7 +195,7 @@ def _say_standard(model: nn.Module, config: dict[str, Any]) -> None:
     """Sizes of every layer by the names that other programs read, where layers differ and the family says nothing."""
     text = config.get("text_config", config)
     entries = text.get("per_layer_config")
-    if not entries or own_layers(model.config) is not None:
+    if not entries or own_layers(model.config) is not None or has_experts(model):
         return
     layers = anatomy(model).layers
     head_dim = max(layer.head_dim for layer in layers)
@@ -207,6 +219,11 @@ def _has_weights(module: nn.Module) -> bool:
 
 def _parameters(module: nn.Module) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in module.named_parameters(recurse=False)}
+
+
+def _buffers(module: nn.Module) -> dict[str, list[int]]:
+    temporary = module._non_persistent_buffers_set
+    return {name: list(b.shape) for name, b in module.named_buffers(recurse=False) if name not in temporary}
 
 
 def _literal(table: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ from llmbrain.hooks.change import refuse_changed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FOR_EXPERTS = ("per-layer", "uniform", "padded", "masked")
+FOR_EXPERTS = ("per-layer", "remote-code", "uniform", "padded", "masked")
 FORMATS = ("per-layer", "remote-code", "uniform", "padded", "masked", "gguf")
 
 
@@ -130,7 +130,7 @@ def save_pruned(
     if mixture and format not in FOR_EXPERTS:
         raise InputError(
             f"format={format!r} is not written for a mixture of experts: use 'uniform' (all layers alike: an ordinary "
-            "checkpoint, which stock transformers loads), 'per-layer', or 'padded' and 'masked' where they can be"
+            "checkpoint, which stock transformers loads), 'per-layer', 'remote-code', or 'padded' and 'masked'"
         )
     said = answer(model) if verify else None
     if mixture:

@@ -22,7 +22,7 @@ from llmbrain.anatomy.experts import ExpertAnatomy, expert_anatomy
 from llmbrain.intervention import lesion
 
 CHECKS = ("recorded", "lesion", "experts", "neurons", "repair")
-FORMATS = ("per-layer", "uniform", "uneven")
+FORMATS = ("per-layer", "remote-code", "uniform", "uneven")
 COLUMNS = ("found", *CHECKS, *FORMATS)
 CALIBRATION = {"calibration": WINDOWS}
 
@@ -159,6 +159,8 @@ def saved(model: Any, body: ExpertAnatomy, folder: Path, form: str) -> torch.Ten
     small = lb.prune(model, plan)
     small = lb.prune(small, lb.plan_pruning(small, ratio=0.5, method="random"))
     lb.save_pruned(small, None, folder, format="per-layer" if form == "uneven" else form)
+    if form == "uneven":  # what is written is held against the model
+        lb.save_pruned(small, None, folder.with_suffix(".uneven-code"), format="remote-code")
     return answer(small)
 
 
@@ -187,7 +189,7 @@ def _keep_saved(name: str, model: Any, body: ExpertAnatomy, root: Any, form: str
         same(answer(lb.load_pruned(root / f"{name}.uneven")[0]), wanted, "loaded")
         return
     torch.save(wanted, root / f"{name}.{form}.pt")
-    if form == "per-layer":
+    if form != "uniform":
         same(answer(lb.load_pruned(folder)[0]), wanted, "loaded")
 
 

@@ -118,7 +118,8 @@ uneven one layers differ), and are opened again.
 |---|{rules}
 """
 MIXED_TITLES = {"recorded": "scan", "lesion": "lesion", "experts": "cut experts", "neurons": "cut neurons",
-                "repair": "repair", "per-layer": "`per-layer`", "uniform": "`uniform`", "uneven": "uneven"}  # fmt: skip
+                "repair": "repair", "per-layer": "`per-layer`",
+                "remote-code": "`remote-code`", "uniform": "`uniform`", "uneven": "uneven"}  # fmt: skip
 
 
 def write_page(table: dict[str, dict[str, str]]) -> str:
