@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,29 @@ from llmbrain.pruning.experts import METHODS
 
 RATIOS = (0.25, 0.5)
 DRAWS, TEXTS = 5, 3  # random choices; calibration texts of the other methods
-KEYS = ("of", "share", "method", "draw")
-LINES, TESTED = 60, 100  # lines of each ability: of lesions, of pruned models
+KEYS = ("of", "share", "method", "draw", "repair")
+REPAIRS = ("", "least-squares")
+TESTED = 100  # lines of each ability, of pruned models
 K, THRESHOLD = 32, 3.0  # networks, for the criterion that uses them
 
 
-def evaluations(demo: Demo, seed: int) -> dict[str, TokenEvaluation]:
+def evaluations(demo: Demo, seed: int, n: int) -> dict[str, TokenEvaluation]:
     """Held-out lines of each ability, scored by the loss on the answer."""
     made = {}
     for ability in demo.abilities:
-        lines = demo.examples("heldout", ability, n=LINES, seed=seed)
+        lines = demo.examples("heldout", ability, n=n, seed=seed)
         answers = [f"{line.answer}\n" for line in lines]
         made[ability] = TokenEvaluation.from_answers(demo.tokenizer, [x.prompt for x in lines], answers, score="loss")
     return made
 
 
-def which_do_what(demo: Demo, scans: list[Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def which_do_what(demo: Demo, scans: list[Any], n: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Effect of every expert on every ability; of the most selective one of each on fresh lines; dissociations."""
     routed = dict(expert_anatomy(demo.model).routed)
     every = {f"{e} of layer {i}": lb.Experts([(i, e)]) for i, r in routed.items() for e in range(r.count)}
     alone: dict[str, Any] = {"n_random": 0, "n_matched": 0, "progress": False}
-    first = lesion_table(demo.model, every, evaluations(demo, 1), **alone).matrix("effect")
-    fresh = lesion_table(demo.model, every, evaluations(demo, 2), **alone)
+    first = lesion_table(demo.model, every, evaluations(demo, 1, n), **alone).matrix("effect")
+    fresh = lesion_table(demo.model, every, evaluations(demo, 2, n), **alone)
     effect, rows, chosen = fresh.matrix("effect"), [], {}
     for ability in demo.abilities:
         best = (first[ability] - first.drop(columns=ability).max(axis=1)).idxmax()
@@ -87,31 +88,30 @@ def calls(demo: Demo, scans: list[Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def wanted() -> Iterator[dict[str, Any]]:
-    """What is to be measured, one a plan; random choices are drawn anew, the others on other calibration text."""
-    yield {"of": "nothing", "share": 0.0, "method": "dense", "draw": 0}
-    for ratio in RATIOS:
+def wanted(ratios: Sequence[float], repairs: Sequence[str], n_texts: int) -> Iterator[dict[str, Any]]:
+    """What is to be measured; random choices are drawn anew, the others on other calibration text."""
+    yield {"of": "nothing", "share": 0.0, "method": "dense", "draw": 0, "repair": ""}
+    for ratio in ratios:
         for kind, names in (("experts", METHODS), ("neurons", methods())):
             for method in names:
-                draws = DRAWS if method == "random" else 1 if method == "magnitude" else TEXTS
+                draws = DRAWS if method == "random" else 1 if method == "magnitude" else n_texts
                 for draw in range(draws):
-                    yield {"of": kind, "share": ratio, "method": method, "draw": draw}
+                    for repair in repairs:
+                        yield {"of": kind, "share": ratio, "method": method, "draw": draw, "repair": repair}
 
 
-def cut(demo: Demo, row: dict[str, Any], runs: Runs) -> Iterator[dict[str, Any]]:
-    """One row a pruned model of a plan, without and with repair."""
+def cut(demo: Demo, row: dict[str, Any], runs: Runs) -> dict[str, Any]:
+    """A row with what its pruned model does."""
     if row["method"] == "dense":
-        yield row | {"repair": "", "parameters": 0.0} | measured(demo, demo.model)
-        return
+        return row | {"parameters": 0.0} | measured(demo, demo.model)
     by_text = row["method"] not in ("random", "magnitude")
     seed = row["draw"] if by_text else 0
     text: dict[str, Any] = {"tokenizer": demo.tokenizer, "calibration": runs.texts(seed)}
     how = {"expert_ratio" if row["of"] == "experts" else "ratio": row["share"], "random_state": row["draw"]}
     networks = runs.networks(seed) if row["method"] == "networks" else None
     plan = lb.plan_pruning(demo.model, networks, method=row["method"], **how, **text)
-    for repair in (None, "least-squares"):
-        small = lb.prune(demo.model, plan, compensate=repair, **text)
-        yield row | {"repair": repair or "", "parameters": plan.parameters_share} | measured(demo, small)
+    small = lb.prune(demo.model, plan, compensate=row["repair"] or None, **text)
+    return row | {"parameters": plan.parameters_share} | measured(demo, small)
 
 
 class Runs:
@@ -165,7 +165,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def verdicts(rows: pd.DataFrame) -> str:
     """Experts beside neurons: the best of each at equal shares, and who is above the best random draw."""
     said = []
-    for ratio in RATIOS:
+    for ratio in [r for r in dict.fromkeys(rows["share"]) if r]:
         part = rows[rows["share"] == ratio]
         chosen = part[part["method"] != "random"].groupby(["of", "method", "repair"])["accuracy"].mean()
         best = {of: chosen[of].idxmax() for of in ("experts", "neurons")}
@@ -176,7 +176,7 @@ def verdicts(rows: pd.DataFrame) -> str:
             )
         )
         for of in ("experts", "neurons"):
-            for repair in ("", "least-squares"):
+            for repair in dict.fromkeys(part["repair"]):
                 random = part[(part["method"] == "random") & (part["of"] == of) & (part["repair"] == repair)][
                     "accuracy"
                 ]
@@ -201,32 +201,41 @@ def main() -> None:
     parser.add_argument(
         "--part", default="0/1", help="I/N: only every N-th plan, from the I-th; a last call joins them"
     )
+    parser.add_argument("--lines", type=int, default=60, help="of each ability, twice, for lesions")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
+    parser.add_argument("--repairs", choices=REPAIRS, nargs="+", default=list(REPAIRS))
+    parser.add_argument("--drawn", type=int, default=TEXTS, help="calibration texts of methods that read text")
     options = parser.parse_args()
     began = time.process_time()
     demo = load_demo(experts=8) if options.model is None else Demo(*lb.load_model(options.model, dtype="float32"))
     runs, options.keep = Runs(demo, options.texts), options.keep or options.out
     options.keep.mkdir(parents=True, exist_ok=True)
     which, of = map(int, options.part.split("/"))
-    done = {}
+    asked, done = list(wanted(options.ratios, options.repairs, options.drawn)), {}
     for file in sorted(options.keep.glob("experts-rows*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            done[tuple(row[k] for k in KEYS)] = done.get(tuple(row[k] for k in KEYS), []) + [row]
-    for i, row in enumerate(wanted()):
-        if tuple(row[k] for k in KEYS) in done or i % of != which:
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        done |= {tuple(row[k] for k in KEYS): row for row in rows}
+    for i, row in enumerate(asked):
+        key = tuple(row[k] for k in KEYS)
+        if key in done or i % of != which:
             continue
-        made = list(cut(demo, row, runs))
-        with (options.keep / f"experts-rows{which}.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(r) + "\n" for r in made)
-        done[tuple(row[k] for k in KEYS)] = made
-        print(f"{time.process_time() - began:6.0f} s  {made[-1]}", flush=True)
+        done[key] = cut(demo, row, runs)
+        with (options.keep / f"experts-rows{which}.jsonl").open("a", encoding="utf-8") as kept:
+            kept.write(json.dumps(done[key]) + "\n")
+        print(f"{time.process_time() - began:6.0f} s  {done[key]}", flush=True)
     if of > 1:
         return
-    rows = pd.DataFrame([r for row in wanted() for r in done[tuple(row[k] for k in KEYS)]])
+    rows = pd.DataFrame([done[tuple(row[k] for k in KEYS)] for row in asked])
+    cuts = (
+        "Whole experts and neurons inside all experts, mean accuracy over the eight abilities "
+        f"({TESTED} held-out lines each), in brackets the extremes over draws (random choices; of the others, "
+        f"calibration text):\n\n{summary(rows).to_markdown(index=False, disable_numparse=True)}\n\n{verdicts(rows)}\n"
+    )
+    (options.keep / "experts-cuts.md").write_text(cuts, encoding="utf-8")
     scans = lb.scan(demo.model, demo.tokenizer, runs.texts(0))
     accuracy = pd.DataFrame([{"ability": a, "accuracy": v} for a, v in demo.ability_accuracy(n=1000).items()])
     called = calls(demo, scans)
-    effect, table, pairs = which_do_what(demo, scans)
+    effect, table, pairs = which_do_what(demo, scans, options.lines)
     body = expert_anatomy(demo.model)
     sizes = ", ".join(f"{r.count} x {r.width}" for _, r in body.routed)
     harmless = int((effect < 0.05).all(axis=1).sum())
@@ -235,15 +244,14 @@ def main() -> None:
         f"exact-answer accuracy (1,000 lines each):\n\n{accuracy.to_markdown(index=False, floatfmt='.3f')}\n\n"
         "Largest share of an ability's tokens that call one expert (2 of 8 by chance: 0.25):\n\n"
         f"{called.to_markdown(index=False)}\n\n"
-        "Every expert silenced alone; nats per answer token. The most selective one for each ability, chosen on other "
+        f"Every expert silenced alone; nats per answer token ({options.lines} lines of each ability). The most "
+        "selective one for each ability, chosen on other "
         f"lines:\n\n{table.to_markdown(index=False, floatfmt='.2f')}\n\n"
         f"{len(pairs)} of {len(table) * (len(table) - 1) // 2} pairs of abilities dissociate doubly by these experts "
         "(confidence intervals over lines apart, both ways). "
-        f"{harmless} of {len(effect)} experts add less than 0.05 to every ability.\n\n"
-        "Whole experts and neurons inside all experts, mean accuracy over the eight abilities "
-        f"({TESTED} held-out lines each), in brackets the extremes over draws (random choices; of the others, "
-        f"calibration text):\n\n{summary(rows).to_markdown(index=False, disable_numparse=True)}\n\n{verdicts(rows)}\n"
+        f"{harmless} of {len(effect)} experts add less than 0.05 to every ability.\n"
     )
+    text += f"\n{cuts}"
     print(text)
     print(f"{time.process_time() - began:.0f} s of CPU")
     options.out.mkdir(parents=True, exist_ok=True)

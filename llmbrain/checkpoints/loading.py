@@ -26,6 +26,7 @@ from llmbrain.checkpoints.shapes import (
     per_layer_entries,
     text_config,
 )
+from llmbrain.hooks.experts import run_one_by_one
 from llmbrain.hooks.text import evaluation_mode
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ def _load(source: str, dtype: Any, where: Placement, trust_remote_code: bool) ->
     record = _provenance(source)
     if record is not None:
         setattr(model, RECORD, record["cuts"])
+    run_one_by_one(model)
     return evaluation_mode(where.finish(model))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from llmbrain._validation import InputError, soft_import
 from llmbrain.anatomy.families import context_length
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.shapes import RECORD
+from llmbrain.hooks.experts import implemented_by
 from llmbrain.hooks.text import evaluating
 
 if TYPE_CHECKING:
@@ -82,13 +84,15 @@ def export_onnx(
         raise InputError(f"model {type(model).__name__} has no language model's head: ONNX export gives logits")
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model {type(model).__name__} is an encoder-decoder: ONNX export takes decoders")
-    with evaluating(model):
+    # Which experts a token calls is known only when it is read: a graph holds them as products for every place.
+    with evaluating(model), implemented_by(model, "batched_mm"):
         try:
             exported = exporters.OnnxExporter().export(
                 model, _inputs(model, (2, 8), 0), config=exporters.OnnxConfig(dynamic=True)
             )
         except Exception as error:  # the exporter raises what the tracer met, of any kind
             line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
+            line = re.sub(r"\x1b\[\d+m", "", line)  # colors
             raise InputError(f"{type(model).__name__} cannot be exported to ONNX: {line[:300]}") from error
         with transaction(path, replaces=[FILE, f"{FILE}.data"]) as prepared:
             exporters.OnnxExporter.save_program(exported.program, prepared / FILE)

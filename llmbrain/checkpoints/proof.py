@@ -15,6 +15,7 @@ from llmbrain._validation import InputError
 from llmbrain.checkpoints.gguf_reading import norms_that_nothing_reads, read_written
 from llmbrain.checkpoints.loading import load_pruned
 from llmbrain.checkpoints.remote import FILE
+from llmbrain.hooks.experts import run_one_by_one
 from llmbrain.hooks.text import evaluating, evaluation_mode, input_device
 
 N_TOKENS = 8  # of the pass that is compared
@@ -140,6 +141,7 @@ def _open(model: nn.Module, folder: Path, format: str) -> nn.Module:
         names = sorted(str(key) for key in found.get(kind) or [])
         if names:
             raise InputError(f"format={format!r}: saved and loaded again, {names[0]} is among the {kind}")
+    run_one_by_one(loaded)
     return evaluation_mode(loaded)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.expert_surgery import cut_router
-from llmbrain.anatomy.experts import Layout, Routed, block_of
+from llmbrain.anatomy.experts import Layout, Routed, block_of, is_experts
 from llmbrain.hooks.probe import nearly_equal
 
 NAME = "llmbrain"  # what our implementation is called in transformers
@@ -68,6 +68,39 @@ class _State:
     neurons: list[EditNeurons] = field(default_factory=list)
     routes: list[EditRoute] = field(default_factory=list)
     compared: bool = False
+
+
+ROW = 16  # bytes: what a row of a matrix must be a multiple of, for torch to multiply groups of them at once
+
+
+def run_one_by_one(model: Any) -> None:
+    """Where torch cannot multiply matrices of these sizes in groups, the model runs its experts one after the other.
+
+    Stock transformers does not look, and fails at the first token.
+    """
+    for module in model.modules():
+        if not is_experts(module) or Layout.of(module).gate_first:
+            continue
+        weight = module.down_proj
+        odd = any(n * weight.element_size() % ROW for n in weight.shape[1:])
+        if odd and module.config._experts_implementation == "grouped_mm":
+            model.set_experts_implementation("eager")
+            return
+
+
+@contextmanager
+def implemented_by(model: Any, name: str) -> Iterator[None]:
+    """Within the block a mixture of experts runs its experts by this implementation of transformers."""
+    modules = [m for m in model.modules() if is_experts(m) and not Layout.of(m).gate_first]
+    configs = {id(m.config): m.config for m in modules}
+    before = {key: config._experts_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._experts_implementation_internal = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation_internal = before[key]
 
 
 def changed(model: nn.Module) -> bool:
@@ -399,8 +432,8 @@ class Redrawn:
 def unknown(path: str, expert: int) -> str:
     """What is said where a lesioned expert is called that the reference never called."""
     return (
-        f"{path}: expert {expert} is called, but reference= never called it, so that nothing is known of what its "
-        "neurons hold: pass more text as reference=, or value='zero'"
+        f"{path}: expert {expert} is called, but the reference (reference=, or the evaluations' own tokens) never "
+        "called it, so that nothing is known of what its neurons hold: give it more text, or value='zero'"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmbrain._progress import Say, bar, speaker
 from llmbrain._validation import InputError, check_whole, seed_of
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.pruning.calibrate.windows import check_enough
@@ -102,6 +103,7 @@ def compare_methods(
     import pandas as pd
     from scipy.stats import t as student
 
+    refuse_mixture(model)
     check_whole("draws", draws, 1)
     unknown = sorted(set(methods or ()) - set(CRITERIA))
     if unknown:
@@ -151,3 +153,12 @@ def compare_methods(
             tell(f"{method}, {plan.allocation}, {compensate or 'cut only'}, {ratio:.0%}: perplexity {mean:.4g}")
     shown.close()
     return pd.DataFrame(rows)
+
+
+def refuse_mixture(model: nn.Module) -> None:
+    """The rows are of dense models; said before any work."""
+    if has_experts(model):
+        raise InputError(
+            f"model {type(model).__name__} is a mixture of experts, and the methods that are compared are those of "
+            "dense models: compare plans of expert_ratio=, or of neurons inside experts, by their perplexity"
+        )

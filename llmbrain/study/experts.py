@@ -104,8 +104,14 @@ def check_method(model: nn.Module, how: Settings) -> None:
     """
     if how.expert_ratio is not None:
         expert_anatomy(model)  # says that there are none
-    elif has_experts(model) and how.method not in methods():
+    else:
+        check_neuron_method(model, how.method)
+
+
+def check_neuron_method(model: nn.Module, method: str) -> None:
+    """Refuse a method that scores no neurons inside experts, before any work."""
+    if has_experts(model) and method not in methods():
         raise InputError(
-            f"method={how.method!r} does not score neurons inside experts: say method ({', '.join(methods())}), or "
+            f"method={method!r} does not score neurons inside experts: say method ({', '.join(methods())}), or "
             "expert_ratio, to remove whole experts"
         )

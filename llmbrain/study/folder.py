@@ -91,6 +91,11 @@ class Study:
     def __repr__(self) -> str:
         return f"Study({str(self.folder)!r})"
 
+    @classmethod
+    def of(cls, study: Study | str | os.PathLike[str]) -> Study:
+        """A study, or that of a folder."""
+        return study if isinstance(study, Study) else cls(study)
+
     def place(self, part: str) -> Path:
         """Folder that holds a part (a key of `MARKS`).
 

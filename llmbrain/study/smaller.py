@@ -27,7 +27,7 @@ from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
 from llmbrain.pruning.allocate.blocks import check_drop
 from llmbrain.pruning.allocate.search import PASSES
-from llmbrain.pruning.benchmark import REPEATED, ROWS, WINDOW, compare_methods
+from llmbrain.pruning.benchmark import REPEATED, ROWS, WINDOW, compare_methods, refuse_mixture
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.reporting import write_report
@@ -35,6 +35,7 @@ from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.again import MADE, check_free, made_from
 from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, own_windows, plan_passes, step_cost, together
+from llmbrain.study.experts import check_neuron_method
 from llmbrain.study.fits import check_drop_fits, check_saving, gguf_of, is_of_one_width
 from llmbrain.study.folder import Study
 from llmbrain.study.forecasting import forecast_of
@@ -95,9 +96,10 @@ def evidence_of(
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
     """
+    check_neuron_method(model, method)
     if self_text is not None:
         check_range("self_text", self_text, 0)
-    study = None if study is None else _study(study)
+    study = None if study is None else Study.of(study)
     scans = None if study is None else study.scans
     networks = study.networks if study is not None and study.has("networks") else None
     texts = listed_texts(texts) if texts is not None else [run.text for run in scans or () if run.text]
@@ -124,10 +126,6 @@ def evidence_of(
     return Evidence(networks, scans, texts or None, windows)
 
 
-def _study(study: Study | str | Path) -> Study:
-    return study if isinstance(study, Study) else Study(study)
-
-
 def _beside(self_text: int | None, options: Mapping[str, Any]) -> int | None:
     """No text of the model's own, where none was asked for, beside text with conditions."""
     functions = bool(options.get("keep") or options.get("forget"))
@@ -136,9 +134,9 @@ def _beside(self_text: int | None, options: Mapping[str, Any]) -> int | None:
 
 def _may_write(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether a model is asked for calibration text without the user's asking: not where it is slow or unlike."""
-    spread = getattr(model, "hf_device_map", None)  # parts come from other devices, or from disk, for every token
-    able = predicts_next_token(model) and hasattr(model, "generate")
-    return able and tokenizer is not None and not spread and not has_experts(model)
+    if has_experts(model) or getattr(model, "hf_device_map", None):  # weights come from elsewhere for every token
+        return False
+    return predicts_next_token(model) and hasattr(model, "generate") and tokenizer is not None
 
 
 def _written(
@@ -147,8 +145,8 @@ def _written(
     """Windows that the model writes, long ones in several pieces: these are written sooner and keep their sense."""
     length = window_length(model)
     pieces = length // PIECE if length % PIECE == 0 else 1
-    written = write_windows(model, tokenizer, n_windows * pieces, length // pieces, random_state=random_state)
-    return written.reshape(n_windows, length)
+    many = n_windows * pieces
+    return write_windows(model, tokenizer, many, length // pieces, random_state=random_state).reshape(-1, length)
 
 
 def plan_cost(
@@ -157,8 +155,9 @@ def plan_cost(
     passes: float = 24, head_ratio: float = 0.0, repair: bool = False, drop: Sequence[str] = (),
 ) -> Cost | None:  # fmt: skip
     """What a plan (and the repair after it) will take; None where there is no text to measure on."""
+    check_neuron_method(model, method)
     if texts is None and study is not None:
-        texts = [run.text for run in _study(study).scans if run.text]
+        texts = [run.text for run in Study.of(study).scans if run.text]
     if not texts:
         return None
     often = plan_passes(method, allocation, passes, head_ratio, drop) + (OF_REPAIR if repair else 0.0)
@@ -308,7 +307,7 @@ def cut(
     if offload:
         check_option("format", format, FORMATS_BY_PART)
     made = "" if evidence is not None else made_from(
-        "prune", model, texts, None if study is None else _study(study).folder, plan=plan and plan.to_dict(),
+        "prune", model, texts, None if study is None else Study.of(study).folder, plan=plan and plan.to_dict(),
         compensate=compensate, format=format, self_text=self_text, gguf_type=gguf_type, like=like and str(like),
         random_state=random_state, **options,
     )  # fmt: skip
@@ -395,6 +394,7 @@ def benchmark_cost(
     window: int | None = None, max_windows: int = 128, test_windows: int | None = 96,
 ) -> Cost:  # fmt: skip
     """What `benchmark` with the same arguments will take; one batch is read."""
+    refuse_mixture(model)
     calibration, test = _halves(texts)
     length = window_length(model, window) if window else min(window_length(model), WINDOW)
     rate, most = measured_batch(model, tokenizer, texts, length), max_windows * length

@@ -53,3 +53,14 @@ def test_models_without_logits_are_refused(tmp_path):
     with pytest.raises(InputError, match="no language model's head"):
         export_onnx(headless, None, tmp_path / "graph")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_mixtures_are_equal_too_or_refused(tmp_path):
+    """`export_onnx` itself holds the graph against the model, on other tokens."""
+    import llmbrain as lb
+
+    model = tiny("mixtral")
+    model = lb.prune(model, lb.plan_pruning(model, expert_ratio=0.25, method="random"))
+    assert export_onnx(model, None, tmp_path / "graph")
+    assert model.config._experts_implementation != "batched_mm"

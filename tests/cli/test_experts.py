@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 import llmbrain as lb
 from llmbrain.anatomy.experts import expert_anatomy
@@ -88,3 +89,36 @@ def test_a_plan_that_was_saved_and_the_whole_job(tmp_path: Any, monkeypatch: Any
     assert study.plan.method == "networks"
     assert [len(k) for k in study.plan.kept] == [2, 2]
     assert "Routed experts kept in each layer" in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_a_mixture_does_not_take_is_said_before_any_work(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.json"
+    tiny("mixtral").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    text.write_text(json.dumps(["abc cab bca the cat sat on a mat and ran"] * 12))
+    for command in (["prune", model, "--ratio", 0.4, "--out", tmp_path / "small"], ["plan", model, "--ratio", 0.4]):
+        code, out, err = call(monkeypatch, capsys, *command, "--text", text, "--device", "cpu")
+        assert code == 2
+        assert "method='networks' does not score neurons inside experts" in out + err
+        assert "cost" not in out + err
+    code, out, err = call(monkeypatch, capsys, "benchmark", model, "--text", text, "--out", tmp_path / "table")
+    assert code == 2
+    assert "compare plans of expert_ratio=" in out + err
+    assert "cost" not in out + err
+
+
+def test_odd_sizes_in_half_precision_run(tmp_path: Any) -> None:
+    """Stock transformers fails at the first token of such a model: torch multiplies groups of rows of 16 bytes only."""
+    from tests.families.configs import build
+
+    sizes = {"intermediate_size": 20, "hidden_size": 20, "head_dim": 4, "num_attention_heads": 4}
+    model = build("MixtralForCausalLM", "mixtral", mixtral=sizes).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    loaded = lb.load_pruned(tmp_path / "model")[0]
+    ids = torch.arange(3, 19)[None]
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=0.02, rtol=0.02)
+    small = lb.prune(loaded, lb.plan_pruning(loaded, expert_ratio=0.5, method="random"))
+    for form in ("uniform", "remote-code"):
+        lb.save_pruned(small, None, tmp_path / form, format=form)
