@@ -143,6 +143,8 @@ def forecast(
     """
     check_option("predictor", predictor, PREDICTORS)
     check_option("compensate", compensate, REPAIRS)
+    if networks is not None and not isinstance(networks, FunctionalNetworks):
+        raise InputError(f"networks={type(networks).__name__} must be a FunctionalNetworks (see from_ica), or None")
     scans = _checked(scans, widths)
     if networks is None and predictor == "networks":
         raise InputError("predictor='networks' needs networks")
@@ -337,7 +339,10 @@ def shifted(values: NDArray[np.float64], scan: Scan) -> NDArray[np.float64]:
 
 
 def _checked(scans: Sequence[Scan], widths: Sequence[int]) -> list[Scan]:
-    known = scans_with_tokens([scans] if isinstance(scans, Scan) else scans)
+    given = [scans] if isinstance(scans, (Scan, str)) else list(scans or ())
+    if not all(hasattr(scan, "token_ids") for scan in given):
+        raise InputError(f"scans of {type(given[0]).__name__} must be scans of the dense model: lb.scan(...)")
+    known = scans_with_tokens(given)
     if not known:
         raise InputError("scans: none of them holds token ids: a forecast is for the tokens of a text")
     for scan in known:

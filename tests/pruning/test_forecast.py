@@ -118,6 +118,12 @@ def test_what_does_not_belong_together_is_refused(setting):
         plan.forecast(networks, scans, predictor="magic")
     with pytest.raises(InputError, match="predictor='networks' needs networks"):
         plan.forecast(None, scans, predictor="networks")
+    with pytest.raises(InputError, match="networks=list must be a FunctionalNetworks"):
+        plan.forecast(scans, networks)
+    with pytest.raises(InputError, match="scans of str must be scans"):
+        plan.forecast(networks, ["a text"])
+    with pytest.raises(InputError, match="none of them holds token ids"):
+        plan.forecast(networks, [])
 
 
 def test_a_repair_that_keeps_a_function_is_not_foretold(setting):
