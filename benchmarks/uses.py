@@ -29,7 +29,7 @@ MODELS = ("demo", "stories260K", "smollm2")
 PAGES = {"forecast": forecast.page, "functions": functions.page, "rivals": rivals.page, "allocation": allocation.page,
          "forgetting": forgetting.page}  # fmt: skip
 # What tells rows of a part apart.
-KEYS = {"forecast": ("plan",), "functions": ("contrast", "draw"), "rivals": ("label", "draw"),
+KEYS = {"forecast": ("plan",), "functions": ("contrast", "draw"), "rivals": ("label", "kind", "draw"),
         "allocation": ("allocation", "ratio", "draw"), "forgetting": ("ability", "method")}  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def rows_of(part: str, name: str, options: argparse.Namespace, known: list[dict[
         elif part == "functions":
             yield from functions.rows(subject(draw), {r["contrast"] for r in here}, options.items)
         elif part == "rivals" and name != "smollm2":
-            yield from rivals.rows(subject(draw), {r["label"] for r in here}, options.items)
+            yield from rivals.rows(subject(draw), {(r["label"], r["kind"]) for r in here}, options.items, options.kinds)
         elif part == "allocation":
             ratios = (0.3,) if name == "smollm2" else (0.1, 0.3, 0.5)
             yield from allocation.rows(subject(draw), ratios, {(r["allocation"], r["ratio"]) for r in here},
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--draw", type=int, help="only this draw")
     parser.add_argument("--items", nargs="*", help="abilities, contrasts or rows of a part; default all")
     parser.add_argument("--methods", nargs="*", help="of forgetting; default all")
+    parser.add_argument("--kinds", nargs="*", help="of rivals: halves, lesions, choice of neurons, forecast, criterion")
     parser.add_argument("--attacks", nargs="*", help="of forgetting: numbers of lines, unrelated; default all")
     parser.add_argument("--gold", type=Path, help="folder with a model an ability, trained without it")
     parser.add_argument("--device", default="cpu")

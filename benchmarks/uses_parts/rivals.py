@@ -85,8 +85,21 @@ def measured_plans(subject: Subject) -> list[tuple[Any, np.ndarray]]:
     return found
 
 
-def decomposition_row(subject: Subject, label: str) -> dict[str, Any]:
-    """Reproducibility, forecast, and for each ability the loss that its most selective network adds, and controls."""
+def halves_row(subject: Subject, label: str) -> dict[str, Any]:
+    """Whether maps come back in halves of the runs."""
+    maps = maps_of(subject, label, subject.scans)
+    return {"label": label, "kind": "halves", "draw": subject.draw,
+            "reproducibility": reproducibility(subject, label, maps)}  # fmt: skip
+
+
+def forecast_row(subject: Subject, label: str) -> dict[str, Any]:
+    """Whether they tell what a cut costs."""
+    maps = maps_of(subject, label, subject.scans)
+    return {"label": label, "kind": "forecast", "draw": subject.draw, "forecast": forecast_score(subject, maps)}
+
+
+def lesions_row(subject: Subject, label: str) -> dict[str, Any]:
+    """For each ability the loss that its most selective network adds, beside both controls."""
     demo, maps = subject.demo, maps_of(subject, label, subject.scans)
     largest = [np.argsort(-np.abs(m))[:SIZE] for m in maps]  # of one size, so that methods compare
     masks = np.zeros(maps.shape, dtype=bool)
@@ -97,8 +110,7 @@ def decomposition_row(subject: Subject, label: str) -> dict[str, Any]:
         demo.model, named, evaluations(demo, 1000 + subject.draw), n_random=0, n_matched=0, progress=False
     ).matrix("effect")
     chosen = {a: (first[a] - first.drop(columns=a).max(axis=1)).idxmax() for a in demo.abilities}
-    return {"label": label, "kind": "decomposition", "draw": subject.draw,
-            "reproducibility": reproducibility(subject, label, maps), "forecast": forecast_score(subject, maps),
+    return {"label": label, "kind": "lesions", "draw": subject.draw,
             "lesions": selective(demo, {a: named[k] for a, k in chosen.items()}, subject.draw)}  # fmt: skip
 
 
@@ -124,7 +136,7 @@ def choice_row(subject: Subject, label: str) -> dict[str, Any]:
     for ability, score in zip(demo.abilities, scores):
         masks[ability] = np.zeros(score.size, dtype=bool)
         masks[ability][np.argsort(-score)[:SIZE]] = True
-    return {"label": label, "kind": "choice of neurons", "draw": subject.draw, "reproducibility": None,
+    return {"label": label, "kind": "choice of neurons", "draw": subject.draw,
             "lesions": selective(demo, masks, subject.draw)}  # fmt: skip
 
 
@@ -158,15 +170,18 @@ def criterion_row(subject: Subject, method: str) -> dict[str, Any]:
     return {"label": method, "kind": "criterion", "draw": subject.draw, **found}
 
 
-def rows(subject: Subject, known: set[str], only: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def rows(
+    subject: Subject, known: set[tuple[str, str]], only: list[str] | None = None, kinds: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """All rows of a draw."""
-    makers = {"decomposition": (DECOMPOSITIONS, decomposition_row), "choice of neurons": (CHOICES, choice_row),
+    makers = {"halves": (DECOMPOSITIONS, halves_row), "lesions": (DECOMPOSITIONS, lesions_row),
+              "choice of neurons": (CHOICES, choice_row), "forecast": (DECOMPOSITIONS, forecast_row),
               "criterion": (CRITERIA, criterion_row)}  # fmt: skip
     for kind, (labels, make) in makers.items():
-        if subject.demo is None and kind != "criterion":
+        if (subject.demo is None and kind != "criterion") or (kinds and kind not in kinds):
             continue
         for label in labels:
-            if label not in known and (only is None or label in only):
+            if (label, kind) not in known and (only is None or label in only):
                 yield make(subject, label)
 
 
@@ -174,21 +189,16 @@ def page(found: list[dict[str, Any]], name: str) -> str:
     """The tables, as Markdown."""
     lines = [f"## Use 3: rivals ({name})", ""]
     lesions = []
-    for label in dict.fromkeys(r["label"] for r in found if "lesions" in r):
+    for label in [x for x in (*DECOMPOSITIONS, *CHOICES) if any(r["label"] == x for r in found)]:
         of = [r for r in found if r["label"] == label]
-        cells = pd.DataFrame([x for r in of for x in r["lesions"].values()])
-        beyond = (cells["own"] > cells[["worst other", "random", "matched"]].max(axis=1) + 0.05).mean()
-        halves = [r["reproducibility"] for r in of if r["reproducibility"] is not None]
+        cells = pd.DataFrame([x for r in of for x in r.get("lesions", {}).values()])
+        halves = [r["reproducibility"] for r in of if r.get("reproducibility") is not None]
         told = [r["forecast"] for r in of if "forecast" in r]
         lesions.append({"method": label, "split-half r": f"{np.mean(halves):.2f}" if halves else "-",
                         "forecast: tokens / texts / conditions": " / ".join(
                             f"{np.mean([t[k] for t in told]):.2f}" for k in ("tokens", "texts", "conditions")
                         ) if told else "-",
-                        "loss added to its ability": f"{cells['own'].mean():.2f}",
-                        "to the worst other": f"{cells['worst other'].mean():.2f}",
-                        "random neurons": f"{cells['random'].mean():.3f}",
-                        "matched neurons": f"{cells['matched'].mean():.3f}",
-                        "selective beyond both": f"{beyond:.0%} of {len(cells)}"})  # fmt: skip
+                        **damage(cells)})  # fmt: skip
     if lesions:
         lines += [f"Lesions of {SIZE} neurons (2%), one set an ability; networks: the most selective one, chosen on "
                   "other lines. Nats per answer token, means over abilities and draws. Selective: more than .05 above "
@@ -202,3 +212,14 @@ def page(found: list[dict[str, Any]], name: str) -> str:
         lines += ["Criteria, perplexity on held-out text after least squares, uniform widths:", "",
                   cut.rename(columns={"label": "criterion"}).to_markdown(index=False), ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def damage(cells: pd.DataFrame) -> dict[str, str]:
+    """What lesions added, beside the controls."""
+    names = {"own": "loss added to its ability", "worst other": "to the worst other", "random": "random neurons",
+             "matched": "matched neurons"}  # fmt: skip
+    if not len(cells):
+        return dict.fromkeys([*names.values(), "selective beyond both"], "-")
+    beyond = (cells["own"] > cells[["worst other", "random", "matched"]].max(axis=1) + 0.05).sum()
+    found = {name: f"{cells[key].mean():.{2 if key in ('own', 'worst other') else 3}f}" for key, name in names.items()}
+    return found | {"selective beyond both": f"{beyond} of {len(cells)}"}
