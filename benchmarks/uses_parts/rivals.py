@@ -200,12 +200,13 @@ def page(found: list[dict[str, Any]], name: str) -> str:
                         ) if told else "-",
                         **damage(cells)})  # fmt: skip
     if lesions:
+        shown = pd.DataFrame(lesions)  # columns that nothing was measured of are left out
         lines += [f"Lesions of {SIZE} neurons (2%), one set an ability; networks: the most selective one, chosen on "
                   "other lines. Nats per answer token, means over abilities and draws. Selective: more than .05 above "
                   "the worst-hit other ability and both controls. Split-half r: maps of two halves of the "
                   "runs that match each other. Forecast: rank correlation of what a cut takes of each network, times "
                   "its squared time course, with the loss that comes (four plans).", "",
-                  pd.DataFrame(lesions).to_markdown(index=False), ""]  # fmt: skip
+                  shown.loc[:, (shown != "-").any()].to_markdown(index=False), ""]  # fmt: skip
     cut = pd.DataFrame([r for r in found if r["kind"] == "criterion"])
     if len(cut):
         cut = cut.groupby("label", sort=False)[["30%", "50%"]].mean().round(3).reset_index()
