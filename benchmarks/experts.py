@@ -233,7 +233,7 @@ def main() -> None:
     )
     (options.keep / "experts-cuts.md").write_text(cuts, encoding="utf-8")
     scans = lb.scan(demo.model, demo.tokenizer, runs.texts(0))
-    accuracy = pd.DataFrame([{"ability": a, "accuracy": v} for a, v in demo.ability_accuracy(n=1000).items()])
+    accuracy = pd.DataFrame([{"ability": a, "accuracy": v} for a, v in demo.ability_accuracy(n=300).items()])
     called = calls(demo, scans)
     effect, table, pairs = which_do_what(demo, scans, options.lines)
     body = expert_anatomy(demo.model)
@@ -241,7 +241,7 @@ def main() -> None:
     harmless = int((effect < 0.05).all(axis=1).sum())
     text = (
         f"One trained mixture of {sizes} neurons by layer, top {next(iter(body.routed))[1].top_k}. Held-out "
-        f"exact-answer accuracy (1,000 lines each):\n\n{accuracy.to_markdown(index=False, floatfmt='.3f')}\n\n"
+        f"exact-answer accuracy (300 lines each):\n\n{accuracy.to_markdown(index=False, floatfmt='.3f')}\n\n"
         "Largest share of an ability's tokens that call one expert (2 of 8 by chance: 0.25):\n\n"
         f"{called.to_markdown(index=False)}\n\n"
         f"Every expert silenced alone; nats per answer token ({options.lines} lines of each ability). The most "

@@ -283,7 +283,8 @@ def _refuse(model: nn.Module) -> None:
     if found:
         raise InputError(
             f"model {name} is a mixture of experts ({found}): its neurons lie in experts, which this does not "
-            "take yet (a shared expert beside them is not the whole MLP)"
+            "take yet (scan, lesion, lesion_table, plan_pruning and prune take experts that transformers' own classes "
+            "hold together in one module, and Llama-4's)"
         )
 
 
