@@ -178,9 +178,10 @@ def _all(parts: Sequence[str], few: bool, how: argparse.Namespace) -> Iterator[t
         for name in known:
             yield "kills", name, partial(commands.kills, n=1 if few else 6, only=[name])
         for name in known:
-            yield "disks", name, partial(commands.disks, only=[name])
             yield "interrupts", name, partial(commands.interrupts, n=1 if few else 2, only=[name])
             yield "processes", name, partial(commands.processes, only=[name])
+        for name in known:
+            yield "disks", name, partial(commands.disks, only=[name])
     if "inputs" in parts:
         each = 300 if few else 64  # of every eighth command line
         for i in range(0, 4 if few else each, 2 if few else 8):
