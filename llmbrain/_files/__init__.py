@@ -68,6 +68,7 @@ from llmbrain._files.one import (
 from llmbrain._files.owner import LOCK, BusyError, owner
 from llmbrain._files.parts import SUMS, append_sum, discard_sum, locked, read_sums, replace_sums, sweep
 from llmbrain._files.reading import (
+    AGAIN,
     StoredFiles,
     UnverifiedWarning,
     damages,
@@ -83,6 +84,7 @@ from llmbrain._files.reading import (
 from llmbrain._files.sets import COMMIT, discard, discard_file, remove_folder, settle, transaction
 
 __all__ = [
+    "AGAIN",
     "COMMIT",
     "LOCK",
     "SUMS",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from llmbrain._files import COMMIT, SUMS, damages, read_json, read_sums, settle, verify_listed
+from llmbrain._files import AGAIN, COMMIT, SUMS, damages, read_json, read_sums, settle, verify_listed
 from llmbrain._validation import InputError
 from llmbrain.checkpoints.gguf_opening import check_gguf
 from llmbrain.decomposition import read_ica
@@ -23,6 +23,7 @@ from llmbrain.pruning.experts import read_plan
 from llmbrain.scanning import load_scans
 from llmbrain.scanning.store import FileShards, read_manifest
 
+SETS = ("pruning.json", "networks.json", "ica.json", "lesion_table.tsv")  # never written without checksums
 COLUMNS = ["part", "file", "state", "anew"]
 
 
@@ -69,7 +70,7 @@ def check(path: str | os.PathLike[str]) -> pd.DataFrame:
 def _folders(path: Path) -> Iterator[Path]:
     """`path` and the folders below it that are checked, or would be if a save had been finished."""
     for folder in (path, *sorted(p for p in path.rglob("*") if p.is_dir() and not p.name.startswith("."))):
-        marks = (SUMS, COMMIT, "manifest.json", DUAL_REGRESSION, "plan.json")
+        marks = (SUMS, COMMIT, "manifest.json", DUAL_REGRESSION, "plan.json", *SETS)
         files = any(any(folder.glob(pattern)) for pattern in ("*.gguf", "*.nii", "*.nii.gz"))
         if files or any((folder / name).exists() for name in marks):
             yield folder
@@ -79,6 +80,8 @@ def _files_of(folder: Path) -> dict[str, str]:
     settle(folder)
     bad = damages(folder)
     states = dict.fromkeys(read_sums(folder, strict=False), "ok") | bad
+    if not (folder / SUMS).is_file() and any((folder / name).is_file() for name in SETS):
+        states[SUMS] = f"is missing: files of this folder cannot be verified ({AGAIN})"
     checks: dict[str, Callable[[], object]] = {
         "study.json": lambda: read_json(folder / "study.json"),
         "summary.json": lambda: read_json(folder / "summary.json"),

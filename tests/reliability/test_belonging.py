@@ -124,6 +124,9 @@ def test_a_model_without_checksums_says_so(study: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(study / "pruned", moved)
     (moved / "SHA256SUMS").unlink()
+    found = lb.check(moved)
+    assert found.loc[found["state"] != "ok", "file"].tolist() == ["SHA256SUMS"]
+    assert "is missing: files of this folder cannot be verified" in found["state"].iloc[0]
     with pytest.warns(UnverifiedWarning, match=r"holds no SHA256SUMS: its files are not verified \(copy that file"):
         lb.load_pruned(moved)
     lines = "".join(f"{files.file_sha256(p)}  {p.name}\n" for p in sorted(moved.glob("*.*")))
@@ -131,6 +134,16 @@ def test_a_model_without_checksums_says_so(study: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnverifiedWarning)
         lb.load_pruned(moved)
+    assert set(lb.check(moved)["state"]) == {"ok"}
+
+
+@pytest.mark.parametrize("part", ["networks", "networks/ica", "pruned", "lesions"])
+def test_a_part_without_checksums_is_named(study: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(study, tmp_path / "study")
+    (tmp_path / "study" / part / "SHA256SUMS").unlink()
+    with campaign.quiet():
+        found = lb.check(tmp_path / "study")
+    assert found.loc[found["state"] != "ok", "file"].tolist() == [f"{part}/SHA256SUMS"]
 
 
 @pytest.mark.parametrize(
