@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+MANY = 10_000_000
+
+
 class InputError(ValueError):
     """What the user passed cannot be used; the message names the parameter, its value and what is allowed."""
 
@@ -94,6 +97,11 @@ def check_whole(name: str, value: object, low: int | None = None, high: int | No
         bounds = f"{'' if low is None else f', at least {low}'}{'' if high is None else f', at most {high}'}"
         raise InputError(f"{name}={value!r} must be a whole number{bounds}")
     return number
+
+
+def check_count(name: str, value: object, low: int = 0) -> int:
+    """`check_whole` of how often something is done: beyond `MANY` times no one would see the end."""
+    return check_whole(name, value, low, MANY)
 
 
 def soft_import(module: str, extra: str, purpose: str) -> ModuleType:

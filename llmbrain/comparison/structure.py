@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_whole, seed_of
+from llmbrain._validation import InputError, check_count, seed_of
 from llmbrain.brains.series import check_series, standardize
 from llmbrain.networks.graphs import graph_measures
 from llmbrain.stats import PUBLISHED_Z
@@ -48,7 +48,7 @@ def compare_structure(
         One row a side ("a" or "b"), density and measure: ``side``, ``n_nodes``, ``density``, ``measure``, ``value`` and
         ``normalized`` (by rewired graphs).
     """
-    check_whole("n_samples", n_samples, 1)
+    check_count("n_samples", n_samples, 1)
     random_state = seed_of(random_state)
     matrices = []
     for name, series in (("a", a), ("b", b)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_whole
+from llmbrain._validation import InputError, check_count, check_option
 from llmbrain.decomposition.arrangements import Arrangements, labels_of, members, reorderings, sign_flips
 from llmbrain.decomposition.designs import ExchangeabilityWarning, Model, as_matrix, check_assumptions
 
@@ -142,7 +142,7 @@ def permutation_test(
     """
     check_option("family", family, ("network", "all"))
     check_option("statistic", statistic, STATISTICS)
-    check_whole("n_permutations", n_permutations, 1)
+    check_count("n_permutations", n_permutations, 1)
     data = np.asarray(getattr(maps, "maps", maps))
     if data.ndim != 3:
         raise InputError(f"maps has shape {data.shape}: expected (n_runs, n_networks, n_neurons)")

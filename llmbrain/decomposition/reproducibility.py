@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmbrain._validation import InputError, check_whole, legacy_generator
+from llmbrain._validation import InputError, check_count, legacy_generator
 from llmbrain.decomposition.group_ica import GroupICA
 from llmbrain.decomposition.group_space import estimator, unmix_once
 from llmbrain.decomposition.prepare.pca import project
@@ -96,8 +96,8 @@ def split_half_reproducibility(
     -----
     SmoothMapsWarning
     """
-    check_whole("n_splits", n_splits, 1)
-    check_whole("n_permutations", n_permutations, 0)
+    check_count("n_splits", n_splits, 1)
+    check_count("n_permutations", n_permutations, 0)
     ica = estimator(n_components, options)
     source = ica._source(scans, None)
     reader = source.runs

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from llmbrain._validation import InputError, check_option, check_range, check_whole, legacy_generator
+from llmbrain._validation import InputError, check_count, check_option, check_range, legacy_generator
 from llmbrain.decomposition.group_space import GroupSpace
 from llmbrain.decomposition.workers import workers
 
@@ -132,7 +132,7 @@ def ica_stability(
     starts while none matches a source, because all repeats share one sample; `split_half_reproducibility` sees
     that.
     """
-    check_whole("n_starts", n_starts, 2)
+    check_count("n_starts", n_starts, 2)
     check_option("resample", resample, RESAMPLE)
     check_range("threshold", threshold, -1, 1)
     _check_cca(resample, options)
@@ -177,7 +177,7 @@ def model_order_sweep(
     """
     if not len(orders):
         raise InputError("orders is empty: pass at least one number of components")
-    check_whole("n_starts", n_starts, 2)
+    check_count("n_starts", n_starts, 2)
     check_option("resample", resample, RESAMPLE)
     _check_cca(resample, options)
     reduced = GroupSpace.of(scans, max(orders), 2 * max(orders), options, tokens=resample != "starts")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_whole
+from llmbrain._validation import InputError, check_count, check_whole
 from llmbrain.anatomy.families import context_length
 from llmbrain.hooks.text import evaluating, input_device
 
@@ -144,7 +144,7 @@ def _times(call: Callable[[], Any], model: nn.Module, repeats: int) -> np.ndarra
     """Seconds of each of `repeats` calls, after a warm-up."""
     device = input_device(model)
     seconds = []
-    for _ in range(int(check_whole("repeats", repeats, 1)) + 1):
+    for _ in range(int(check_count("repeats", repeats, 1)) + 1):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmbrain._validation import InputError, check_whole, soft_import
+from llmbrain._validation import InputError, check_count, check_whole, soft_import
 from llmbrain.evaluation.latency import COLUMNS, phase_rows
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def llama_cpp_latency(
     """
     import pandas as pd
 
-    check_whole("repeats", repeats, 1)
+    check_count("repeats", repeats, 1)
     rows = []
     for batch in batch_sizes:
         engine = LlamaCpp(path, context=prompt + new_tokens + 8, parallel=batch, threads=threads)

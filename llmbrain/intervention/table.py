@@ -29,7 +29,7 @@ from llmbrain._files import (
     write_tensors,
 )
 from llmbrain._progress import bar
-from llmbrain._validation import InputError, check_option, check_range, check_whole, seed_of
+from llmbrain._validation import InputError, check_count, check_option, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
@@ -231,11 +231,11 @@ def lesion_table(
         If a network lies in another space, an evaluation has no data, or `out` holds another table.
     """
     check_option("value", value, ("zero", "mean"))
-    check_whole("n_random", n_random, 0)
+    check_count("n_random", n_random, 0)
     mixture = MixtureSets(model, _named(networks)) if has_experts(model) else None
     n_matched = n_random if n_matched is None else n_matched
-    check_whole("n_matched", n_matched, 0)
-    check_whole("n_bootstrap", n_bootstrap, 1)
+    check_count("n_matched", n_matched, 0)
+    check_count("n_bootstrap", n_bootstrap, 1)
     check_range("level", level, 0, 1, open_low=True, open_high=True)
     masks, space = _named_masks(networks, anatomy(model)) if mixture is None else (mixture.masks, mixture.space)
     heads = mixture is None and space.n_layers > len(anatomy(model).layers)

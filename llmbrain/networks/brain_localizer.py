@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from llmbrain._validation import InputError, check_option, check_whole
+from llmbrain._validation import InputError, check_count, check_option
 from llmbrain.brains.hrf import HRFS, hrf_weights
 from llmbrain.brains.series import check_tr, cosine_basis
 from llmbrain.networks.localizer import NOISE, PERMUTE, Design, Localizer, contrast_weights, find_responses
@@ -116,7 +116,7 @@ def brain_localizer(
     check_option("hrf", hrf, HRFS)
     check_option("noise_model", noise_model, NOISE)
     check_option("permute", permute, PERMUTE)
-    check_whole("n_permutations", n_permutations, 0)
+    check_count("n_permutations", n_permutations, 0)
     runs = Runs(images, mask_img=mask, confounds=confounds)
     given = [events] if isinstance(events, (pd.DataFrame, str, Path)) else list(events)
     tables = [read_events(table) for table in given]

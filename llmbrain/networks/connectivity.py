@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_whole
+from llmbrain._validation import InputError, check_count, check_option, check_whole
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.stats.nulls import circular_shift, phase_randomize, shifts_apart
 
@@ -87,7 +87,7 @@ def connectivity(
         If there are no time courses, one is constant (named), or a run is too short.
     """
     check_option("kind", kind, KINDS)
-    check_whole("n_permutations", n_permutations, 0)
+    check_count("n_permutations", n_permutations, 0)
     runs, names = _series(series)
     estimate = _correlation if kind == "correlation" else _partial
     observed = np.stack([estimate(run) for run in runs])
@@ -147,7 +147,7 @@ def dynamics_test(
     """
     import pandas as pd
 
-    check_whole("n_permutations", n_permutations, 1)
+    check_count("n_permutations", n_permutations, 1)
     runs, names = _series(series)
     a, b = np.triu_indices(len(names), 1)
 
@@ -214,7 +214,7 @@ def layer_flow(
     """
     import pandas as pd
 
-    check_whole("n_permutations", n_permutations, 1)
+    check_count("n_permutations", n_permutations, 1)
     coupling = np.abs(np.array(matrix, dtype=np.float64))
     if coupling.shape != (len(networks),) * 2:
         raise InputError(f"matrix of shape {coupling.shape} must be ({len(networks)}, {len(networks)})")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.csgraph import shortest_path
 
-from llmbrain._validation import InputError, check_range, check_whole, seed_of
+from llmbrain._validation import InputError, check_count, check_range, seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +72,7 @@ def modules(adjacency: Array, *, n_seeds: int = 100, random_state: int | None = 
     """Best of `n_seeds` Louvain partitions: module of each node (largest first), and its modularity Q."""
     import networkx as nx
 
-    check_whole("n_seeds", n_seeds, 1)
+    check_count("n_seeds", n_seeds, 1)
     random_state = seed_of(random_state)
     graph = nx.from_numpy_array(adjacency)
     if not graph.number_of_edges():
@@ -162,7 +162,7 @@ def graph_measures(
     """
     import pandas as pd
 
-    check_whole("n_permutations", n_permutations, 2)
+    check_count("n_permutations", n_permutations, 2)
     random_state = seed_of(random_state)
     links: Any = getattr(matrix, "matrix", matrix)
     rows = []

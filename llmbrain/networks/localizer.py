@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmbrain._validation import InputError, check_option, check_range, check_whole, seed_of
+from llmbrain._validation import InputError, check_count, check_option, check_range, check_whole, seed_of
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.scanning.scans import Scan
@@ -150,7 +150,7 @@ def localizer(
     """
     check_option("noise_model", noise_model, NOISE)
     check_option("permute", permute, PERMUTE)
-    check_whole("n_permutations", n_permutations, 0)
+    check_count("n_permutations", n_permutations, 0)
     check_range("drift", drift, 0)
     check_whole("min_shift", min_shift, 1)
     scans = [scans] if isinstance(scans, Scan) else list(scans)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range, check_whole
+from llmbrain._validation import InputError, check_count, check_option, check_range
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.networks.functional import FunctionalNetworks
 from llmbrain.stats import PUBLISHED_Z
@@ -52,7 +52,7 @@ def match_networks(
     import pandas as pd
 
     _check_same(a, b)
-    check_whole("n_permutations", n_permutations, 0)
+    check_count("n_permutations", n_permutations, 0)
     r = correlate_rows(a.maps, b.maps)
     if n_permutations:
         check_neighbors(a, b)
@@ -147,7 +147,7 @@ def recurrence(
     """
     import pandas as pd
 
-    check_whole("n_permutations", n_permutations, 0)
+    check_count("n_permutations", n_permutations, 0)
     if not runs:
         raise InputError("runs is empty: pass the networks of at least one run")
     if n_permutations:

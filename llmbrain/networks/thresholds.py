@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from llmbrain._progress import bar
-from llmbrain._validation import InputError, check_option, check_range, check_whole, seed_of
+from llmbrain._validation import InputError, check_count, check_option, check_range, seed_of
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.stats.nulls import independent_times, phase_randomize
 from llmbrain.stats.sparsity import zscore_maps
@@ -312,7 +312,7 @@ def null_networks(
     from llmbrain.imaging.brain_mask import split_mask
     from llmbrain.scanning.inputs import Runs
 
-    check_whole("n_permutations", n_permutations, 1)
+    check_count("n_permutations", n_permutations, 1)
     random_state = seed_of(random_state)
     _, image = split_mask(options.get("mask"))
     runs = Runs(scans, mask_img=image)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._progress import Say, bar, speaker
-from llmbrain._validation import InputError, check_whole, seed_of
+from llmbrain._validation import InputError, check_count, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.evaluation.perplexity import perplexity
 from llmbrain.hooks.text import as_windows, window_length
@@ -104,7 +104,7 @@ def compare_methods(
     from scipy.stats import t as student
 
     refuse_mixture(model)
-    check_whole("draws", draws, 1)
+    check_count("draws", draws, 1)
     unknown = sorted(set(methods or ()) - set(CRITERIA))
     if unknown:
         raise InputError(f"methods={unknown} are not known: allowed are {sorted(CRITERIA)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._progress import bar
-from llmbrain._validation import InputError, check_range, check_whole, seed_of, soft_import
+from llmbrain._validation import InputError, check_count, check_range, check_whole, seed_of, soft_import
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.evaluation.perplexity import mean_loss
@@ -69,7 +69,7 @@ def recover(
         If peft is not installed, or there are fewer than two windows of text.
     """
     refuse_changed(model, "recover")
-    check_whole("steps", steps, 1)
+    check_count("steps", steps, 1)
     check_whole("rank", rank, 1)
     check_range("learning_rate", learning_rate, 0, open_low=True)
     peft = soft_import("peft", "recovery", "recover")

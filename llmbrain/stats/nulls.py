@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.fft import dct, idct, irfft, rfft
 
-from llmbrain._validation import InputError, check_option, check_whole
+from llmbrain._validation import InputError, check_count, check_option, check_whole
 from llmbrain.stats.tails import benjamini_hochberg, permutation_p
 
 Array = NDArray[np.float64]
@@ -43,7 +43,7 @@ def circular_shifts(
         raise InputError(
             f"min_shift={min_shift} leaves {len(shifts)} shifts of {n_volumes} volumes: 19 are needed for p = .05"
         )
-    if n_permutations is not None and check_whole("n_permutations", n_permutations, 1) < len(shifts):
+    if n_permutations is not None and check_count("n_permutations", n_permutations, 1) < len(shifts):
         shifts = np.sort(rng.choice(shifts, int(n_permutations), replace=False))
     return shifts
 
@@ -205,7 +205,7 @@ def surrogates(
         for shift in circular_shifts(n, min_shift, n_permutations, rng):
             yield circular_shift(filled(), shift)
         return
-    draws = DEFAULT_PHASE_DRAWS if n_permutations is None else int(check_whole("n_permutations", n_permutations, 1))
+    draws = DEFAULT_PHASE_DRAWS if n_permutations is None else int(check_count("n_permutations", n_permutations, 1))
     for _ in range(draws):
         yield phase_randomize(filled(), rng)
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from llmbrain._files import write_figure, write_table
 from llmbrain._progress import Say, speaker
-from llmbrain._validation import InputError, check_option, check_range, check_whole, seed_of
+from llmbrain._validation import InputError, check_count, check_option, check_whole, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
 from llmbrain.decomposition.solvers import SOLVERS
@@ -139,7 +139,7 @@ def decompose(
     tell = speaker(progress)
     check_option("convention", convention, ("bids", "fsl"))
     check_option("method", method, tuple(SOLVERS))
-    check_range("stability", stability, 0)
+    check_count("stability", stability, 0)
     if n_runs is not None:
         check_whole("n_runs", n_runs, 1)
     study = study if isinstance(study, Study) else Study(study)
@@ -220,7 +220,7 @@ def describe_networks(
         ``networks``, ``thresholds`` and, with time courses, ``connectivity``; written as ``table-*.tsv``, figures
         beside them as ``figure-*.png``.
     """
-    check_whole("n_permutations", n_permutations, 0)
+    check_count("n_permutations", n_permutations, 0)
     study = study if isinstance(study, Study) else Study(study)
     group = study.networks
     target = Path(out) if out is not None else study.place("networks")

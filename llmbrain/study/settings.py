@@ -23,6 +23,7 @@ from llmbrain.stats import PUBLISHED_Z
 
 SHORT = {"n_components": "components", "random_state": "seed"}  # fields that commands and files call by a shorter name
 NONE = {"compensate": "none", "n_tokens": 0, "run_length": 0, "eval_tokens": 0, "max_windows": 0}  # None, in a file
+OWN_WINDOWS = 65_536  # of own text at most: more than any model was calibrated on
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Settings:
             if getattr(self, name) is not None:
                 check_range(name, _whole(name, getattr(self, name)), low)
         if self.self_text is not None:
-            check_range("self_text", _whole("self_text", self.self_text), 0)
+            check_range("self_text", _whole("self_text", self.self_text), 0, OWN_WINDOWS)
         for name, low in (("multiple_of", 1), ("random_state", 0)):
             check_range(name, _whole(name, getattr(self, name)), low)
         check_range("random_state", int(self.random_state or 0), 0, 2**32 - 1)

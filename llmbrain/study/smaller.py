@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmbrain._files import read_json, write_figure, write_json, write_table
 from llmbrain._progress import Say, speaker
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import load_model, load_pruned, save_pruned
@@ -40,6 +40,7 @@ from llmbrain.study.fits import check_drop_fits, check_saving, gguf_of, is_of_on
 from llmbrain.study.folder import Study
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
+from llmbrain.study.settings import OWN_WINDOWS
 from llmbrain.study.texts import limit_tokens, split_texts
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def evidence_of(
     """
     check_neuron_method(model, method)
     if self_text is not None:
-        check_range("self_text", self_text, 0)
+        check_whole("self_text", self_text, 0, OWN_WINDOWS)
     study = None if study is None else Study.of(study)
     scans = None if study is None else study.scans
     networks = study.networks if study is not None and study.has("networks") else None

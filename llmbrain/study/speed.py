@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmbrain._validation import InputError, check_option, check_whole
+from llmbrain._validation import InputError, check_count, check_option, check_whole
 from llmbrain.checkpoints.gguf_reading import is_gguf
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def latency_table(
         check_whole("batch_sizes", batch, 1)
     options = {
         "batch_sizes": tuple(batch_sizes), "prompt": check_whole("prompt", prompt, 1),
-        "new_tokens": check_whole("new_tokens", new_tokens, 1), "repeats": check_whole("repeats", repeats, 1),
+        "new_tokens": check_whole("new_tokens", new_tokens, 1), "repeats": check_count("repeats", repeats, 1),
     }  # fmt: skip
     threads = torch.get_num_threads() if threads is None else check_whole("threads", threads, 1)
     frames = []

@@ -240,13 +240,17 @@ def _apart(name: str, study: Path, trial: Path, seeds: range) -> Counter[str]:
         read, write = os.pipe()
         child = os.fork()
         if not child:
-            for seed in left:
-                spent = time.process_time()
-                resource.setrlimit(resource.RLIMIT_CPU, (int(spent) + SECONDS, int(spent) + SECONDS + 5))
-                signal.alarm(20 * SECONDS)
-                for said, n in attack(name, trial, range(seed, seed + 1)).items():
-                    assert n == 1
-                    os.write(write, (said.replace("\n", " ") + "\n").encode("utf-8", "replace"))
+            try:
+                for seed in left:
+                    spent = int(time.process_time())
+                    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+                    resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS, most))
+                    signal.alarm(20 * SECONDS)
+                    for said, n in attack(name, trial, range(seed, seed + 1)).items():
+                        assert n == 1
+                        os.write(write, (said.replace("\n", " ") + "\n").encode("utf-8", "replace"))
+            except BaseException:  # of the campaign itself: `ended` before its time
+                os._exit(1)
             os._exit(0)
         os.close(write)
         with os.fdopen(read, errors="replace") as pipe:

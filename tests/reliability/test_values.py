@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tiny_models import tiny, tiny_tokenizer
 
 import llmbrain as lb
@@ -75,3 +76,19 @@ def test_masked_values_are_not_taken_for_values() -> None:
     with pytest.raises(InputError, match="run 0 is a masked array with masked values"):
         lb.GroupICA(n_components=2).fit(masked)
     lb.GroupICA(n_components=2).fit([np.ma.array(run) for run in RUNS])
+
+
+def test_more_often_than_anyone_could_wait() -> None:
+    from llmbrain.study import Settings
+
+    model, ids = tiny("llama"), torch.arange(16).reshape(2, 8) + 3
+    sets = {"a": np.arange(48) < 5}
+    for name, use in {
+        "n_random": lambda: lb.lesion_table(model, sets, {"x": ids}, n_random=2**31),
+        "n_bootstrap": lambda: lb.lesion_table(model, sets, {"x": ids}, n_bootstrap=2**31),
+        "n_init": lambda: lb.GroupICA(n_components=2, n_init=2**31).fit(RUNS),
+        "self_text": lambda: Settings(self_text=2**31),
+        "n_starts": lambda: lb.ica_stability(RUNS, 2, n_starts=2**31),
+    }.items():
+        with pytest.raises(InputError, match=name):
+            use()
