@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,7 +120,13 @@ EXPECTED = {"InputError", "SafetensorError", "ImageFileError", "HeaderDataError"
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error says something about the input or the disk: one line, without the place in the code."""
-    return any(kind.__name__ in EXPECTED for kind in type(error).__mro__)
+    return is_memory(error) or any(kind.__name__ in EXPECTED for kind in type(error).__mro__)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch (which says it in a RuntimeError) found no memory."""
+    named = any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def fail(error: BaseException) -> None:
@@ -131,6 +138,9 @@ def fail(error: BaseException) -> None:
         message = f"{error.filename}: {error.strerror}"
     elif type(error).__name__ == "SafetensorError":
         message = f"a safetensors file is damaged: {message}"
+    elif is_memory(error):
+        said = re.sub(r"^.*?(?=you tried|Unable|Tried)", "", message)[:200]
+        message = f"not enough memory ({said or 'no more was given'}); what was written is kept"
     typer.echo(f"error: {message}", err=True)
     sys.exit(2)
 

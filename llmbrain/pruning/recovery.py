@@ -70,7 +70,9 @@ def recover(
     """
     refuse_changed(model, "recover")
     check_count("steps", steps, 1)
-    check_whole("rank", rank, 1)
+    widest = max((min(p.shape) for p in model.parameters() if p.ndim == 2), default=1)
+    check_whole("rank", rank, 1, widest)  # an update of the widest matrix has no larger one
+    check_whole("batch_size", batch_size, 1)
     check_range("learning_rate", learning_rate, 0, open_low=True)
     peft = soft_import("peft", "recovery", "recover")
     windows = as_windows(model, tokenizer, texts, window or min(512, _context(model)))

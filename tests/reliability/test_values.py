@@ -13,6 +13,7 @@ from tiny_models import tiny, tiny_tokenizer
 
 import llmbrain as lb
 from llmbrain import InputError
+from llmbrain.cli.common import fail, is_expected
 from llmbrain.hooks.text import listed_texts
 
 TEXT = "hello there, how are you? "
@@ -92,3 +93,23 @@ def test_more_often_than_anyone_could_wait() -> None:
     }.items():
         with pytest.raises(InputError, match=name):
             use()
+
+
+def test_no_memory_is_one_line(capsys) -> None:
+    for make in (lambda: np.empty(2**55), lambda: torch.empty(2**55), lambda: [0] * 2**60):
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            make()
+        assert is_expected(caught.value)
+        with pytest.raises(SystemExit) as stop:
+            fail(caught.value)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: not enough memory (")
+        assert said.count("\n") == 1
+    assert not is_expected(RuntimeError("shapes do not fit"))
+
+
+def test_a_rank_is_no_larger_than_the_model() -> None:
+    for options in ({"rank": 2**31}, {"rank": 1.5}, {"batch_size": 0}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            lb.recover(tiny("llama"), tiny_tokenizer(), [TEXT * 40], steps=1, **options)
