@@ -15,15 +15,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
-from llmbrain._validation import (
-    InputError,
-    check_count,
-    check_option,
-    check_range,
-    check_whole,
-    legacy_generator,
-    resolve_device,
-)
+from llmbrain._validation import InputError, check_option, check_range, check_whole, legacy_generator, resolve_device
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition.prepare.order import estimate_order, warn_of_color
 from llmbrain.decomposition.prepare.pca import project, whiten
@@ -334,7 +326,7 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             check_range("scope", self.scope, 1)
         if self.run_components is not None:
             check_whole("run_components", self.run_components, 1)
-        check_count("n_init", self.n_init, 1)
+        check_whole("n_init", self.n_init, 1, 1_000_000)
         if SOLVERS[self.method].from_start is None and self.axis == "time":
             raise InputError(f"method={self.method!r} finds maps: use axis='space'")
         if self.cca and isinstance(self.n_components, float):
