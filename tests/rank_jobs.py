@@ -218,6 +218,45 @@ def killed_spread(folder: Path, team: Any) -> dict[str, Any]:
     return {}
 
 
+@job
+def commands(folder: Path, team: Any) -> list[int]:
+    """Commands of ``commands.json``, one after another in the same ranks, each as torchrun starts it; exit codes."""
+    from contextlib import redirect_stdout
+
+    from llmbrain import cli
+
+    codes = []
+    os.chdir(folder)
+    for arguments in json.loads((folder / "commands.json").read_text()):
+        sys.argv = ["llmbrain", *arguments]
+        try:
+            with redirect_stdout(sys.stderr):
+                cli._run()
+            codes.append(0)
+        except SystemExit as stop:
+            codes.append(int(stop.code or 0))
+        team.meet(" ".join(arguments))
+    return codes
+
+
+@job
+def killed_share(folder: Path, team: Any) -> dict[str, Any]:
+    """A job of an array, rank 0 of 2 that do not talk, is killed after its first shard."""
+    from llmbrain.scanning import taking
+    from llmbrain.scanning.store import FileShards
+
+    write = FileShards.write
+
+    def dies(self: Any, index: int, tensors: Any) -> None:
+        write(self, index, tensors)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    FileShards.write = dies  # type: ignore[method-assign]
+    with taking(0, 2):
+        small_scan(folder)
+    return {}
+
+
 def phantom_runs() -> list[Any]:
     """More runs than a state of the group PCA holds at once."""
     from llmbrain.datasets import make_phantom

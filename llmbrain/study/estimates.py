@@ -44,6 +44,7 @@ OF_NEURONS = (
 MLP_SHARE = 0.7  # of a block's time, what runs again where only its MLP was changed
 BACKWARD = 1.3  # forward passes that gradients of signals take, without those of weights
 CANDIDATES = 6  # allocations that a search tries, at most
+TABLE_CELL = 12.5  # bytes of a number in a table
 FIXED = {"scan": 0.02, "networks": 0.1, "save": 0.06}  # seconds that do not grow with the model
 
 
@@ -197,7 +198,9 @@ def estimate(
     )
     speeds: Speeds
     if table is None:
-        speeds = CpuSpeeds(subject, config, model, how.window, next(model.parameters()).dtype, clock, timings)
+        speeds = CpuSpeeds(
+            subject, config, model, how.window, next(model.parameters()).dtype, clock, timings, how.batch
+        )
         machine = f"this CPU ({torch.get_num_threads()} threads)"
     else:
         speeds, machine = GpuSpeeds(subject, table, how.window), f"{gpus} x {gpu.lower() if gpu else ''}"
@@ -247,9 +250,10 @@ class Steps:
         return self._row("group ICA", self.speeds.ica(shared, self.how.run_length, k), memory)
 
     def networks(self) -> dict[str, Any]:
-        """Maps are z-scored, cut off and written."""
+        """Maps are z-scored, cut off and written as tensors and an image, time courses as tensors and a table."""
         size = 4 * self.subject.n_neurons * self.how.n_components
-        return self._row("networks", 4 * self.speeds.disk(size), 6 * size, 2 * size)
+        courses = (4 + TABLE_CELL) * self.how.n_tokens * self.how.n_components
+        return self._row("networks", 4 * self.speeds.disk(size), 6 * size, 2 * size + courses)
 
     def plan(self, method: str) -> dict[str, Any]:
         """Scores, allocation, choice."""

@@ -200,14 +200,20 @@ class CpuSpeeds:
     dtype : torch.dtype
     clock : function
         Seconds: of the wall, or of the processor.
+    timings : dict, optional
+        Seconds of pieces that are known already; others are put in.
+    batch : int
+        Tokens that pass at once.
     """
 
     def __init__(
         self, subject: Subject, config: Any, model: nn.Module, window: int, dtype: torch.dtype,
         clock: Callable[[], float] = time.perf_counter, timings: dict[str, float] | None = None,
+        batch: int = BATCH,
     ) -> None:  # fmt: skip
         self.subject, self.window, self.dtype, self.clock = subject, window, dtype, clock
         self._config, self._model = config, model
+        self.batch = batch
         self._known = {} if timings is None else timings
 
     def _timed(self, key: Any, make: Callable[[], Callable[[], Any]]) -> float:
@@ -238,7 +244,7 @@ class CpuSpeeds:
         n = len(self.subject.widths)
         if self.subject.body_parameters / n > LARGE or self.subject.mixture:
             return tokens * self.subject.body_work(self.window) / self._product(self.dtype)
-        rows = max(1, min(BATCH, int(2e9 / (self.subject.body_parameters / n))) // self.window)
+        rows = max(1, min(self.batch, int(2e9 / (self.subject.body_parameters / n))) // self.window)
 
         def make() -> Callable[[], Any]:
             body, ids = self._one_block(), torch.randint(8, (rows, self.window), generator=_drawn())
@@ -288,8 +294,8 @@ class CpuSpeeds:
 
         return tokens * self._timed("head", make) / some if rows else 0.0
 
-    def _moments(self, width: int, tokens: int = BATCH) -> Moments:
-        x, t = _signals(tokens, width), _signals(tokens, self._hidden(width))
+    def _moments(self, width: int) -> Moments:
+        x, t = _signals(BATCH, width), _signals(BATCH, self._hidden(width))
         found = Moments()
         found.add(x, t)
         return found
@@ -311,19 +317,20 @@ class CpuSpeeds:
         """A batch added to the moments of a layer."""
 
         def make(width: int) -> Callable[[], Any]:
-            moments, x, t = self._moments(width), _signals(BATCH, width), _signals(BATCH, self._hidden(width))
+            moments, n = self._moments(width), self.batch
+            x, t = _signals(n, width), _signals(n, self._hidden(width))
             return lambda: moments.add(x, t)
 
-        return tokens / BATCH * self._scaled("moments", make, 2, 2048)
+        return tokens / self.batch * self._scaled("moments", make, 2, 2048)
 
     def metric(self, tokens: float) -> float:
         """The same of the gradients."""
 
         def make() -> Callable[[], Any]:
-            g = _signals(BATCH, self.subject.hidden)
+            g = _signals(self.batch, self.subject.hidden)
             return lambda: (g.T @ g).double()
 
-        return tokens / BATCH * len(self.subject.widths) * self._timed("metric", make)
+        return tokens / self.batch * len(self.subject.widths) * self._timed("metric", make)
 
     def fit(self, share: float, ridges: bool) -> float:
         """One layer's fit."""

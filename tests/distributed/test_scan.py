@@ -61,6 +61,22 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
         lb.load_scans(tmp_path)
 
 
+def test_a_killed_job_of_an_array_goes_on(tmp_path: Path, whole: Path) -> None:
+    """Folders apart, as on machines without a common disk: rank 0 is killed, started again, and joined to rank 1."""
+    parts = [tmp_path / "part-0", tmp_path / "part-1"]
+    ((code, _, _),) = ended(start(1, "killed_share", parts[0]))
+    assert code == -9
+    made = contents(parts[0] / "shards")
+    assert len(made) == 1
+    scan_as(parts[1], 1, 2)
+    with pytest.raises(lb.InputError, match=r"\(those of rank 0 of 2\)"):
+        lb.merge(parts, tmp_path / "study")
+    scan_as(parts[0], 0, 2)
+    assert {name: contents(parts[0] / "shards")[name] for name in made} == made
+    lb.merge(parts, tmp_path / "study")
+    assert contents(tmp_path / "study") == contents(whole)
+
+
 @pytest.mark.parametrize("then", [None, (0, 2), (1, 2)])
 def test_another_number_of_ranks_goes_on(tmp_path: Path, whole: Path, then: tuple[int, int] | None) -> None:
     scan_as(tmp_path, 1, 3)
