@@ -94,6 +94,11 @@ class BrainMask:
         """Maps ``(n_voxels,)`` or ``(K, n_voxels)`` as a 3D or 4D float32 image in the grid of the mask."""
         return brain_image(maps, self.image)
 
+    def millimeters(self) -> NDArray[np.float64]:
+        """Where each voxel inside lies, by the affine: (n_voxels, 3)."""
+        affine = self.image.affine
+        return np.argwhere(self.volume) @ affine[:3, :3].T + affine[:3, 3]
+
     def coordinates(self, networks: Any, atlas: Atlas | None = None) -> pd.DataFrame:
         """Where networks lie: place in millimeters (by the affine), z, voxel; by falling ``|z|`` in each.
 
@@ -105,8 +110,7 @@ class BrainMask:
         """
         import pandas as pd
 
-        voxels = np.argwhere(self.volume)
-        where = voxels @ self.image.affine[:3, :3].T + self.image.affine[:3, 3]
+        voxels, where = np.argwhere(self.volume), self.millimeters()
         frames = []
         for name, row, inside in zip(networks.names, networks.maps, networks.masks):
             order = np.flatnonzero(inside)[np.argsort(-np.abs(row[inside]), kind="stable")]

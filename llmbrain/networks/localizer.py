@@ -33,7 +33,7 @@ PERMUTE = ("shift", "labels")
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Localizer:
     """What `localizer` returns; every array is ``(n_contrasts, n_units)``, units being neurons or networks.
 
@@ -60,6 +60,11 @@ class Localizer:
     names: list[str] | None = None
     brain: BrainMask | Grayordinates | None = None
 
+    def __repr__(self) -> str:
+        tested = "networks" if self.names is not None else "neurons" if self.brain is None else "places of a brain"
+        found = ", ".join(f"{name}: {int((p <= 0.05).sum())}" for name, p in zip(self.contrasts, self.p_fwe))
+        return f"Localizer({self.t.shape[1]} {tested}; p_fwe <= .05 in {found})"
+
     def threshold(self, alpha: float = 0.05) -> Array:
         """``|t|`` above which a unit is significant at `alpha`, FWE; inf with too few permutations for it."""
         n = self.null.shape[1]
@@ -69,7 +74,10 @@ class Localizer:
         return np.sort(self.null, axis=1)[:, -allowed]
 
     def to_frame(self, alpha: float | None = None) -> pd.DataFrame:
-        """Long table: contrast, layer and neuron (or network), effect, t, z, p_fwe; `alpha`: what is significant."""
+        """Long table: contrast, where, effect, t, z, p_fwe; `alpha`: only what is significant.
+
+        Where is layer and neuron, a network, a voxel with its place in millimeters, or a grayordinate.
+        """
         import pandas as pd
 
         n_units = self.t.shape[1]
@@ -80,7 +88,12 @@ class Localizer:
             layer, neuron = self.space.locate(np.arange(n_units))
             frame["layer"], frame["neuron"] = np.tile(layer, len(self.t)), np.tile(neuron, len(self.t))
         else:
-            frame["neuron"] = np.tile(np.arange(n_units), len(self.t))
+            millimeters = getattr(self.brain, "millimeters", None)  # of voxels
+            unit = "neuron" if self.brain is None else "voxel" if millimeters else "grayordinate"
+            frame[unit] = np.tile(np.arange(n_units), len(self.t))
+            if millimeters:
+                for axis, place in zip("xyz", millimeters().T.round(2)):
+                    frame[f"{axis}_mm"] = np.tile(place, len(self.t))
         for name in ("effect", "t", "z", "p_fwe"):
             frame[name] = getattr(self, name).ravel()
         return frame if alpha is None else frame[frame["p_fwe"] <= alpha].reset_index(drop=True)

@@ -1,5 +1,7 @@
 """Networks and localizers of brains: images, coordinates, BIDS events."""
 
+import os
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -116,6 +118,11 @@ def test_the_localizer_of_a_brain_finds_the_voxels_that_respond(tmp_path, brain,
     assert np.flatnonzero(found.p_fwe[0] <= 0.05).tolist()[:5] == [0, 1, 2, 3, 4]
     assert (found.p_fwe[0] <= 0.05).sum() <= 7
     assert found.effect[0, :5].mean() == pytest.approx(8, rel=0.15)
+    assert repr(found).startswith(f"Localizer({inside.sum()} places of a brain; p_fwe <= .05 in face-house: ")
+    rows = found.to_frame(0.05)
+    i, j, k = np.argwhere(inside)[rows.voxel[0]]
+    place = nib.load(mask).affine @ [i, j, k, 1] if isinstance(mask, (str, os.PathLike)) else mask.affine @ [i, j, k, 1]
+    assert rows.loc[0, ["x_mm", "y_mm", "z_mm"]].tolist() == pytest.approx(place[:3].round(2).tolist())
     regions = found.to_networks()
     regions.save(tmp_path / "loc")
     assert nib.load(tmp_path / "loc/desc-ICA_stat-z_components.nii.gz").shape == (6, 7, 5, 1)
