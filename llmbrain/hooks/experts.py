@@ -184,7 +184,8 @@ def _replaced(module: Any, state: _State) -> Iterator[None]:
     def hear(router: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         said[:] = [output]
 
-    own = module.forward
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"  # what accelerate wraps: weights come first
+    before, own = vars(module).get(name), getattr(module, name)
 
     def forward(hidden_states: Tensor) -> Tensor:
         scores, logits = said[0]  # (tokens, experts)
@@ -209,10 +210,12 @@ def _replaced(module: Any, state: _State) -> Iterator[None]:
 
     handle = block.router.register_forward_hook(hear)
     try:
-        vars(module)["forward"] = forward
+        vars(module)[name] = forward
         yield
     finally:
-        vars(module).pop("forward", None)
+        vars(module).pop(name)
+        if before is not None:
+            vars(module)[name] = before
         handle.remove()
 
 

@@ -17,7 +17,7 @@ from tests.families.configs import build, rows
 from tests.tiny_models import tiny, tiny_tokenizer
 
 FAMILIES = ["MixtralForCausalLM", "Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM",
-            "AriaTextForCausalLM", "JambaForCausalLM"]  # fmt: skip
+            "AriaTextForCausalLM", "JambaForCausalLM", "Llama4ForCausalLM"]  # fmt: skip
 IDS = torch.arange(3, 19)[None]
 
 
@@ -371,3 +371,21 @@ def test_a_silent_control_is_said() -> None:
             model, {"quiet": Experts([(0, silent)])}, {"one": evaluation}, n_random=5, n_matched=0, progress=False
         )
     assert float(table.frame["effect"].iloc[0]) == 0
+
+
+def test_llama_4_behind_accelerate_and_back() -> None:
+    """Its experts have a forward of their own: accelerate's wrapper stays, and both are as before afterwards."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = build("Llama4ForCausalLM", "llama4")
+    before = logits(model)
+    layer, routed = next(expert_anatomy(model).routed)
+    with lb.lesion(model, Experts([(layer, 0)])):
+        wanted = logits(model)
+    assert "forward" not in vars(routed.module)
+    assert not torch.allclose(wanted, before, atol=1e-5)
+    add_hook_to_module(routed.module, AlignDevicesHook(execution_device="cpu", offload=True))
+    assert routed.module.down_proj.is_meta
+    with lb.lesion(model, Experts([(layer, 0)])):
+        torch.testing.assert_close(logits(model), wanted)
+    torch.testing.assert_close(logits(model), before)
