@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmbrain._files import clear_damage
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition.group_ica import SAVED_ARRAYS, SAVED_VALUES, GroupICA
-from llmbrain.decomposition.store import read_fit
+from llmbrain.decomposition.store import ANEW, Arrays, Record, fit_files, read_fit
 from llmbrain.imaging.brain_mask import BrainMask
 
 
@@ -30,6 +31,11 @@ def read_ica(path: str | Path) -> GroupICA:
         When the files are damaged or another program's.
     """
     arrays, record = read_fit(path)
+    with clear_damage(fit_files(path)[1], "the record of an ICA", ANEW):
+        return _rebuilt(arrays, record)
+
+
+def _rebuilt(arrays: Arrays, record: Record) -> GroupICA:
     ica = GroupICA(**record["parameters"] | {"device": "auto"})
     for name in SAVED_VALUES:
         setattr(ica, name, record.get(name, []))  # a fit of an older version has no convergence_

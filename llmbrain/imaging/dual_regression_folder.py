@@ -154,6 +154,8 @@ def check_dual_regression(folder: Path) -> dict[str, str]:
     with clear_damage(folder / RECORD, "the record of a dual regression", ANEW):
         shape = tuple(int(n) for n in record["shape"])
         runs = [dict(run) for run in record["runs"]]
+        if not shape or len(runs) > shape[0]:
+            raise ValueError(f"it names {len(runs)} runs of an array of shape {shape}")
     for name in (MAPS, Z_MAPS):
         try:
             array = _mapped(folder / name, shape)

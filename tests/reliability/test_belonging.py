@@ -20,6 +20,7 @@ from llmbrain import InputError
 from llmbrain import _files as files
 from llmbrain._files import UnverifiedWarning, read_json
 from llmbrain.checkpoints.gguf_reading import load_gguf
+from llmbrain.imaging.dual_regression_folder import check_dual_regression
 from llmbrain.scanning.manifest import warn_of_other_model
 from llmbrain.study import Study, decompose
 from llmbrain.study import folder as folder_module
@@ -174,6 +175,28 @@ def test_what_a_newer_version_wrote_is_refused(study: Path, tmp_path: Path, name
         work()
     assert Path(name).name in str(said.value)
     assert campaign.keep(newer) == before
+
+
+@pytest.mark.parametrize("what", ["parameters", "windows", "space", "components", "run"])
+def test_records_whose_entries_are_not_theirs(study: Path, tmp_path: Path, what: str) -> None:
+    """What the mutations of `benchmarks/reliability.py` found."""
+    shutil.copytree(study, tmp_path / "study")
+    path = tmp_path / "study" / ("dualreg/dual_regression.json" if what == "run" else "networks/ica/ica.json")
+    record = read_json(path)
+    match what:
+        case "parameters":
+            record["parameters"]["outnull"] = record["parameters"].pop("n_components")
+        case "run":
+            record["runs"] *= 2
+        case "components":
+            record["windows"] = [["a", "b"]]
+        case _:
+            del record[what]
+    path.with_name("SHA256SUMS").unlink()
+    path.write_text(json.dumps(record))
+    with campaign.quiet(), pytest.raises(InputError, match=path.name) as said:
+        (lb.read_ica if what != "run" else check_dual_regression)(path.parent)
+    assert "\n" not in str(said.value)
 
 
 def test_every_flip_in_a_gguf_is_found(tmp_path: Path, shared_data: Path) -> None:
