@@ -177,7 +177,10 @@ def estimated(name: str, source: Path, timings: dict[str, float]) -> dict[str, d
     found: Estimate = estimate(
         source, methods=job.get("methods", METHODS), clock=time.process_time, timings=timings, **options
     )
-    return {row["step"]: row for row in found.steps}
+    rows = {row["step"]: dict(row) for row in found.steps}
+    for step in ("group ICA", "networks"):  # which need no model, but it stays in this process
+        rows[step]["memory"] += found.subject.size
+    return rows
 
 
 def measure(name: str, data: Path, rows: dict[str, Any], write: Callable[[], None]) -> None:

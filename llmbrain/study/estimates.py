@@ -44,6 +44,7 @@ OF_NEURONS = (
 MLP_SHARE = 0.7  # of a block's time, what runs again where only its MLP was changed
 BACKWARD = 1.3  # forward passes that gradients of signals take, without those of weights
 CANDIDATES = 6  # allocations that a search tries, at most
+READS = 2  # of a scan by group ICA, at about the speed at which it was written
 TABLE_CELL = 12.5  # bytes of a number in a table
 FIXED = {"scan": 0.02, "networks": 0.1, "save": 0.06}  # seconds that do not grow with the model
 
@@ -247,7 +248,8 @@ class Steps:
         shared = max(1.0, runs / self.devices)
         n, k = self.subject.n_neurons, self.how.n_components
         memory = 4 * n * (2.0 * self.how.run_length + 16 * k)
-        return self._row("group ICA", self.speeds.ica(shared, self.how.run_length, k), memory)
+        reading = READS * self.speeds.disk(scan_bytes(self.subject, self.how.n_tokens)) / self.devices
+        return self._row("group ICA", self.speeds.ica(shared, self.how.run_length, k) + reading, memory)
 
     def networks(self) -> dict[str, Any]:
         """Maps are z-scored, cut off and written as tensors and an image, time courses as tensors and a table."""

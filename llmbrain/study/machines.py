@@ -1,6 +1,7 @@
 """How fast a machine does what llmbrain asks of it: published peaks of GPUs, and a CPU that is measured for a moment.
 
-What a GPU reaches of its peaks is a guess (`EFFICIENCY`), the same for all; no GPU was measured. A CPU runs pieces of
+What a GPU reaches of its peaks is a guess (`EFFICIENCY`), the same for all; only the speed of its disk was measured, on
+one machine. A CPU runs pieces of
 the work itself, at the model's own sizes where these are small: one block over some tokens, one layer's moments, one
 fit.
 """
@@ -62,7 +63,8 @@ GPUS = {
 }
 """Data sheets of their maker: H100 and H200 SXM, A100 SXM 80 GB, L40S, GeForce RTX 4090."""
 EFFICIENCY = {"half": 0.4, "single": 0.5, "double": 0.3, "bandwidth": 0.6}
-HOST_COPY, DISK = 2e10, 1e9  # bytes a second from a GPU to the CPU's memory, and to a disk
+HOST_COPY = 2e10  # bytes a second from a GPU to the CPU's memory
+DISK = 4.5e8  # and to a disk with checksums: the scan of a 7B model on one H200 took 53 s for 23 GB
 LAUNCH = 1e-5  # seconds that a kernel takes to start
 
 
