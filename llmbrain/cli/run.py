@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmbrain._progress import seconds_of
 from llmbrain.cli.common import (
     ALLOCATION,
     BALANCE,
@@ -130,8 +131,9 @@ def run(
         "gguf_type": gguf_type, "like": None if like is None else str(like),
     }  # fmt: skip
     names = {"n_components": "components", "random_state": "seed"}
+    limit = seconds_of(budget) if budget else None  # or it says so before the model is read
     typed = {k: v for k, v in options.items() if is_given(context, names.get(k, k))}  # a budget leaves these alone
-    asked: dict[str, Any] = {"settings": Settings(**options), "budget": budget or None, **typed}
+    asked: dict[str, Any] = {"settings": Settings(**options), "budget": limit, **typed}
     texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device, dtype=model_dtype, device_map=device_map)
     if dry_run:

@@ -16,7 +16,8 @@ SAFE = 0.8  # share of the time that may be planned: machines are not always idl
 LADDER: tuple[tuple[str, Any], ...] = (
     ("eval_tokens", 16384), ("passes", 12.0), ("n_tokens", 16384), ("passes", 6.0), ("eval_tokens", 8192),
     ("n_tokens", 8192), ("method", "obs-gradient"), ("eval_tokens", 4096), ("method", "flap"), ("n_tokens", 4096),
-    ("eval_tokens", 2048), ("n_tokens", 2048), ("n_tokens", 1024), ("eval_tokens", 1024), ("n_tokens", 512),
+    ("self_text", 0), ("eval_tokens", 2048), ("n_tokens", 2048), ("n_tokens", 1024), ("eval_tokens", 1024),
+    ("n_tokens", 512),
 )  # fmt: skip
 """What is given up first: exactness of the perplexities, then of the search, then text, then the method."""
 
@@ -60,10 +61,13 @@ def fit(
             continue
         changed = _smaller(how, name, value, pinned, ends)
         if changed is not None and (cost(how).seconds or 0.0) - (cost(changed).seconds or 0.0) > LITTLE * seconds:
-            words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text"}
+            words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text",
+                     "self_text": "text that the model writes itself"}  # fmt: skip
             before = getattr(wanted, name)
             shown = f"{before:,.0f}" if isinstance(before, (int, float)) else before or "all"
             now = f"{value:,.0f}" if isinstance(value, (int, float)) else value
+            if name == "self_text":
+                shown, now = "as much as is given", "none"
             gave_up[name] = f"{words.get(name, name)}: {now} instead of {shown}"
             how = changed
     needed = cost(how).seconds or 0.0

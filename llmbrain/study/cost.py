@@ -24,6 +24,7 @@ from llmbrain.anatomy.spread import is_spread
 from llmbrain.distributed import ranks
 from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.pruning.calibrate.gradients import LARGE
+from llmbrain.pruning.calibrate.windows import WRITTEN_AT_ONCE
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import DEEP
 from llmbrain.study.settings import Settings
@@ -42,6 +43,8 @@ BASE_MEMORY = 0.6e9  # Python, torch and transformers themselves
 SPEED_TOKENS = 4 * 512  # read to measure the speed of a model
 SLOW = 5.0  # seconds of one text: then no larger batch is measured
 BATCH = 2048  # tokens in a forward pass of an evaluation or a scan
+PIECE = 512  # tokens of a text that a model writes
+OF_STEP, OF_TOKEN = 100, 2.5  # what writing a token of all pieces costs, in tokens that are read: at least, and each
 
 
 def plan_passes(
@@ -74,6 +77,16 @@ def own_windows(asked: int | None, n_layers: int, n_text: int) -> int:
     if asked is not None:
         return asked
     return n_text if n_layers >= DEEP else 0
+
+
+def writing_passes(n_tokens: int) -> float:
+    """Forward passes over text of so many tokens that writing it takes as long as.
+
+    It is written one token of every piece at a time, and each such step reads all weights, however few pieces there
+    are: of SmolLM2 a step of 4 pieces took as long as 116 tokens that are read.
+    """
+    steps = PIECE * -(-n_tokens // (PIECE * WRITTEN_AT_ONCE))
+    return OF_TOKEN + OF_STEP * steps / max(n_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -314,7 +327,7 @@ def run_cost(
         ],
     }
     if own:
-        parts["prune"].insert(0, Part("text of the model's own", 4.0, own))
+        parts["prune"].insert(0, Part("text of the model's own", writing_passes(own), own))
     sites = 3 if how.method == "published" else 1
     disk = scan_bytes(subject, n_tokens, how.site, how.dtype, sites) + subject.size
     batch = max(BATCH, length)

@@ -250,7 +250,7 @@ def run(
                 how, more = subject.fit(how, max(left, 1.0), fixed, todo=("prune",))
             except InputError:
                 tell(f"the budget has only {span(left)} left: it will not be kept")
-                how, more = _cheapest(how, options), ["search of the widths"]
+                how, more = _cheapest(how, options), ["search of the widths", "own text"]
             for line in more:
                 tell(f"given up for the budget: {line}")
             gave_up += more
@@ -323,7 +323,8 @@ def _same_as_before(out: Path, mark: dict[str, Any]) -> Settings | None:
 
 
 def _cheapest(how: Settings, options: dict[str, Any]) -> Settings:
-    """Without a search, where none was asked for."""
+    """Without a search, and without text of the model's own, where none was asked for."""
+    how = how if "self_text" in options else replace(how, self_text=0)
     return how if "allocation" in options or "passes" in options else replace(how, allocation="uniform")
 
 

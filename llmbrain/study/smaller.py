@@ -34,7 +34,7 @@ from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.again import MADE, check_free, made_from
-from llmbrain.study.cost import OF_REPAIR, Cost, measured_batch, own_windows, plan_passes, step_cost, together
+from llmbrain.study.cost import OF_REPAIR, PIECE, Cost, measured_batch, own_windows, plan_passes, step_cost, together
 from llmbrain.study.experts import check_neuron_method
 from llmbrain.study.fits import check_drop_fits, check_saving, gguf_of, is_of_one_width
 from llmbrain.study.folder import Study
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RATIO = 0.3  # of the neurons, where neither a ratio nor conditions to forget are given
-PIECE = 512  # tokens of a text that a model writes
 TEXT_WINDOWS = 128  # windows of the text that are mixed with the model's own
 
 

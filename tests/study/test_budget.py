@@ -15,7 +15,7 @@ from llmbrain import InputError
 from llmbrain.anatomy.families import anatomy
 from llmbrain.study import Settings, forecast
 from llmbrain.study.budget import fit
-from llmbrain.study.cost import OF_REPAIR, Subject, plan_passes, run_cost
+from llmbrain.study.cost import OF_REPAIR, Subject, plan_passes, run_cost, writing_passes
 from llmbrain.study.sample import Sample, count_tokens
 
 
@@ -229,3 +229,8 @@ def test_a_cheaper_method_spares_the_layers_that_the_default_does():
     assert "6 instead of 24" in gave_up[0]
     assert fit(100.0, Settings(protect=()), Taken, ends=(0, 1, 28, 29))[0].protect == ()
     assert fit(1000.0, Settings(), Taken, ends=(0, 1, 28, 29))[0].protect is None
+
+
+def test_writing_costs_a_reading_of_all_weights_a_token_however_little_is_written():
+    assert writing_passes(64 * 512) == pytest.approx(4.1, abs=0.1)
+    assert writing_passes(4 * 512) * 4 == pytest.approx(writing_passes(512), rel=0.1)
