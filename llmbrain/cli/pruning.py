@@ -277,7 +277,7 @@ def benchmark(
     model: MODEL,
     text: TEXT,
     ratios: list[str] = typer.Option(["0.2", "0.3", "0.5"], help="Shares of the MLP neurons to remove."),
-    methods: list[str] = typer.Option([], help="Criteria; default all."),
+    methods: list[str] = typer.Option([], help="Criteria; default all but shortgpt and 2ssp."),
     components: int = typer.Option(0, help="Networks to find for the method that uses them; 0: up to 64.", min=0),
     draws: int = typer.Option(3, help="Calibration draws of the main rows, for intervals; 1 for none.", min=1),
     window: int = typer.Option(0, help="Tokens in a window; 0 is the model's context, at most 256.", min=0),

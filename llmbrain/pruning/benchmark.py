@@ -57,6 +57,26 @@ REPEATED = (
 )
 
 
+def rows_of(methods: Sequence[str] | None = None) -> list[tuple[str, str | None, str | None]]:
+    """What is compared: `ROWS`, or those of the methods that are named.
+
+    One that has none there (those that drop whole blocks, criteria of your own) gets a row with its defaults.
+
+    Raises
+    ------
+    InputError
+        If a method is not known.
+    """
+    if methods is None:
+        return list(ROWS)
+    unknown = sorted(set(methods) - set(CRITERIA))
+    if unknown:
+        raise InputError(f"methods={unknown} are not known: allowed are {sorted(CRITERIA)}")
+    known = {row[0] for row in ROWS}
+    more = [(method, None, "least-squares") for method in dict.fromkeys(methods) if method not in known]
+    return [row for row in ROWS if row[0] in methods] + more
+
+
 def compare_methods(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -82,7 +102,7 @@ def compare_methods(
     ratios : sequence of float
         Shares of MLP neurons to remove.
     methods : sequence of str, optional
-        Only the rows of these methods; default all.
+        Only the rows of these methods, see `rows_of`; default all of `ROWS`.
     networks : FunctionalNetworks, optional
         For ``"networks"``.
     draws : int
@@ -105,9 +125,7 @@ def compare_methods(
 
     refuse_mixture(model)
     check_count("draws", draws, 1)
-    unknown = sorted(set(methods or ()) - set(CRITERIA))
-    if unknown:
-        raise InputError(f"methods={unknown} are not known: allowed are {sorted(CRITERIA)}")
+    wanted = rows_of(methods)
     if window is None:
         window = min(window_length(model), WINDOW)
     pool = as_windows(model, tokenizer, calibration, window, None if draws > 1 else max_windows)
@@ -118,7 +136,6 @@ def compare_methods(
     sets = [pool[:max_windows]]
     sets += [pool[torch.randint(len(pool), (len(sets[0]),), generator=generator)] for _ in range(draws - 1)]
     rows: list[dict[str, Any]] = [{"method": "dense", "ratio": 0.0, "perplexity": perplexity(model, None, held)}]
-    wanted = [row for row in ROWS if methods is None or row[0] in methods]
     times = {row: draws if row in REPEATED else 1 for row in wanted}
     shown = bar[None](total=sum(times.values()) * len(ratios), desc="benchmark")
     tell = speaker(progress or False)

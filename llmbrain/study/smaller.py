@@ -27,7 +27,7 @@ from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
 from llmbrain.pruning.allocate.blocks import check_drop
 from llmbrain.pruning.allocate.search import PASSES
-from llmbrain.pruning.benchmark import REPEATED, ROWS, WINDOW, compare_methods, refuse_mixture
+from llmbrain.pruning.benchmark import REPEATED, WINDOW, compare_methods, refuse_mixture, rows_of
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.reporting import write_report
@@ -400,7 +400,7 @@ def benchmark_cost(
     rate, most = measured_batch(model, tokenizer, texts, length), max_windows * length
     calibration = limit_tokens(calibration, tokenizer, max(most, FOUND_TOKENS))
     costs, cells = [], 1
-    wanted = [row for row in ROWS if methods is None or row[0] in methods]
+    wanted = rows_of(methods)
     for method in dict.fromkeys(row[0] for row in wanted):
         own = [row for row in wanted if row[0] == method]
         times = [draws if row in REPEATED else 1 for row in own]
@@ -443,7 +443,7 @@ def benchmark(
     Parameters
     ----------
     methods : sequence of str, optional
-        Default all.
+        Default all but those that drop whole blocks (``shortgpt``, ``2ssp``).
     n_components : int, optional
         Networks to find for the method that uses them; default up to 64.
     out : path, optional

@@ -8,10 +8,23 @@ from tiny_models import tiny
 
 import llmbrain as lb
 from llmbrain import (
+    InputError,
     plan_pruning,
     prune,
 )
-from llmbrain.pruning.benchmark import compare_methods
+from llmbrain.pruning.benchmark import ROWS, compare_methods, rows_of
+
+
+def test_methods_without_rows_of_their_own_get_one():
+    model, ids = tiny("llama", num_hidden_layers=3), windows(30)
+    assert rows_of() == list(ROWS)
+    table = compare_methods(
+        model, None, ids[:20], ids[20:], ratios=[0.5], methods=["2ssp", "shortgpt", "random"], draws=1
+    )
+    assert table["method"].tolist() == ["dense", "random", "random", "2ssp", "shortgpt"]
+    assert (table["parameters_removed"][1:] > 0).all()
+    with pytest.raises(InputError, match=r"methods=\['guess'\] are not known"):
+        rows_of(["guess"])
 
 
 def test_comparison_repeats_its_main_rows_over_draws():
