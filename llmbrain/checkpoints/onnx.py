@@ -15,7 +15,7 @@ from llmbrain._files import transaction, write_json
 from llmbrain._validation import InputError, soft_import
 from llmbrain.anatomy.families import context_length
 from llmbrain.checkpoints.loading import PROVENANCE
-from llmbrain.checkpoints.shapes import RECORD
+from llmbrain.checkpoints.shapes import RECORD, text_config
 from llmbrain.hooks.experts import implemented_by
 from llmbrain.hooks.text import evaluating
 
@@ -84,6 +84,7 @@ def export_onnx(
         raise InputError(f"model {type(model).__name__} has no language model's head: ONNX export gives logits")
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model {type(model).__name__} is an encoder-decoder: ONNX export takes decoders")
+    _check_positions(model.config)
     # Which experts a token calls is known only when it is read: a graph holds them as products for every place.
     with evaluating(model), implemented_by(model, "batched_mm"):
         try:
@@ -113,6 +114,26 @@ def run_onnx(file: str | Path, inputs: dict[str, Tensor]) -> NDArray[np.float32]
     wanted = {entry.name for entry in session.get_inputs()}
     fed = {name: value.numpy() for name, value in inputs.items() if name in wanted}
     return np.asarray(session.run(["logits"], fed)[0], dtype=np.float32)
+
+
+def _check_positions(config: Any) -> None:
+    """Refuse rotary positions that turn otherwise in longer texts: a graph keeps those of the text it was traced with.
+
+    Raises
+    ------
+    InputError
+        If a text within the context can be that long.
+    """
+    text = text_config(config)
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    for rule in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        kind, longest = rule.get("rope_type"), getattr(text, "max_position_embeddings", None) or 0
+        before = rule.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        if kind == "dynamic" or (kind == "longrope" and (before is None or before < longest)):
+            raise InputError(
+                f"rotary positions of type {kind!r} change with the length of a text, which an ONNX graph does not: "
+                f"for texts of at most {before or longest} tokens save the model with plain rotary positions first"
+            )
 
 
 def _inputs(model: nn.Module, shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
