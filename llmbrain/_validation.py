@@ -7,7 +7,7 @@ import operator
 import secrets
 from collections.abc import Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,8 +91,10 @@ def legacy_generator(random_state: Any) -> np.random.RandomState:
 
 def check_whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """Return `value` as an int if it is a whole number (no bool, no 1.9) within the given bounds."""
-    whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
-    number = operator.index(value) if whole else 0  # type: ignore[arg-type]
+    try:
+        number, whole = operator.index(value), not isinstance(value, bool)  # type: ignore[arg-type]
+    except TypeError:
+        number, whole = 0, False
     if not whole or (low is not None and number < low) or (high is not None and number > high):
         bounds = f"{'' if low is None else f', at least {low}'}{'' if high is None else f', at most {high}'}"
         raise InputError(f"{name}={value!r} must be a whole number{bounds}")

@@ -113,11 +113,16 @@ def copy_tokenizer(writer: gguf.GGUFWriter, fields: dict[str, gguf.ReaderField])
         writer.add_key_value(name, field.contents(), field.types[0], sub)
 
 
+def _alike(there: str, ours: str) -> bool:
+    """Whether two names are of one token: transformers writes Gemma's byte 9 as the character."""
+    return there == ours or (there == "<0x09>" and ours == "\t")
+
+
 def _check_same(tokenizer: PreTrainedTokenizerBase, tokens: list[str], like: str | Path) -> None:
     """Refuse a file whose tokens are others; added ones, which llama.cpp's converter renames, may have other names."""
     added = tokenizer.get_added_vocab()
     ours = {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
-    differ = [number for number, token in sorted(ours.items()) if number >= len(tokens) or tokens[number] != token]
+    differ = [n for n, token in sorted(ours.items()) if n >= len(tokens) or not _alike(tokens[n], token)]
     if differ:
         number = differ[0]
         there = tokens[number] if number < len(tokens) else None

@@ -117,7 +117,7 @@ def plan(
         return
     costs = smaller.plan_cost(
         loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
-        head_ratio=head_ratio, drop=check_drop(parts(drop)),
+        head_ratio=head_ratio, drop=check_drop(parts(drop)), self_text=self_text, conditions=bool(keep or forget),
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -215,6 +215,7 @@ def prune(
     costs = smaller.plan_cost(
         loaded, tokenizer, texts, study=study, method="magnitude" if given else method, allocation=allocation or None,
         passes=passes, head_ratio=head_ratio, repair=compensate != "none", drop=check_drop(parts(drop)),
+        self_text=0 if offload and self_text is None else self_text, conditions=bool(keep or forget),
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)

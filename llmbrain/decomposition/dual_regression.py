@@ -196,7 +196,9 @@ def dual_regression(
             i = done + number
             read = runs.read(i, narrow=team.device.type != "cpu")
             _check_width(read, group.shape[1], names[i])
-            data = torch.from_numpy(read).to(team.device)
+            data = torch.from_numpy(read)
+            if team.device.type != "cuda" or data.nbytes < torch.cuda.mem_get_info(team.device)[0] // 2:
+                data = data.to(team.device)  # else block by block
             keep = kept_tokens(len(data), settings, runs.positions(i), names[i])
             if keep.sum() <= len(group) + 1:
                 raise InputError(
@@ -239,7 +241,7 @@ def stage_one(weights: NDArray[np.float64], data: torch.Tensor, team: Workers) -
     columns = torch.from_numpy(weights).to(team.device)
 
     def block(part: slice) -> torch.Tensor:
-        return data[:, part].double() @ columns[part]
+        return data[:, part].to(team.device).double() @ columns[part]
 
     total = torch.zeros((len(data), weights.shape[1]), dtype=torch.float64, device=team.device)
     for partial in team.map(block, len(weights), rows=2 * len(data)):
@@ -257,7 +259,7 @@ def stage_two(
     name: str = "run",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Maps and z-maps ``(n_networks, n_neurons)`` of one run from its time courses and its data, over tokens `keep`."""
-    rows = None if keep is None or keep.all() else torch.from_numpy(np.flatnonzero(keep)).to(team.device)
+    rows = None if keep is None or keep.all() else torch.from_numpy(np.flatnonzero(keep)).to(data.device)
     course = course if keep is None else course[keep]
     n_tokens, n_networks = course.shape
     design = course - course.mean(axis=0)
@@ -275,7 +277,7 @@ def stage_two(
     maps, z_maps = (np.empty((n_networks, data.shape[1])) for _ in range(2))
 
     def block(part: slice) -> None:
-        x = (data[:, part] if rows is None else data[rows, part]).double()
+        x = (data[:, part] if rows is None else data[rows, part]).to(team.device).double()
         x = x - x[0]  # exact zeros for constant neurons, whatever their value
         x -= x.mean(dim=0)
         scores = project @ x
@@ -295,10 +297,10 @@ def _mean_and_scale(
     data: torch.Tensor, keep: NDArray[np.bool_], team: Workers
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and 1 / SD (ddof 0) of each neuron over tokens `keep`; the scale of a constant neuron is 0."""
-    rows = None if keep.all() else torch.from_numpy(np.flatnonzero(keep)).to(team.device)
+    rows = None if keep.all() else torch.from_numpy(np.flatnonzero(keep)).to(data.device)
 
     def block(part: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        x = (data[:, part] if rows is None else data[rows, part]).double()
+        x = (data[:, part] if rows is None else data[rows, part]).to(team.device).double()
         mean = x.mean(dim=0)
         spread = (x - x[0]).std(dim=0, correction=0)
         return mean.cpu().numpy(), torch.where(spread > 0, 1 / spread, 0).cpu().numpy()

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.cluster import kmeans_plusplus
 
-from llmbrain._validation import InputError, check_range, legacy_generator
+from llmbrain._validation import InputError, check_whole, legacy_generator
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.scanning.inputs import Runs
 
@@ -109,10 +109,10 @@ class ULCMOD(ClusterMixin, BaseEstimator):
             For fewer samples, or neurons that change, than modules; and for runs that cannot be read.
         """
         for name in ("n_components", "pca", "n_init", "max_iter"):
-            check_range(name, getattr(self, name), 1)
-        check_range("drop_positions", self.drop_positions, 0)
+            check_whole(name, getattr(self, name), 1)
+        check_whole("drop_positions", self.drop_positions, 0)
         if self.samples is not None:
-            check_range("samples", self.samples, 1)
+            check_whole("samples", self.samples, 1)
         reader = Runs(runs, space=space)
         rows, self.samples_ = self._rows(reader)
         spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else np.zeros(rows.shape[1])

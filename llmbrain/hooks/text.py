@@ -168,7 +168,8 @@ def listed_texts(texts: Iterable[str] | str) -> list[str]:
         raise InputError(f"texts is a {kind}: give its texts, such as list(texts.values())")
     if isinstance(texts, (set, frozenset)):
         raise InputError(f"texts is a {kind}, which has no order: give a list")
-    if isinstance(texts, (bytes, PurePath)) or not hasattr(texts, "__iter__"):
+    listable = hasattr(texts, "__iter__") or hasattr(texts, "__getitem__")
+    if isinstance(texts, (bytes, PurePath)) or not listable or getattr(texts, "ndim", 1) == 0:
         raise InputError(f"texts is a {kind}: texts must be strings, or a list of them")
     return list(texts)
 

@@ -233,18 +233,19 @@ def lesion_table(
     check_option("value", value, ("zero", "mean"))
     check_count("n_random", n_random, 0)
     mixture = MixtureSets(model, _named(networks)) if has_experts(model) else None
-    n_matched = n_random if n_matched is None else n_matched
-    check_count("n_matched", n_matched, 0)
     check_count("n_bootstrap", n_bootstrap, 1)
     check_range("level", level, 0, 1, open_low=True, open_high=True)
     masks, space = _named_masks(networks, anatomy(model)) if mixture is None else (mixture.masks, mixture.space)
     heads = mixture is None and space.n_layers > len(anatomy(model).layers)
     warn_of_other_model(networks, model)
     if heads and (value == "mean" or reference is not None):
-        raise InputError(
-            f"value={value!r} with reference={_given(reference)}: heads take value='zero' and no reference"
-        )
+        given = f"value={value!r} with reference={_given(reference)}"
+        raise InputError(f"{given}: heads take value='zero' and no reference")
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
+    if n_matched is None:  # experts that are called as often are known only where tokens are read
+        reads = mixture is None or reference is not None
+        n_matched = n_random if reads or any(isinstance(e, TokenEvaluation) for e in ready.values()) else 0
+    check_count("n_matched", n_matched, 0)
     team = ranks()
     writes = out is not None and team.leads
     asked = {"n_random": n_random, "n_matched": n_matched, "value": value}

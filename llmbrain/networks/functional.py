@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -199,7 +200,7 @@ class FunctionalNetworks:
             provenance["origin"] = dict(ica.origin_)
         space = space if space is not None else getattr(ica, "space_", None)
         places = getattr(ica, "brain_mask_", None) or getattr(ica, "surface_", None)
-        return cls(
+        found = cls(
             zscore_maps(ica.components_, skip_zeros=True),
             space,
             threshold=threshold,
@@ -209,6 +210,14 @@ class FunctionalNetworks:
             provenance=provenance,
             brain=None if space is not None else places,
         )
+        if not found.masks.any():
+            warnings.warn(
+                f"no neuron exceeds threshold={threshold!r} in any network: lower it (of modules that share no neuron, "
+                "z among a module's own is never large)",
+                UserWarning,
+                stacklevel=2,
+            )
+        return found
 
     # -- what is in them -----------------------------------------------------------------------------------------------
 

@@ -264,7 +264,10 @@ def _are_of(course: NDArray[Any], networks: FunctionalNetworks, scan: Scan) -> b
     """Whether time courses are of a scan: median ``|r|`` with what z-scored neurons give there above a half."""
     from llmbrain.decomposition import dual_regression
 
-    found = dual_regression(networks.maps, [scan], standardize=True).time_courses[0]
+    maps = networks.maps
+    if scan.n_tokens <= len(maps) + 1 or np.linalg.matrix_rank(maps - maps.mean(axis=1, keepdims=True)) < len(maps):
+        return True  # there is no dual regression to compare with
+    found = dual_regression(maps, [scan], standardize=True).time_courses[0]
     positions = getattr(scan, "positions", None)
     real = np.ones(len(course), dtype=bool) if positions is None else np.asarray(positions) > 0  # not the sink
     if real.sum() < 3:

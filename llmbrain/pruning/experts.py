@@ -78,7 +78,7 @@ class ExpertPlan:
 
     def __post_init__(self) -> None:
         before = whole_numbers("before", self.before, 0)
-        if isinstance(self.kept, (str, bytes)) or not isinstance(self.kept, Sequence):
+        if isinstance(self.kept, (str, bytes)) or not isinstance(self.kept, (Sequence, np.ndarray)):
             raise InputError(f"kept={self.kept!r} of this plan is no list of layers")
         kept = tuple(whole_numbers("kept", layer, 0) for layer in self.kept)
         check_range("ratio", self.ratio, 0, 1)

@@ -333,6 +333,7 @@ class PruningPlan:
 
 def whole_numbers(name: str, values: Any, low: int) -> tuple[int, ...]:
     """Whole numbers of at least `low`, as they stand in a plan."""
+    values = values.tolist() if hasattr(values, "tolist") and not isinstance(values, np.ndarray) else values
     if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
         raise InputError(f"{name}={values!r} of this plan is no list of whole numbers")
     if isinstance(values, np.ndarray) and values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
@@ -397,7 +398,8 @@ def check_protect(protect: Sequence[int] | None, n_layers: int) -> tuple[int, ..
     if protect is not None and (isinstance(protect, (str, bytes)) or not hasattr(protect, "__iter__")):
         raise InputError(f"protect={protect!r} must be a list of layers, such as [0, -1]")
     layers = set()
-    for layer in () if protect is None else protect:
+    given: Any = protect
+    for layer in () if given is None else np.atleast_1d(given).tolist() if hasattr(given, "ndim") else given:
         whole = isinstance(layer, Integral) and not isinstance(layer, bool)
         number = int(layer) if whole else n_layers
         if not -n_layers <= number < n_layers:

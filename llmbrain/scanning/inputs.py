@@ -195,7 +195,7 @@ class Runs(Sequence[np.ndarray]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         data, space = self._read(self._items[index], self.name(index))
-        data = _as_float(data, self.name(index), narrow=narrow)
+        data = _as_float(data, self.name(index), narrow=narrow and self._confounds is None)
         self._check_space(index, data.shape[1], space)
         own = None if self._confounds is None else self._confounds[index]
         if own is not None:

@@ -314,7 +314,8 @@ def run_cost(
     if how.expert_ratio is not None:  # scores are one pass, of networks and chance none
         planning = 0.0 if how.method in ("networks", "random") else 1.0
         repair *= OF_EXPERTS
-    own = own_windows(how.own_text, len(subject.widths), -(-n_tokens // window)) * window
+    asked = 0 if how.expert_ratio is not None or (subject.visits and how.own_text is None) else how.own_text
+    own = own_windows(asked, len(subject.widths), -(-n_tokens // window)) * window
     calibration = n_tokens + own
     parts: dict[str, list[Part]] = {
         "evaluate": [Part("perplexity of the dense model, and its speed", 1.0, eval_tokens + SPEED_TOKENS)],

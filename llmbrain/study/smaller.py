@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,19 @@ from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.again import MADE, check_free, made_from
-from llmbrain.study.cost import OF_REPAIR, PIECE, Cost, measured_batch, own_windows, plan_passes, step_cost, together
+from llmbrain.study.cost import (
+    OF_REPAIR,
+    PIECE,
+    Cost,
+    Part,
+    Subject,
+    measured_batch,
+    own_windows,
+    plan_passes,
+    step_cost,
+    together,
+    writing_passes,
+)  # fmt: skip
 from llmbrain.study.experts import check_neuron_method
 from llmbrain.study.fits import check_drop_fits, check_saving, gguf_of, is_of_one_width
 from llmbrain.study.folder import Study
@@ -76,6 +88,7 @@ def evidence_of(
     *,
     study: Study | str | Path | None = None,
     method: str = "networks",
+    allocation: object = None,
     self_text: int | None = None,
     random_state: int | None = 0,
     progress: bool | Say = True,
@@ -87,8 +100,8 @@ def evidence_of(
     texts : sequence of str, optional
         Default: those of the study's scans.
     study : Study or path, optional
-    method : str
-        Networks are looked for only for ``"networks"``.
+    method, allocation : str
+        Networks are looked for only for ``"networks"``, as one or the other.
     self_text : int, optional
         Windows of calibration text that the model writes itself, beside the text; None as in `own_windows`.
     random_state : int, Generator or None
@@ -96,7 +109,8 @@ def evidence_of(
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
     """
-    check_neuron_method(model, method)
+    if method:  # a plan that was made before says itself what goes
+        check_neuron_method(model, method)
     if self_text is not None:
         check_whole("self_text", self_text, 0, OWN_WINDOWS)
     study = None if study is None else Study.of(study)
@@ -116,7 +130,7 @@ def evidence_of(
             return Parcel({"windows": mixed_windows(filled, written, random_state=random_state)})
 
         windows = ranks().found_by(0, "text", write).tensors["windows"]
-    needed = method in CRITERIA and "networks" in CRITERIA[method].needs
+    needed = allocation == "networks" or (method in CRITERIA and "networks" in CRITERIA[method].needs)
     if needed and networks is None and (scans or texts or windows is not None):
         found = scans
         if not scans and not texts and windows is not None:
@@ -153,8 +167,12 @@ def plan_cost(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *,
     study: Study | str | Path | None = None, method: str = "networks", allocation: str | None = None,
     passes: float = 24, head_ratio: float = 0.0, repair: bool = False, drop: Sequence[str] = (),
+    self_text: int | None = None, conditions: bool = False,
 ) -> Cost | None:  # fmt: skip
-    """What a plan (and the repair after it) will take; None where there is no text to measure on."""
+    """What a plan (and the repair after it) will take; None where there is no text to measure on.
+
+    `self_text` as in `evidence_of`; `conditions` says that functions are to be kept or forgotten.
+    """
     check_neuron_method(model, method)
     if texts is None and study is not None:
         texts = [run.text for run in Study.of(study).scans if run.text]
@@ -162,7 +180,16 @@ def plan_cost(
         return None
     often = plan_passes(method, allocation, passes, head_ratio, drop) + (OF_REPAIR if repair else 0.0)
     most = TEXT_WINDOWS * window_length(model)
-    return step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
+    cost = step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
+    if self_text is None and (conditions or not _may_write(model, tokenizer)):
+        self_text = 0
+    layers, length = len(Subject.of(model).widths), window_length(model)
+    own = own_windows(self_text, layers, max(1, cost.parts[0].tokens // length)) * length
+    if not own:
+        return cost
+    given, more = cost.parts[0], cost.parts[0].tokens + own
+    read = replace(given, tokens=more, extra=given.extra * more / max(1, given.tokens))
+    return replace(cost, parts=(Part("text of the model's own", writing_passes(own), own), read))
 
 
 def plan(
@@ -199,8 +226,8 @@ def plan(
     self_text = _beside(self_text, options)
     if evidence is None:
         evidence = evidence_of(
-            model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
-            progress=progress,
+            model, tokenizer, texts, study=study, method=method, allocation=options.get("allocation"),
+            self_text=self_text, random_state=random_state, progress=progress,
         )  # fmt: skip
     functions = bool(options.get("keep") or options.get("forget"))
     if options.get("ratio") is None and not options.get("forget"):
@@ -322,7 +349,7 @@ def cut(
         self_text = 0 if offload and self_text is None else _beside(self_text, options)
         evidence = evidence_of(
             model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
-            progress=progress,
+            allocation=None if plan is not None else options.get("allocation"), progress=progress,
         )  # fmt: skip
     if plan is None:
         plan = _plan(

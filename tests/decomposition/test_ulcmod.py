@@ -101,3 +101,9 @@ def test_what_cannot_be_is_refused(options, names):
         ULCMOD(**options).fit(planted()[0])
     with pytest.raises(InputError, match="not constant"):
         ULCMOD(3, samples=10).fit(np.ones((100, 5)))
+
+
+@pytest.mark.parametrize("name", ["n_components", "samples", "n_init", "max_iter", "pca"])
+def test_counts_are_whole(name):
+    with pytest.raises(InputError, match=f"{name}=2.5 must be a whole number"):
+        ULCMOD(**{"n_components": 2, name: 2.5}).fit(np.random.default_rng(0).normal(size=(30, 20)))

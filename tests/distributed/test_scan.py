@@ -206,7 +206,7 @@ def test_a_process_group_shares_a_scan(tmp_path: Path, whole: Path) -> None:
     }.items():
         assert zero[what] == one[what]
         assert zero[what].startswith(message), zero[what]
-    assert one["failed"].startswith("block_size=1000000 must be a number in")
+    assert one["failed"].startswith("block_size=1000000 must be a whole number")
     assert zero["failed"] == f"{one['failed']} (rank 1 of 2)"
     assert "rank 1 does not see what rank 0 wrote there" in one["disk"]
     assert "rank 1 does not see what rank 0 wrote there" in zero["disk"]

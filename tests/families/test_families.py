@@ -24,7 +24,7 @@ KINDS = (
     "Lfm2ForCausalLM", "Llama4ForCausalLM", "MambaForCausalLM", "BartForConditionalGeneration", "AlbertForMaskedLM",
 )  # fmt: skip
 REFUSALS = {
-    "Llama4ForCausalLM": "is a mixture of experts", "MambaForCausalLM": "hold a state space or recurrent layer",
+    "JetMoeForCausalLM": "mixture of experts", "MambaForCausalLM": "hold a state space or recurrent layer",
     "BartForConditionalGeneration": "is an encoder-decoder", "AlbertForMaskedLM": "share one set of weights",
 }  # fmt: skip
 

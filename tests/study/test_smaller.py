@@ -9,7 +9,7 @@ from tiny_models import tiny, tiny_tokenizer
 from llmbrain import InputError
 from llmbrain.study.cost import own_windows
 from llmbrain.study.settings import Settings
-from llmbrain.study.smaller import evidence_of, plan
+from llmbrain.study.smaller import cut, evidence_of, plan, plan_cost
 
 
 def texts(n: int = 30) -> list[str]:
@@ -17,14 +17,14 @@ def texts(n: int = 30) -> list[str]:
     return ["".join(rng.choice(list("abcdefghij "), 60)) for _ in range(n)]
 
 
-def test_deep_models_write_half_as_much_text_as_they_are_given():
+def test_deep_models_write_as_much_text_as_they_are_given():
     deep, tokenizer = tiny("llama", num_hidden_layers=20), tiny_tokenizer()
     said: list[str] = []
     mixed = evidence_of(deep, tokenizer, texts(), method="flap", progress=said.append).windows
     alone = evidence_of(deep, tokenizer, texts(), method="flap", self_text=0)
     assert alone.windows is None
     assert mixed is not None
-    written = -(-len(mixed) // 3)
+    written = len(mixed) // 2
     assert any(f"writes {written} windows" in line for line in said)
     given = evidence_of(tiny("llama"), tokenizer, texts(), method="flap", self_text=1).windows
     assert given is not None
@@ -48,3 +48,27 @@ def test_conditions_have_no_text_of_the_models_own():
         plan(deep, tokenizer, texts(), keep=["a"], method="flap")
     with pytest.raises(InputError, match="keep and forget need"):
         plan(deep, tokenizer, texts(), keep=["a"], method="flap", self_text=2)
+
+
+def test_a_plan_of_neurons_inside_experts_is_cut_later(tmp_path):
+    mixture = tiny("mixtral")
+    made = plan(mixture, None, method="magnitude", ratio=0.25)
+    small = cut(mixture, tiny_tokenizer(), texts(), out=tmp_path / "small", plan=made, compensate=None)[0]
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in mixture.parameters())
+
+
+def test_cost_counts_text_of_the_models_own():
+    deep = tiny("llama", num_hidden_layers=20)
+    plain, more = (plan_cost(deep, tiny_tokenizer(), texts(), method="flap", self_text=n) for n in (0, None))
+    assert plain is not None
+    assert more is not None
+    assert [part.name for part in more.parts] == ["text of the model's own", "plan (flap)"]
+    assert more.parts[1].tokens > plain.parts[0].tokens
+    kept = plan_cost(deep, tiny_tokenizer(), texts(), method="flap", conditions=True)
+    assert kept is not None
+    assert len(kept.parts) == 1
+
+
+def test_allocation_by_networks_finds_them():
+    made = plan(tiny("llama"), tiny_tokenizer(), texts(), method="flap", allocation="networks", ratio=0.25)
+    assert made.allocation == "networks"

@@ -5,6 +5,7 @@ For the repair afterwards see `llmbrain.pruning.forget.unlearning`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -81,7 +82,16 @@ def neurons_to_forget(
     if not predicts_next_token(model):
         raise InputError(f"forget: model {type(model).__name__} predicts no next token, so there is none to forget")
     holds = np.asarray(np.isin(labels, list(forget)).any(axis=1))
-    chosen = spread(holds, max(1, TOKENS // windows.shape[1]))
+    chosen = spread(holds, max(1 + int(holds.any() and not holds.all()), TOKENS // windows.shape[1]))
+    unseen = np.setdiff1d(labels, labels[chosen])
+    lost = [names[i] for i in unseen.tolist() if i >= 0 and i not in set(forget)]
+    if lost:
+        warnings.warn(
+            f"forget: {lost} stand in none of the windows that are measured, and nothing protects them: use shorter "
+            "windows, or mix the texts",
+            UserWarning,
+            stacklevel=2,
+        )
     windows, labels_ = windows[chosen], torch.from_numpy(labels[chosen])
     total = sum(body.widths)
     most = min(int(MOST * total), total if most is None else most)

@@ -71,6 +71,7 @@ class Relearning:
             check_whole(name, getattr(self, name), 1)
         check_range("rate", self.rate, 0, open_low=True)
         lines: Any = (self.lines,) if isinstance(self.lines, Integral) else self.lines
+        lines = lines.tolist() if hasattr(lines, "tolist") else lines
         if isinstance(lines, str) or not lines or any(not isinstance(n, Integral) or n < 1 for n in lines):
             raise InputError(f"lines={self.lines!r} must be whole numbers, at least 1: lines that an attacker has")
         object.__setattr__(self, "lines", tuple(int(n) for n in lines))
