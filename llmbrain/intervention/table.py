@@ -239,8 +239,8 @@ def lesion_table(
     heads = mixture is None and space.n_layers > len(anatomy(model).layers)
     warn_of_other_model(networks, model)
     if heads and (value == "mean" or reference is not None):
-        given = f"value={value!r} with reference={_given(reference)}"
-        raise InputError(f"{given}: heads take value='zero' and no reference")
+        said = f"value={value!r} with reference={_given(reference)}"
+        raise InputError(f"{said}: heads take value='zero' and no reference")
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
     if n_matched is None:  # experts that are called as often are known only where tokens are read
         reads = mixture is None or reference is not None
