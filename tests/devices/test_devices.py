@@ -79,7 +79,7 @@ def test_scan(device: torch.device, site: str) -> None:
     "options",
     [
         {}, {"axis": "time"}, {"cca": True}, {"method": "picard"}, {"method": "dictlearning"}, {"n_components": "auto"},
-        {"n_components": 0.8}, {"outliers": "clip", "detrend": 2}, {"outliers": "mask"},
+        {"n_components": 0.4}, {"outliers": "clip", "detrend": 2}, {"outliers": "mask"},
         {"n_init": 2, "fun": "logcosh"},
         {"dtype": "float64"}, {"center_tokens": False}, {"drop_first": 2},
     ],
@@ -89,8 +89,7 @@ def test_group_ica(device: torch.device, options: dict[str, Any]) -> None:
     options = {"n_components": 4, "random_state": 0, **options}
     fits = [lb.GroupICA(**options, device=str(d)).fit(runs()) for d in ("cpu", device)]
     assert fits[0].n_components_ == fits[1].n_components_
-    # what is noise has no sign of its own
-    assert np.abs(match_maps(fits[0].components_, fits[1].components_)[1]).min() > 0.999
+    assert match_maps(fits[0].components_, fits[1].components_)[1].min() > 0.999
     for one, other in zip(*(fit.transform(runs(1)) for fit in fits)):
         assert one.shape == other.shape
 

@@ -169,9 +169,11 @@ def start(
     finally:
         if after is not None:
             after()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:  # what it said may be over the limit itself: the process must end here all the same
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def ended(child: int, said: Any) -> tuple[int, str]:
