@@ -143,14 +143,20 @@ def start(
     after : callable, optional
         Called in the process when the command has ended.
     """
-    said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by `ended`
+    if largest is None:
+        said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by `ended`
+        told = os.dup(said.fileno())
+    else:  # what it says is no file that may not be large
+        heard, told = os.pipe()
+        said = os.fdopen(heard, errors="replace")
     child = os.fork()
     if child:
+        os.close(told)
         return child, said
     code = 1
     try:
         for stream in (1, 2):
-            os.dup2(said.fileno(), stream)
+            os.dup2(told, stream)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(300)
@@ -169,7 +175,7 @@ def start(
     finally:
         if after is not None:
             after()
-        try:  # what it said may be over the limit itself: the process must end here all the same
+        try:  # whatever happens, the process ends here: what called `start` is the parent's
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -179,7 +185,8 @@ def start(
 def ended(child: int, said: Any) -> tuple[int, str]:
     """Wait for a process: its exit code (negative: its signal), and what it said."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    said.seek(0)
+    if said.seekable():
+        said.seek(0)
     text = said.read()
     said.close()
     return code, text
