@@ -33,6 +33,8 @@ Owning
     One process at a time writes into a folder step by step (a scan, a dual regression, a table of lesions), or the
     ranks of one job together; a second one is told who does. ``append_sum`` adds a file that is whole to such a
     folder's ``SHA256SUMS``.
+``refuse_other(folder, what)``, ``still_free(folder, what)``
+    A folder holds one thing: a model does not go where a scan is.
 
 Failing
 -------
@@ -43,6 +45,7 @@ removed by the next writer.
 
 from __future__ import annotations
 
+from llmbrain._files.contents import other_content, refuse_other, still_free
 from llmbrain._files.digests import file_digest, file_pages, file_sha256, is_same
 from llmbrain._files.errors import (
     DamagedError,
@@ -107,6 +110,7 @@ __all__ = [
     "file_sha256",
     "is_same",
     "locked",
+    "other_content",
     "owner",
     "plain",
     "read_json",
@@ -116,10 +120,12 @@ __all__ = [
     "reading",
     "refuse_device",
     "refuse_newer",
+    "refuse_other",
     "remove_folder",
     "replace_sums",
     "seal_of",
     "settle",
+    "still_free",
     "sweep",
     "transaction",
     "verify",

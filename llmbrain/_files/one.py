@@ -22,7 +22,9 @@ SEAL = "sha256"  # entry of a sealed JSON file
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], *, needed: int | None = None, stands: str = "") -> Iterator[Path]:
+def writing(
+    path: str | os.PathLike[str], *, needed: int | None = None, stands: str = "", fresh: bool = False
+) -> Iterator[Path]:
     """Write one file whole or not at all.
 
     Parameters
@@ -33,6 +35,8 @@ def writing(path: str | os.PathLike[str], *, needed: int | None = None, stands: 
         Bytes it will take; checked before, and said if the disk is full.
     stands : str, optional
         What is still there when it fails, for the end of the message.
+    fresh : bool
+        Nothing must be at `path` when the file is whole.
 
     Yields
     ------
@@ -43,6 +47,8 @@ def writing(path: str | os.PathLike[str], *, needed: int | None = None, stands: 
     ------
     FileError
         If the disk is full or read-only, or the folder vanished. What stood at `path` is unchanged.
+    FileExistsError
+        With `fresh`, if another process was faster.
 
     Examples
     --------
@@ -51,7 +57,8 @@ def writing(path: str | os.PathLike[str], *, needed: int | None = None, stands: 
     """
     path = Path(path)
     if _is_described(path.parent):
-        with transaction(path.parent, needed=needed) as folder:
+        free = (lambda _: _refuse_there(path)) if fresh else None
+        with transaction(path.parent, needed=needed, free=free) as folder:
             yield folder / path.name
             if not (folder / path.name).is_file():
                 raise FileError(f"{path} was not written")
@@ -66,11 +73,26 @@ def writing(path: str | os.PathLike[str], *, needed: int | None = None, stands: 
         try:
             yield temporary
             flush(temporary)
-            temporary.replace(path)
+            _place_fresh(temporary, path) if fresh else temporary.replace(path)
         finally:
             with suppress(OSError):
                 temporary.unlink()
         flush_folder(path.parent)
+
+
+def _place_fresh(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        _refuse_there(path)
+    except OSError:  # a disk without links
+        _refuse_there(path)
+        temporary.replace(path)
+
+
+def _refuse_there(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: another process was faster")
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:

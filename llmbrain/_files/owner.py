@@ -30,8 +30,8 @@ def owner(folder: str | os.PathLike[str], command: str | None = None, *, among: 
 
     The system's own lock is held on the file ``.llmbrain-lock``, so that one of a process that was killed is free at
     once; what stands in it (host, process, command, time) is for the message. A save that was killed in the folder is
-    finished, and temporary files of dead processes are removed. A process may own a folder several times over. Systems
-    without such locks (Windows) go without.
+    finished, and temporary files of dead processes are removed. A process may own a folder several times over. One
+    that was made here and is empty at the end goes again. Systems without such locks (Windows) go without.
 
     Parameters
     ----------
@@ -50,6 +50,7 @@ def owner(folder: str | os.PathLike[str], command: str | None = None, *, among: 
         If it cannot be written.
     """
     folder = Path(folder)
+    new = not folder.exists()
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
@@ -75,6 +76,9 @@ def owner(folder: str | os.PathLike[str], command: str | None = None, *, among: 
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last of the ranks removes it
                 (folder / LOCK).unlink()
             os.close(descriptor)
+        if new:  # nothing came of it
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _take(folder: Path, command: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,8 +31,9 @@ _REMOVED = ".removed"  # within it: names of the old set that go
 
 @contextmanager
 def transaction(
-    folder: str | os.PathLike[str], *, replaces: Iterable[str] = (), needed: int | None = None
-) -> Iterator[Path]:
+    folder: str | os.PathLike[str], *, replaces: Iterable[str] = (), needed: int | None = None,
+    free: Callable[[Path], object] | None = None,
+) -> Iterator[Path]:  # fmt: skip
     """Write files that belong together: all of them, or none.
 
     Parameters
@@ -43,6 +44,9 @@ def transaction(
         Files of the old set that go when the new one does not hold them.
     needed : int, optional
         Bytes the set will take; checked before, and said if the disk is full.
+    free : callable, optional
+        Called with the folder, if it is there, when the set is whole and no other can come: it raises what forbids to
+        put the set there.
 
     Yields
     ------
@@ -80,12 +84,14 @@ def transaction(
             if odd:
                 raise InputError(f"file name {odd[0]!r} cannot stand in {SUMS}")
             sums = {name: flush(prepared / name, digest=True) for name in names}
-            _commit(folder, prepared, sums, list(replaces))
+            _commit(folder, prepared, sums, list(replaces), free)
         finally:
             shutil.rmtree(prepared, ignore_errors=True)
 
 
-def _commit(folder: Path, prepared: Path, sums: dict[str, str], replaces: list[str]) -> None:
+def _commit(
+    folder: Path, prepared: Path, sums: dict[str, str], replaces: list[str], free: Callable[[Path], object] | None
+) -> None:
     if prepared.parent != folder:  # a new folder
         write_sums(prepared, sums)
         flush_folders(prepared)
@@ -98,11 +104,17 @@ def _commit(folder: Path, prepared: Path, sums: dict[str, str], replaces: list[s
                 raise
             inside = temporary_of(folder / "set")  # another process was faster: into its folder
             prepared.rename(inside)
-            prepared = inside
+            try:
+                _commit(folder, inside, sums, replaces, free)
+            finally:
+                shutil.rmtree(inside, ignore_errors=True)
+            return
     if not folder.is_dir():
         raise FileError(f"{folder} is gone: it was removed while the files for it were written")
     with locked(folder, exclusive=True):
         _roll_forward(folder)
+        if free is not None:
+            free(folder)
         known = read_sums(folder, strict=False)
         names = set(known) | {p.name for p in folder.iterdir() if p.is_file()} - {SUMS}
         gone = [n for n in names if n not in sums and any(fnmatch(n, pattern) for pattern in replaces)]

@@ -52,6 +52,7 @@ def write_gguf(
     like: str | Path | None = None,
     record: dict[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Write a model as a GGUF file, whole or not at all.
 
@@ -72,6 +73,8 @@ def write_gguf(
         What was cut; kept in the file under ``llmbrain.pruning``.
     check : function, optional
         Gets the written file before it is put into its place; what it raises keeps it from there.
+    overwrite : bool
+        Replace a file that is there by then.
 
     Returns
     -------
@@ -79,6 +82,8 @@ def write_gguf(
 
     Raises
     ------
+    FileExistsError
+        If there is a file by then, and `overwrite` is not set.
     InputError
         If llama.cpp has no place for this model; the message says why and what would work. Nothing is written.
     """
@@ -88,7 +93,7 @@ def write_gguf(
     path = check_gguf_path(path)
     target = target_of(model)
     fields = check_tokenizer(model, tokenizer, like)
-    with writing(path) as temporary:
+    with writing(path, fresh=not overwrite) as temporary:
         writer = gguf.GGUFWriter(temporary, target.arch)
         try:
             writer.add_string(CHECKSUM, EMPTY)

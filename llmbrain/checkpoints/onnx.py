@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from llmbrain._files import transaction, write_json
+from llmbrain._files import refuse_other, still_free, transaction, write_json
 from llmbrain._validation import InputError, soft_import
 from llmbrain.anatomy.families import context_length
 from llmbrain.checkpoints.loading import PROVENANCE
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "model.onnx"
+GRAPH = "an ONNX graph"  # what is put into a folder, as `llmbrain._files.contents` calls it
 TOLERANCE = 1e-4  # largest difference from the model, relative to its largest logit where that is above 1
 EXTRA = "onnx"
 
@@ -68,7 +70,8 @@ def export_onnx(
     FileExistsError
         If the folder holds a graph already.
     InputError
-        If the exporter cannot write this model, or ONNX Runtime computes something else (then nothing is written).
+        If the folder holds a study, a model or the like; if the exporter cannot write this model, or ONNX Runtime
+        computes something else (then nothing is written).
     """
     from transformers import PreTrainedModel
 
@@ -80,6 +83,7 @@ def export_onnx(
         raise FileExistsError(f"{path} is a file, not a folder")
     if (path / FILE).exists() and not overwrite:
         raise FileExistsError(f"{path} holds {FILE} already: give another folder, or overwrite=True")
+    refuse_other(path, GRAPH)
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise InputError(f"model {type(model).__name__} has no language model's head: ONNX export gives logits")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -95,7 +99,8 @@ def export_onnx(
             line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
             line = re.sub(r"\x1b\[\d+m", "", line)  # colors
             raise InputError(f"{type(model).__name__} cannot be exported to ONNX: {line[:300]}") from error
-        with transaction(path, replaces=[FILE, f"{FILE}.data"]) as prepared:
+        free = partial(still_free, what=GRAPH, mark="" if overwrite else FILE)
+        with transaction(path, replaces=[FILE, f"{FILE}.data"], free=free) as prepared:
             exporters.OnnxExporter.save_program(exported.program, prepared / FILE)
             model.config.save_pretrained(prepared)
             if tokenizer is not None:

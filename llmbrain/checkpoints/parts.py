@@ -5,19 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llmbrain._files import transaction, write_json
+from llmbrain._files import refuse_other, still_free, transaction, write_json
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.checkpoints.loading import PROVENANCE, load_model
 from llmbrain.checkpoints.proof import answer
 from llmbrain.checkpoints.remote import write_remote_code
-from llmbrain.checkpoints.saving import OLD, provenance, write_model
+from llmbrain.checkpoints.saving import MODEL, OLD, provenance, write_model
 from llmbrain.checkpoints.shapes import layer_shapes, record_shapes
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ def saving_by_part(
         raise FileExistsError(f"{path} is a file, not a folder")
     if (path / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
-    with transaction(path, replaces=OLD, needed=needed) as new:
+    refuse_other(path, MODEL)
+    free = partial(still_free, what=MODEL, mark="" if overwrite else "config.json")
+    with transaction(path, replaces=OLD, needed=needed, free=free) as new:
         parts = Parts(model, new, format, n_parts)
         yield parts
         if tokenizer is not None:

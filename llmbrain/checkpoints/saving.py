@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmbrain._files import read_json, transaction, write_json
+from llmbrain._files import read_json, refuse_other, still_free, transaction, write_json
 from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain._version import __version__
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOR_EXPERTS = ("per-layer", "remote-code", "uniform", "padded", "masked")
+MODEL = "a model"  # what is put into a folder, as `llmbrain._files.contents` calls it
 FORMATS = ("per-layer", "remote-code", "uniform", "padded", "masked", "gguf")
 
 
@@ -103,8 +105,8 @@ def save_pruned(
     FileExistsError
         If the folder holds a model already.
     InputError
-        If the format can not hold this model, it carries an adapter, cannot run, or what was written does not load as
-        the same model; nothing is written.
+        If it holds a study, a scan or the like; if the format can not hold this model, it carries an adapter, cannot
+        run, or what was written does not load as the same model; nothing is written.
     """
     import transformers
 
@@ -120,6 +122,7 @@ def save_pruned(
         raise FileExistsError(f"{path} is a file, not a folder")
     if (path / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
+    refuse_other(path, MODEL)
     _check_saveable(model)
     name = type(model).__name__
     if format in ("per-layer", "remote-code") and not hasattr(transformers, name):
@@ -154,7 +157,8 @@ def save_pruned(
     elif format == "masked":
         exported = _stock_copy(model, format, width=None)
     needed = sum(p.numel() * p.element_size() for p in exported.parameters())
-    with transaction(path, replaces=OLD, needed=needed) as new:
+    free = partial(still_free, what=MODEL, mark="" if overwrite else "config.json")
+    with transaction(path, replaces=OLD, needed=needed, free=free) as new:
         write_model(exported, new, format, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -208,7 +212,9 @@ def _save_gguf(
         def check(file: Path) -> None:
             check_gguf(model, said, file, gguf_type)
 
-    return write_gguf(model, tokenizer, path, gguf_type=gguf_type, like=like, record=record, check=check)
+    return write_gguf(
+        model, tokenizer, path, gguf_type=gguf_type, like=like, record=record, check=check, overwrite=overwrite
+    )
 
 
 # What an earlier model leaves in a folder that is written anew.

@@ -259,17 +259,18 @@ def recover(
     from llmbrain.checkpoints import save_pruned
     from llmbrain.pruning import recover as train
     from llmbrain.study import load_texts
-    from llmbrain.study.again import MADE, check_free, made_from
+    from llmbrain.study.again import MADE, check_free, made_from, making
 
     check_free(out, overwrite)
     texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device)
     made = made_from("recover", loaded, texts, steps=steps, rank=rank, random_state=seed)
-    if check_free(out, overwrite, made):
-        say(f"done before: {out}")
-        return
-    better, table = train(loaded, tokenizer, texts, steps=steps, rank=rank, random_state=seed, inplace=True)
-    save_pruned(better, tokenizer, out, overwrite=overwrite, note={MADE: made})
+    with making(out, overwrite, made) as is_there:
+        if is_there:
+            say(f"done before: {out}")
+            return
+        better, table = train(loaded, tokenizer, texts, steps=steps, rank=rank, random_state=seed, inplace=True)
+        save_pruned(better, tokenizer, out, overwrite=overwrite, note={MADE: made})
     print_table(table)
     say(f"saved: {out}")
 

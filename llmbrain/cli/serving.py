@@ -30,21 +30,23 @@ def export(
 ) -> None:
     """Write a model, pruned or not, for another engine."""
     from llmbrain.checkpoints import export_onnx, save_pruned
-    from llmbrain.study.again import MADE, check_free, made_from
+    from llmbrain.study.again import MADE, check_free, made_from, making
 
     check_option("--format", format, ("onnx", "gguf"))
-    check_free(out, overwrite)
+    what = "an ONNX graph" if format == "onnx" else "a model"
+    check_free(out, overwrite, what=what)
     loaded, tokenizer = open_model(model, "cpu")
     made = made_from("export", loaded, format=format, gguf_type=gguf_type, like=like and str(like))
     note = {MADE: made}
-    if check_free(out, overwrite, made):
-        say("done before")
-    elif format == "onnx":
-        export_onnx(loaded, tokenizer, out, overwrite=overwrite, note=note)
-    else:
-        save_pruned(
-            loaded, tokenizer, out, format="gguf", gguf_type=gguf_type, like=like, overwrite=overwrite, note=note
-        )
+    with making(out, overwrite, made, what) as is_there:
+        if is_there:
+            say("done before")
+        elif format == "onnx":
+            export_onnx(loaded, tokenizer, out, overwrite=overwrite, note=note)
+        else:
+            save_pruned(
+                loaded, tokenizer, out, format="gguf", gguf_type=gguf_type, like=like, overwrite=overwrite, note=note
+            )
     say(f"saved: {out}")
 
 

@@ -20,6 +20,7 @@ from llmbrain._files import (
     discard_sum,
     file_sha256,
     read_json,
+    refuse_other,
     settle,
     transaction,
     write_json,
@@ -74,6 +75,7 @@ class FolderStore(MemoryStore):
         self.settings = settings
         self.sums: list[dict[str, str]] = []
         settle(folder)
+        refuse_other(folder, "a dual regression")
         if not (folder / RECORD).exists():
             return
         record = read_json(folder / RECORD, anew=ANEW)

@@ -22,12 +22,13 @@ from llmbrain._files import (
     owner,
     read_json,
     reading,
+    refuse_other,
     settle,
     transaction,
     write_json,
     write_table,
     write_tensors,
-)
+)  # fmt: skip
 from llmbrain._progress import bar
 from llmbrain._validation import InputError, check_count, check_option, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
@@ -294,14 +295,10 @@ def lesion_table(
     if mixture is not None:
         mixture.say_silent({name: items for name, (items, _, _) in zip(masks, results)}, baseline)
     frame, draws = _frames(masks, ready, baseline, results, n_bootstrap, level, seed)
-    provenance = {
-        **settings,
-        "random_state": seed,
-        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
-        "level": level,
-        "n_bootstrap": n_bootstrap,
-        "items": {name: int(v.shape[1]) for name, v in baseline.items()},
-    }
+    read = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    items = {name: int(v.shape[1]) for name, v in baseline.items()}
+    facts = {"model": read, "level": level, "n_bootstrap": n_bootstrap, "items": items}
+    provenance = {**settings, "random_state": seed, **facts}
     return LesionTable(frame, draws, provenance)
 
 
@@ -466,6 +463,7 @@ class _Store:
         record = {"table": _digest(masks, evaluations, **settings), "baseline": means}
         path = folder / "lesions.json"
         settle(folder)
+        refuse_other(folder, "lesions")
         if not path.exists():
             with transaction(folder) as new:  # from now on what is written here joins its checksums
                 write_json(new / path.name, record, seal=True, indent=2)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from llmbrain._files import refuse_other
 from llmbrain._validation import InputError, check_option, check_range
 from llmbrain.anatomy.families import LayerAnatomy, anatomy
 from llmbrain.anatomy.offload import is_away, lend, lend_rest, present, shell
@@ -92,6 +93,7 @@ def prune_offloaded(
         raise InputError("a plan that keeps or forgets functions is not cut block by block: load the model whole")
     if (Path(path) / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
+    refuse_other(path, "a model")
     refuse_changed(model, "prune_offloaded")
     check_no_adapter(model)
     body, kept = plan.check_model(model), plan.kept_units

@@ -40,6 +40,7 @@ from llmbrain._files import (
     locked,
     read_json,
     read_sums,
+    refuse_other,
     replace_sums,
     sweep,
     write_json,
@@ -356,6 +357,7 @@ def refuse_others(folder: Path) -> None:
     others = [name for name in read_sums(folder, strict=False) if not name.startswith(("shards/", "runs.jsonl"))]
     if others:
         raise InputError(f"out={str(folder)!r} already holds files that are no scan ({others[0]}): give another folder")
+    refuse_other(folder, "a scan")
 
 
 def check_same_study(folder: Path, known: dict[str, Any], manifest: dict[str, Any]) -> None:

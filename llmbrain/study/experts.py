@@ -16,7 +16,7 @@ from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.pruning import plan_pruning, prune
 from llmbrain.pruning.expert_neurons import methods
 from llmbrain.pruning.experts import ExpertPlan
-from llmbrain.study.again import MADE, check_free, made_from
+from llmbrain.study.again import MADE, check_plan_place, made_from, making
 from llmbrain.study.folder import Study
 from llmbrain.study.settings import Settings
 
@@ -52,6 +52,7 @@ def plan_fewer(
         model, networks, expert_ratio=expert_ratio, tokenizer=tokenizer, calibration=texts or None, **options
     )
     if out is not None:
+        check_plan_place(out)
         made.save(out)
     return made
 
@@ -76,14 +77,15 @@ def cut_fewer(
     folder = study.folder if isinstance(study, Study) else study and Path(study)
     made = made_from("prune experts", model, texts, folder or None, format=format, compensate=compensate,
                      plan=plan and plan.to_dict(), **{k: v for k, v in options.items() if k != "study"})  # fmt: skip
-    if check_free(out, overwrite, made):
-        small, _ = load_model(out)
-        return small, ExpertPlan(**read_json(Path(out) / PROVENANCE)["cuts"][-1]["plan"])
-    plan = plan_fewer(model, tokenizer, texts, **options) if plan is None else plan
-    texts = texts if texts is not None else calibration_of(options.get("study"))
-    how = {"compensate": compensate, "tokenizer": tokenizer, "calibration": texts} if texts else {}
-    small = prune(model, plan, **how)
-    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, note={MADE: made} if made else None)
+    with making(out, overwrite, made) as is_there:
+        if is_there:
+            small, _ = load_model(out)
+            return small, ExpertPlan(**read_json(Path(out) / PROVENANCE)["cuts"][-1]["plan"])
+        plan = plan_fewer(model, tokenizer, texts, **options) if plan is None else plan
+        texts = texts if texts is not None else calibration_of(options.get("study"))
+        how = {"compensate": compensate, "tokenizer": tokenizer, "calibration": texts} if texts else {}
+        small = prune(model, plan, **how)
+        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, note={MADE: made} if made else None)
     return small, plan
 
 

@@ -35,6 +35,7 @@ from llmbrain._files import (
     plain,
     read_json,
     read_listed,
+    refuse_other,
     remove_folder,
     transaction,
     verify_listed,
@@ -52,6 +53,7 @@ from llmbrain.pruning.experts import ExpertPlan, read_plan
 from llmbrain.reporting import build_report, report
 from llmbrain.scanning import Scan, load_scans
 from llmbrain.scanning.store import origin_of, read_manifest
+from llmbrain.study.again import GGUF as PRUNED_GGUF
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +69,6 @@ MARKS = {
     "summary": ("summary", "summary.json"),
 }
 """Where each part of a study is: the folder of its name, or the study itself, where this file is."""
-PRUNED_GGUF = "pruned.gguf"  # in place of the folder, where the smaller model is a GGUF
 
 
 class Study:
@@ -228,7 +229,8 @@ def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = Fal
     BusyError
         If another process writes into the folder now.
     InputError
-        If the folder holds a study with other settings, or files that are no study.
+        If the folder holds a study with other settings, or files that are no study; overwriting or not, if it holds a
+        scan, a model or the like, which would be taken for a part of the study.
     """
     folder = Path(folder)
     mark = folder / "study.json"
@@ -250,12 +252,14 @@ def claim(folder: str | Path, settings: dict[str, Any], *, overwrite: bool = Fal
                     f"out={str(folder)!r} already holds another study ({changed}): choose another, or --overwrite"
                 )
             if other:
+                refuse_other(folder, "a study", *OWN)
                 _remove_parts(folder)
         elif strange and not overwrite:
             raise InputError(
                 f"out={str(folder)!r} already holds files that are no study of llmbrain: choose another folder"
             )
         elif strange:
+            refuse_other(folder, "a study", *OWN)
             _remove_parts(folder)
         with transaction(folder) as new:  # what is written beside it later joins its checksums
             write_json(new / mark.name, settings, seal=True)
@@ -275,6 +279,7 @@ MADE = (
     *("config.toml", "log.txt", PRUNED_GGUF),
 )
 """What a study holds beside its settings: folders, with a file that shows that they are ours, and files."""
+OWN = ("networks", "an ICA", "a comparison")  # what goes with them
 
 
 def _few(values: list[int]) -> str:

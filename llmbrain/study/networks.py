@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from llmbrain._files import write_figure, write_table
+from llmbrain._files import refuse_other, write_figure, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_count, check_option, check_whole, seed_of
 from llmbrain.anatomy.experts import has_experts
@@ -224,6 +224,7 @@ def describe_networks(
     study = study if isinstance(study, Study) else Study(study)
     group = study.networks
     target = Path(out) if out is not None else study.place("networks")
+    refuse_other(target, "networks", "a study", "an ICA", "a scan")
     scans: list[Scan] | None = None
     found = None
     try:

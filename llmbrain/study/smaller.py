@@ -13,12 +13,10 @@ from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_option, check_whole
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
-from llmbrain.checkpoints import load_model, load_pruned, save_pruned
-from llmbrain.checkpoints.gguf_reading import is_gguf
+from llmbrain.checkpoints import load_model, save_pruned
 from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.parts import FORMATS_BY_PART
-from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.distributed import Parcel, ranks
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.text import as_windows, listed_texts, window_length
@@ -33,7 +31,7 @@ from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
-from llmbrain.study.again import MADE, check_free, made_from
+from llmbrain.study.again import MADE, check_plan_place, made_before, made_from, making
 from llmbrain.study.cost import (
     OF_REPAIR,
     PIECE,
@@ -222,6 +220,8 @@ def plan(
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
     """
+    if out is not None:
+        check_plan_place(out)
     method = options.setdefault("method", "networks")
     self_text = _beside(self_text, options)
     if evidence is None:
@@ -338,75 +338,64 @@ def cut(
         compensate=compensate, format=format, self_text=self_text, gguf_type=gguf_type, like=like and str(like),
         random_state=random_state, **options,
     )  # fmt: skip
-    if check_free(out, overwrite, made):
-        speaker(progress)("the smaller model: done before")
-        return _before(out, tokenizer, plan, offload)
-    if format == "gguf":
-        check_gguf_path(out)
-    if evidence is None:
-        check_saving(model, tokenizer, format, gguf_type, like)
-        method = "" if plan is not None else options.get("method", "networks")
-        self_text = 0 if offload and self_text is None else _beside(self_text, options)
-        evidence = evidence_of(
-            model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
-            allocation=None if plan is not None else options.get("allocation"), progress=progress,
-        )  # fmt: skip
-    if plan is None:
-        plan = _plan(
-            model, tokenizer, evidence=evidence, format=format, random_state=random_state, progress=progress, **options
-        )
-    speaker(progress)(f"    cut, and repair by {compensate}" if compensate else "    cut, without repair")
-    calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
-    intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
-    how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept, **calibration}
-    note = {MADE: made} if made else {}
-    foretold = None  # of a model on disk it would take as long as the cut
-    if report and not offload:
-        foretold = forecast_of(model, plan, evidence.networks, evidence.scans, compensate)
+    with making(out, overwrite, made) as is_there:
+        if is_there:
+            speaker(progress)("the smaller model: done before")
+            return made_before(out, tokenizer, plan, offload)
+        if format == "gguf":
+            check_gguf_path(out)
+        if evidence is None:
+            check_saving(model, tokenizer, format, gguf_type, like)
+            method = "" if plan is not None else options.get("method", "networks")
+            self_text = 0 if offload and self_text is None else _beside(self_text, options)
+            evidence = evidence_of(
+                model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
+                allocation=None if plan is not None else options.get("allocation"), progress=progress,
+            )  # fmt: skip
+        if plan is None:
+            asked = {"format": format, "random_state": random_state, "progress": progress, **options}
+            plan = _plan(model, tokenizer, evidence=evidence, **asked)
+        speaker(progress)(f"    cut, and repair by {compensate}" if compensate else "    cut, without repair")
+        calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
+        intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
+        how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept, **calibration}
+        note = {MADE: made} if made else {}
+        foretold = None  # of a model on disk it would take as long as the cut
+        if report and not offload:
+            foretold = forecast_of(model, plan, evidence.networks, evidence.scans, compensate)
 
-    def page(path: Path, smaller: nn.Module) -> None:
-        """The report, with what was foretold beside what it is."""
-        found = foretold if foretold is None else foretold.measure(model, smaller)
-        title = f"{model_id(model)}, pruned"
-        write_report(path, title=title, plan=plan, networks=evidence.networks, forecast=found)
+        def page(path: Path, smaller: nn.Module) -> None:
+            """The report, with what was foretold beside what it is."""
+            found = foretold if foretold is None else foretold.measure(model, smaller)
+            title = f"{model_id(model)}, pruned"
+            write_report(path, title=title, plan=plan, networks=evidence.networks, forecast=found)
 
-    def beside(folder: Path, smaller: nn.Module | None = None) -> None:
-        """What is of one set with the model."""
-        write_json(folder / PROVENANCE, read_json(folder / PROVENANCE) | note)
-        if report:
-            page(folder / "report.html", smaller or load_model(folder, offload=True)[0])
+        def beside(folder: Path, smaller: nn.Module | None = None) -> None:
+            """What is of one set with the model."""
+            write_json(folder / PROVENANCE, read_json(folder / PROVENANCE) | note)
+            if report:
+                page(folder / "report.html", smaller or load_model(folder, offload=True)[0])
 
-    if offload:
-        prune_offloaded(model, plan, out, format=format, overwrite=overwrite, beside=beside, **how)
-        return load_model(out, offload=True)[0], plan
-    small = prune(model, plan, relearning=relearning, record_indices=indices, **how)
-    if not ranks().leads:  # rank 0 saves
+        if offload:
+            prune_offloaded(model, plan, out, format=format, overwrite=overwrite, beside=beside, **how)
+            return load_model(out, offload=True)[0], plan
+        small = prune(model, plan, relearning=relearning, record_indices=indices, **how)
+        if not ranks().leads:  # rank 0 saves
+            return small, plan
+        if format != "gguf":
+            save_pruned(
+                small, tokenizer, out, format=format, overwrite=overwrite, beside=lambda folder: beside(folder, small)
+            )
+            return small, plan
+        if report:  # first: the model says that all of it is done
+            page(Path(out).with_suffix(".html"), small)
+        like = like or gguf_of(model)
+        kept: dict[str, Any] = {"gguf_type": gguf_type, "like": like, "note": note}
+        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, **kept)
         return small, plan
-    if format != "gguf":
-        save_pruned(
-            small, tokenizer, out, format=format, overwrite=overwrite, beside=lambda folder: beside(folder, small)
-        )
-        return small, plan
-    if report:  # first: the model says that all of it is done
-        page(Path(out).with_suffix(".html"), small)
-    like = like or gguf_of(model)
-    save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, gguf_type=gguf_type, like=like, note=note)
-    return small, plan
 
 
 _plan = plan  # the name that `cut` uses for its argument
-
-
-def _before(
-    out: str | Path, tokenizer: PreTrainedTokenizerBase | None, plan: PruningPlan | None, offload: bool
-) -> tuple[nn.Module, PruningPlan]:
-    """The model that the same call wrote, and its plan."""
-    whole = is_gguf(out) or tokenizer is not None
-    model, _ = load_model(out, offload=offload) if whole else load_pruned(out)
-    if plan is None:
-        record = getattr(model, RECORD)[-1]
-        plan = PruningPlan.from_dict({**record["plan"], "kept": record["kept"], "kept_heads": record["kept_heads"]})
-    return model, plan
 
 
 def _halves(texts: Sequence[str]) -> tuple[list[str], list[str]]:
