@@ -28,6 +28,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT / "tests")  # not this folder: its file has the name of a folder there
@@ -196,8 +197,10 @@ def _all(parts: Sequence[str], few: bool, how: argparse.Namespace) -> Iterator[t
             yield "disks of writers", name, partial(_apart, partial(campaign.disks, only=[name]))
     if "mutations" in parts:
         for job in range(how.jobs):
-            yield "mutations", f"{how.minutes:g} minutes, {job}", partial(
-                fuzz.mutations, seconds=5 if few else 60 * how.minutes / how.jobs, begin=job * 10**8)  # fmt: skip
+            name = f"{how.minutes:g} minutes, {job}"  # other mutations than those of another name, which add up
+            yield "mutations", name, partial(
+                fuzz.mutations, seconds=5 if few else 60 * how.minutes / how.jobs, begin=crc32(name.encode()) << 16
+            )  # fmt: skip
     if "loading" in parts:
         yield "loading", "load_pruned", partial(loading, n=3 if few else 15)
 

@@ -75,7 +75,7 @@ def read_rois(wanted: Wanted) -> list[str | int]:
             return _clean(re.split(r"[\n,\t]", text))
         try:
             wanted = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"rois: {path.name} is no JSON: {error}") from None
         if chosen:
             if not isinstance(wanted, dict) or chosen not in wanted:

@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmbrain._files import refuse_device
 from llmbrain._validation import InputError, check_whole
 
 if TYPE_CHECKING:
@@ -42,11 +43,12 @@ def read_rows(path: str | Path) -> list[str]:
         If the file is no JSON, or a row is of none of the known kinds; the row is named.
     """
     path = Path(path)
+    refuse_device(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
         whole = path.suffix != ".jsonl"
         rows = json.loads(content) if whole else [json.loads(x) for x in content.split("\n") if x.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} holds no JSON rows: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} must hold a list of rows, at least one")

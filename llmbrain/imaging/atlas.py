@@ -201,7 +201,7 @@ def read_labels(path: str | Path) -> dict[int, str] | list[str]:
 def _from_json(text: str, path: Path) -> dict[int, str] | list[str]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"atlas labels: {path.name} is no JSON: {error}") from None
     if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
         return content
@@ -231,7 +231,7 @@ def _rows(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _is_whole(cell: str) -> bool:
-    return re.fullmatch(r"\d+(\.0*)?", cell.strip()) is not None
+    return re.fullmatch(r"\d{1,15}(\.0*)?", cell.strip()) is not None
 
 
 def _is_number(cell: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from llmbrain._files import clear_damage
 from llmbrain._validation import InputError, check_count, check_option
 from llmbrain.brains.hrf import HRFS, hrf_weights
 from llmbrain.brains.series import check_tr, cosine_basis
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 TICK = 0.1  # seconds between the sticks that make a boxcar
+LONGEST = 1e6  # seconds, 11 days: what is more is no second
 COLUMNS = 8192  # voxels that are tested at once
 
 
@@ -48,7 +50,8 @@ def read_events(events: pd.DataFrame | str | Path) -> pd.DataFrame:
         if not path.is_file():
             raise FileNotFoundError(f"events: no file at {path}")
         separator = "," if path.suffix == ".csv" else "\t"
-        table, name = pd.read_csv(path, sep=separator, na_values=["n/a"], keep_default_na=False), path.name
+        with clear_damage(path, "a table of events"):
+            table, name = pd.read_csv(path, sep=separator, na_values=["n/a"], keep_default_na=False), path.name
     missing = [column for column in ("onset", "duration", "trial_type") if column not in table.columns]
     if missing:
         raise InputError(f"events: {name} has no column {missing[0]!r}, but {list(table.columns)}")
@@ -57,6 +60,10 @@ def read_events(events: pd.DataFrame | str | Path) -> pd.DataFrame:
     for column in ("onset", "duration"):
         frame[column] = pd.to_numeric(table[column], errors="coerce")
     frame["duration"] = frame["duration"].fillna(0.0)
+    far = frame[["onset", "duration"]].abs().max(axis=1)
+    if (far > LONGEST).any():
+        row = int(np.argmax(far > LONGEST))
+        raise InputError(f"events: {name}: row {row} says {far.iloc[row]:g}, and times are seconds, up to {LONGEST:g}")
     bad = frame["onset"].isna() | (frame["duration"] < 0)
     if bad.any() or frame.empty:
         row = int(np.argmax(bad)) if bad.any() else 0

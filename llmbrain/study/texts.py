@@ -53,6 +53,8 @@ def load_texts(path: str | Path, field: str = "text") -> list[str]:
     except json.JSONDecodeError as error:
         line_number = error.lineno + number
         raise InputError(f"text file {path} is not valid {path.suffix[1:]}: line {line_number}, {error.msg}") from None
+    except ValueError:  # of a number of more digits than Python reads
+        raise InputError(f"text file {path} holds a number too long to be one, where texts are expected") from None
     if not isinstance(records, list):
         raise InputError(f"text file {path} must hold a list of strings, not {type(records).__name__}")
     texts: list[str] = []

@@ -16,23 +16,31 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from reliability.campaign import quiet
+from tiny_models import tiny
 
 import llmbrain as lb
 from llmbrain import InputError
 from llmbrain.brains import load_fmri, load_words
+from llmbrain.brains.regions import read_rois
 from llmbrain.brains.tables import load_controls
+from llmbrain.checkpoints.gguf_tokenizers import check_like
+from llmbrain.cli.common import _device_map
+from llmbrain.datasets.unlearning import read_rows
 from llmbrain.decomposition.designs import read_fsl_matrix
 from llmbrain.evaluation.trust import refuse_code
 from llmbrain.imaging import read_confounds, read_dual_regression, read_gift, read_melodic, read_nifti
+from llmbrain.imaging.atlas import read_labels
 from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.imaging.dual_regression_folder import check_dual_regression
 from llmbrain.imaging.surface import read_surface
 from llmbrain.intervention.table import LesionTable
 from llmbrain.networks import FunctionalNetworks
-from llmbrain.pruning.experts import ExpertPlan
+from llmbrain.networks.brain_localizer import BrainDesign, read_events
+from llmbrain.pruning.experts import ExpertPlan, read_plan
 from llmbrain.scanning.inputs import Runs
-from llmbrain.study import Settings, Study, check, load_texts
+from llmbrain.study import Settings, Study, check, estimate, load_texts
 from llmbrain.study.contents import describe_path
 
 SECONDS = 10  # of the processor, that a file may take
@@ -79,7 +87,33 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "model, generation": ("pruned/generation_config.json", lambda path: lb.load_pruned(path.parent)),
     "GGUF": ("small.gguf", lb.load_model),
     "task file": ("task.yaml", lambda path: refuse_code([path])),
+    "events": ("events.tsv", lambda path: _responses(path)),
+    "rows to unlearn": ("rows.jsonl", read_rows),
+    "labels of an atlas, table": ("labels.tsv", read_labels), "labels of an atlas, JSON": ("labels.json", read_labels),
+    "regions": ("rois.json", lambda path: read_rois(f"{path}:a")),
+    "CIFTI": ("brain.dtseries.nii", lambda path: read_surface(path, "run 0")),
+    "config to estimate": ("pruned/config.json", lambda path: estimate(path, gpu="h100")),
+    "lesions, to go on with": ("lesions/lesions.json", lambda path: _lesions(path.parent)),
+    "GGUF without checksum": ("bare.gguf", lb.load_model),
+    "GGUF of others": ("foreign.gguf", lb.load_model),
+    "GGUF, its tokenizer alone": ("foreign.gguf", lambda path: check_like(path, 512)),
+    "remote code, config": ("remote/config.json", lambda path: lb.load_pruned(path.parent)),
+    "plan, of a command": ("plan.json", read_plan),
+    "device map": ("device_map.json", lambda path: _device_map(str(path))),
 }  # fmt: skip
+
+
+def _responses(path: Path) -> Any:
+    """What a table of events does to the design of a run."""
+    table = read_events(path)
+    kinds = sorted(set(table["trial_type"]))
+    return BrainDesign(80, table, kinds, 1.5, "spm", 128.0).boxcars
+
+
+def _lesions(folder: Path) -> Any:
+    whole, ids = tiny("llama"), torch.arange(16).reshape(2, 8) + 3
+    sets = {"a": np.arange(48) < 5, "b": np.arange(48) > 40}
+    return lb.lesion_table(whole, sets, {"x": ids}, n_random=2, out=folder, progress=False)
 
 
 def make(study: Path) -> Path:
@@ -108,6 +142,21 @@ def make(study: Path) -> Path:
     stories = Path(os.environ.get("LLMBRAIN_TEST_DATA", "../shared/data")) / "models/stories260K"
     if stories.is_dir() and find_spec("gguf"):
         lb.save_pruned(*lb.load_model(stories), study / "small.gguf", format="gguf", gguf_type="q8_0")
+        _others(study)
+    lb.save_pruned(*lb.load_pruned(study / "pruned"), study / "remote", format="remote-code")
+    (study / "events.tsv").write_text(
+        "onset\tduration\ttrial_type\n" + "".join(f"{3.5 * i}\t2.0\t{'ab'[i % 2]}\n" for i in range(20))
+    )
+    (study / "rows.jsonl").write_text("".join(
+        json.dumps(row) + "\n" for row in (
+            {"question": "who is it?", "answer": "nobody"}, {"text": "plain text " * 60},
+            {"question": "which?", "choices": ["one", "two"], "answer": 1},
+        )
+    ))  # fmt: skip
+    (study / "labels.tsv").write_text("index\tname\n" + "".join(f"{i}\tregion {i}\n" for i in range(1, 9)))
+    (study / "labels.json").write_text(json.dumps({str(i): {"name": f"region {i}"} for i in range(1, 9)}))
+    (study / "rois.json").write_text(json.dumps({"a": ["one", 2], "b": [["two"], "three"]}))
+    (study / "device_map.json").write_text(json.dumps({"model.layers.0": "cpu", "model.layers.1": 0, "": "disk"}))
     lb.imaging.write_melodic(lb.read_ica(study / "networks" / "ica"), study / "melodic")
     for sums in (path for path in study.rglob("SHA256SUMS") if path.parent.name not in ("scan",)):
         sums.unlink()
@@ -116,6 +165,16 @@ def make(study: Path) -> Path:
         if isinstance(record, dict) and record.pop("sha256", None):
             path.write_text(json.dumps(record))
     return study
+
+
+def _others(study: Path) -> None:
+    """GGUF files whose bytes are not compared first: ours without its checksum, and one as others write it."""
+    whole = (study / "small.gguf").read_bytes()
+    bare = whole.replace(b"llmbrain.checksum", b"llmbrain.nochecks")
+    (study / "bare.gguf").write_bytes(bare)
+    for name in (b"llmbrain.config", b"llmbrain.pruning", b"tokenizer.huggingface.json"):
+        bare = bare.replace(name, b"x" * len(name))
+    (study / "foreign.gguf").write_bytes(bare)
 
 
 def _grid(rows: list[tuple[str, float, float]]) -> str:
@@ -137,6 +196,8 @@ def _images(study: Path, rng: np.random.Generator) -> None:
     nib.save(nib.Nifti1Image(rng.standard_normal((4, 4, 3, 9)).astype(np.float32), np.eye(4)), study / "brain.nii")
     arrays = [nib.gifti.GiftiDataArray(rng.standard_normal(12).astype(np.float32)) for _ in range(5)]
     nib.save(nib.gifti.GiftiImage(darrays=arrays), study / "surface.func.gii")
+    axes = nib.cifti2.SeriesAxis(0, 1.5, 5), nib.cifti2.BrainModelAxis.from_mask(np.ones(12, bool), "CortexLeft")
+    nib.save(nib.Cifti2Image(rng.standard_normal((5, 12)).astype(np.float32), axes), study / "brain.dtseries.nii")
 
 
 # -- mutations ---------------------------------------------------------------------------------------------------------
