@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from llmbrain._validation import InputError
+from llmbrain.anatomy.experts import has_experts
+from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_layout import CONFIG
 from llmbrain.checkpoints.gguf_opening import first_line, open_gguf
-from llmbrain.checkpoints.gguf_reading import is_gguf
+from llmbrain.checkpoints.gguf_reading import config_of_mixture, is_gguf
 from llmbrain.checkpoints.loading import model_class_of
 from llmbrain.checkpoints.placing import empty_of
 from llmbrain.checkpoints.shapes import apply_shapes, layer_shapes, own_layers, text_config
@@ -41,7 +43,9 @@ def read_config(source: str | Path) -> Any:
             if field is not None:  # one that llmbrain wrote
                 written = json.loads(field.contents())
                 return transformers.CONFIG_MAPPING[written["model_type"]].from_dict(written)
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            config = config_of_mixture(path, reader)
+            if config is None:
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             config.tie_word_embeddings = all(t.name != "output.weight" for t in reader.tensors)
             config.dtype = torch.float32  # as it is loaded
             return config
@@ -65,7 +69,7 @@ def model_of_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
         text_config(config).per_layer_config = own_layers(config)
     model = empty_of(model_class, config, {})
     if shapes:
-        apply_shapes(model, shapes)
+        (apply_expert_shapes if has_experts(model) else apply_shapes)(model, shapes)
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # type: ignore[operator]
     own = getattr(text_config(config), "dtype", None) or getattr(config, "dtype", None)

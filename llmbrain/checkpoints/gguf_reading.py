@@ -18,8 +18,11 @@ from torch import Tensor
 
 from llmbrain._progress import bar
 from llmbrain._validation import InputError
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.units import HEADS, NEURONS
+from llmbrain.checkpoints import gguf_experts
+from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_layout import (
     CLASS,
     CONFIG,
@@ -34,11 +37,13 @@ from llmbrain.checkpoints.gguf_layout import (
     rotary_factors,
     split_halves,
 )
+from llmbrain.checkpoints.gguf_mixtures import MIXTURES
 from llmbrain.checkpoints.gguf_opening import MAGIC, first_line, open_gguf
-from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, read_whole, set_pre_tokenizer
+from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, alike, read_whole, set_pre_tokenizer
 from llmbrain.checkpoints.gguf_tokenizers import WHOLE as WHOLE_TOKENIZER
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, stock_config, text_config
 from llmbrain.checkpoints.shrinking import blocks_of, is_empty
+from llmbrain.hooks.experts import run_one_by_one
 from llmbrain.hooks.text import evaluation_mode
 
 if TYPE_CHECKING:
@@ -128,6 +133,8 @@ def _foreign_model(
     from transformers import AutoConfig
 
     _refuse(path, architecture, fields)
+    if _experts_in(fields, architecture):
+        return _foreign_mixture(path, reader, fields, architecture, dtype)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError, TypeError, OSError) as error:
@@ -140,34 +147,53 @@ def _foreign_model(
     return model
 
 
-def _own_model(
+def _experts_in(fields: dict[str, Any], architecture: str) -> bool:
+    return int(fields.get(f"{architecture}.expert_count", 0) or 0) > 0
+
+
+def config_of_mixture(path: Path, reader: Any) -> PretrainedConfig | None:
+    """The config of a mixture of experts that another program wrote, None where a file holds none."""
+    fields = {name: field.contents() for name, field in reader.fields.items() if name.split(".")[-1] not in _LONG}
+    architecture = str(fields.get("general.architecture", ""))
+    if not _experts_in(fields, architecture):
+        return None
+    shapes = {t.name: t.shape for t in reader.tensors}
+    return gguf_experts.config_of(path, architecture, fields, shapes)  # type: ignore[no-any-return]
+
+
+def _foreign_mixture(
     path: Path, reader: Any, fields: dict[str, Any], architecture: str, dtype: torch.dtype | str | None
 ) -> PreTrainedModel:
-    """A file that llmbrain wrote, also one whose layers differ."""
-    import gguf
-    import transformers
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config_class, model_class = None, getattr(transformers, str(fields.get(CLASS)), None)
+    config = gguf_experts.config_of(path, architecture, fields, {t.name: t.shape for t in reader.tensors})
+    _set_rope(path, reader, config)
+    mixture = MIXTURES[config.model_type]
     try:
-        written = json.loads(fields[CONFIG])
-        config_class = transformers.CONFIG_MAPPING[written["model_type"]]
-        config = config_class.from_dict(written)
-        target = next(t for t in TARGETS[written["model_type"]] if t is not None and t.arch == architecture)
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise InputError(f"{path}: what llmbrain wrote of its config cannot be read: {first_line(error)}") from error
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise InputError(f"{path}: {fields.get(CLASS)!r} is no model class of transformers")
-    shapes = layer_shapes(config)
-    with no_init_weights():
-        model = model_class(stock_config(config))
-    if shapes:
-        apply_shapes(model, shapes)
-        text_config(model.config).per_layer_config = dict(enumerate(shapes))
-    arrays = {t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
-    state = _state(path, model, arrays, target)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: no model can be built from its keys: {first_line(error)}") from error
+    gguf_experts.check_entries(path, model, mixture, fields)
+    arrays = _arrays(reader)
+    arrays.pop(ROPE_FACTORS, None)
+    _fill(path, model, gguf_experts.state_of(path, model, arrays, mixture))
+    model.config._name_or_path = str(path)
+    run_one_by_one(model)
+    return model.to(torch.float32 if dtype in (None, "auto") else _dtype(dtype))  # type: ignore[no-any-return]
+
+
+def _arrays(reader: Any) -> dict[str, Tensor]:
+    import gguf
+
+    return {t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
+
+
+def _fill(path: Path, model: Any, state: dict[str, Tensor]) -> None:
+    """Load a state dict; what is missing must be tied, or read by nothing."""
     missing = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     unread = norms_that_nothing_reads(model, missing.missing_keys)
     with torch.no_grad():
         for name in unread:
@@ -176,6 +202,41 @@ def _own_model(
     if lacking:
         raise InputError(f"{path} does not fill its model: it lacks {lacking[0]} ({len(lacking)} in all)")
     model.tie_weights()
+
+
+def _own_model(
+    path: Path, reader: Any, fields: dict[str, Any], architecture: str, dtype: torch.dtype | str | None
+) -> PreTrainedModel:
+    """A file that llmbrain wrote, also one whose layers differ."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    config_class, model_class = None, getattr(transformers, str(fields.get(CLASS)), None)
+    try:
+        written = json.loads(fields[CONFIG])
+        config_class = transformers.CONFIG_MAPPING[written["model_type"]]
+        config = config_class.from_dict(written)
+        kind = written["model_type"]
+        targets = (MIXTURES[kind],) if kind in MIXTURES else TARGETS[kind]
+        target = next(t for t in targets if t is not None and t.arch == architecture)
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(f"{path}: what llmbrain wrote of its config cannot be read: {first_line(error)}") from error
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise InputError(f"{path}: {fields.get(CLASS)!r} is no model class of transformers")
+    shapes = layer_shapes(config)
+    with no_init_weights():
+        model = model_class(stock_config(config))
+    if shapes:
+        (apply_shapes if isinstance(target, Target) else apply_expert_shapes)(model, shapes)
+        text_config(model.config).per_layer_config = dict(enumerate(shapes))
+    arrays = _arrays(reader)
+    if isinstance(target, Target):
+        state = _state(path, model, arrays, target)
+    else:
+        arrays.pop(ROPE_FACTORS, None)
+        state = gguf_experts.state_of(path, model, arrays, target)
+    _fill(path, model, state)
+    run_one_by_one(model)
     if PROVENANCE in fields:
         setattr(model, RECORD, json.loads(fields[PROVENANCE]).get("cuts", []))
     return model.to(torch.float32 if dtype in (None, "auto") else _dtype(dtype))
@@ -184,7 +245,7 @@ def _own_model(
 def norms_that_nothing_reads(model: Any, missing: Sequence[str]) -> set[str]:
     """Those of some names that are weights of norms whose attention, or whole layer, was dropped."""
     found: set[str] = set()
-    for layer in anatomy(model).layers:
+    for layer in () if has_experts(model) else anatomy(model).layers:
         if is_empty(layer):
             found |= {name for name in missing if name.startswith(f"{layer.path}.")}
         elif HEADS.is_gone(layer):
@@ -249,8 +310,6 @@ def _refuse(path: Path, architecture: str, fields: dict[str, Any]) -> None:
         )
     if not architecture:
         raise InputError(f"{path} does not say its architecture (general.architecture)")
-    if int(fields.get(f"{architecture}.expert_count", 0) or 0) > 0:
-        raise InputError(f"{path} is a mixture of experts in a GGUF, which is not read: load its transformers folder")
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
         raise InputError(f"{path} scales its rotary positions ({scaling!r}), which a GGUF does not say in full: "
@@ -373,7 +432,7 @@ def _check_tokens(path: Path, tokens: list[str], tokenizer: Any, vocabulary: int
     padding = ("[PAD", "<pad", "<unused", "[unused", "<|dummy")
     for i, token in enumerate(tokens):
         other = known[i] if i < len(known) else None
-        if other != token and not (other is None and token.startswith(padding)):
+        if not (other is not None and alike(token, other)) and not (other is None and token.startswith(padding)):
             raise InputError(
                 f"{path}: its tokenizer cannot be rebuilt: token {i} is {token!r}, the rebuilt one says {other!r}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,16 +114,22 @@ def copy_tokenizer(writer: gguf.GGUFWriter, fields: dict[str, gguf.ReaderField])
         writer.add_key_value(name, field.contents(), field.types[0], sub)
 
 
-def _alike(there: str, ours: str) -> bool:
+def alike(there: str, ours: str) -> bool:
     """Whether two names are of one token: transformers writes Gemma's byte 9 as the character."""
-    return there == ours or (there == "<0x09>" and ours == "\t")
+    return there == ours or (there == "<0x09>" and ours == "\t") or (len(ours) == 1 and there == _byte_level_name(ours))
+
+
+def _byte_level_name(character: str) -> str:
+    """What byte-level tokenizers call a character of ASCII."""
+    number = ord(character)
+    return chr(256 + number) if number < 33 else chr(289) if number == 127 else character
 
 
 def _check_same(tokenizer: PreTrainedTokenizerBase, tokens: list[str], like: str | Path) -> None:
     """Refuse a file whose tokens are others; added ones, which llama.cpp's converter renames, may have other names."""
     added = tokenizer.get_added_vocab()
     ours = {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
-    differ = [n for n, token in sorted(ours.items()) if n >= len(tokens) or not _alike(tokens[n], token)]
+    differ = [n for n, token in sorted(ours.items()) if n >= len(tokens) or not alike(tokens[n], token)]
     if differ:
         number = differ[0]
         there = tokens[number] if number < len(tokens) else None
@@ -135,8 +142,9 @@ def _check_same(tokenizer: PreTrainedTokenizerBase, tokens: list[str], like: str
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Write a tokenizer's keys, where its kind is known for certain.
 
-    Known are byte-level BPE tokenizers that split text as one of `PRE_TOKENIZERS`, and BPE with bytes to fall back on
-    whose merges are just those that a SentencePiece tokenizer with the same pieces makes.
+    Known are byte-level BPE tokenizers that split text as one of `PRE_TOKENIZERS`, BPE with bytes to fall back on
+    whose merges are just those that a SentencePiece tokenizer with the same pieces makes, and tokenizers of single
+    characters of ASCII (of which llama.cpp leaves out what they do not know: a warning says so).
 
     Raises
     ------
@@ -147,10 +155,13 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     if backend is None:
         raise _unknown(f"{type(tokenizer).__name__} is not a fast tokenizer")
     state = json.loads(backend.to_str())
-    if state["model"].get("type") != "BPE":
+    characters = _is_of_characters(state)
+    if state["model"].get("type") != "BPE" and not characters:
         raise _unknown(f"its model is {state['model'].get('type')!r}")
-    kind = _byte_level(state)
-    if kind is not None:
+    kind = None if characters else _byte_level(state)
+    if characters:
+        _write_characters(writer, tokenizer, state, vocabulary)
+    elif kind is not None:
         _write_byte_level(writer, tokenizer, state, kind, vocabulary)
     else:
         _write_pieces(writer, tokenizer, state, vocabulary)
@@ -226,6 +237,31 @@ def _write_byte_level(writer: Any, tokenizer: Any, state: dict[str, Any], kind: 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]])
+
+
+def _is_of_characters(state: dict[str, Any]) -> bool:
+    """Whether a tokenizer has a token for each character, all of ASCII, and knows no others."""
+    special = {entry["content"] for entry in state.get("added_tokens", [])}
+    names = set(state["model"].get("vocab", ())) - special if state["model"].get("type") == "WordLevel" else set()
+    every = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    single = all(len(name) == 1 and name.isascii() for name in names)
+    return bool(names) and single and state.get("pre_tokenizer") == every and not state.get("normalizer")
+
+
+def _write_characters(writer: Any, tokenizer: Any, state: dict[str, Any], vocabulary: int) -> None:
+    """Characters of ASCII are bytes: a byte-level tokenizer that merges none."""
+    tokens, types = _tokens(tokenizer, state, vocabulary)
+    warnings.warn(
+        f"the tokenizer knows {types.count(NORMAL)} characters: llama.cpp leaves out all others, which it reads as "
+        f"{tokenizer.unk_token!r} itself",
+        UserWarning,
+        stacklevel=2,
+    )
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([_byte_level_name(t) if kind == NORMAL else t for t, kind in zip(tokens, types)])
+    writer.add_token_types(types)
+    writer.add_token_merges(["\u0100 \u0100"])  # llama.cpp asks for some: of two bytes that are no tokens
 
 
 def _write_pieces(writer: Any, tokenizer: Any, state: dict[str, Any], vocabulary: int) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from llmbrain._files import writing
 from llmbrain._validation import InputError, check_option
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import LayerAnatomy, anatomy
 from llmbrain.anatomy.units import HEADS, NEURONS
+from llmbrain.checkpoints import gguf_experts
 from llmbrain.checkpoints.gguf_layout import (
     BLOCK,
     CLASS,
@@ -32,6 +34,7 @@ from llmbrain.checkpoints.gguf_layout import (
     interleave,
     rotary_factors,
 )
+from llmbrain.checkpoints.gguf_mixtures import Mixture
 from llmbrain.checkpoints.gguf_opening import CHECKSUM, EMPTY, seal_gguf
 from llmbrain.checkpoints.gguf_tokenizers import check_like, copy_tokenizer, write_tokenizer, write_whole
 from llmbrain.checkpoints.shrinking import blocks_of, is_empty
@@ -59,7 +62,8 @@ def write_gguf(
     Parameters
     ----------
     model : transformers model
-        Llama, Mistral, Qwen2, Qwen3 or Gemma 1 to 3 (text), pruned or not.
+        Llama, Mistral, Qwen2, Qwen3 or Gemma 1 to 3 (text), pruned or not; or a mixture of experts whose layers are
+        alike, of a family in `llmbrain.checkpoints.gguf_mixtures.MIXTURES`.
     tokenizer : tokenizer or None
         Written where its kind is known for certain; not needed with `like`.
     path : str or Path
@@ -161,7 +165,7 @@ def check_gguf_path(path: str | Path) -> Path:
     return path
 
 
-def target_of(model: nn.Module) -> Target:
+def target_of(model: nn.Module) -> Target | Mixture:
     """Where llmbrain puts a model in llama.cpp, or why there is no place for it.
 
     Raises
@@ -169,6 +173,10 @@ def target_of(model: nn.Module) -> Target:
     InputError
         If there is none.
     """
+    return gguf_experts.mixture_of(model) if has_experts(model) else _dense_target(model)
+
+
+def _dense_target(model: nn.Module) -> Target:
     config: Any = model.config
     kind = str(config.model_type)
     if kind not in TARGETS or not type(model).__name__.endswith("ForCausalLM"):
@@ -227,7 +235,10 @@ def demands(model: nn.Module) -> tuple[bool, bool]:
     InputError
         If llama.cpp has no place for this model at all.
     """
-    own = target_of(model)
+    if has_experts(model):
+        gguf_experts.mixture_of(model)
+        return True, True
+    own = _dense_target(model)
     config: Any = model.config
     other = TARGETS[config.model_type][1]
     if other is None or (other.fused and not config.tie_word_embeddings):
@@ -313,10 +324,16 @@ def _check_gemma(model: nn.Module, kind: str) -> None:
         raise InputError("format='gguf': use_bidirectional_attention=True is not written")
 
 
-def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -> None:
+def _write_keys(writer: Any, model: nn.Module, target: Target | Mixture, gguf_type: str) -> None:
     import gguf
 
     config: Any = model.config
+    writer.add_name(Path(str(getattr(config, "_name_or_path", "") or config.model_type)).name)
+    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[gguf_type]
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    if isinstance(target, Mixture):
+        gguf_experts.write_entries(writer, model, target)
+        return
     layers = blocks_of(anatomy(model).layers)
     first = max(layers, key=lambda layer: layer.head_dim)  # one that has its attention
     rope = dict(config.rope_parameters)
@@ -325,7 +342,6 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
     def each(values: list[int]) -> list[int] | int:
         return values if target.per_layer else values[0]
 
-    writer.add_name(Path(str(getattr(config, "_name_or_path", "") or config.model_type)).name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
@@ -339,8 +355,6 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
     writer.add_rope_freq_base(float(full["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(_rows(model))
-    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[gguf_type]
-    writer.add_file_type(gguf.LlamaFileType[file_type])
     if target.arch in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
     if target.arch == "gemma2":
@@ -351,9 +365,16 @@ def _write_keys(writer: Any, model: nn.Module, target: Target, gguf_type: str) -
         writer.add_float32(f"{target.arch}.rope.freq_base_swa", float(rope["sliding_attention"]["rope_theta"]))
 
 
-def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tuple[str, NDArray[Any], Any]]:
+def tensors_of(model: nn.Module, target: Target | Mixture, gguf_type: str) -> Iterator[tuple[str, NDArray[Any], Any]]:
     """``(name, values, quantization)`` of every tensor of a file, in order."""
     config: Any = model.config
+    if isinstance(target, Mixture):
+        for name, tensor in gguf_experts.tensors(model, target):
+            yield _encoded(name, tensor, "f32" if gguf_experts.stays_float(name) else gguf_type)
+        factors = _factors(model, gguf_experts.head_size(config))
+        if factors is not None:
+            yield _encoded(ROPE_FACTORS, factors, gguf_type)
+        return
     layers = blocks_of(anatomy(model).layers)
     state = model.state_dict()
     written = set()
@@ -394,7 +415,7 @@ def tensors_of(model: nn.Module, target: Target, gguf_type: str) -> Iterator[tup
             yield _encoded(f"blk.{i}.{name}.weight", torch.zeros(shape), gguf_type)
         for suffix, parts in fused.items():
             yield _encoded(f"blk.{i}.attn_qkv.{suffix}", torch.cat(parts), gguf_type)
-    factors = _factors(model, layers)
+    factors = _factors(model, max(layer.head_dim for layer in layers))
     if factors is not None:
         yield _encoded(ROPE_FACTORS, factors, gguf_type)
     empty = tuple(f"{layer.path}." for layer in anatomy(model).layers if is_empty(layer))
@@ -409,11 +430,10 @@ def _shift(tensor: Tensor, module: str, target: Target) -> Tensor:
     return tensor.float() + 1 if is_norm and target.shifted_norms else tensor
 
 
-def _factors(model: Any, layers: list[LayerAnatomy]) -> Tensor | None:
+def _factors(model: Any, head_dim: int) -> Tensor | None:
     rope = dict(model.config.rope_parameters)
     if rope.get("rope_type", "default") != "llama3":
         return None
-    head_dim = max(layer.head_dim for layer in layers)
     return rotary_factors(model.model.rotary_emb.inv_freq, float(rope["rope_theta"]), head_dim)
 
 

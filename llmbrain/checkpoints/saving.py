@@ -41,7 +41,6 @@ from llmbrain.hooks.change import refuse_changed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FOR_EXPERTS = ("per-layer", "remote-code", "uniform", "padded", "masked")
 MODEL = "a model"  # what is put into a folder, as `llmbrain._files.contents` calls it
 FORMATS = ("per-layer", "remote-code", "uniform", "padded", "masked", "gguf")
 
@@ -130,11 +129,6 @@ def save_pruned(
             f"format={format!r}: transformers loads no {name} by its name: save the model that it is part of"
         )
     mixture = has_experts(model)
-    if mixture and format not in FOR_EXPERTS:
-        raise InputError(
-            f"format={format!r} is not written for a mixture of experts: use 'uniform' (all layers alike: an ordinary "
-            "checkpoint, which stock transformers loads), 'per-layer', 'remote-code', or 'padded' and 'masked'"
-        )
     said = answer(model) if verify else None
     if mixture:
         record_expert_shapes(model)
@@ -194,11 +188,9 @@ def _save_gguf(
         raise FileExistsError(f"{path} exists already: give another name that ends in .gguf, or overwrite=True")
     _check_saveable(model)
     if has_experts(model):
-        raise InputError(
-            "format='gguf' is not written for a mixture of experts: save it as 'uniform', which llama.cpp's own "
-            "convert_hf_to_gguf.py reads"
-        )
-    record_shapes(model)
+        record_expert_shapes(model)
+    else:
+        record_shapes(model)
     record = provenance(model, "gguf") | dict(note)
     for cut in record["cuts"]:  # the file need not carry what only llmbrain's folders use
         cut.get("plan", {}).pop("scores", None)

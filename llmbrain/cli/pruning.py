@@ -205,7 +205,8 @@ def prune(
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
         small, fewer = cut_fewer(
             loaded, tokenizer, texts, out=out, plan=given if isinstance(given, ExpertPlan) else None,
-            compensate=None if compensate == "none" else compensate, format=format, overwrite=overwrite, study=study,
+            compensate=None if compensate == "none" else compensate, format=format, gguf_type=gguf_type, like=like,
+            overwrite=overwrite, study=study,
             expert_ratio=expert_ratio, method=method, random_state=seed, **only,
         )  # fmt: skip
         say(fewer.summary())

@@ -130,6 +130,13 @@ class PruningPlan:
         return found
 
     @property
+    def widths_read(self) -> list[int]:
+        """Widths of the matrices of neurons that stay: of each layer, or of each kind of expert of each layer."""
+        if self.experts_before is None:
+            return list(self.widths)
+        return [width for widths in self.expert_widths for width in dict.fromkeys(widths)]
+
+    @property
     def dropped(self) -> dict[str, tuple[int, ...]]:
         """Layers whose ``"mlp"`` and whose ``"attention"`` are set to nothing."""
         heads = zip(self.groups_before, self.kept_heads or ())
@@ -195,13 +202,20 @@ class PruningPlan:
 
     def _odd_widths(self) -> str | None:
         """A line on widths that engines read more slowly and quantize worse; None where the cut leaves none."""
-        cut = [(width, before) for width, before in zip(self.widths, self.widths_before) if 0 < width < before]
+        pairs = list(zip(self.widths, self.widths_before))
+        if self.experts_before is not None:
+            pairs = [
+                pair
+                for now, before in zip(self.expert_widths, self.experts_before)
+                for pair in dict.fromkeys(zip(now, before))
+            ]
+        cut = [(width, before) for width, before in pairs if 0 < width < before]
         for block, what in ((BLOCK, "slower in llama.cpp, and not quantized there"),
                             (K_BLOCK, "of a larger type in llama.cpp's K-quants")):  # fmt: skip
             odd = [width for width, before in cut if width % block and not before % block]
             if odd:
                 return (
-                    f"no multiple of {block}: {len(odd)} of {len(self.widths)} widths, such as {odd[0]} ({what}; "
+                    f"no multiple of {block}: {len(odd)} of {len(pairs)} widths, such as {odd[0]} ({what}; "
                     f"multiple_of={block} avoids it)"
                 )
         return None

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llmbrain._files import read_json
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.checkpoints import load_model, save_pruned
-from llmbrain.checkpoints.loading import PROVENANCE
+from llmbrain.checkpoints.gguf_writing import check_gguf_path
+from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.pruning import plan_pruning, prune
 from llmbrain.pruning.expert_neurons import methods
 from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.study.again import MADE, check_plan_place, made_from, making
+from llmbrain.study.fits import check_saving, gguf_of
 from llmbrain.study.folder import Study
 from llmbrain.study.settings import Settings
 
@@ -60,7 +61,7 @@ def plan_fewer(
 def cut_fewer(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *, out: str | Path,
     plan: ExpertPlan | None = None, compensate: str | None = "least-squares", format: str = "per-layer",
-    overwrite: bool = False, **options: Any,
+    gguf_type: str = "f16", like: str | Path | None = None, overwrite: bool = False, **options: Any,
 ) -> tuple[nn.Module, ExpertPlan]:  # fmt: skip
     """Cut experts out of a model, repair what stays where there is text, and save it.
 
@@ -70,22 +71,29 @@ def cut_fewer(
         Made before; else as in `plan_fewer`.
     compensate : str, optional
         See `llmbrain.prune`; without text nothing is repaired.
-    out, format, overwrite
-        See `save_pruned`.
+    out, format, gguf_type, like, overwrite
+        See `save_pruned`; `like` is the GGUF that the model was loaded from, if it was.
     """
+    check_saving(model, tokenizer, format, gguf_type, like)
+    if format == "gguf":
+        check_gguf_path(out)
     study = options.get("study")
     folder = study.folder if isinstance(study, Study) else study and Path(study)
     made = made_from("prune experts", model, texts, folder or None, format=format, compensate=compensate,
+                     gguf_type=gguf_type, like=like and str(like),
                      plan=plan and plan.to_dict(), **{k: v for k, v in options.items() if k != "study"})  # fmt: skip
     with making(out, overwrite, made) as is_there:
         if is_there:
             small, _ = load_model(out)
-            return small, ExpertPlan(**read_json(Path(out) / PROVENANCE)["cuts"][-1]["plan"])
+            return small, ExpertPlan(**getattr(small, RECORD)[-1]["plan"])
         plan = plan_fewer(model, tokenizer, texts, **options) if plan is None else plan
         texts = texts if texts is not None else calibration_of(options.get("study"))
         how = {"compensate": compensate, "tokenizer": tokenizer, "calibration": texts} if texts else {}
         small = prune(model, plan, **how)
-        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, note={MADE: made} if made else None)
+        save_pruned(
+            small, tokenizer, out, format=format, overwrite=overwrite, gguf_type=gguf_type,
+            like=like or (gguf_of(model) if format == "gguf" else None), note={MADE: made} if made else None,
+        )  # fmt: skip
     return small, plan
 
 

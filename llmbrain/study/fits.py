@@ -55,6 +55,22 @@ def is_of_one_width(model: nn.Module, format: str) -> bool:
     return (format == "uniform" or (format == "gguf" and demands(model)[0])) and not has_experts(model)
 
 
+def check_alike(model: nn.Module, format: str, allocation: object, protect: Sequence[int] | None) -> None:
+    """Whether experts will be as wide in all layers, where a GGUF asks for it.
+
+    Raises
+    ------
+    InputError
+        If not.
+    """
+    if format == "gguf" and has_experts(model) and (allocation not in (None, "uniform") or protect):
+        what = f"protect={list(protect)!r}" if protect else f"allocation={allocation!r}"
+        raise InputError(
+            f"format='gguf': llama.cpp reads mixtures of experts whose layers are alike, {what} makes them differ: use "
+            "allocation='uniform' and protect nothing, or format='per-layer'"
+        )
+
+
 def check_drop_fits(model: nn.Module, drop: Sequence[str], method: str, format: str) -> None:
     """Whether a format has a place for what will be dropped.
 

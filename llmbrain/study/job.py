@@ -293,10 +293,11 @@ def _smaller(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], study: Study, how: Settings, tell: Say
 ) -> tuple[nn.Module, PruningPlan | ExpertPlan]:
     """The smaller model, saved, and its plan."""
+    out = study.folder / (PRUNED_GGUF if how.format == "gguf" else "pruned")
     if how.expert_ratio is not None:
         return cut_fewer(
-            model, tokenizer, texts, out=study.folder / "pruned", study=study, compensate=how.compensate,
-            format=how.format, overwrite=True, expert_ratio=how.expert_ratio, method=how.method,
+            model, tokenizer, texts, out=out, study=study, compensate=how.compensate, format=how.format,
+            gguf_type=how.gguf_type, like=how.like, overwrite=True, expert_ratio=how.expert_ratio, method=how.method,
             allocation=how.allocation, random_state=how.random_state,
         )  # fmt: skip
     evidence = evidence_of(
@@ -304,7 +305,7 @@ def _smaller(
         random_state=how.random_state, progress=tell,
     )  # fmt: skip
     return cut(
-        model, tokenizer, evidence=evidence, out=study.folder / (PRUNED_GGUF if how.format == "gguf" else "pruned"),
+        model, tokenizer, evidence=evidence, out=out,
         ratio=how.ratio, method=how.method, compensate=how.compensate, allocation=how.allocation,
         multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, drop=how.drop or (),
         passes=how.passes, token_balance=how.token_balance, keep=how.keep, forget=how.forget, format=how.format,

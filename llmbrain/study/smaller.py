@@ -46,7 +46,7 @@ from llmbrain.study.cost import (
     writing_passes,
 )  # fmt: skip
 from llmbrain.study.experts import check_neuron_method
-from llmbrain.study.fits import check_drop_fits, check_saving, gguf_of, is_of_one_width
+from llmbrain.study.fits import check_alike, check_drop_fits, check_saving, gguf_of, is_of_one_width
 from llmbrain.study.folder import Study
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
@@ -233,6 +233,7 @@ def plan(
     if options.get("ratio") is None and not options.get("forget"):
         options["ratio"] = RATIO
     check_drop_fits(model, check_drop(options.get("drop")), method, format)
+    check_alike(model, format, options.get("allocation"), options.get("protect"))
     if is_of_one_width(model, format) and not (method in CRITERIA and CRITERIA[method].blocks):
         _one_width(model, options, format)
     if functions and evidence.scans is None:
@@ -244,8 +245,7 @@ def plan(
         model, evidence.networks, evidence.scans, tokenizer=tokenizer, random_state=random_state,
         **({} if functions else evidence.calibration), **options,
     )  # fmt: skip
-    odd = odd_widths(made.widths) if format == "gguf" else None
-    if odd:
+    if format == "gguf" and (odd := odd_widths(made.widths_read)):
         warnings.warn(odd, UserWarning, stacklevel=2)
     if out is not None and ranks().leads:
         made.save(out)
