@@ -205,11 +205,11 @@ def wanted(args: argparse.Namespace) -> list[Case]:
 
 
 def latency(record: Record, args: argparse.Namespace) -> None:
-    """Every case in every engine, one batch size at a time, cases of one batch size after one another."""
+    """Every case in every engine, a batch size at a time, cases of one batch size in turn; all in rounds."""
     cases = wanted(args)
     paths = {case.label: build(case, record, args) for case in cases}
-    for batch, engine, case in product(args.batch, args.engine, cases):
-        label = f"{case.label} | {engine} | {batch}"
+    for turn, batch, engine, case in product(range(args.rounds), args.batch, args.engine, cases):
+        label = f"{case.label} | {engine} | {batch} | {turn}"
         if record.done("latency", label):
             continue
         if time.monotonic() - BEGAN > args.minutes * 60:
@@ -274,32 +274,27 @@ def as_markdown(held: dict[str, Any]) -> str:
     if not found:
         return "\n".join(lines) + "\n"
     first = next(iter(found.values()))
-    where = first["device"] or f"{first['threads']} threads"
+    where, turns = first["device"] or f"{first['threads']} threads", 1 + max(int(k.split(" | ")[3]) for k in found)
     lines += [
         "",
-        f"Prompt {first['prompt']} tokens, {first['new_tokens']} written, {first['repeats']} timed runs, {where}; "
-        f"weights float16 in llama.cpp, {first['dtype']} in transformers. Tokens a second: median (quartiles), times "
-        "that of the dense model; peak memory of the process, or on the GPU. Load is the machine's (processes that "
-        "wanted to run), ours included.",
+        f"Prompt {first['prompt']} tokens, {first['new_tokens']} written, {where}; weights float16 in llama.cpp, "
+        f"{first['dtype']} in transformers. Models take turns: {turns} rounds of {first['repeats']} runs. Tokens a "
+        "second: median of the rounds' medians (lowest to highest), times that of the dense model; peak memory of the "
+        "process, or on the GPU.",
     ]
-    rows = [{"case": one["case"], "load": max(one["load"]), **row} for one in found.values() for row in one["rows"]]
+    rows = [{"case": one["case"], **row} for one in found.values() for row in one["rows"]]
     for (engine, batch), table in pd.DataFrame(rows).groupby(["engine", "batch"]):
-        head = "| model | prefill, tokens/s | | decode, tokens/s | | peak MiB | load |"
-        lines += ["", f"{engine}, {batch} at once:", "", head, "|---|---|---|---|---|---|---|"]
+        head = "| model | prefill, tokens/s | | decode, tokens/s | | peak MiB |"
+        lines += ["", f"{engine}, {batch} at once:", "", head, "|---|---|---|---|---|---|"]
         dense: dict[str, float] = {}
         for case, pair in table.groupby("case", sort=False):
             cells = []
             for phase in ("prefill", "decode"):
-                r = pair[pair["phase"] == phase].iloc[0]
-                middle = r["tokens_per_second"]
-                total = middle * r["seconds"]
+                speed = pair[pair["phase"] == phase]["tokens_per_second"]
+                middle = speed.median()
                 dense.setdefault(phase, middle if case == "dense" else float("nan"))
-                most = f"{total / r['seconds_low']:.0f}" if r["seconds_low"] > 0 else "?"
-                cells.append(
-                    f"{middle:.0f} ({total / r['seconds_high']:.0f} to {most}) | {middle / dense[phase]:.2f} x"
-                )
-            peak = pair["peak_memory"].max() / 2**20
-            lines.append(f"| {case} | {cells[0]} | {cells[1]} | {peak:.0f} | {pair['load'].max():.1f} |")
+                cells.append(f"{middle:.0f} ({speed.min():.0f} to {speed.max():.0f}) | {middle / dense[phase]:.2f} x")
+            lines.append(f"| {case} | {cells[0]} | {cells[1]} | {pair['peak_memory'].max() / 2**20:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -320,7 +315,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="Timed runs of each model in each round.")
+    parser.add_argument("--rounds", type=int, default=3, help="Turns of all models, against busy moments.")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if shutil.disk_usage(tempfile.gettempdir()).free < 8 * 2**30:
