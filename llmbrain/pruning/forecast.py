@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import anatomy
 from llmbrain.evaluation.perplexity import predicts_next_token
+from llmbrain.hooks.change import recomputing
 from llmbrain.hooks.listen import hear_outputs
 from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.networks.localizer import time_courses_of
-from llmbrain.pruning.calibrate.gradients import gradient_pass
+from llmbrain.pruning.calibrate.gradients import gradient_pass, to_recompute
 from llmbrain.pruning.calibrate.losses import gradients_of
 from llmbrain.pruning.calibrate.moments import Moments
 from llmbrain.pruning.calibrate.windows import calibration_windows, scans_with_tokens
@@ -278,12 +279,12 @@ class Changes:
             raise InputError(f"model {type(model).__name__} predicts no next token: there is no loss to forecast")
         metric = self.observed.metric
         first: list[Tensor] = [torch.zeros(0)]
-        second: list[Tensor] = [torch.zeros(0)]
+        second: dict[int, Tensor] = {}  # of each layer: a block that runs again says it again
 
         def watch(i: int) -> Callable[[Tensor, Tensor], None]:
             def hook(entering: Tensor, output: Tensor) -> None:
                 change = self.of(i, entering.detach().flatten(0, -2))
-                second[0] += (0.5 * ((change @ metric[i].to(change.device)) * change).sum(-1)).cpu()
+                second[i] = (0.5 * ((change @ metric[i].to(change.device)) * change).sum(-1)).cpu()
 
                 def take(g: Tensor) -> None:
                     first[0] += (change * g.detach().float().flatten(0, -2)).sum(-1).cpu()
@@ -299,11 +300,12 @@ class Changes:
             for scan in scans:
                 parts: tuple[list[Tensor], list[Tensor]] = ([], [])
                 for ids in _blocks(scan):
-                    first[0], second[0] = torch.zeros(len(ids)), torch.zeros(len(ids))
-                    with hear_outputs(model, places):
+                    first[0] = torch.zeros(len(ids))
+                    second.clear()
+                    with recomputing(to_recompute(self.observed.body, len(ids))), hear_outputs(model, places):
                         torch.autograd.grad(_losses(model, ids).sum(), list(leaf.parameters()))
                     parts[0].append(first[0])
-                    parts[1].append(second[0])
+                    parts[1].append(torch.stack(list(second.values())).sum(0))
                 for series, of in zip(found, parts):
                     series.append(torch.cat(of).numpy().astype(np.float64))
         return found

@@ -51,6 +51,21 @@ def test_a_small_change_costs_what_was_foretold(setting):
     assert np.isnan(both.tokens[0][0])
 
 
+def test_blocks_that_run_again_say_the_same(setting, monkeypatch):
+    """Where a backward pass would keep too much, blocks run twice: no number changes."""
+    model, scans, networks = setting
+    plan = plan_pruning(model, networks, scans, ratio=0.4, method="flap", calibration=scans)
+    kept = plan.forecast(networks, scans, model=model)
+    runs = []
+    monkeypatch.setattr("llmbrain.pruning.calibrate.gradients.LARGE", 0)
+    handle = anatomy(model).layers[0].down.module.register_forward_hook(lambda *_: runs.append(1))
+    again = plan.forecast(networks, scans, model=model)
+    handle.remove()
+    assert len(runs) >= 2 * len(scans)
+    for a, b in zip(kept.tokens, again.tokens):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_losses_of_tokens_are_those_of_a_plain_forward_pass(setting):
     model, scans, _ = setting
     ids = torch.from_numpy(scans[0].token_ids)[None]

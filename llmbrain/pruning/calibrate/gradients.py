@@ -100,8 +100,7 @@ def gradient_pass(
     leaf = None if taylor or table is None or table.weight.is_meta else table.weight
     if not taylor and leaf is None:  # the table is offloaded, too: what comes out of it is the leaf
         heard.append((table, lambda entering, output: (output.requires_grad_(True), None)[1]))
-    # Blocks run again in the backward pass where their weights or signals would else pile up in memory until then.
-    once = [layer.block for layer in body.layers] if away or _kept(body, windows) > LARGE else []
+    once = to_recompute(body, batches(windows)[0].numel(), away)
     try:
         for p, _ in before:
             p.requires_grad_(taylor and id(p) in wanted)
@@ -147,9 +146,13 @@ def gradient_pass(
                 p.grad = None
 
 
-def _kept(body: Anatomy, windows: Tensor) -> int:
-    """Bytes that a forward pass over a batch keeps for the backward pass, about: some copies of all neurons."""
-    return 5 * batches(windows)[0].numel() * sum(body.widths) * 4
+def to_recompute(body: Anatomy, n_tokens: int, away: bool = False) -> list[nn.Module]:
+    """Blocks that run again in the backward pass, since their weights (`away`) or signals would pile up until then.
+
+    A forward pass over a batch of `n_tokens` keeps some copies of all neurons.
+    """
+    kept = 5 * n_tokens * sum(body.widths) * 4
+    return [layer.block for layer in body.layers] if away or kept > LARGE else []
 
 
 def _sum(
