@@ -213,6 +213,16 @@ def is_experts(module: nn.Module) -> bool:
     return (known or type(module).__name__ in GATE_FIRST) and isinstance(down, Tensor) and down.ndim == 3
 
 
+ROW = 16  # bytes: what a row of a matrix must be a multiple of, for torch to multiply groups of them at once
+
+
+def multiplies_in_groups(module: nn.Module) -> bool:
+    """Whether torch can multiply the matrices of routed experts in groups; stock transformers does not look."""
+    weight = module.down_proj
+    assert isinstance(weight, Tensor)
+    return not any(n * weight.element_size() % ROW for n in weight.shape[1:])
+
+
 def block_of(module: nn.Module) -> nn.Module:
     """What holds experts and their router, once their anatomy was looked up."""
     found = _BLOCKS[module]()

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.expert_surgery import cut_router
-from llmbrain.anatomy.experts import Layout, Routed, block_of, is_experts
+from llmbrain.anatomy.experts import Layout, Routed, block_of, is_experts, multiplies_in_groups
 from llmbrain.hooks.probe import nearly_equal
+from llmbrain.hooks.text import GROUPED
 
 NAME = "llmbrain"  # what our implementation is called in transformers
 STATE = "_llmbrain_experts"  # attribute of an experts module while our implementation is in force
@@ -70,9 +71,6 @@ class _State:
     compared: bool = False
 
 
-ROW = 16  # bytes: what a row of a matrix must be a multiple of, for torch to multiply groups of them at once
-
-
 def run_one_by_one(model: Any) -> None:
     """Where torch cannot multiply matrices of these sizes in groups, the model runs its experts one after the other.
 
@@ -81,9 +79,7 @@ def run_one_by_one(model: Any) -> None:
     for module in model.modules():
         if not is_experts(module) or Layout.of(module).gate_first:
             continue
-        weight = module.down_proj
-        odd = any(n * weight.element_size() % ROW for n in weight.shape[1:])
-        if odd and module.config._experts_implementation == "grouped_mm":
+        if not multiplies_in_groups(module) and module.config._experts_implementation == GROUPED:
             model.set_experts_implementation("eager")
             return
 
@@ -323,6 +319,8 @@ def _compare(module: Any, state: _State, x: Tensor, index: Tensor, weights: Tens
 
     eager = getattr(type(module).forward, "__wrapped__", None)
     own: Any = ALL_EXPERTS_FUNCTIONS.get(state.before, eager) if state.before is not None else eager
+    if state.before == GROUPED and not multiplies_in_groups(module):
+        own = eager
     if own is None:
         return
     _hold_against(module, _run(module, x, index, weights, []).total, own(module, x, index, weights))

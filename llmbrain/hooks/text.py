@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_whole
+from llmbrain.anatomy.experts import is_experts, multiplies_in_groups
 from llmbrain.anatomy.families import context_length
 
 if TYPE_CHECKING:
@@ -423,6 +424,8 @@ def no_cache(model: nn.Module) -> dict[str, bool]:
 def evaluating(model: nn.Module, *, gradients: bool = False, cache: bool = False) -> Iterator[None]:
     """Evaluation mode within the block: no dropout, no cache, no gradients; what was before comes back.
 
+    Experts that torch cannot multiply in groups run one after the other within it.
+
     Parameters
     ----------
     model : module
@@ -433,8 +436,11 @@ def evaluating(model: nn.Module, *, gradients: bool = False, cache: bool = False
     """
     modes = [(module, module.training) for module in model.modules()]
     caching = [] if cache else [config for config in _configs(model) if getattr(config, "use_cache", None)]
+    grouped = _grouped(model)
     try:
         model.eval()
+        for config in grouped:
+            config._experts_implementation_internal = "eager"
         for config in caching:
             config.use_cache = False
         with torch.set_grad_enabled(gradients):
@@ -444,6 +450,19 @@ def evaluating(model: nn.Module, *, gradients: bool = False, cache: bool = False
             module.training = mode
         for config in caching:
             config.use_cache = True
+        for config in grouped:
+            config._experts_implementation_internal = GROUPED
+
+
+GROUPED = "grouped_mm"  # how transformers runs experts where nothing else is said
+
+
+def _grouped(model: nn.Module) -> list[Any]:
+    """Configs of experts that would fail at the first token: run in groups, of sizes that torch cannot run so."""
+    found: list[Any] = [
+        m.config for m in model.modules() if is_experts(m) and not multiplies_in_groups(m) and hasattr(m, "config")
+    ]
+    return [config for config in found if config._experts_implementation_internal == GROUPED]
 
 
 def evaluation_mode(model: Model) -> Model:

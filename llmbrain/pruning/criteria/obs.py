@@ -57,8 +57,7 @@ def removal_costs(
     units = columns // size
     step = max(1, units // STEPS)
     damping = ridge * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    damped = covariance + damping * torch.eye(columns, dtype=covariance.dtype, device=device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = torch.cholesky_inverse(_factor(covariance, damping))
     w = weight.clone() if metric is None else weight @ _root(metric)
     norms = w.square().sum(1)  # of the rows, kept up to date
     index = torch.arange(columns, device=device).reshape(units, size)
@@ -122,5 +121,17 @@ def _unit_costs(blocks: Tensor, w: Tensor, size: int) -> Tensor:
 
 def _root(metric: Tensor) -> Tensor:
     """``L`` with ``L L^T = metric``, a little damped so that no direction of the output is free."""
-    damped = metric + 1e-2 * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    return torch.linalg.cholesky(damped)
+    return _factor(metric, 1e-2 * metric.diagonal().mean())
+
+
+def _factor(matrix: Tensor, damping: Tensor) -> Tensor:
+    """``L`` with ``L L^T = matrix + damping``, damped more where there is nothing but rounding (a token alone)."""
+    one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + damping * one)
+    least = matrix.abs().max() * torch.finfo(matrix.dtype).eps
+    for _ in range(32):
+        if not bool(failed):
+            return factor
+        damping = torch.maximum(10 * damping, least)
+        factor, failed = torch.linalg.cholesky_ex(matrix + damping * one)
+    return torch.linalg.cholesky(matrix + damping * one)  # says what is wrong with it

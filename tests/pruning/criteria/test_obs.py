@@ -62,3 +62,13 @@ def test_updates_that_wait_change_nothing(monkeypatch):
     at_once = removal_costs(cov, w, ridge=1e-6)
     assert torch.equal(waiting.argsort(), at_once.argsort())
     assert torch.allclose(waiting, at_once, rtol=1e-9)
+
+
+def test_neurons_that_never_move_go_by_their_weights():
+    """The covariance of one token is nothing but rounding, which can be below zero: an expert called once."""
+    weight = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for rounding in (0.0, 1e-19):
+        covariance = -rounding * torch.ones(6, 6, dtype=torch.float64)
+        costs = removal_costs(covariance, weight, ridge=1e-3)
+        assert torch.isfinite(costs).all()
+        assert costs.argsort().tolist() == weight.square().sum(1).argsort().tolist()
