@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
-_INSTEAD = "save as 'padded' (plain transformers), or plan with allocation='uniform' and intercept=False"
+_PLAIN = "save as 'padded' (plain transformers)"
+_INSTEAD = f"{_PLAIN}, or plan with allocation='uniform' and intercept=False"
 
 
 def write_gguf(
@@ -181,7 +182,7 @@ def _dense_target(model: nn.Module) -> Target:
     kind = str(config.model_type)
     if kind not in TARGETS or not type(model).__name__.endswith("ForCausalLM"):
         raise InputError(
-            f"format='gguf' knows {', '.join(sorted(TARGETS))} language models, not {type(model).__name__}: {_INSTEAD}"
+            f"format='gguf' knows {', '.join(sorted(TARGETS))} language models, not {type(model).__name__}: {_PLAIN}"
         )
     own, other = TARGETS[kind]
     blocks = blocks_of(anatomy(model).layers)
@@ -203,10 +204,12 @@ def _dense_target(model: nn.Module) -> Target:
     if not uneven and not odd and (not biased or own.output_bias):
         return own
     why = "layers that differ" if uneven else "a bias (the intercept of the repair)"
+    if biased and not uneven and getattr(config, "attention_bias", False):
+        raise InputError(f"format='gguf': llama.cpp reads no {kind} model with attention_bias=True: {_PLAIN}")
     if other is None:
         raise InputError(f"format='gguf': llama.cpp reads no {kind} model with {why}: {_INSTEAD}")
     if other.fused and (biased or not config.tie_word_embeddings):
-        what = "a bias (the intercept of the repair)" if biased else "an output matrix of its own (untied embeddings)"
+        what = "a bias of output projections" if biased else "an output matrix of its own (untied embeddings)"
         raise InputError(f"format='gguf': llama.cpp reads a {kind} model with {why} only without {what}: {_INSTEAD}")
     return other
 
@@ -276,7 +279,7 @@ def _check_config(model: nn.Module, kind: str) -> None:
     for inner in (rope.get("full_attention", rope) or {}, rope.get("sliding_attention") or {}):
         scaling = inner.get("rope_type", "default")
         if scaling not in ("default", "llama3") or (scaling == "llama3" and kind not in ("llama", "mistral")):
-            raise InputError(f"format='gguf': rotary positions of type {scaling!r} are not written: {_INSTEAD}")
+            raise InputError(f"format='gguf': rotary positions of type {scaling!r} are not written: {_PLAIN}")
         if inner.get("partial_rotary_factor", 1.0) != 1.0:
             raise InputError(f"format='gguf': partial_rotary_factor={inner['partial_rotary_factor']} is not written")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act

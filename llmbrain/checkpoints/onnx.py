@@ -89,6 +89,9 @@ def export_onnx(
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model {type(model).__name__} is an encoder-decoder: ONNX export takes decoders")
     _check_positions(model.config)
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        name = str(model.dtype).removeprefix("torch.")
+        raise InputError(f"model computes in {name}, which ONNX Runtime does in part only: export model.float()")
     # Which experts a token calls is known only when it is read: a graph holds them as products for every place.
     with evaluating(model), implemented_by(model, "batched_mm"):
         try:

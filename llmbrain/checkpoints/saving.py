@@ -147,7 +147,8 @@ def save_pruned(
     elif format == "uniform":
         exported = _stock_copy(model, format, width=_one_width(model), keep=kept_layers(model, format))
     elif format == "padded":
-        exported = _stock_copy(model, format, width=-(-max(anatomy(model).widths) // multiple_of) * multiple_of)
+        widest = max(1, *anatomy(model).widths)  # an MLP of no neuron is none that a config says
+        exported = _stock_copy(model, format, width=-(-widest // multiple_of) * multiple_of)
     elif format == "masked":
         exported = _stock_copy(model, format, width=None)
     needed = sum(p.numel() * p.element_size() for p in exported.parameters())
@@ -306,7 +307,7 @@ def _stock_copy(model: Any, format: str, *, width: int | None, keep: list[int] |
     if [s.width for s in stock] != target:
         raise InputError(
             f"format={format!r}: {type(model).__name__} has no config entry for the width of its MLP (it is always "
-            f"{stock[0].width}): use 'per-layer', 'remote-code', 'padded' or 'masked'"
+            f"{stock[0].width}): use 'per-layer', 'remote-code' or 'masked'"
         )
     if (
         width is not None

@@ -36,6 +36,9 @@ def export(
     what = "an ONNX graph" if format == "onnx" else "a model"
     check_free(out, overwrite, what=what)
     loaded, tokenizer = open_model(model, "cpu")
+    if format == "onnx" and loaded.dtype.itemsize < 4:
+        say(f"the graph computes in float32: ONNX Runtime does {str(loaded.dtype)[6:]} in part only")
+        loaded.float()
     made = made_from("export", loaded, format=format, gguf_type=gguf_type, like=like and str(like))
     note = {MADE: made}
     with making(out, overwrite, made, what) as is_there:

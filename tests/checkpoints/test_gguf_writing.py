@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.anatomy import anatomy
-from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
+from llmbrain.anatomy.surgery import add_bias, drop, keep_heads, keep_neurons
+from llmbrain.anatomy.units import NEURONS
 from llmbrain.checkpoints.gguf_layout import interleave, split_halves
 from llmbrain.evaluation import LlamaCpp
 
@@ -217,3 +218,32 @@ def test_a_file_that_does_not_read_back_as_the_model_is_not_put_in_place(tokeniz
         with pytest.raises(InputError, match=r"read again, model\.layers\.0\.self_attn\.k_proj\.weight is off"):
             lb.save_pruned(make("llama"), tokenizer, tmp_path / "small.gguf", format="gguf", gguf_type=kind)
     assert not list(tmp_path.iterdir())
+
+
+def test_models_of_16_bits_are_written_in_full(tokenizer, tmp_path):
+    """What is read back computes in float32, and says a little else than the model did."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = make("gemma").to(dtype)
+        path = lb.save_pruned(model, tokenizer, tmp_path / f"{dtype}.gguf", format="gguf", gguf_type="f32")
+        again, _ = lb.load_model(path)
+        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.float().state_dict().values()))
+
+
+def test_a_family_with_biases_of_attention_is_refused_by_that(tokenizer, tmp_path):
+    for family in ("qwen3", "gemma"):
+        with pytest.raises(InputError, match=r"no (qwen3|gemma) model with attention_bias=True: save as 'padded'"):
+            lb.save_pruned(make(family, attention_bias=True), tokenizer, tmp_path / "a.gguf", format="gguf")
+
+
+def test_padded_has_a_width_where_no_mlp_is_left(tmp_path):
+    model = make("llama")
+    for layer in anatomy(model).layers:
+        drop(layer, NEURONS)
+    lb.save_pruned(model, None, tmp_path / "a", format="padded")
+    lb.save_pruned(model, None, tmp_path / "b", format="padded", multiple_of=32)
+    ids = torch.arange(3, 20)[None]
+    for name, width in (("a", 1), ("b", 32)):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert again.config.intermediate_size == width
+        with torch.no_grad():
+            assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-6)

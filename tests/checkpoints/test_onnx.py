@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import tiny
+from cli_calls import call
+from tiny_models import tiny, tiny_tokenizer
 from transformers import AutoModel
 
+import llmbrain as lb
 from llmbrain._validation import InputError
 from llmbrain.anatomy import anatomy
 from llmbrain.anatomy.surgery import add_bias, keep_heads, keep_neurons
@@ -77,3 +80,18 @@ def test_mixtures_are_equal_too_or_refused(tmp_path):
     model = lb.prune(model, lb.plan_pruning(model, expert_ratio=0.25, method="random"))
     assert export_onnx(model, None, tmp_path / "graph")
     assert model.config._experts_implementation != "batched_mm"
+
+
+def test_models_of_16_bits_are_exported_in_float32(tmp_path, monkeypatch, capsys):
+    model = tiny("llama").to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"computes in bfloat16, which ONNX Runtime does in part only: .*float\(\)"):
+        export_onnx(model, None, tmp_path / "a")
+    lb.save_pruned(model, tiny_tokenizer(), tmp_path / "model")
+    code, _, said = call(monkeypatch, capsys, "export", tmp_path / "model", "--out", tmp_path / "graph")
+    assert code == 0, said
+    assert "the graph computes in float32" in said
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        wanted = model.float()(ids).logits.numpy()
+    found = run_onnx(tmp_path / "graph/model.onnx", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert np.abs(found - wanted).max() < 1e-4
