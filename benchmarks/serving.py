@@ -28,6 +28,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from raw_llama import raw_logits
+
 import llmbrain as lb
 from llmbrain.anatomy import anatomy
 from llmbrain.anatomy.units import HEADS, NEURONS
@@ -180,6 +184,20 @@ def checks(data: Path, work: Path, record: Record, minutes: float) -> None:
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         said = tokenizer.decode([a for a, _ in pairs])
         record.add("checks", "f32 greedy text", {"tokens": len(pairs), "equal": same, "text": said})
+    if not record.done("checks", "f32 raw logits"):
+        exact = work / "f32.gguf"
+        if not exact.is_file():
+            lb.save_pruned(model, tokenizer, exact, format="gguf", gguf_type="f32")
+        raw = torch.from_numpy(raw_logits(exact, ids[0].tolist(), torch.get_num_threads())).double()
+        with torch.no_grad():
+            ours = model(ids).logits[0].double()
+            precise = model.double()(ids).logits[0]
+        model.float()
+        record.add("checks", "f32 raw logits", {
+            "apart": float((raw - ours).abs().max()), "llama.cpp": float((raw - precise).abs().max()),
+            "transformers": float((ours - precise).abs().max()), "entries": raw.numel(), "tokens": len(raw),
+            "largest_logit": float(precise.abs().max()),
+        })  # fmt: skip
     windows = as_windows(model, tokenizer, text(data, "test"), WINDOW, TESTED)
     for kind in ("f16", "q8_0"):
         if record.done("checks", f"{kind} perplexity"):
@@ -248,6 +266,10 @@ def as_markdown(held: dict[str, Any]) -> str:
         what = f"{row['entries']:,} logits, up to {row['largest_logit']:.1f}, but for what all have in common"
         lines.append(f"| float32, {what} ({row['offset']:.1e}): llama.cpp from transformers; either from float64 | "
                      f"{row['around_offset']:.1e}; {row['llama.cpp']:.1e}, {row['transformers']:.1e} |")  # fmt: skip
+    if row := found.get("f32 raw logits"):
+        what = f"{row['entries']:,} raw logits at {row['tokens']} tokens, up to {row['largest_logit']:.1f}"
+        lines.append(f"| float32, {what}: llama.cpp from transformers; either from float64 | {row['apart']:.1e}; "
+                     f"{row['llama.cpp']:.1e}, {row['transformers']:.1e} |")  # fmt: skip
     if row := found.get("f32 greedy text"):
         lines.append(
             f"| float32: greedy text equal to that of transformers | {row['equal']} of {row['tokens']} tokens |"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 from gguf_models import FAMILIES, PROMPT, SHARED, TableGelu, make
+from raw_llama import raw_logits
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
@@ -218,6 +220,25 @@ def test_a_file_that_does_not_read_back_as_the_model_is_not_put_in_place(tokeniz
         with pytest.raises(InputError, match=r"read again, model\.layers\.0\.self_attn\.k_proj\.weight is off"):
             lb.save_pruned(make("llama"), tokenizer, tmp_path / "small.gguf", format="gguf", gguf_type=kind)
     assert not list(tmp_path.iterdir())
+
+
+RAW = [("llama", "none"), ("llama3", "uneven"), ("llama-biased", "biased"), ("mistral", "biased"), ("qwen2", "uneven"),
+       ("qwen3", "uneven")]  # fmt: skip
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("xllamacpp"), reason="pip install 'llmbrain[serve]'")
+@pytest.mark.parametrize(("family", "how"), RAW)
+def test_raw_logits_in_llama_cpp(family, how, tokenizer, tmp_path):
+    """At every token, as they are: its server tells log-probabilities after the last one."""
+    model = cut(make(family), how)
+    path = lb.save_pruned(model, tokenizer, tmp_path / "small.gguf", format="gguf", gguf_type="f32")
+    ids = tokenizer(PROMPT).input_ids
+    try:
+        found = raw_logits(path, ids)
+    except (NotImplementedError, AttributeError, OSError) as error:
+        pytest.skip(f"another llama.cpp: {error}")
+    with torch.no_grad():
+        assert np.abs(found - model(torch.tensor([ids])).logits[0].numpy()).max() < 1e-4
 
 
 def test_models_of_16_bits_are_written_in_full(tokenizer, tmp_path):
