@@ -13,20 +13,24 @@ if TYPE_CHECKING:
     import gguf
 
 MAGIC = b"GGUF"
-CHECKSUM = "llmbrain.checksum"  # of the whole file, with zeros where it stands itself
-EMPTY = "0" * 64
+CHECKSUM = "llmbrain.checksum"  # of the whole file, with zeros where it stands itself, and the file's size
+EMPTY = "0" * 64 + "-" + "0" * 16
 _HEAD = 1 << 20  # bytes within which its key stands
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
     """The reader of a file; raises `InputError` where it is none, truncated or damaged."""
-    import gguf
-
     with path.open("rb") as file:
         head = file.read(4)
     if head != MAGIC:
         raise InputError(f"{path} is not a GGUF file: it begins with {head!r}, not {MAGIC!r}")
     check_gguf(path)
+    return _reader(path)
+
+
+def _reader(path: Path) -> gguf.GGUFReader:
+    import gguf
+
     try:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
@@ -38,14 +42,17 @@ def seal_gguf(path: Path) -> None:
     place = _place(path)
     if place is None:
         raise InputError(f"{path} has no entry {CHECKSUM!r}")
-    digest = file_pages(path, place)
+    seal = _seal(path, place)
     with path.open("rb+") as file:
         file.seek(place.start)
-        file.write(digest.encode())
+        file.write(seal)
 
 
 def check_gguf(path: Path) -> bool:
-    """Compare a file with the checksum in it; False where it has none, as those of other programs.
+    """Compare a file with the checksum in it; False where it has none of its own.
+
+    Files of other programs have none, and a file that one of them made of ours (``llama-quantize``, ``gguf-split``)
+    still holds the checksum of the old one: it is whole, and of another size.
 
     Raises
     ------
@@ -58,12 +65,29 @@ def check_gguf(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(place.start)
         written = file.read(len(EMPTY))
-    if file_pages(path, place).encode() != written:
+    if written[64:] != _size(path) and _is_whole(path):
+        return False
+    if _seal(path, place) != written:
         raise DamagedError(
             f"{path} does not match its checksum: it was truncated, edited or damaged after it was written. Save the "
             "model again, or copy it again"
         )
     return True
+
+
+def _seal(path: Path, place: slice) -> bytes:
+    return file_pages(path, place).encode() + _size(path)
+
+
+def _size(path: Path) -> bytes:
+    return f"-{path.stat().st_size:016x}".encode()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file can be read and ends where its last tensor does."""
+    reader = _reader(path)
+    end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    return end <= path.stat().st_size < end + int(reader.alignment)
 
 
 def _place(path: Path) -> slice | None:

@@ -19,6 +19,7 @@ import llmbrain as lb
 from llmbrain import InputError
 from llmbrain import _files as files
 from llmbrain._files import UnverifiedWarning, read_json
+from llmbrain.checkpoints.gguf_opening import check_gguf
 from llmbrain.checkpoints.gguf_reading import load_gguf
 from llmbrain.imaging.dual_regression_folder import check_dual_regression
 from llmbrain.scanning.manifest import warn_of_other_model
@@ -214,6 +215,43 @@ def test_every_flip_in_a_gguf_is_found(tmp_path: Path, shared_data: Path) -> Non
         assert said in ("found", "harmless")
         counts[said] += 1
     assert counts["harmless"] <= 1
+
+
+def test_a_gguf_that_another_program_made_of_ours_is_read(tmp_path: Path, shared_data: Path) -> None:
+    """``llama-quantize`` and ``gguf-split --merge`` copy all entries, the checksum of the old file among them."""
+    gguf = pytest.importorskip("gguf")
+    dense = lb.load_model(shared_data / "models/stories260K")
+    path = lb.save_pruned(*dense, tmp_path / "a.gguf", format="gguf", gguf_type="f32")
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
+    for name, field in reader.fields.items():
+        kind = field.types[0]
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        if kind == gguf.GGUFValueType.ARRAY:
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), kind)
+    for tensor in reader.tensors:
+        value, q8_0 = np.array(tensor.data), gguf.GGMLQuantizationType.Q8_0
+        if value.ndim == 2 and value.shape[1] % 32 == 0:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(value, q8_0), raw_dtype=q8_0)
+        else:
+            writer.add_tensor(tensor.name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert check_gguf(path)
+    assert not check_gguf(tmp_path / "b.gguf")
+    model, other = (lb.load_model(tmp_path / name)[0] for name in ("a.gguf", "b.gguf"))
+    for name, value in model.state_dict().items():
+        np.testing.assert_allclose(other.state_dict()[name].numpy(), value.numpy(), atol=0.02)
+    whole = (tmp_path / "b.gguf").read_bytes()
+    for end in (len(whole) - 33, len(whole) // 2, 700):
+        (tmp_path / "b.gguf").write_bytes(whole[:end])
+        with pytest.raises(InputError, match=r"b\.gguf"):
+            lb.load_model(tmp_path / "b.gguf")
 
 
 def test_the_same_command_again_is_done_before(tmp_path: Path, monkeypatch, capsys) -> None:
