@@ -43,7 +43,7 @@ def rows_of(part: str, name: str, options: argparse.Namespace, known: list[dict[
         if name != "stories260K":
             done = {(r["ability"], r["method"]) for r in known}
             yield from forgetting.rows(subject(0), options.gold, done, options.items, options.methods,
-                                       options.attacks)  # fmt: skip
+                                       options.attacks, quick=options.quick)  # fmt: skip
         return
     draws = range(1 if name == "smollm2" or part == "forecast" else options.draws)
     for draw in draws if options.draw is None else [options.draw]:
@@ -88,11 +88,27 @@ def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+def written(file: Path | None, name: str, part: str) -> list[dict[str, Any]]:
+    """Rows of a part that were appended to a file so far; a line that was cut off is no row."""
+    if file is None or not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if (row["model"], row["part"]) == (name, part):
+            rows.append(row["row"])
+    return rows
+
+
 def join(file: Path, rows: Path) -> None:
     """Take in the rows of a file that several processes appended to."""
-    for line in rows.read_text(encoding="utf-8").splitlines():
-        written = json.loads(line)
-        add(file, written["model"], written["part"], [written["row"]])
+    for name in MODELS:
+        for part in PAGES:
+            if found := written(rows, name, part):
+                add(file, name, part, found)
 
 
 def main() -> None:
@@ -107,6 +123,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="of forgetting; default all")
     parser.add_argument("--kinds", nargs="*", help="of rivals: halves, lesions, choice of neurons, forecast, criterion")
     parser.add_argument("--attacks", nargs="*", help="of forgetting: numbers of lines, unrelated; default all")
+    parser.add_argument("--quick", action="store_true", help="of forgetting: half of the tokens for our repair")
     parser.add_argument("--gold", type=Path, help="folder with a model an ability, trained without it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=Path, help="append rows to this file, and make no page")
@@ -119,7 +136,7 @@ def main() -> None:
     if options.device != "cpu":
         torch.set_float32_matmul_precision("high")
     for part in () if options.model == "join" else options.only or PAGES:
-        known = read(file).get(options.model, {}).get(part, [])
+        known = read(file).get(options.model, {}).get(part, []) + written(options.rows, options.model, part)
         for row in rows_of(part, options.model, options, known):
             if options.rows:
                 line = json.dumps({"model": options.model, "part": part, "row": row}) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 
 import llmbrain as lb
 from llmbrain.pruning.calibrate.windows import calibration_windows
+from llmbrain.pruning.forget import neurons, unlearning
 from llmbrain.pruning.forget.conditions import condition_weights
 from llmbrain.pruning.forget.relearning import UNRELATED, area, probe_accuracy, relearn, steps_until
 from llmbrain.pruning.plan import PruningPlan
@@ -23,8 +25,11 @@ HARM = 0.03  # a method may cost the worst of the rest so much accuracy
 HALF = 0.5  # of what the dense model knew: relearned
 LASTING = "ours, made to last"
 GOLD = "gold: trained without it"
-NAMES = ("dense", "ours", "the same cut, least squares only", "random neurons, the same repair",
-         "gradient difference, nothing cut", "NPO, nothing cut", LASTING, GOLD)  # fmt: skip
+UNCUT = ("gradient difference, nothing cut", "NPO, nothing cut")
+WHOLE = "repair of ours that lasts, nothing cut"
+# In the order of use: where time ends, what is compared is there.
+NAMES = (*UNCUT, LASTING, "ours", "dense", "random neurons, the same repair", "the same cut, least squares only", WHOLE,
+         GOLD)  # fmt: skip
 
 
 def methods(subject: Subject, case: Case, gold: Path | None) -> dict[str, Callable[[], Any]]:
@@ -52,11 +57,23 @@ def methods(subject: Subject, case: Case, gold: Path | None) -> dict[str, Callab
         return repaired(PruningPlan.from_dict({**made.to_dict(), "kept": kept}))
 
     def uncut(how: str) -> Callable[[], Any]:
-        return lambda: unlearned(model, how, case.gone, case.stays, case.watch, HARM, case.rate)
+        def make() -> Any:
+            found, how_found = unlearned(model, how, case.gone, case.stays, case.watch, HARM, case.rate)
+            found.search = how_found
+            return found
+
+        return make
+
+    def whole() -> Any:
+        """A plan that removes nothing, with the repair of one that is to last."""
+        made = plan()
+        all_kept = [list(range(w)) for w in made.widths_before]
+        details = {"functions": {**made.details["functions"], "last": True}}
+        return repaired(PruningPlan.from_dict({**made.to_dict(), "kept": all_kept, "details": details}))
 
     makers: list[Callable[[], Any]] = [
-        lambda: model, lambda: repaired(plan()), ordinary, at_random, uncut("gradient difference"), uncut("NPO"),
-        lambda: repaired(plan(True)),
+        uncut("gradient difference"), uncut("NPO"), lambda: repaired(plan(True)), lambda: repaired(plan()),
+        lambda: model, at_random, ordinary, whole,
     ]  # fmt: skip
     made = dict(zip(NAMES, makers))
     if gold is not None and (gold / case.name / "model.safetensors").is_file():
@@ -66,9 +83,14 @@ def methods(subject: Subject, case: Case, gold: Path | None) -> dict[str, Callab
 
 def rows(
     subject: Subject, gold: Path | None, known: set[tuple[str, str]], only: list[str] | None,
-    names: list[str] | None = None, attacks: list[str] | None = None,
+    names: list[str] | None = None, attacks: list[str] | None = None, *, quick: bool = False,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row an ability and method: accuracy, harm, what the attacks did, what a linear probe reads."""
+    """One row an ability and method: accuracy, harm, what the attacks did, what a linear probe reads.
+
+    `quick` halves the tokens in a step of our repair, and those that a round of our search for neurons looks at.
+    """
+    if quick:
+        unlearning.TOKENS, neurons.TOKENS = unlearning.TOKENS // 2, neurons.TOKENS // 2
     demo, scans = subject.demo, []
     for ability in only or (demo.abilities if demo is not None else REAL):
         wanted = [n for n in names or NAMES if (ability, n) not in known and (n != GOLD or gold is not None)]
@@ -82,7 +104,9 @@ def rows(
         makers = methods(subject, case, gold)
         for name in wanted:
             if name in makers:
-                yield measured(case, name, makers[name](), attacks)
+                began = time.process_time()
+                row = measured(case, name, makers[name](), attacks)
+                yield {**row, "quick": quick, "cpu_seconds": round(time.process_time() - began)}
 
 
 def measured(case: Case, name: str, model: Any, attacks: list[str] | None = None) -> dict[str, Any]:
@@ -92,8 +116,13 @@ def measured(case: Case, name: str, model: Any, attacks: list[str] | None = None
     row: dict[str, Any] = {
         "ability": case.name, "method": name, "accuracy": case.score(model), "harm": case.harm(model), "attacks": {},
         "probe": float(probe_accuracy(model, *case.probes).max()), "every": case.attack.every,
-        "steps": case.attack.steps, "removed": gone,
+        "steps": case.attack.steps, "removed": gone, "rate": case.attack.rate,
     }  # fmt: skip
+    if hasattr(model, "search"):
+        row["search"] = model.search
+    mended = (removed.get("forgetting") or {}).get("mended") if removed else None
+    if mended is not None:
+        row["mended"] = mended
     most = max(case.attack.lines)
     cases = {str(n): case.own[:n] for n in case.attack.lines} | {UNRELATED: case.rest[:most]}
     for attack in attacks or cases:
@@ -118,10 +147,10 @@ def page(found: list[dict[str, Any]], name: str) -> str:
     by = {(r["ability"], r["method"]): r for r in found}
     abilities, order = (
         list(dict.fromkeys(r["ability"] for r in found)),
-        [n for n in NAMES if any(r["method"] == n for r in found)],
+        [n for n in ("dense", *(m for m in NAMES if m != "dense")) if any(r["method"] == n for r in found)],
     )
     levels = {a: HALF * by[a, "dense"]["accuracy"] if (a, "dense") in by else HALF for a in abilities}
-    cells, steps = [], []
+    cells = []
     for method in order:
         of = [by[a, method] for a in abilities if (a, method) in by]
         sizes = [r["removed"] for r in of if r["removed"] is not None]
@@ -129,48 +158,80 @@ def page(found: list[dict[str, Any]], name: str) -> str:
                 "harm, worst": np.max([r["harm"] for r in of]), "probe": np.mean([r["probe"] for r in of]),
                 **{f"area {c}": np.mean([r["attacks"][c]["area"] for r in of if c in r["attacks"]] or [np.nan])
                    for c in cases}}  # fmt: skip
-        cells.append({"method": method, "abilities": len(of), "removed": f"{np.mean(sizes):.0%}" if sizes else "-"}
+        cells.append({"method": method, "abilities": len(of), "within": sum(_within(r) for r in of),
+                      "removed": f"{np.mean(sizes):.0%}" if sizes else "-"}
                      | {k: f"{v:.3f}" for k, v in mean.items()})  # fmt: skip
-        row = {"method": method}
-        for a in abilities:
-            r = by.get((a, method))
-            t = None if r is None else taken(r, levels[a])
-            row[a] = "" if r is None else "-" if t is None else f"{t:.0f}"
-        steps.append(row)
     first = found[0]
     what = "exact answers to held-out lines" if name == "demo" else "right next tokens of held-out lines"
+    quick = [r for r in found if r.get("quick")]
+    shown = [c for c in cases if c != UNRELATED]
     return "\n".join([
         f"## Use 2: forgetting, and teaching it again ({name})", "",
         f"Fine-tuning of all parameters, {first['steps']} steps of Adam on batches of 8 lines. Accuracy: {what}. "
         "Area: mean accuracy over the steps; 8, 32, 128: lines of what was forgotten that the attacker has (fewer "
-        "where there are fewer); unrelated: lines of other text. Harm: accuracy lost by the worst of the rest. Probe: "
-        "tokens of held-out lines that ridge regression reads from the best layer. Means over abilities.", "",
-        pd.DataFrame(cells).to_markdown(index=False), "",
-        f"Steps until half of what the dense model knew is back, 128 lines (-: not within {first['steps']}; 0: was "
-        "never gone):", "",
-        pd.DataFrame(steps).to_markdown(index=False), "", *verdict(by, abilities, levels), "",
+        "where there are fewer); unrelated: lines of other text. Harm: accuracy lost by the worst of the rest; within: "
+        f"on how many abilities it is at most {HARM:.0%}. Probe: tokens of held-out lines that ridge regression reads "
+        "from the best layer. Means over abilities, one seed."
+        + (" Our repairs and searches for neurons took half of the tokens that they take by default." if quick else ""),
+        "", pd.DataFrame(cells).to_markdown(index=False), "",
+        *(line for case in shown for line in _steps_table(by, abilities, order, levels, case)),
+        *verdict(by, abilities, levels, shown), "",
     ])  # fmt: skip
 
 
-def verdict(by: dict[tuple[str, str], Any], abilities: list[str], levels: dict[str, float]) -> list[str]:
+def _within(row: dict[str, Any]) -> bool:
+    """Whether the harm is allowed (a hundred questions: no digits beyond)."""
+    return bool(round(row["harm"], 6) <= HARM)
+
+
+def _steps_table(
+    by: dict[tuple[str, str], Any], abilities: list[str], order: list[str], levels: dict[str, float], case: str
+) -> list[str]:
+    steps = []
+    for method in order:
+        row = {"method": method}
+        for a in abilities:
+            r = by.get((a, method))
+            if r is None or case not in r["attacks"]:
+                row[a] = ""
+                continue
+            t = taken(r, levels[a], case)
+            row[a] = ("-" if t is None else f"{t:.0f}") + ("" if _within(r) else f" (harm {r['harm']:.2f})")
+        steps.append(row)
+    most = next(iter(by.values()))["steps"]
+    said = (f"Steps until half of what the dense model knew is back, {case} lines (-: not within {most}; 0: was never "
+            f"gone; harm where it is above {HARM:.0%}):")  # fmt: skip
+    return [said, "", pd.DataFrame(steps).to_markdown(index=False), ""]
+
+
+def verdict(
+    by: dict[tuple[str, str], Any], abilities: list[str], levels: dict[str, float], cases: list[str]
+) -> list[str]:
     """On how many abilities ours takes twice the steps of the best method that cuts nothing, at equal harm."""
     lines = []
-    for name in ("ours", LASTING, "random neurons, the same repair", GOLD):
-        won, asked = 0, 0
-        for ability in abilities:
-            rivals = [by[k] for k in by if k[0] == ability and k[1].endswith("nothing cut")]
-            mine = by.get((ability, name))
-            if mine is None or len(rivals) < 2:
-                continue
-            asked += 1
+    for case in cases:
 
-            def steps(row: dict[str, Any], level: float = levels[ability]) -> float:
-                found = taken(row, level)
-                return float(row["steps"]) if found is None else found
+        def steps(row: dict[str, Any], ability: str, case: str = case) -> float:
+            """Those of the whole attack where it never comes back: at least so many."""
+            found = taken(row, levels[ability], case)
+            return float(row["steps"]) if found is None else found
 
-            best = max([steps(r) for r in rivals if r["harm"] <= HARM] + [0.0])
-            won += mine["harm"] <= HARM and steps(mine) >= max(2 * best, 1.0)
-        if asked:
-            lines.append(f"- {name}: harm within {HARM:.0%} and at least twice the steps of the best method that cuts "
-                         f"nothing on {won} of {asked} abilities.")  # fmt: skip
+        for name in (LASTING, "ours", "random neurons, the same repair", WHOLE):
+            won = asked = kept = forgot = 0
+            for ability in abilities:
+                rivals = [by.get((ability, k)) for k in UNCUT]
+                mine = by.get((ability, name))
+                if mine is None or None in rivals or any(case not in r["attacks"] for r in (mine, *rivals)):
+                    continue
+                asked += 1
+                best = max([steps(r, ability) for r in rivals if _within(r)] + [0.0])
+                kept += _within(mine)
+                forgot += best > 0
+                won += _within(mine) and steps(mine, ability) >= max(2 * best, 1.0)
+            if asked:
+                lines.append(
+                    f"- {case} lines, {name}: at least twice the steps of the best method that cuts nothing, both "
+                    f"within {HARM:.0%} of harm, on {won} of {asked} abilities (it is within the harm on {kept}; "
+                    f"one of the others forgot within it on {forgot})."
+                )
     return lines

@@ -124,10 +124,10 @@ def demo_case(subject: Subject, ability: str, scans: list[Any]) -> Case:
         ability, ability, scans,
         own=encoded("calibration", ability, n=most, seed=41),
         rest=encoded("calibration", others, n=most // len(others) + 1, seed=41),
-        gone=encoded("calibration", ability, n=256, seed=31), stays=encoded("calibration", others, n=64, seed=31),
+        gone=encoded("calibration", ability, n=600, seed=31), stays=encoded("calibration", others, n=300, seed=31),
         score=lambda model: float(score_examples(model, demo.tokenizer, questions)[0].mean()), harm=harm, watch=watch,
         probes=(encoded("calibration", ability, n=400, seed=43), encoded("heldout", ability, n=200, seed=43)),
-        attack=attack, rate=0.003,
+        attack=attack, rate=0.001,
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def real_case(subject: Subject, name: str) -> Case:
         rest=encoded([t for of in prose(False, 64, 71).values() for t in of]), gone=encoded(gone),
         stays=encoded(stay_texts), score=partial(accuracy, encoded(test), scored), harm=partial(lost, held, dense),
         watch=lambda model: (accuracy(watched_lines, None, model), lost(near, before, model)),
-        probes=([x[:LONGEST] for x in encoded(gone)], encoded(test)), attack=attack, rate=0.001,
+        probes=([x[:LONGEST] for x in encoded(gone)], encoded(test)), attack=attack, rate=0.0003,
     )  # fmt: skip
 
 

@@ -111,6 +111,9 @@ SHARE = Annotated[
     typer.Option("--ratio", help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes."),
 ]
 FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
+LAST = Annotated[
+    bool, typer.Option("--last", help="With --forget: so that it does not come back quickly; more goes, takes longer.")
+]
 
 
 # What readers and disks raise, by name: their packages are not imported for a message.

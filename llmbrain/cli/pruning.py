@@ -23,6 +23,7 @@ from llmbrain.cli.common import (
     GGUF_TYPE,
     HEADS,
     KEEP,
+    LAST,
     LIKE,
     METHOD,
     MODEL,
@@ -87,6 +88,7 @@ def plan(
     self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
+    last: LAST = False,
     device: DEVICE = "auto",
     device_map: DEVICE_MAP = "",
     offload: OFFLOAD = False,
@@ -104,8 +106,8 @@ def plan(
     texts = load_texts(text, field) if text else None
     if expert_ratio is not None:
         one_process("plan --expert-ratio")
-        if parts(drop):
-            raise InputError("--expert-ratio takes no --drop")
+        if parts(drop) or last:
+            raise InputError("--expert-ratio takes no --drop and no --last")
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
         fewer = plan_fewer(
             loaded, tokenizer, texts, expert_ratio=expert_ratio, method=method, study=study, out=out, random_state=seed,
@@ -128,7 +130,7 @@ def plan(
         ratio=ratio, method=method, allocation=allocation or None, multiple_of=multiple_of,
         protect=parse_layers(protect), head_ratio=head_ratio, drop=parts(drop), passes=passes,
         token_balance=token_balance,
-        keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed,
+        keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed, **({"last": True} if last else {}),
     )  # fmt: skip
     print_table(made.to_frame())
     say(made.summary())
@@ -171,6 +173,7 @@ def prune(
     self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
+    last: LAST = False,
     relearning: bool = typer.Option(True, help="With --forget: attack the result by teaching it again."),
     indices: bool = typer.Option(True, help="Whether pruning.json names the neurons that went."),
     device: DEVICE = "auto",
@@ -202,6 +205,8 @@ def prune(
         one_process("prune of experts")
         if parts(drop):
             raise InputError("--expert-ratio takes no --drop")
+        if not indices or last:
+            raise InputError("--expert-ratio takes no --no-indices and no --last")
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
         small, fewer = cut_fewer(
             loaded, tokenizer, texts, out=out, plan=given if isinstance(given, ExpertPlan) else None,
@@ -222,17 +227,32 @@ def prune(
         say(line)
     if dry_run:
         return
-    _, made = smaller.cut(
+    small, made = smaller.cut(
         loaded, tokenizer, texts, out=out, study=study, plan=given,
         compensate=None if compensate == "none" else compensate,
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         drop=parts(drop), passes=passes, token_balance=token_balance, keep=parts(keep) or None,
         forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=offload or is_away(loaded),
-        relearning=relearning, indices=indices,
+        relearning=relearning, indices=indices, **({"last": True} if last else {}),
     )  # fmt: skip
-    say(made.summary())
+    if made is not None:
+        say(made.summary())
+    cuts: Any = small.llmbrain_pruning
+    show_forgetting((cuts[-1].get("forgetting") or {}).get("relearning"))
     say(f"saved: {out}")
+
+
+def show_forgetting(found: dict[str, Any] | None) -> None:
+    """Print what the relearning attack on a model that forgets came to."""
+    from llmbrain.pruning.forget.relearning import attack_table
+
+    if found:
+        rows = attack_table(found)
+        if len(rows):
+            print_table(rows, "taught again: shares of what the dense model knew")
+        else:
+            say(f"not taught again: {found.get('left_out', 'no attack')}")
 
 
 def _repaired(small: Any) -> str:

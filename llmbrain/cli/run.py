@@ -45,6 +45,7 @@ from llmbrain.cli.common import (
     say,
 )
 from llmbrain.cli.lists import ListCommand, parts
+from llmbrain.cli.pruning import show_forgetting
 from llmbrain.stats import PUBLISHED_Z
 
 
@@ -143,6 +144,7 @@ def run(
     source = {"model": model, "text": str(text.resolve()), "field": field}
     study = job.run(loaded, tokenizer, texts, out=out, name=model, source=source, overwrite=overwrite, **asked)
     show_summary(study.summary)
+    show_forgetting((study.summary.get("forgetting") or {}).get("relearning"))
     say(f"report: {out / 'report.html'}")
 
 

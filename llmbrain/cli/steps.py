@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -22,7 +22,6 @@ from llmbrain.cli.common import (
     OVERWRITE,
     RUN_LENGTH,
     SEED,
-    TEXT,
     one_process,
     open_model,
     parse_components,
@@ -32,6 +31,9 @@ from llmbrain.cli.common import (
 )
 from llmbrain.cli.lists import ListCommand, parts
 from llmbrain.stats import PUBLISHED_Z
+
+if TYPE_CHECKING:
+    from llmbrain.scanning import Stimulus
 
 # Not required, so that the last of several --images is never taken for it.
 STUDY = Annotated[
@@ -46,10 +48,17 @@ def register(app: typer.Typer) -> None:
         app.command(command.__name__, cls=ListCommand)(command)
 
 
+ROWS = "Rows of TOFU, WMDP, MUSE or plain text (.json, .jsonl, .parquet, .txt)"
+
+
 def scan(
     model: MODEL,
-    text: TEXT,
     out: OUT,
+    text: Path | None = typer.Option(
+        None, "--text", help=".txt, .json (list of strings) or .jsonl (a field 'text' a line)."
+    ),
+    forget: Path | None = typer.Option(None, "--forget", help=f"{ROWS}: read as condition 'forget'; needs --retain."),
+    retain: Path | None = typer.Option(None, "--retain", help=f"{ROWS}: read as condition 'retain'."),
     site: str = typer.Option("neuron", help="neuron, gate, up, mlp_out, block_out, head; several with commas."),
     n_tokens: int = typer.Option(0, help="Tokens to read of each text; 0 is all.", min=0),
     batch_size: int = typer.Option(8, help="Texts read at once.", min=1),
@@ -69,6 +78,7 @@ def scan(
     field: FIELD = "text",
 ) -> None:
     """Record every neuron of a model at every token of a text; several processes may share it (torchrun, --rank)."""
+    from llmbrain.datasets import read_rows, unlearning_texts
     from llmbrain.distributed import ranks
     from llmbrain.scanning import scan as scan_model
     from llmbrain.scanning import taking
@@ -78,11 +88,17 @@ def scan(
 
     if (rank is None) != (of is None):
         raise InputError(f"--rank={rank} --of={of}: give both, or neither")
-    texts = load_texts(text, field)
+    rows = [path for path in (forget, retain) if path is not None]
+    if len(rows) == 1 or bool(rows) == (text is not None):
+        raise InputError("give --text, or --forget and --retain")
+    given = load_texts(text, field) if text is not None else [line for path in rows for line in read_rows(path)]
     loaded, tokenizer = open_model(model, device, dtype=model_dtype, device_map=device_map, tp_plan=tp_plan)
+    texts: list[str] | list[Stimulus] = given
+    if forget is not None and retain is not None:
+        texts = unlearning_texts(forget, retain, tokenizer)
     sites = site.split(",")
     most = n_tokens * len(texts) or None
-    told(step_cost(loaded, tokenizer, texts, n_tokens=most, site=sites[0], dtype=dtype or None, disk=True), say)
+    told(step_cost(loaded, tokenizer, given, n_tokens=most, site=sites[0], dtype=dtype or None, disk=True), say)
     if dry_run:
         return
     with taking(rank, of) if rank is not None and of is not None else nullcontext():

@@ -189,6 +189,8 @@ def plan_pruning(
     text = {name: options.pop(name) for name in CALIBRATION_OPTIONS if name in options}
     given = Calibration.of(calibration, tokenizer, **text)
     how = plan_options(options)
+    if not forget and (how.last or how.attribution != "gradient"):
+        raise InputError(f"last={how.last}, attribution={how.attribution!r} are options of forget: say what is to go")
     if has_experts(model):
         whole = check_drop(how.drop) or criterion(method).blocks or None
         refused = {"head_ratio": head_ratio or None, "keep": keep, "forget": forget, "whole blocks": whole}

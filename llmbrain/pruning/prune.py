@@ -114,6 +114,8 @@ def prune(
     if ridge is not None:
         check_range("ridge", ridge, 0)
     if isinstance(plan, ExpertPlan) or plan.experts_before is not None:
+        if not record_indices:
+            raise InputError("record_indices=False: a cut of experts, or of neurons in them, names what went")
         given = Calibration.of(calibration, tokenizer, **text)
         windows = given.windows(model) if compensate is not None else None
         if compensate is not None and windows is None:

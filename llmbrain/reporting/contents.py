@@ -43,6 +43,7 @@ class Contents:
     mask_img: Any = None
     atlas: Atlas | tuple[Any, Sequence[str]] | None = None
     forecast: Any = None
+    forgetting: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     # -- networks ------------------------------------------------------------------------------------------------------

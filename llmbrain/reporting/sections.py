@@ -240,6 +240,8 @@ def pruning(held: Contents) -> Section:
         parts.append(table(held.abilities, "Abilities before and after"))
     if held.forecast is not None:
         parts += _forecast(held.forecast)
+    if held.forgetting is not None:
+        parts += _forgetting(held.forgetting)
     body = fill("missing.html.j2", lines=missing) + Markup('<div class="side">{}</div>').format(render(parts))
     return Section("Pruning", body, id="pruning")
 
@@ -253,6 +255,26 @@ def _forecast(found: Any) -> list[Any]:
     for name, frame in (("condition", found.conditions), ("network", found.networks)):
         if len(frame):
             parts.append(table(frame.set_index(name).round(4), f"{what}; by {name}"))
+    return parts
+
+
+def _forgetting(found: Mapping[str, Any]) -> list[Any]:
+    """What forgetting took of every condition, and how fast teaching brings it back."""
+    from llmbrain.pruning.forget.relearning import attack_table
+
+    parts = []
+    if found.get("loss_added"):
+        names = {"broken": "share of sure tokens broken", "loss_added": "loss added, nats a token"}
+        frame = pd.DataFrame({label: found[key] for key, label in names.items() if key in found})
+        parts.append(table(frame.rename_axis("condition").round(4), f"Forgetting, on {found['windows']} windows"))
+    attack = found.get("relearning")
+    if attack:
+        rows = attack_table(attack)
+        if len(rows):
+            what = "Taught again: how much of what the dense model knew comes back"
+            parts.append(table(rows.set_index("taught_again_on").round(4), what))
+        else:
+            parts.append(fill("missing.html.j2", lines=[f"Not taught again: {attack.get('left_out', 'no attack')}."]))
     return parts
 
 

@@ -53,6 +53,7 @@ def build_report(
     mask_img: Nifti1Image | str | os.PathLike[str] | None = None,
     atlas: Atlas | tuple[Nifti1Image | str | os.PathLike[str], Sequence[str]] | None = None,
     forecast: Forecast | None = None,
+    forgetting: Mapping[str, Any] | None = None,
 ) -> Report:
     """Make a report of whatever there is; every part may be missing, and says so.
 
@@ -84,6 +85,8 @@ def build_report(
         Of maps of a brain: names the regions of the peaks. Value v is ``labels[v]``, 0 the background.
     forecast : Forecast, optional
         What `plan` will cost (`PruningPlan.forecast`), and did cost where it was measured.
+    forgetting : mapping, optional
+        Of a cut that forgets: ``"forgetting"`` of the model's record, with the relearning attack.
 
     Returns
     -------
@@ -91,7 +94,7 @@ def build_report(
     """
     held = Contents(
         title, scans, ica, networks, plan, dense, pruned, abilities, lesions, stability, connectivity, comparison,
-        list(warnings), provenance, mask_img, atlas, forecast,
+        list(warnings), provenance, mask_img, atlas, forecast, forgetting,
     )  # fmt: skip
     rows = parts.network_rows(held)
     report = Report(title, subtitle=_subtitle(held))

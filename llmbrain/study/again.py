@@ -137,13 +137,14 @@ def _known(out: Path) -> str:
 
 def made_before(
     out: str | Path, tokenizer: PreTrainedTokenizerBase | None, plan: PruningPlan | None, offload: bool
-) -> tuple[nn.Module, PruningPlan]:
-    """The model that the same call wrote, and its plan."""
+) -> tuple[nn.Module, PruningPlan | None]:
+    """The model that the same call wrote, and its plan where its indices were recorded."""
     whole = is_gguf(out) or tokenizer is not None
     model, _ = load_model(out, offload=offload) if whole else load_pruned(out)
     if plan is None:
         record = getattr(model, RECORD)[-1]
-        plan = PruningPlan.from_dict({**record["plan"], "kept": record["kept"], "kept_heads": record["kept_heads"]})
+        cuts = {"kept": record["kept"], "kept_heads": record["kept_heads"]}
+        plan = None if record["kept"] is None else PruningPlan.from_dict({**record["plan"], **cuts})
     return model, plan
 
 

@@ -14,6 +14,7 @@ from llmbrain._progress import Say, seconds_of, span, speaker, watched
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts, widths_of
 from llmbrain.anatomy.families import anatomy
+from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.decomposition import GroupICA
 from llmbrain.evaluation import throughput
 from llmbrain.evaluation.perplexity import check_causal, window_losses
@@ -280,7 +281,10 @@ def run(
             agreement = predicted.agreement().astype(object)
             summary["forecast"] = agreement.where(agreement.notna(), None).to_dict("records")
         found = extras(study, model) if extras else {}
-        in_report = {"forecast": predicted, **found.pop("report", {})}
+        forgetting = getattr(small, RECORD, [{}])[-1].get("forgetting")
+        if forgetting:
+            summary["forgetting"] = forgetting
+        in_report = {"forecast": predicted, "forgetting": forgetting, **found.pop("report", {})}
         study.summary = {**summary, **found}
 
         tell("5/5 report")
@@ -304,7 +308,7 @@ def _smaller(
         model, tokenizer, texts, study=study, method=how.method, self_text=how.own_text,
         random_state=how.random_state, progress=tell,
     )  # fmt: skip
-    return cut(
+    small, plan = cut(
         model, tokenizer, evidence=evidence, out=out,
         ratio=how.ratio, method=how.method, compensate=how.compensate, allocation=how.allocation,
         multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, drop=how.drop or (),
@@ -312,6 +316,8 @@ def _smaller(
         gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
         progress=tell,
     )  # fmt: skip
+    assert plan is not None
+    return small, plan
 
 
 def _same_as_before(out: Path, mark: dict[str, Any]) -> Settings | None:

@@ -17,6 +17,7 @@ from llmbrain.checkpoints import load_model, save_pruned
 from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.parts import FORMATS_BY_PART
+from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.distributed import Parcel, ranks
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.text import as_windows, listed_texts, window_length
@@ -291,7 +292,7 @@ def cut(
     indices: bool = True,
     progress: bool | Say = True,
     **options: Any,
-) -> tuple[nn.Module, PruningPlan]:
+) -> tuple[nn.Module, PruningPlan | None]:
     """Plan a cut (or take `plan`), cut, repair, and save the smaller model with a report.
 
     Parameters
@@ -304,24 +305,22 @@ def cut(
     report : bool
         Write ``report.html`` beside the model.
     relearning, indices : bool
-        Of a plan that forgets: attack the result by teaching it again; whether ``pruning.json`` names the neurons that
-        went. See `llmbrain.prune` (`relearning`, `record_indices`).
+        See `llmbrain.prune` (`relearning`, `record_indices`).
     **options
         Others as for `plan`.
     random_state : int, Generator or None
         What is drawn starts from it; None draws anew.
     overwrite : bool
-        Write over what is there.
     offload : bool
-        Cut block by block, from the files of a model that was loaded with ``offload=True`` or a device map to those of
-        the smaller one: see `llmbrain.prune_offloaded`.
+        Cut block by block, from the files of a model to those of the smaller one: see `llmbrain.prune_offloaded`.
     progress : bool or callable
         Say what is done, on stderr or to a function of a line.
 
     Returns
     -------
     (model, plan)
-        With `offload` the model is the smaller one, opened with ``offload=True``.
+        With `offload` the model is opened with ``offload=True``. The plan is None where the same call made the model
+        before, without `indices`: nobody knows it any more.
 
     Raises
     ------
@@ -333,10 +332,12 @@ def cut(
         raise InputError("offload=True: a model is cut from file to file by one process")
     if offload:
         check_option("format", format, FORMATS_BY_PART)
+        if not indices:
+            raise InputError("indices=False: a model that is cut block by block names what went; load it whole")
     made = "" if evidence is not None else made_from(
         "prune", model, texts, None if study is None else Study.of(study).folder, plan=plan and plan.to_dict(),
         compensate=compensate, format=format, self_text=self_text, gguf_type=gguf_type, like=like and str(like),
-        random_state=random_state, **options,
+        random_state=random_state, **({} if relearning and indices else {"record": [relearning, indices]}), **options,
     )  # fmt: skip
     with making(out, overwrite, made) as is_there:
         if is_there:
@@ -367,8 +368,9 @@ def cut(
         def page(path: Path, smaller: nn.Module) -> None:
             """The report, with what was foretold beside what it is."""
             found = foretold if foretold is None else foretold.measure(model, smaller)
-            title = f"{model_id(model)}, pruned"
-            write_report(path, title=title, plan=plan, networks=evidence.networks, forecast=found)
+            forgetting = getattr(smaller, RECORD, [{}])[-1].get("forgetting")
+            shown: dict[str, Any] = {"plan": plan, "networks": evidence.networks, "forecast": found}
+            write_report(path, title=f"{model_id(model)}, pruned", forgetting=forgetting, **shown)
 
         def beside(folder: Path, smaller: nn.Module | None = None) -> None:
             """What is of one set with the model."""

@@ -65,6 +65,47 @@ def test_rows_of_unlearning_benchmarks(tmp_path, tokenizer):
         unlearning_texts(tofu, wmdp, tokenizer, lines=2.5)
 
 
+def test_every_shape_that_these_files_are_published_in(tmp_path):
+    rows = [{"question": "Who?", "answer": "I."}, {"question": "Where?", "answer": "Here."}]
+    wanted = ["Question: Who?\nAnswer: I.\n", "Question: Where?\nAnswer: Here.\n"]
+    lines = "\n".join(map(json.dumps, rows)) + "\n"
+    for name, content in (("a.jsonl", lines), ("b.json", lines), ("c.json", json.dumps(rows)), ("d.JSON", lines),
+                          ("e.jsonl", "\ufeff" + lines.replace("\n", "\r\n"))):  # fmt: skip
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_rows(tmp_path / name) == wanted, name
+    (tmp_path / "one.json").write_text(json.dumps(rows[0]))
+    assert read_rows(tmp_path / "one.json") == wanted[:1]
+    (tmp_path / "muse.txt").write_text("A text.\n\nOf two parts.")
+    assert read_rows(tmp_path / "muse.txt") == ["A text. Of two parts.\n"]
+    (tmp_path / "verbatim.json").write_text(json.dumps([{"prompt": "It was", "gt": "so."}]))
+    assert read_rows(tmp_path / "verbatim.json") == ["It was so.\n"]
+    letter = {"question": "Which?", "choices": ["one", "two"], "answer": "b"}
+    (tmp_path / "letter.json").write_text(json.dumps([letter]))
+    assert read_rows(tmp_path / "letter.json") == ["Question: Which?\nA. one\nB. two\nAnswer: B. two\n"]
+    for name, content, message in (
+        ("split.json", {"forget": rows, "retain": rows}, "one file a split"), ("number.json", 3, "must hold a list"),
+        ("z.json", [{**letter, "answer": "C"}], "answer='C' must be the number of a choice"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            read_rows(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "none.parquet")
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_rows(tmp_path / "bad.json")
+
+
+def test_rows_in_parquet(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"question": "Which?", "choices": ["one", "two"], "answer": 1, "subject": None}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "wmdp.parquet")
+    assert read_rows(tmp_path / "wmdp.parquet") == ["Question: Which?\nA. one\nB. two\nAnswer: B. two\n"]
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(InputError, match="is no parquet file"):
+        read_rows(tmp_path / "bad.parquet")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from llmbrain._validation import InputError, check_range, check_whole
 from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.pruning.calibrate.windows import scans_with_tokens
 from llmbrain.scanning.scans import Scan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LONGEST = 128  # tokens of a line; a longer event is cut into several
 UNRELATED = "unrelated"
@@ -242,6 +245,35 @@ def attacked(
         record["relearned"][name] = steps_until(steps, scores, ENOUGH)
         record["lines"][name] = len(lines)
     return {**record, "seconds": round(time.perf_counter() - began, 1), "attack": asdict(attack)}
+
+
+def attack_table(found: dict[str, Any]) -> pd.DataFrame:
+    """What `attacked` gave, one row an attack.
+
+    Parameters
+    ----------
+    found : dict
+        ``model.llmbrain_pruning[-1]["forgetting"]["relearning"]``.
+
+    Returns
+    -------
+    DataFrame
+        ``taught_again_on``, ``lines``; ``known`` before it and ``known_after`` (shares of what the dense model knew);
+        ``area``, their mean over the steps; ``half_back_at_step``, ``"never"`` where half is not back by its end. Empty
+        where there was no attack.
+    """
+    import pandas as pd
+
+    rows = []
+    for name, shares in found.get("accuracy", {}).items():
+        step = found["relearned"][name]
+        rows.append({
+            "taught_again_on": "unrelated text" if name == UNRELATED else "what was forgotten",
+            "lines": found["lines"][name], "known": shares[0], "known_after": shares[-1], "area": found["area"][name],
+            "half_back_at_step": f"never (of {found['steps'][-1]})" if step is None else f"{step:.0f}",
+        })  # fmt: skip
+    columns = ["taught_again_on", "lines", "known", "known_after", "area", "half_back_at_step"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def split_lines(scans: Sequence[Scan], forget: Sequence[str], attack: Relearning) -> tuple[list[Tensor], list[Tensor]]:

@@ -35,6 +35,9 @@ LINES = 8  # in a step of the adversary
 PATIENCE = 20  # steps after which it starts anew
 RATE_OTHERS = 0.005  # first step of all other weights, and step of the adversary
 SURE = 0.9  # the record counts tokens that had this probability and fell below a half
+MENDS, MENDING = 2, 80  # what is to last: so often, and so many steps, the repair goes on for what suffers most
+LOUDER = 4.0  # there the condition that suffers most counts so much more
+BROKEN = 0.005  # while it breaks more than this share of the sure tokens of a condition
 
 
 def unlearn(
@@ -76,7 +79,8 @@ def unlearn(
     dict
         ``"broken"``: by condition the share of surely known tokens (probability 0.9) that are below a half afterwards,
         and ``"loss_added"`` in nats a token, on ``"windows"`` held-out windows (on all where there are fewer than
-        `HELD_OUT`).
+        `HELD_OUT`). With ``"last"`` also ``"mended"``: how often the repair went on because another condition's share
+        was above `BROKEN` (the same windows tell, so the share is a little too good then).
     """
     last = bool(functions.get("last"))
     labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
@@ -92,7 +96,6 @@ def unlearn(
         refits += _others(model, refits)
         adversary = Adversary(model, lines_of(scans, functions["forget"]))
     _train(model, refits, windows[~held], lost[~held], weights[~held], adversary)
-    change = token_losses(model, windows[test]) - before
     numbers = torch.from_numpy(labels)[test]
     sure = before < -np.log(SURE)
 
@@ -100,10 +103,26 @@ def unlearn(
         found = {name: values[among & (numbers == i)] for i, name in enumerate(names)}
         return {name: float(v.float().mean()) for name, v in found.items() if len(v)}
 
+    change = token_losses(model, windows[test]) - before
+    mended = 0
+    while last and mended < MENDS:
+        broken = by_condition(change + before > np.log(2), sure)
+        harmed = {c: share for c, share in broken.items() if c not in functions["forget"]}
+        worst = max(harmed.values(), default=0.0)
+        if worst <= BROKEN:
+            break
+        louder = torch.tensor([0.0, *(harmed.get(c, 0.0) / max(worst, 1e-9) for c in names)])[
+            torch.from_numpy(labels) + 1
+        ]
+        urgent = weights * (1 + LOUDER * louder)
+        _train(model, refits, windows[~held], lost[~held], urgent[~held], adversary, steps=MENDING, scale=0.5)
+        change = token_losses(model, windows[test]) - before
+        mended += 1
     return {
         "windows": int(test.sum()),
         "broken": by_condition(change + before > np.log(2), sure),
         "loss_added": by_condition(change, torch.ones_like(sure)),
+        **({"mended": mended} if last else {}),
     }
 
 
@@ -213,15 +232,16 @@ class Adversary:
 
 def _train(
     model: nn.Module, refits: Sequence[_Refit], windows: Tensor, lost: Tensor, weights: Tensor,
-    adversary: Adversary | None = None,
+    adversary: Adversary | None = None, *, steps: int | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
+    steps = steps or STEPS
     generator = torch.Generator().manual_seed(0)
     masters = [r.now.detach().float().clone() for r in refits]  # small steps vanish in half precision
-    optimizer = torch.optim.Adam([{"params": [m], "lr": r.rate} for m, r in zip(masters, refits)])
-    falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    optimizer = torch.optim.Adam([{"params": [m], "lr": scale * r.rate} for m, r in zip(masters, refits)])
+    falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order: list[Tensor] = []
     with gradients_of(model, [r.now for r in refits] if adversary is None else list(model.parameters())):
-        for _ in bar(range(STEPS), desc="unlearn", leave=False):
+        for _ in bar(range(steps), desc="unlearn", leave=False):
             if not order:
                 shuffled = torch.randperm(len(windows), generator=generator)
                 order = list(shuffled.split(len(batches(windows, TOKENS)[0])))

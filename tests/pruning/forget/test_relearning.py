@@ -9,7 +9,8 @@ import pytest
 import torch
 from pruning_data import right_by_condition
 
-from llmbrain import InputError, load_pruned, plan_pruning, prune, save_pruned
+from llmbrain import InputError, PruningPlan, load_pruned, plan_pruning, prune, save_pruned
+from llmbrain.pruning.forget import unlearning
 from llmbrain.pruning.forget.relearning import (
     Known,
     Relearning,
@@ -100,8 +101,37 @@ def test_what_is_to_last_cuts_more_and_is_repaired_against_an_adversary(two_abil
     assert after["low"] < 0.2
     assert after["high"] > before["high"] - 0.05
     assert all(p.grad is None for p in small.parameters())
+    assert small.llmbrain_pruning[-1]["forgetting"]["mended"] in (0, 1, 2)
     with pytest.raises(InputError, match="so it needs a copy"):
         prune(model, lasting, calibration=scans, compensate="least-squares", inplace=True)
+
+
+def test_what_suffers_is_mended_while_it_is_too_much(two_abilities, monkeypatch):
+    """A plan that cuts nothing has the repair as well; it goes on for the other condition, at most `MENDS` times."""
+    model, scans, ids = two_abilities
+    monkeypatch.setattr(unlearning, "STEPS", 2)
+    monkeypatch.setattr(unlearning, "MENDING", 3)
+    plan = plan_pruning(model, None, scans, forget=["low"], window=ids.shape[1])
+    kept = [list(range(w)) for w in plan.widths_before]
+    details = {"functions": {**plan.details["functions"], "last": True}}
+    whole = PruningPlan.from_dict({**plan.to_dict(), "kept": kept, "details": details})
+    trained = []
+    train = unlearning._train
+
+    def watched(model, refits, windows, lost, weights, adversary=None, **options):
+        trained.append((options, weights))
+        return train(model, refits, windows, lost, weights, adversary, **options)
+
+    monkeypatch.setattr(unlearning, "_train", watched)
+    for allowed, times in ((-1.0, 2), (1.0, 0)):
+        monkeypatch.setattr(unlearning, "BROKEN", allowed)
+        trained.clear()
+        small = prune(model, whole, calibration=scans, window=ids.shape[1], compensate="least-squares",
+                      relearning=False)  # fmt: skip
+        assert small.llmbrain_pruning[-1]["forgetting"]["mended"] == times
+        assert [o for o, _ in trained] == [{}] + times * [{"steps": 3, "scale": 0.5}]
+        assert all((later >= trained[0][1]).all() for _, later in trained)
+        assert [len(k) for k in small.llmbrain_pruning[-1]["kept"]] == list(plan.widths_before)
 
 
 def test_a_probe_reads_what_hidden_states_hold(two_abilities):

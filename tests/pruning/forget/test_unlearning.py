@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from pruning_data import right_by_condition
@@ -64,3 +66,65 @@ def test_the_command_forgets(two_abilities, tmp_path):
     after = right_by_condition(lb.load_pruned(tmp_path / "small")[0], scans, ids)
     assert after["low"] < 0.2
     assert after["high"] > 0.9
+    assert "taught again" in result.output  # the attack is part of what the command says, and of the report
+    page = (tmp_path / "small" / "report.html").read_text(encoding="utf-8")
+    assert "Taught again: how much of what the dense model knew comes back" in page
+    assert "Forgetting, on" in page
+
+
+def test_the_command_leaves_indices_out(two_abilities, tmp_path):
+    """Also where it is called again; and what was made with indices is not taken for it."""
+    from typer.testing import CliRunner
+
+    from llmbrain.cli import app
+
+    model, scans, _ = two_abilities
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.json").write_text(json.dumps([s.text for s in scans]))
+    call = ["prune", str(tmp_path / "model"), "--text", str(tmp_path / "text.json"), "--method", "magnitude"]
+    call += ["--compensate", "none", "--out"]
+    for out, options in (("with", []), ("without", ["--no-indices"]), ("without", ["--no-indices"])):
+        result = CliRunner().invoke(app, [*call, str(tmp_path / out), *options])
+        assert result.exit_code == 0, result.output
+        record = json.loads((tmp_path / out / "pruning.json").read_text(encoding="utf-8"))["cuts"][0]
+        assert (record["kept"] is None) == (out == "without")
+    refused = CliRunner().invoke(app, [*call, str(tmp_path / "with"), "--no-indices"])
+    assert isinstance(refused.exception, lb.InputError)
+    assert "holds a model already" in str(refused.exception)
+    refused = CliRunner().invoke(app, [*call, str(tmp_path / "on_disk"), "--no-indices", "--offload"])
+    assert "indices=False" in str(refused.exception)
+
+
+def test_the_command_reads_rows_of_unlearning_benchmarks(tmp_path):
+    from typer.testing import CliRunner
+
+    from llmbrain.cli import app
+
+    brain = lb.datasets.load_demo()
+    brain.model.save_pretrained(tmp_path / "model")
+    brain.tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"question": f"{a} + 1?", "answer": str(a + 1)} for a in range(12)]
+    (tmp_path / "forget.json").write_text("\n".join(json.dumps(r) for r in rows[:6]))
+    (tmp_path / "retain.jsonl").write_text("\n".join(json.dumps(r) for r in rows[6:]))
+    call = [
+        "scan",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "study"),
+        "--forget",
+        str(tmp_path / "forget.json"),
+    ]
+    refused = CliRunner().invoke(app, call)
+    assert "give --text, or --forget and --retain" in str(refused.exception)
+    result = CliRunner().invoke(app, [*call, "--retain", str(tmp_path / "retain.jsonl")])
+    assert result.exit_code == 0, result.output
+    kinds = [kind for run in lb.load_scans(tmp_path / "study") for kind in run.events["trial_type"]]
+    assert sorted(kinds) == ["forget"] * 6 + ["retain"] * 6
+
+
+def test_options_of_forgetting_are_refused_where_nothing_is_to_go(two_abilities):
+    model, scans, _ = two_abilities
+    for option in ({"last": True}, {"attribution": "relp"}):
+        with pytest.raises(lb.InputError, match="are options of forget"):
+            plan_pruning(model, ratio=0.3, method="magnitude", scans=scans, **option)
