@@ -156,11 +156,11 @@ def page(found: list[dict[str, Any]], name: str) -> str:
         sizes = [r["removed"] for r in of if r["removed"] is not None]
         mean = {"accuracy": np.mean([r["accuracy"] for r in of]), "harm, mean": np.mean([r["harm"] for r in of]),
                 "harm, worst": np.max([r["harm"] for r in of]), "probe": np.mean([r["probe"] for r in of]),
-                **{f"area {c}": np.mean([r["attacks"][c]["area"] for r in of if c in r["attacks"]] or [np.nan])
-                   for c in cases}}  # fmt: skip
+                **{f"area {c}": np.mean([r["attacks"][c]["area"] for r in of]) if all(c in r["attacks"] for r in of)
+                   else np.nan for c in cases}}  # fmt: skip
         cells.append({"method": method, "abilities": len(of), "within": sum(_within(r) for r in of),
                       "removed": f"{np.mean(sizes):.0%}" if sizes else "-"}
-                     | {k: f"{v:.3f}" for k, v in mean.items()})  # fmt: skip
+                     | {k: "-" if np.isnan(v) else f"{v:.3f}" for k, v in mean.items()})  # fmt: skip
     first = found[0]
     what = "exact answers to held-out lines" if name == "demo" else "right next tokens of held-out lines"
     quick = [r for r in found if r.get("quick")]

@@ -23,7 +23,7 @@ STEPS, LOOK = 75, 15  # of unlearning, and steps between two looks at the harm
 OWN, REST = 8, 24  # lines in a step: of what is to go, and of what stays
 GONE = 0.02  # accuracy at which nothing is left to forget
 BETA = 0.1  # of NPO
-TRIES, WEIGHT = 3, 0.03  # strengths that are tried at most, and the first weight of forgetting
+TRIES, WEIGHT = 2, 0.01  # strengths that are tried at most, and the first weight: found on the demo brain's addition
 TOO_MUCH = 0.3  # harm at which a try is given up
 Lines = list[torch.Tensor]
 
@@ -41,7 +41,7 @@ def unlearned(
 
     Of all steps that were looked at and harm the rest by at most `harm`, the one with the lowest accuracy on what is to
     go, of several the last one; the dense model where there is none. Where that leaves more than `GONE`, another
-    strength is tried: a fifth of the weight where it went but with too much harm, else twice the weight and the rate.
+    strength is tried: half of the weight where it went with too much harm, else twice the weight and 1.5 of the rate.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def unlearned(
                 break
         if least <= GONE:
             break
-        weight, rate = (weight / 5, rate) if went else (2 * weight, 2 * rate)
+        weight, rate = (weight / 2, rate) if went else (2 * weight, 1.5 * rate)
     for p in best.parameters():
         p.grad = None
     return best, {"chosen": chosen, "looks": looks}
