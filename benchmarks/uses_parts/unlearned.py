@@ -21,9 +21,9 @@ from llmbrain.pruning.forget.relearning import padded
 
 STEPS, LOOK = 75, 15  # of unlearning, and steps between two looks at the harm
 OWN, REST = 8, 24  # lines in a step: of what is to go, and of what stays
-GONE = 0.02  # accuracy at which nothing is left to forget
+GONE, HALF = 0.02, 0.5  # accuracy at which nothing is left to forget, and half
 BETA = 0.1  # of NPO
-TRIES, WEIGHT = 2, 0.01  # strengths that are tried at most, and the first weight: found on the demo brain's addition
+TRIES, WEIGHT = 3, 0.01  # strengths that are tried at most, and the first weight: found on the demo brain's addition
 TOO_MUCH = 0.3  # harm at which a try is given up
 Lines = list[torch.Tensor]
 
@@ -41,7 +41,8 @@ def unlearned(
 
     Of all steps that were looked at and harm the rest by at most `harm`, the one with the lowest accuracy on what is to
     go, of several the last one; the dense model where there is none. Where that leaves more than `GONE`, another
-    strength is tried: half of the weight where it went with too much harm, else twice the weight and 1.5 of the rate.
+    strength is tried: half of the weight where it went with too much harm, twice the weight and 1.5 of the rate where
+    more than half went, else four times the weight and twice the rate.
 
     Parameters
     ----------
@@ -58,20 +59,23 @@ def unlearned(
     best, least, looks = copy.deepcopy(dense), watch(dense)[0], []
     chosen, weight = None, WEIGHT
     for _ in range(TRIES):
-        model, went = copy.deepcopy(dense), False
+        model, lowest = copy.deepcopy(dense), 1.0
         for step in _steps(model, dense, how, gone, stays, weight, rate):
             if step % LOOK:
                 continue
             accuracy, worst = watch(model)
             looks.append([weight, rate, step, round(accuracy, 4), round(worst, 4)])
-            went |= accuracy <= GONE
+            lowest = min(lowest, accuracy)
             if round(worst, 6) <= harm and accuracy <= least:
                 best, least, chosen = copy.deepcopy(model), accuracy, looks[-1]
             if worst > TOO_MUCH:
                 break
         if least <= GONE:
             break
-        weight, rate = (weight / 2, rate) if went else (2 * weight, 1.5 * rate)
+        if lowest <= GONE:
+            weight /= 2
+        else:
+            weight, rate = (2 * weight, 1.5 * rate) if lowest <= HALF else (4 * weight, 2 * rate)
     for p in best.parameters():
         p.grad = None
     return best, {"chosen": chosen, "looks": looks}

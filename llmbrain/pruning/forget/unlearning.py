@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmbrain._progress import bar
 from llmbrain.anatomy.families import Projection
-from llmbrain.hooks.text import batches, input_device
+from llmbrain.hooks.text import batches, evaluating, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds, token_losses
 from llmbrain.pruning.forget.conditions import condition_numbers, token_conditions
 from llmbrain.pruning.forget.relearning import lines_of, padded
@@ -32,6 +32,8 @@ MARGIN = 2.0  # log odds below minus this count no more
 SWAPPED = 0.1  # of the tokens are swapped for others: what stays is to hold near the calibration text too
 HELD_OUT = 8  # one window in so many is not trained on, and tells how well it went
 LINES = 8  # in a step of the adversary
+HELD_LINES = 24  # single lines of what stays, in a step beside it
+TESTED = 64  # single lines of each condition that stays that tell whether it suffers
 PATIENCE = 20  # steps after which it starts anew
 RATE_OTHERS = 0.005  # first step of all other weights, and step of the adversary
 SURE = 0.9  # the record counts tokens that had this probability and fell below a half
@@ -89,12 +91,17 @@ def unlearn(
     test = held if held.any() else ~held
     before = token_losses(model, windows[test])
     dense = [_copies(output.module) for output, _ in cut]
+    sure_lines: dict[str, _SureLines] = {}
+    stays: dict[str, list[Tensor]] = {}
+    if last:
+        stays = {c: of for c in names if c not in functions["forget"] and (of := lines_of(scans, [c]))}
+        sure_lines = {c: _SureLines(model, of[:TESTED]) for c, of in stays.items()}
     mend()
     refits = [r for (output, kept), old in zip(cut, dense) for r in _refits(output, old, kept)]
     adversary = None
     if last:
         refits += _others(model, refits)
-        adversary = Adversary(model, lines_of(scans, functions["forget"]))
+        adversary = Adversary(model, lines_of(scans, functions["forget"]), list(stays.values()))
     _train(model, refits, windows[~held], lost[~held], weights[~held], adversary)
     numbers = torch.from_numpy(labels)[test]
     sure = before < -np.log(SURE)
@@ -107,14 +114,12 @@ def unlearn(
     mended = 0
     while last and mended < MENDS:
         broken = by_condition(change + before > np.log(2), sure)
-        harmed = {c: share for c, share in broken.items() if c not in functions["forget"]}
+        harmed = {c: max(broken.get(c, 0.0), of.broken(model)) for c, of in sure_lines.items()}
         worst = max(harmed.values(), default=0.0)
         if worst <= BROKEN:
             break
-        louder = torch.tensor([0.0, *(harmed.get(c, 0.0) / max(worst, 1e-9) for c in names)])[
-            torch.from_numpy(labels) + 1
-        ]
-        urgent = weights * (1 + LOUDER * louder)
+        louder = torch.tensor([0.0, *(harmed.get(c, 0.0) / max(worst, 1e-9) for c in names)])
+        urgent = weights * (1 + LOUDER * louder[torch.from_numpy(labels) + 1])
         _train(model, refits, windows[~held], lost[~held], urgent[~held], adversary, steps=MENDING, scale=0.5)
         change = token_losses(model, windows[test]) - before
         mended += 1
@@ -124,6 +129,26 @@ def unlearn(
         "loss_added": by_condition(change, torch.ones_like(sure)),
         **({"mended": mended} if last else {}),
     }
+
+
+class _SureLines:
+    """Single lines of a condition, of which a model was sure of some tokens: which share of these another breaks."""
+
+    def __init__(self, model: nn.Module, lines: Sequence[Tensor]) -> None:
+        self.ids, self.real = padded(lines)
+        self.sure = (self._chances(model) > SURE) & self.real[:, 1:]
+
+    def broken(self, model: nn.Module) -> float:
+        """Share of the sure tokens that are below a half; 0 where none was sure."""
+        return float((self._chances(model)[self.sure] < 0.5).float().mean()) if bool(self.sure.any()) else 0.0
+
+    def _chances(self, model: Any) -> Tensor:
+        found = []
+        with evaluating(model):
+            for ids in self.ids.split(8):
+                odds = log_odds(model(input_ids=ids.to(input_device(model))).logits, ids)
+                found.append(odds.sigmoid().cpu())
+        return torch.cat(found)
 
 
 @dataclass
@@ -179,10 +204,13 @@ class Adversary:
     model : causal language model
     lines : sequence of int64 tensor
         Of what is to be forgotten.
+    stays : sequence of lists of lines
+        Of each condition that stays. The adversary acts on single lines, each alone; where what stays is held in
+        running text only, single lines of it go with those (on the demo brain 99 of 100 of one ability).
     """
 
-    def __init__(self, model: nn.Module, lines: Sequence[Tensor]) -> None:
-        self.model, self.lines = model, list(lines)
+    def __init__(self, model: nn.Module, lines: Sequence[Tensor], stays: Sequence[Sequence[Tensor]] = ()) -> None:
+        self.model, self.lines, self.stays = model, list(lines), [list(of) for of in stays]
         self.parameters = list(model.parameters())
         self.generator = torch.Generator().manual_seed(0)
         self.steps = 0
@@ -208,6 +236,16 @@ class Adversary:
         """Some lines, padded, and which tokens are real."""
         chosen = torch.randint(len(self.lines), (min(LINES, len(self.lines)),), generator=self.generator)
         return padded([self.lines[i] for i in chosen.tolist()])
+
+    def draw_stays(self) -> tuple[Tensor, Tensor] | None:
+        """Some lines of what stays, of every condition alike; None where there are none."""
+        if not self.stays:
+            return None
+        each = -(-HELD_LINES // len(self.stays))
+        chosen = [of[int(i)] for of in self.stays for i in torch.randint(len(of), (each,), generator=self.generator)]
+        order = torch.randperm(len(chosen), generator=self.generator).tolist()
+        most = min(HELD_LINES, max(1, TOKENS // max(map(len, chosen))))
+        return padded([chosen[i] for i in order[:most]])
 
     def learn(self) -> None:
         """One step of relearning: RMSprop on the next-token loss of some lines."""
@@ -253,6 +291,7 @@ def _train(
             if adversary is not None:
                 adversary.learn()
                 _add_adversary(model, refits, adversary)
+                _add_lines(model, refits, adversary)
             for master, r in zip(masters, refits):
                 assert r.now.grad is not None
                 master.grad, r.now.grad = r.now.grad.float() * r.stays, None
@@ -277,6 +316,18 @@ def _add_adversary(model: Any, refits: Sequence[_Refit], adversary: Adversary) -
     with adversary.acting():
         odds = log_odds(model(input_ids=ids).logits, ids)
         (FORGET * F.relu(odds[known] + MARGIN).mean()).backward()
+
+
+def _add_lines(model: Any, refits: Sequence[_Refit], adversary: Adversary) -> None:
+    """Backward pass of the divergence from the dense model on single lines of what stays."""
+    drawn = adversary.draw_stays()
+    if drawn is None:
+        return
+    ids, real = drawn[0].to(input_device(model)), drawn[1][:, 1:].to(input_device(model))
+    with torch.no_grad(), _dense(refits):
+        wanted = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    now = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    F.kl_div(now, wanted, reduction="none", log_target=True).sum(-1)[real].mean().backward()
 
 
 def _add_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -132,6 +133,25 @@ def test_what_suffers_is_mended_while_it_is_too_much(two_abilities, monkeypatch)
         assert [o for o, _ in trained] == [{}] + times * [{"steps": 3, "scale": 0.5}]
         assert all((later >= trained[0][1]).all() for _, later in trained)
         assert [len(k) for k in small.llmbrain_pruning[-1]["kept"]] == list(plan.widths_before)
+
+
+def test_single_lines_of_what_stays_are_held_where_the_adversary_acts(two_abilities):
+    """It acts on lines alone; held in running text only, other lines alone went with them."""
+    model, scans, _ = two_abilities
+    low, high = (lines_of(scans, [c]) for c in ("low", "high"))
+    adversary = unlearning.Adversary(model, low, [high[:3], high[3:5]])
+    ids, real = adversary.draw_stays()
+    drawn = {tuple(row[: int(n)].tolist()) for row, n in zip(ids, real.sum(1))}
+    assert drawn == {tuple(x.tolist()) for x in high[:5]}
+    assert len(ids) == unlearning.HELD_LINES
+    assert unlearning.Adversary(model, low).draw_stays() is None
+    sure = unlearning._SureLines(model, high)
+    assert bool(sure.sure.any())
+    assert sure.broken(model) == 0
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight.mul_(-1)
+    assert sure.broken(broken) > 0.9
 
 
 def test_a_probe_reads_what_hidden_states_hold(two_abilities):
