@@ -125,12 +125,13 @@ def plan(
         say(line)
     if dry_run:
         return
+    more: dict[str, Any] = {"last": True} if last else {}
     made = smaller.plan(
         loaded, tokenizer, texts, study=study, out=out, self_text=self_text,
         ratio=ratio, method=method, allocation=allocation or None, multiple_of=multiple_of,
         protect=parse_layers(protect), head_ratio=head_ratio, drop=parts(drop), passes=passes,
         token_balance=token_balance,
-        keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed, **({"last": True} if last else {}),
+        keep=parts(keep) or None, forget=parts(forget) or None, random_state=seed, **more,
     )  # fmt: skip
     print_table(made.to_frame())
     say(made.summary())
@@ -227,6 +228,7 @@ def prune(
         say(line)
     if dry_run:
         return
+    more: dict[str, Any] = {"last": True} if last else {}
     small, made = smaller.cut(
         loaded, tokenizer, texts, out=out, study=study, plan=given,
         compensate=None if compensate == "none" else compensate,
@@ -234,7 +236,7 @@ def prune(
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         drop=parts(drop), passes=passes, token_balance=token_balance, keep=parts(keep) or None,
         forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=offload or is_away(loaded),
-        relearning=relearning, indices=indices, **({"last": True} if last else {}),
+        relearning=relearning, indices=indices, **more,
     )  # fmt: skip
     if made is not None:
         say(made.summary())
