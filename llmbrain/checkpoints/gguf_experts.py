@@ -309,9 +309,11 @@ def config_of(path: object, architecture: str, fields: Mapping[str, Any], shapes
     own.setdefault("vocab_size", int(shapes["token_embd.weight"][-1]) if "token_embd.weight" in shapes else 0)
     own.setdefault("attention.head_count_kv", own.get("attention.head_count"))
     found: dict[str, Any] = {entry: value for entry, value in mixture.granted.items() if entry != "hidden_act"}
+    more = {"deepseek2": ("attention.key_length_mla",), "glm4moe": ("rope.dimension_count",)}.get(architecture, ())
+    lacking = [key for key in (*mixture.keys, *more) if key not in own and key not in MISSING]
+    if lacking:
+        raise InputError(f"{path} lacks the key {architecture}.{lacking[0]}: load its transformers folder")
     for key, entry in mixture.keys.items():
-        if key not in own and key not in MISSING:
-            raise InputError(f"{path} lacks the key {architecture}.{key}: load its transformers folder")
         value = own.get(key, MISSING.get(key))
         found[entry] = float(f"{value:.7g}") if isinstance(value, float | np.floating) else value
     if mixture.arch == "deepseek2":

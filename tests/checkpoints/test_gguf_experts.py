@@ -219,6 +219,7 @@ def test_files_of_others_are_read_in_full_or_refused(tokenizer, tmp_path):
     theirs = tmp_path / "theirs.gguf"
     for changes, message in (
         ({"expert_used_count": None}, "lacks the key deepseek2.expert_used_count"),
+        ({"attention_key_length_mla": None}, "lacks the key deepseek2.attention.key_length_mla"),
         ({"rope_dimension_count": 6}, "does not fit its config|where llmbrain reads"),
         ({"expert_feed_forward_length": 23}, "does not fit its config: blk.1.ffn_gate_exps.weight is"),
         ({"attention_key_length": 20}, "deepseek2.attention.key_length is 20, where llmbrain reads 24"),

@@ -1,11 +1,12 @@
 """Run the checks over families, and write the table of the docs: ``make families``.
 
 ``python tests/families/table.py [NAME ...]`` prints the outcomes of some; without names, all are built and
-docs/families.md is written.
+docs/families.md is written. With ``--keep FILE`` (and ``--batches N``) it can be done in pieces.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -171,12 +172,27 @@ def _reason(name: str, said: str) -> str:
     return text.replace("|", "\\|")
 
 
-if __name__ == "__main__":
-    chosen = sys.argv[1:] or list(rows())
-    found = examine(chosen, echo=True)
-    Path(tempfile.gettempdir(), "families.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+def main() -> int:
+    """Examine what is named, or all and write the page; how many rows are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="classes; default: all, and the page is written")
+    parser.add_argument("--keep", type=Path, help="a JSON file of rows that are done: the same call goes on from there")
+    parser.add_argument("--batches", type=int, help="stop after so many batches of twenty families")
+    options = parser.parse_args()
+    chosen = options.names or list(rows())
+    keep = options.keep or Path(tempfile.gettempdir(), "families.json")
+    known = json.loads(keep.read_text(encoding="utf-8")) if options.keep and keep.is_file() else {}
+    found = {name: known[name] for name in chosen if name in known}
+    left = [name for name in chosen if name not in found]
+    for start in range(0, len(left), BATCH)[: options.batches]:
+        found |= examine(left[start : start + BATCH], echo=True)
+        keep.write_text(json.dumps({**known, **found}, indent=1), encoding="utf-8")
     wrong = {name: bad for name, row in found.items() if (bad := mistakes(row))}
     print(json.dumps(wrong, indent=1))
-    if len(sys.argv) == 1:
-        PAGE.write_text(write_page(found), encoding="utf-8")
-    sys.exit(bool(wrong))
+    if not options.names and len(found) == len(chosen):
+        PAGE.write_text(write_page({name: found[name] for name in chosen}), encoding="utf-8")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))
