@@ -55,6 +55,8 @@ VARIANTS = {
     "gpt_oss, yarn": (t.GptOssConfig, {**OSS, "rope_parameters": {**YARN, "truncate": True}}),
     "deepseek_v2, yarn, tied": (t.DeepseekV2Config, {
         **LATENT, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}, "tie_word_embeddings": True}),
+    "deepseek_v2, groups that its router does not look at": (t.DeepseekV2Config, {
+        **LATENT, "n_group": 3, "topk_group": 1}),
     "deepseek_v2 of 27 layers, queries whole": (t.DeepseekV2Config, {
         **LATENT, "q_lora_rank": None, "num_hidden_layers": 27, "hidden_size": 32, "first_k_dense_replace": 2}),
     "deepseek_v3, yarn, no groups": (t.DeepseekV3Config, {

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from llmbrain._validation import InputError
 from llmbrain.checkpoints.expert_shapes import expert_shapes, shapes_text
 from llmbrain.checkpoints.gguf_layout import WHOLE
-from llmbrain.checkpoints.gguf_mixtures import MIXTURES, OTHERWISE, SOFTMAX, Mixture, View, head_size, paired
+from llmbrain.checkpoints.gguf_mixtures import MIXTURES, OTHERWISE, SIGMOID, SOFTMAX, Mixture, View, head_size, paired
 
 INSTEAD = "save as 'uniform' (plain transformers), 'per-layer' or 'remote-code'"
 ALIKE = (
@@ -169,7 +169,8 @@ def entries(model: nn.Module, mixture: Mixture) -> dict[str, int | float | bool 
         if mixture.arch == "deepseek2":  # llama.cpp divides it by .1 again
             found["rope.scaling.yarn_log_multiplier"] = 0.1 * float(rope["mscale_all_dim"])
     groups, visited = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
-    if visited < groups:  # where a token may visit all of them, there are none to llama.cpp
+    chosen = mixture.always.get("expert_gating_func") == SIGMOID  # the greedy router of DeepSeek-V2 looks at no groups
+    if chosen and visited < groups:  # where a token may visit all of them, there are none to llama.cpp
         found |= {"expert_group_count": groups, "expert_group_used_count": visited}
     return {key: value for key, value in found.items() if value is not None}
 

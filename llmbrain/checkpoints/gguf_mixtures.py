@@ -243,6 +243,8 @@ def _scales(config: Any) -> str:
 
 
 def _turns(config: Any) -> str:
+    if not config.sliding_window:
+        return f"sliding_window={config.sliding_window}"
     wanted = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(config.num_hidden_layers)]
     return "" if list(config.layer_types) == wanted else "layers whose windows do not take turns, a sliding one first"
 

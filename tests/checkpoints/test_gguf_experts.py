@@ -160,6 +160,7 @@ REFUSED = {
         "rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "swiglu_limit=3.0": ("gpt_oss", {"swiglu_limit": 3.0}),
     "do not take turns, a sliding one first": ("gpt_oss", {"layer_types": ["full_attention"] * 3}),
+    "model with sliding_window=None": ("gpt_oss", {"sliding_window": None}),
     "groups of experts chosen by their best one": ("deepseek_v2", {
         "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
     "q_lora_rank=None in 3 layers": ("deepseek_v2", {"q_lora_rank": None}),
