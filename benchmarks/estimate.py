@@ -49,7 +49,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "1M (demo)": {"n_tokens": 4096, "window": 64, "run_length": 2048, "n_components": 20},
     "135M (SmolLM2)": {"n_tokens": 512, "window": 128, "run_length": 256, "n_components": 10,
                        "methods": ("random", "magnitude", "wanda-sp", "flap", "taylor", "obs", "obs-gradient")},
-    "1.1B, one block": {"n_tokens": 512, "window": 128, "run_length": 256, "n_components": 10,
+    "1.1B, one block": {"n_tokens": 2048, "window": 128, "run_length": 256, "n_components": 10,
                         "methods": ("random", "magnitude", "wanda-sp", "flap", "taylor", "obs")},
 }  # fmt: skip
 METHODS = ("random", "magnitude", "wanda-sp", "flap", "taylor", "obs", "obs-gradient", "networks")

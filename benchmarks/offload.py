@@ -4,8 +4,8 @@ A Llama of random float32 weights (hidden 2,048, MLP 4,096; 20 blocks are 0.73 b
 at most 200 MB; 30% of its neurons go by magnitude, without a repair and with the repair
 ``least-squares``, on 1,024 tokens. Each cut is a process of its own; its peak is the kernel's (VmHWM, Linux), what
 Python and its libraries take before the model is opened stands beside it. Both write the same weights, which is
-compared. Rows are written as they come to ``benchmarks/results/offload.json``; a second call goes on from there;
-``offload.md`` is made from it.
+compared. Rows are written as they come to ``benchmarks/results/offload.json``; a second call, also with another number
+of blocks, goes on from there; ``offload.md`` is made from it.
 """
 
 from __future__ import annotations
@@ -83,22 +83,25 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
-def table(rows: dict[str, Any], blocks: int) -> list[str]:
+def table(rows: dict[str, Any]) -> list[str]:
     """Peaks of both ways, and what lies between them."""
     lines = [
-        f"{blocks} blocks. GB; 'above libraries' is the peak less what Python and its libraries took before.", "",
-        "| repair | in memory, peak | above libraries | block by block, peak | above libraries | share | weights |",
-        "|---|---|---|---|---|---|---|",
+        "GB; 'above libraries' is the peak less what Python and its libraries took before.", "",
+        "| blocks | repair | in memory, peak | above libraries | block by block, peak | above libraries | share "
+        "| weights |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for repair in REPAIRS:
-        one, other = rows.get(f"{repair} memory"), rows.get(f"{repair} offload")
-        if one is None or other is None:
-            continue
-        above = [row["peak"] - row["base"] for row in (one, other)]
-        lines.append(
-            f"| {repair or 'none'} | {one['peak'] / 1e9:.2f} | {above[0] / 1e9:.2f} | {other['peak'] / 1e9:.2f} | "
-            f"{above[1] / 1e9:.2f} | {above[1] / above[0]:.2f} | {'equal' if other['same'] else 'DIFFER'} |"
-        )
+    for blocks in sorted(rows, key=int):
+        for repair in REPAIRS:
+            one, other = rows[blocks].get(f"{repair} memory"), rows[blocks].get(f"{repair} offload")
+            if one is None or other is None:
+                continue
+            above = [row["peak"] - row["base"] for row in (one, other)]
+            lines.append(
+                f"| {blocks} | {repair or 'none'} | {one['peak'] / 1e9:.2f} | {above[0] / 1e9:.2f} | "
+                f"{other['peak'] / 1e9:.2f} | {above[1] / 1e9:.2f} | {above[1] / above[0]:.2f} | "
+                f"{'equal' if other['same'] else 'DIFFER'} |"
+            )
     return lines
 
 
@@ -106,6 +109,7 @@ def main() -> None:
     """Cut in processes, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--repair", choices=[str(repair) for repair in REPAIRS], help="one of the repairs; default all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--part", nargs="+", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -118,8 +122,8 @@ def main() -> None:
         print(json.dumps(cut(Path(source), Path(out), way == "offload", None if repair == "None" else repair)))
         return
     file = args.out / "offload.json"
-    rows: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    rows = rows if rows.get("blocks") == args.blocks else {"blocks": args.blocks}
+    every: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    rows: dict[str, Any] = every.setdefault(str(args.blocks), {})
 
     def run(*part: str) -> str:
         command = [sys.executable, __file__, "--blocks", str(args.blocks), "--part", *part]
@@ -127,7 +131,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         run("make", f"{folder}/model")
-        for repair in REPAIRS:
+        for repair in [repair for repair in REPAIRS if args.repair in (None, str(repair))]:
             for way in ("memory", "offload"):
                 key, out = f"{repair} {way}", Path(folder) / f"{repair}-{way}"
                 if key not in rows or (way == "offload" and "same" not in rows[key]):
@@ -135,9 +139,9 @@ def main() -> None:
                 if way == "offload" and out.exists() and (Path(folder) / f"{repair}-memory").exists():
                     rows[key]["same"] = same(Path(folder) / f"{repair}-memory", out)
                 print(key, rows[key], flush=True)
-                file.write_text(json.dumps(rows, indent=1) + "\n")
-    said = f"`python benchmarks/offload.py --blocks {args.blocks}`."
-    text = ["# Memory of a cut, whole and block by block", "", said, "", *table(rows, args.blocks), ""]
+                file.write_text(json.dumps(every, indent=1) + "\n")
+    said = "`python benchmarks/offload.py --blocks ... --repair ...`, a row each."
+    text = ["# Memory of a cut, whole and block by block", "", said, "", *table(every), ""]
     (args.out / "offload.md").write_text("\n".join(text))
 
 

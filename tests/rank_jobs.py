@@ -371,6 +371,8 @@ def pruned(folder: Path | None = None) -> dict[str, Any]:
         "networks": {"method": "networks", "networks": networks, "passes": 30},
         "sensitivity": {"method": "wanda-sp", "allocation": "sensitivity", "passes": 60},
         "taylor": {"method": "taylor"},
+        "relp": {"method": "relp"},
+        "published": {"method": "published", "rule": {"n_components": 8}},
         "random": {"method": "random", "sequential": True},
         "drawn": {"method": "random", "allocation": "sensitivity", "passes": 60, "random_state": None if folder else 0},
     }
@@ -384,7 +386,8 @@ def pruned(folder: Path | None = None) -> dict[str, Any]:
         )
     }
     bert = tiny("bert", intermediate_size=32)
-    plans["bert"] = lb.plan_pruning(bert, ratio=0.3, method="obs-gradient", calibration=windows)
+    states = {"allocation": "sensitivity", "passes": 60}  # by what the model says at its last block
+    plans["bert"] = lb.plan_pruning(bert, ratio=0.3, method="obs-gradient", calibration=windows, **states)
     return {"plans": plans, "small": small}
 
 
@@ -412,6 +415,76 @@ def prune(folder: Path, team: Any) -> dict[str, Any]:
         "ratio": said(lambda: lb.plan_pruning(tiny("llama"), ratio=0.4 + team.rank / 10, method="magnitude")),
         "model": said(lambda: lb.plan_pruning(tiny("llama", seed=team.rank), ratio=0.4, method="magnitude")),
     }  # fmt: skip
+
+
+def of_one_window() -> Any:
+    """A plan and a repair on text of one window: of two ranks one has none."""
+    import torch
+    from tiny_models import tiny
+
+    import llmbrain as lb
+
+    windows, model = torch.randint(3, 40, (1, 48), generator=torch.Generator().manual_seed(1)), tiny("llama")
+    plan = lb.plan_pruning(model, ratio=0.4, method="obs-gradient", allocation="global", calibration=windows)
+    return plan, lb.prune(model, plan, calibration=windows, compensate="least-squares")
+
+
+@job
+def alike(folder: Path, team: Any) -> dict[str, Any]:
+    """What ranks are given otherwise than rank 0 and did not say before; a rank without work."""
+    import numpy as np
+    import torch
+    from tiny_models import tiny, tiny_tokenizer
+
+    import llmbrain as lb
+    from llmbrain.distributed import alone
+    from llmbrain.scanning import shares
+    from llmbrain.study import networks
+
+    shares.SEEN = 0.2
+    with alone():
+        small_scan(folder / f"same-{team.rank}")
+        small_scan(folder / f"own-{team.rank}", seed=team.rank)
+    runs, windows = phantom_runs()[:3], torch.randint(3, 40, (9, 24), generator=torch.Generator().manual_seed(0))
+    model, maps = tiny("llama"), np.random.default_rng(0).normal(size=(2, 48))
+    plan, mask = lb.plan_pruning(model, ratio=0.4, method="magnitude"), np.arange(2000) != 5 + team.rank
+    course = np.arange(120.0)[:, None] ** (1 + team.rank)
+
+    def lesions(model: Any, **more: Any) -> str:
+        how = {"tokenizer": tiny_tokenizer(), "n_random": 1, "window": 16, "progress": False, **more}
+        return said(lambda: lb.lesion_table(model, {"a": [1]}, {"t": TEXTS}, **how))
+
+    one, small = of_one_window()
+    return {
+        "half": team.sum([torch.full((2,), 0.25 + team.rank, dtype=torch.bfloat16)], "half")[0].tolist(),
+        "weights": hashed(torch.cat([p.detach().flatten() for p in small.parameters()]).numpy()),
+        "kept": one.to_dict()["kept"],
+        "said": {
+            "does not see": said(lambda: small_scan(folder / f"same-{team.rank}")),
+            "weights ": lesions(tiny("llama", seed=team.rank)),
+            "level ": lesions(model, level=0.9 + 0.05 * team.rank),
+            "reference ": lesions(model, reference=np.full((5, 48), 1.0 + team.rank)),
+            "mask ": said(lambda: lb.GroupICA(3, mask=mask).fit(runs)),
+            "runs ": said(lambda: lb.GroupICA(3).fit(runs, confounds=[course] * 3)),
+            "runs": said(lambda: lb.dual_regression(maps, lb.load_scans(folder / f"own-{team.rank}"))),
+            "counts ": said(lambda: lb.plan_pruning(
+                model, ratio=0.4, method="flap", calibration=windows, weights=torch.ones(9, 24) + team.rank)),
+            "sequential ": said(lambda: lb.prune(
+                model, plan, calibration=windows, compensate="least-squares", sequential=not team.rank)),
+            "threshold ": said(lambda: networks.decompose(folder / "own-0", 2, threshold=2.0 + team.rank)),
+        },
+    }  # fmt: skip
+
+
+@job
+def frozen(folder: Path, team: Any) -> dict[str, Any]:
+    """A rank freezes while tensors are under way: the one that the folder is called after."""
+    import torch
+
+    if team.rank == int(folder.name):
+        torch.distributed.all_reduce = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
+    team.sum([torch.ones(3)], "sums")
+    return {}
 
 
 def main() -> None:

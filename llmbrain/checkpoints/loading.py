@@ -212,9 +212,11 @@ def _load(source: str, dtype: Any, where: Placement, trust_remote_code: bool) ->
     except OSError as error:
         raise FileNotFoundError(f"{source}: {_first_line(error)}") from error
     except ValueError as error:
-        if where.tp_plan is None:
-            raise
-        raise where.no_plan(config, _first_line(error)) from error
+        if where.tp_plan is not None:
+            raise where.no_plan(config, _first_line(error)) from error
+        if where.device_map is not None:
+            raise where.misfit(_first_line(error)) from error
+        raise
     except RuntimeError as error:
         raise InputError(f"{source} does not fit its config.json: {_first_line(error)}") from error
     if shapes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -64,7 +65,7 @@ class Placement:
         if device_map is not None and not isinstance(device_map, str):
             if not device_map or not all(isinstance(k, str) for k in device_map):
                 raise InputError(f"device_map={device_map!r} must name modules and their devices, or be one of {NAMES}")
-            device_map = dict(device_map)
+            device_map = {name: _checked_place(name, where) for name, where in device_map.items()}
         self.device = None if device is None else resolve_device(device)
         self.device_map, self.offload, self.tp_plan = device_map, offload, tp_plan
         self._folder = offload_folder
@@ -111,6 +112,11 @@ class Placement:
             f"(--device-map auto){more}"
         )
 
+    def misfit(self, why: str) -> InputError:
+        """What is said of a map that does not fit the model."""
+        said = why if len(why) <= 200 else f"{why[:197]}..."
+        return InputError(f"device_map={self.device_map!r} does not fit this model: {said}")
+
     def dispatch(self, model: Any) -> Any:
         """The same for a model that is in memory already (of a GGUF, which is dequantized whole)."""
         if self.offload:
@@ -134,12 +140,28 @@ class Placement:
             where = infer_auto_device_map(model, max_memory=most, no_split_module_classes=classes)
         disk = {"offload_dir": str(self.folder())} if "disk" in where.values() else {}
         skip = getattr(model, "_skip_keys_device_placement", None)
-        return self.finish(dispatch_model(model, device_map=where, skip_keys=skip, **disk))
+        try:
+            placed = dispatch_model(model, device_map=where, skip_keys=skip, **disk)
+        except ValueError as error:
+            raise self.misfit(str(error)) from error
+        return self.finish(placed)
 
     def _map(self, model_class: Any, config: Any, extra: Mapping[str, Any]) -> Any:
         if not self.offload:
             return self.device_map
         return blocks_on_disk(empty_of(model_class, config, extra), str(self.device or "cpu"))
+
+
+def _checked_place(name: str, where: int | str) -> int | str:
+    """A place that a map names: the number of a device, a device, or the disk."""
+    if isinstance(where, int) and not isinstance(where, bool):
+        here = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        if not 0 <= where < here:
+            raise InputError(f"device_map: {name!r} goes to device {where}, and there are {here} here, counted from 0")
+        return where
+    if where != "disk":
+        resolve_device(where)
+    return where
 
 
 def _check_tp_plan(
@@ -154,6 +176,12 @@ def _check_tp_plan(
         raise InputError(
             f"tp_plan={tp_plan!r} spreads every layer over the ranks of a process group, and this process is alone: "
             "torchrun --nproc-per-node 2 -m llmbrain scan MODEL --tp-plan auto ..."
+        )
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if here and int(os.environ.get("LOCAL_RANK") or 0) >= here:
+        raise InputError(
+            f"tp_plan={tp_plan!r}: {ranks()!r} has no GPU of its own, there are {here} here: start as many processes "
+            "(--nproc-per-node)"
         )
 
 

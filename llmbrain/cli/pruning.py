@@ -204,6 +204,8 @@ def prune(
         raise InputError("--expert-ratio and --plan exclude each other")
     if expert_ratio is not None or isinstance(given, ExpertPlan):
         one_process("prune of experts")
+        if offload:
+            raise InputError("--offload: experts are not cut block by block yet, load the model whole")
         if parts(drop):
             raise InputError("--expert-ratio takes no --drop")
         if not indices or last:

@@ -82,12 +82,15 @@ def scan(
     from llmbrain.distributed import ranks
     from llmbrain.scanning import scan as scan_model
     from llmbrain.scanning import taking
+    from llmbrain.scanning.shares import Share
     from llmbrain.scanning.store import unfinished
     from llmbrain.study import load_texts
     from llmbrain.study.cost import step_cost, told
 
     if (rank is None) != (of is None):
         raise InputError(f"--rank={rank} --of={of}: give both, or neither")
+    with taking(rank, of) if rank is not None and of is not None else nullcontext():
+        Share.now()  # says that there is no such rank, before the model is read
     rows = [path for path in (forget, retain) if path is not None]
     if len(rows) == 1 or bool(rows) == (text is not None):
         raise InputError("give --text, or --forget and --retain")

@@ -22,7 +22,7 @@ from llmbrain.decomposition.prepare.preprocess import Preprocessing, kept_tokens
 from llmbrain.decomposition.workers import Workers, workers
 from llmbrain.distributed import ALONE, Parcel, Ranks, ranks
 from llmbrain.imaging.brain_mask import split_mask
-from llmbrain.imaging.confounds import Confounds
+from llmbrain.imaging.confounds import Confounds, read_confounds
 from llmbrain.imaging.dual_regression_folder import FolderStore, MemoryStore, array_digest
 from llmbrain.imaging.interchange import write_components_over_runs, write_stage_three, write_stages_of_run
 from llmbrain.scanning.inputs import Runs
@@ -178,7 +178,8 @@ def dual_regression(
     chosen: dict[str, Any] = {"normalize": normalize, "standardize": zscored}
     chosen |= {"drop_first": drop_first, "drop_positions": drop_positions, "runs": names}
     if confounds is not None:
-        tables = [None if own is None else np.asarray(own, dtype=np.float64) for own in confounds]
+        read = [read_confounds(own) if isinstance(own, (str, Path)) else own for own in confounds]
+        tables = [None if own is None else np.asarray(own, dtype=np.float64) for own in read]
         chosen["confounds"] = [array_digest(table) for table in tables]
     chosen |= {"maps": array_digest(group), "mask": array_digest(keep_neurons)}
     warn_of_other_model(maps, runs.origin())
@@ -233,6 +234,11 @@ def dual_regression(
         sharing.meet("dual regression: files")
         if out is not None and not sharing.leads:  # what rank 0 wrote
             store = FolderStore(Path(out), shape, chosen, runs.digest)
+            if store.done < len(runs):
+                raise InputError(
+                    f"out={str(out)!r}: rank {sharing.rank} does not see what rank 0 wrote there: give a folder that "
+                    "all machines share"
+                )
         return DualRegression(store.time_courses, store.maps, store.z_maps, names, space, _image_of(runs))
 
 

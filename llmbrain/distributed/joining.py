@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 T = TypeVar("T")
-GLOO_TIMEOUT = timedelta(hours=24)  # of tensors under way: who is gone is found out otherwise
+GLOO_TIMEOUT = timedelta(hours=2)  # of tensors under way: who is gone is found out otherwise
 
 
 @contextmanager
@@ -29,12 +29,13 @@ def joined() -> Iterator[Ranks]:
 
     Who is which stands in ``RANK`` and ``WORLD_SIZE``, where they meet in ``MASTER_ADDR`` and ``MASTER_PORT``. Without
     these variables, or with one process, nothing happens. Each rank takes its own GPU where there are several
-    (``LOCAL_RANK``). Only rank 0 says what it does.
+    (``LOCAL_RANK``). Only rank 0 says what it does. Where torch waits for a rank that gives no sign of life, which
+    nothing can interrupt, the process says so and ends.
 
     Raises
     ------
     RankError
-        If a rank does not arrive in time, by its number; if the port is in use.
+        If a rank does not arrive in time, by its number; if the port is in use; if ranks cannot talk to each other.
     InputError
         If the variables make no sense.
     """
@@ -46,19 +47,27 @@ def joined() -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    rank, size, host, port = place
+    rank, size, host, port, local = place
     if host in ("127.0.0.1", "localhost") and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = _meeting_place(rank, size, host, port)
     _arrive(store, rank, size)
     # Tensors of GPUs are only those of a model that is spread over them; NCCL starts with the first of these.
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(
-        backends, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=GLOO_TIMEOUT
-    )
+    try:
+        dist.init_process_group(
+            backends, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=GLOO_TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"rank {rank} of {size} met the others at {host}:{port}, but they cannot talk to each other "
+            f"({line_of(error)}): is GLOO_SOCKET_IFNAME the name of a network that all machines share?"
+        ) from error
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    os.environ.setdefault("LOCAL_RANK", str(local))  # by which transformers takes a device
     team = Ranks(rank, size, dist.PrefixStore("llmbrain", store))
+    team.watch.start(_end)
     world = dist.group.WORLD
     assert world is not None
     known[:] = [(world, team)]
@@ -76,8 +85,14 @@ def joined() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _place() -> tuple[int, int, str, int] | None:
-    """Rank, size, host and port that the variables say; None for a single process."""
+def _end(said: str) -> None:
+    """Say it, and end the process: it hangs in a call that nothing interrupts."""
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _place() -> tuple[int, int, str, int, int] | None:
+    """Rank, size, host, port and number on this machine that the variables say; None for a single process."""
     said = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     if not said["RANK"] or not said["WORLD_SIZE"] or said["WORLD_SIZE"] == "1":
         return None
@@ -90,7 +105,10 @@ def _place() -> tuple[int, int, str, int] | None:
         raise InputError(f"{shown}: RANK, WORLD_SIZE and MASTER_PORT must be whole numbers") from None
     if not 0 <= rank < size or not 0 < port < 65536:
         raise InputError(f"{shown}: RANK must be in 0 to WORLD_SIZE - 1, MASTER_PORT in 1 to 65535")
-    return rank, size, said["MASTER_ADDR"], port
+    local = os.environ.get("LOCAL_RANK", "") or os.environ.get("SLURM_LOCALID", "") or str(rank)
+    if not local.isdecimal():
+        raise InputError(f"LOCAL_RANK={local!r} must be a whole number, from 0")
+    return rank, size, said["MASTER_ADDR"], port, int(local)
 
 
 def _meeting_place(rank: int, size: int, host: str, port: int) -> Store:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from llmbrain._files import plain
 from llmbrain._validation import InputError
-from llmbrain.distributed.wire import Json, bytes_of, empty, line_of, shapes_of, short, words_of_gone
+from llmbrain.distributed.watch import Watch
+from llmbrain.distributed.wire import Json, bytes_of, empty, line_of, shapes_of, short, wide, words_of_gone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,7 @@ class Ranks:
         self._job, self._depth, self._step = 0, 0, 0
         self._stop = threading.Event()
         if store is not None:
+            self.watch = Watch(store, rank, size, _pace(), timeout())
             self._pulse = threading.Thread(target=self._beat, daemon=True, name="llmbrain-rank")
             self._pulse.start()
 
@@ -206,12 +208,12 @@ class Ranks:
         sums = []
         with self._carrying(what):
             for tensor in tensors:
-                moved = tensor.detach().to("cpu", copy=True).contiguous()
+                moved = tensor.detach().to("cpu", wide(tensor.dtype), copy=True).contiguous()
                 if to is None:
                     dist.all_reduce(moved, group=self._group)
                 else:
                     dist.reduce(moved, self._global(to), group=self._group)
-                sums.append(moved.to(tensor.device) if to in (None, self.rank) else tensor)
+                sums.append(moved.to(tensor.device, tensor.dtype) if to in (None, self.rank) else tensor)
         return sums
 
     def send(self, to: int, what: str, parcel: Parcel) -> None:
@@ -286,7 +288,8 @@ class Ranks:
     def watching(self, what: str) -> Iterator[None]:
         """Within the block the ranks talk to each other by means of torch's own: who dies meanwhile is named."""
         try:
-            yield
+            with self.watch.over(what) if self._store is not None else nullcontext():
+                yield
         except RuntimeError as error:
             gone = self._silent() if self._store is not None else []
             if not gone:
@@ -382,7 +385,8 @@ class Ranks:
     def _carrying(self, what: str) -> Iterator[None]:
         """Tensors under way: who has died breaks the connection, and is looked for."""
         try:
-            yield
+            with self.watch.over(what):
+                yield
         except RuntimeError as error:
             with suppress(RuntimeError):
                 self._raise_failed()  # it said why, and went
@@ -414,8 +418,7 @@ class Ranks:
         with suppress(RuntimeError):
             while not self._stop.wait(_pace() if count else 0.0):
                 count += 1
-                assert self._store is not None
-                self._store.set(f"beat/{self.rank}", str(count))
+                self.watch.tell(count)
 
     def leave(self, error: BaseException | None) -> None:
         """Say good-bye; who fails waits a little, so that all can say why before they are stopped."""
@@ -433,6 +436,7 @@ class Ranks:
                     break
                 time.sleep(SLOWEST_LOOK)
         self._stop.set()
+        self.watch.stop()
         self._pulse.join(timeout=1.0)
 
 

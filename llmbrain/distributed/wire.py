@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 Json = Any  # what JSON can hold
 
@@ -27,6 +27,13 @@ def bytes_of(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+
+
+def wide(kind: dtype) -> dtype:
+    """What numbers of this kind are summed in: half precision is not lost in a sum, nor refused by an older gloo."""
+    import torch
+
+    return torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
 
 
 def short(value: Json) -> str:

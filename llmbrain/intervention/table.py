@@ -46,7 +46,8 @@ from llmbrain.intervention.evaluations import (
 from llmbrain.intervention.mixture_table import MixtureSets
 from llmbrain.intervention.targets import Heads, spans_heads, unit_mask, unit_space
 from llmbrain.networks import FunctionalNetworks, Network
-from llmbrain.scanning.manifest import warn_of_other_model
+from llmbrain.scanning.inputs import Runs
+from llmbrain.scanning.manifest import warn_of_other_model, weights_sum
 from llmbrain.stats.bootstrap import bootstrap_mean
 from llmbrain.stats.tails import benjamini_hochberg
 
@@ -240,7 +241,7 @@ def lesion_table(
     heads = mixture is None and space.n_layers > len(anatomy(model).layers)
     warn_of_other_model(networks, model)
     if heads and (value == "mean" or reference is not None):
-        said = f"value={value!r} with reference={_given(reference)}"
+        said = f"value={value!r} with reference={None if reference is None else type(reference).__name__}"
         raise InputError(f"{said}: heads take value='zero' and no reference")
     ready = as_evaluations(model, evaluations, tokenizer, window=window, max_windows=max_windows)
     if n_matched is None:  # experts that are called as often are known only where tokens are read
@@ -250,7 +251,10 @@ def lesion_table(
     team = ranks()
     writes = out is not None and team.leads
     asked = {"n_random": n_random, "n_matched": n_matched, "value": value}
-    facts = {"networks": _digest(masks, {}), "evaluations": _digest({}, ready), **asked} if team.size > 1 else {}
+    facts = {} if team.size == 1 else {
+        "networks": _digest(masks, {}), "evaluations": _digest({}, ready), "weights": weights_sum(model), **asked,
+        "level": level, "bootstrap": n_bootstrap, "reference": None if reference is None else Runs(reference).facts(),
+    }  # fmt: skip
     with team.job("lesions", **facts), owner(out) if writes and out is not None else nullcontext():
         levels, held, fill = None, None, None
         if n_matched or value == "mean":
@@ -310,10 +314,6 @@ def _score(
     if mixture is None:
         return score_conditions(model, ~sets, ready, fill=fill)
     return mixture.score(sets, ready, whole=name in mixture.experts, fill=fill)
-
-
-def _given(value: Any) -> str:
-    return "None" if value is None else type(value).__name__
 
 
 def _named(networks: Any) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmbrain._files import refuse_other
 from llmbrain._validation import InputError, check_option, check_range
+from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import LayerAnatomy, anatomy
 from llmbrain.anatomy.offload import is_away, lend, lend_rest, present, shell
 from llmbrain.anatomy.surgery import check_cuttable, check_no_adapter, restored
@@ -26,6 +27,28 @@ from llmbrain.scanning.scans import Scan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def check_by_part(
+    model: nn.Module, format: str, plan: PruningPlan | ExpertPlan | None = None, functions: bool = False
+) -> None:
+    """Refuse what is not cut block by block; before a plan is made, where there is none yet.
+
+    Parameters
+    ----------
+    functions : bool
+        Whether the plan will keep or forget functions.
+
+    Raises
+    ------
+    InputError
+        Saying what to do.
+    """
+    check_option("format", format, FORMATS_BY_PART)
+    if has_experts(model) or isinstance(plan, ExpertPlan):
+        raise InputError("experts are not cut block by block yet: load the model whole, and use prune")
+    if functions or (plan is not None and plan.details.get("functions")):
+        raise InputError("a plan that keeps or forgets functions is not cut block by block: load the model whole")
 
 
 def prune_offloaded(
@@ -84,13 +107,9 @@ def prune_offloaded(
         one by one.
     """
     check_option("compensate", compensate, COMPENSATIONS)
-    check_option("format", format, FORMATS_BY_PART)
+    check_by_part(model, format, plan)
     if ridge is not None:
         check_range("ridge", ridge, 0)
-    if isinstance(plan, ExpertPlan):
-        raise InputError("experts are not cut block by block yet: load the model whole, and use prune")
-    if plan.details.get("functions"):
-        raise InputError("a plan that keeps or forgets functions is not cut block by block: load the model whole")
     if (Path(path) / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{path} holds a model already: give another folder, or overwrite=True")
     refuse_other(path, "a model")

@@ -220,8 +220,10 @@ def plan_pruning(
     if head_ratio:
         HEADS.check(body, head_ratio)
         Budget.of(HEADS.counts(body), head_ratio, protected, name=HEADS.option)
-    with ranks().job("plan", **given_alike(body, networks, method=method, ratio=ratio, allocation=allocation,
-                                           head_ratio=head_ratio, protect=protect, options=vars(how))):  # fmt: skip
+    with ranks().job("plan", **given_alike(
+        body, networks, method=method, ratio=ratio, allocation=allocation, head_ratio=head_ratio, protect=protect,
+        options=vars(how), conditions=[keep, forget], counts=None if given.weights is None else digest(given.weights),
+    )):  # fmt: skip
         planner = Planner(
             model, method, given.windows(model), networks=networks, scans=scans, random_state=random_state,
             weights=given.weights, token_balance=how.token_balance, rule=how.rule, passes=how.passes,

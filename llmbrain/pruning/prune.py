@@ -155,7 +155,11 @@ def prune(
             repair(small, body, windows, kept, kind=str(compensate), ridge=ridge, intercept=intercept,
                    sequential=sequential, weights=token_weights)  # fmt: skip
 
-        facts = {"plan": _digest(plan), "compensate": compensate, "ridge": ridge} if team.size > 1 else {}
+        facts: dict[str, Any] = {}
+        if team.size > 1:
+            counts = None if token_weights is None else digest(token_weights)
+            facts = {"plan": _digest(plan), "compensate": compensate, "ridge": ridge, "intercept": intercept,
+                     "sequential": sequential, "windows": digest(windows), "token weights": counts}  # fmt: skip
         with _undone_on_error(body, kept) if inplace else nullcontext(), team.job("repair", **facts):
             if functions.get("forget") and compensate == "least-squares":
                 assert token_weights is not None

@@ -172,11 +172,24 @@ class Runs(Sequence[np.ndarray]):
         return digest.hexdigest()
 
     def facts(self) -> str:
-        """A short hash of what the runs are, nothing of them being read: names, lengths, tokens, ends of arrays."""
+        """A short hash of what the runs are, nothing of them being read: names, lengths, tokens, ends of arrays.
+
+        Of scans in a store also of which, and what site; of files their size; and the tables of confounds.
+        """
         found = hashlib.sha256()
         for index, item in enumerate(self._items):
             found.update(self.name(index).encode())
             tokens = getattr(item, "token_ids", None)
+            own = None if self._confounds is None else self._confounds[index]
+            if own is not None:
+                table = own if isinstance(own, (str, Path)) else np.asarray(own, dtype=np.float64)
+                found.update(str(table).encode() if isinstance(table, (str, Path)) else table.tobytes())
+            if isinstance(item, (str, Path)) and Path(item).is_file():
+                found.update(f"{Path(item).stat().st_size}".encode())
+            if tokens is not None:
+                found.update(
+                    f"{(getattr(item, 'origin', None) or {}).get('scan')} {getattr(item, 'site', '')}".encode()
+                )
             if isinstance(item, torch.Tensor):
                 item = item.detach().cpu().float().numpy()
             if isinstance(item, np.ndarray) and item.ndim == 2 and item.dtype.kind in "fiub":

@@ -7,7 +7,8 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from llmbrain._files.errors import bytes_text
 from llmbrain._validation import InputError
 from llmbrain._version import __version__
+from llmbrain.anatomy.offload import present_alone
 from llmbrain.anatomy.spread import whole
 from llmbrain.hooks.listen import Kinds, Reader
 from llmbrain.hooks.text import Run, ScanWarning
@@ -89,15 +91,14 @@ def manifest_of(
     }
 
 
-def weights_sum(model: nn.Module) -> str:
+def weights_sum(model: nn.Module, *, away: bool = True) -> str:
     """Checksum of all weights, from the sum of each parameter's bytes as 64-bit words: the same on any device.
 
-    Parameters that accelerate has put on disk are not looked at; of those that are spread over ranks all must ask.
+    Parameters that accelerate keeps elsewhere are brought in, one module's at a time (`away` False: they are left out);
+    of those that are spread over ranks all must ask.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
+    for name, parameter in _parameters(model, away):
         flat = whole(parameter.detach()).reshape(-1)
         if flat.storage_offset() * flat.element_size() % 8:
             flat = flat.clone()  # a view as words must begin at one
@@ -106,6 +107,22 @@ def weights_sum(model: nn.Module) -> str:
         total = int(content[:n].view(torch.int64).sum()), int(content[n:].sum())  # wraps around, which is no matter
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
     return digest.hexdigest()
+
+
+def _parameters(model: nn.Module, away: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters in the order of ``named_parameters``, each once, also those that are elsewhere."""
+    tied, seen = getattr(model, "all_tied_weights_keys", None) or {}, set[int]()
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        elsewhere = away and any(getattr(module, name).is_meta for name in names)
+        with present_alone(module) if elsewhere else nullcontext():
+            for name in names:
+                parameter, full = getattr(module, name), f"{path}.{name}" if path else name
+                if parameter.is_meta or id(parameter) in seen or (elsewhere and full in tied):
+                    continue
+                if not elsewhere:
+                    seen.add(id(parameter))
+                yield full, parameter
 
 
 def warn_of_other_model(found: object, here: nn.Module | Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from llmbrain._files import (
 )
 from llmbrain._validation import InputError
 from llmbrain.scanning.scans import Scan
-from llmbrain.scanning.shares import say_missing, settle_ranks
+from llmbrain.scanning.shares import how_read, say_missing, settle_ranks
 from llmbrain.scanning.store import (
     CorruptStoreError,
     FileShards,
@@ -114,6 +114,13 @@ def _check_same(first: Path, known: dict[str, Any], folder: Path, manifest: dict
             f"{folder} was cut into other shards than {first} ({len(manifest['rows']) - 1}, not "
             f"{len(known['rows']) - 1}): scan all with the same batch_size and the same version of llmbrain"
         )
+    here, there = how_read(first), how_read(folder)
+    for name in ("batch_size", "verify"):
+        if name in here and name in there and here[name] != there[name]:
+            raise InputError(
+                f"{folder} was scanned with {name}={there[name]!r}, {first} with {here[name]!r}: all ranks must read "
+                "alike"
+            )
 
 
 def _sources(parts: Sequence[FileShards]) -> dict[int, FileShards]:

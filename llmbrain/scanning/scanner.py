@@ -128,7 +128,8 @@ def scan(
         say_blocks(runs, size)
 
         with reading(model, recorder, runs) as reader, ExitStack() as owned:
-            owned.enter_context(share.team.watching("scan"))
+            if spread:
+                owned.enter_context(share.team.watching("scan"))
             kinds = heard = reader.kinds(blocks[0], kept)
             columns = None
             if spread and dense is not None:
@@ -149,7 +150,8 @@ def scan(
                 origin = origin_of(manifest)
                 schedule = Schedule(blocks, [(low, high) for low, high in manifest["blocks"]], per_token)
                 todo = shards.resume() if columns is None else share.team.told("scan: to do", shards.resume)
-                share.note(Path(out), len(shards.sums), batch_size=int(batch_size), verify=bool(verify))
+                shards.how = {"batch_size": int(batch_size), "verify": bool(verify)}
+                share.note(Path(out), len(shards.sums), **shards.how)
                 if done := sorted(set(share.mine(len(schedule.shards))) - set(todo)):
                     look = partial(check_same, reader, schedule, shards, done[0], kinds, columns)
                     look() if columns is None else columns.agreed(look)

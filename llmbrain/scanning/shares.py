@@ -14,17 +14,29 @@ and removes ``ranks/``. What is finished counts, whoever made it: another number
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmbrain._files import FileError, owner, read_json, read_sums, remove_folder, replace_sums, write_json
+from llmbrain._files import (
+    FileError,
+    clear_errors,
+    owner,
+    read_json,
+    read_sums,
+    remove_folder,
+    replace_sums,
+    write_json,
+)
 from llmbrain._validation import InputError, check_whole
 from llmbrain.distributed import ALONE, Ranks, ranks
 
 RANKS, JOB = "ranks", "job.json"
+SEEN = 3.0  # seconds that a file of one machine may take to be seen by another
 _taken: list[tuple[int, int]] = []
 
 
@@ -82,27 +94,55 @@ class Share:
         with owner(study, among=self.size), owner(self.folder(Path(study))):
             yield
 
+    def meet_at(self, study: Path) -> None:
+        """See that all ranks of a process group have the folder of rank 0, not one of that name on their own disks.
+
+        Raises
+        ------
+        InputError
+            If this rank has another.
+        """
+        if self.team.size == 1:
+            return
+        sign = study / RANKS / f"sign-{self.team.told('scan: folder', lambda: secrets.token_hex(8))}"
+        try:
+            if self.team.leads:
+                with clear_errors(study):
+                    sign.parent.mkdir(exist_ok=True)
+                    sign.touch()
+            self.team.meet("scan: sign")
+            until = time.monotonic() + SEEN
+            while not (seen := sign.exists()) and time.monotonic() < until:
+                time.sleep(SEEN / 20)
+            self.team.meet("scan: seen")
+        finally:
+            if self.team.leads:
+                sign.unlink(missing_ok=True)
+        if not seen:
+            raise InputError(
+                f"out={str(study)!r}: rank {self.team.rank} does not see what rank 0 wrote there: give a folder that "
+                "all machines share, or scan with --rank and --of on each and join the folders with llmbrain merge"
+            )
+
     def note(self, study: Path, done: int, **how: Any) -> None:
-        """Write down how ranks read; the others must read alike.
+        """Write down how ranks read; those that go on, of however many, must read alike.
 
         Raises
         ------
         InputError
             If they do not.
         """
-        if self.size == 1 or not self.team.leads:
-            return
-        record, path = {"of": self.size, **how}, study / RANKS / JOB
-        before = read_json(path) if path.is_file() else None
-        if before is not None and before.get("of") == self.size and done:
-            for name, value in how.items():
-                if before.get(name) != value:
-                    raise InputError(
-                        f"out={str(study)!r}: {name}={value!r}, but the ranks that wrote there had "
-                        f"{before.get(name)!r}: all ranks must read alike"
-                    )
-        if before != record:
-            write_json(path, record)
+        before = how_read(study) if self.team.leads else {}
+        if before and done:
+            _check_alike(study, before, how)
+        record = {"of": self.size, **how}
+        if self.size > 1 and self.team.leads and before != record:
+            write_json(study / RANKS / JOB, record)
+
+    def check(self, study: Path, **how: Any) -> None:
+        """The same once more, before a shard is written: ranks that do not talk may have begun at the same time."""
+        if self.size > 1 and self.team is ALONE:
+            _check_alike(study, how_read(study), how)
 
 
 @contextmanager
@@ -134,19 +174,39 @@ def taking(rank: int, of: int) -> Iterator[None]:
 
 
 def known_sums(study: Path) -> dict[str, str]:
-    """Checksums of all shards that were finished, by whichever rank."""
+    """Checksums of all shards that were finished, by whichever rank.
+
+    Those of ranks are read first: another one may just settle the study, and remove them when it has written its own.
+    """
+    of_ranks = [read_sums(part, strict=False) for part in sorted((study / RANKS).glob("*-of-*"))]
     sums = read_sums(study, strict=False)
-    for part in sorted((study / RANKS).glob("*-of-*")):
-        sums |= read_sums(part, strict=False)
+    for part in of_ranks:
+        sums |= part
     return sums
+
+
+def how_read(study: Path) -> dict[str, Any]:
+    """How the ranks that write a study read, and how many there are; empty where that is not known."""
+    try:
+        return read_json(study / RANKS / JOB)
+    except FileNotFoundError:
+        return {}
+
+
+def _check_alike(study: Path, before: Mapping[str, Any], how: Mapping[str, Any]) -> None:
+    for name, value in how.items():
+        if name in before and before[name] != value:
+            raise InputError(
+                f"out={str(study)!r}: {name}={value!r}, but the ranks that wrote there had {before[name]!r}: all ranks "
+                "must read alike"
+            )
 
 
 def say_missing(study: Path, missing: Sequence[int]) -> str:
     """Whose the missing shards are, where several ranks write the study: `` (those of rank 1 of 4)``, or nothing."""
-    record: Mapping[str, Any] = {}
-    with suppress(InputError, FileNotFoundError):
-        record = read_json(study / RANKS / JOB)
-    size = record.get("of")
+    size = None
+    with suppress(InputError):
+        size = how_read(study).get("of")
     if not isinstance(size, int) or size < 2:
         return ""
     who = sorted({index % size for index in missing})

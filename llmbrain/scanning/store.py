@@ -96,6 +96,7 @@ class FileShards:
     def __init__(self, folder: Path, rows: Sequence[int], share: Share | None = None) -> None:
         self.folder, self.rows, self.share = folder, np.asarray(rows), share or Share()
         self.sums = known_sums(folder)
+        self.how: dict[str, Any] = {}  # of the scan that writes here: see `Share.check`
         self._verified: set[int] = set()
 
     @property
@@ -125,6 +126,7 @@ class FileShards:
         stands = "; the shards before it are kept: the same scan into this folder goes on from them"
         if not self.folder.is_dir():
             raise FileError(f"{self.folder} is gone: it was removed while the scan wrote into it")
+        self.share.check(self.folder, **self.how)
         with writing(path, needed=needed, stands=stands) as temporary:
             save_file(dict(tensors), temporary)
             digest = file_digest(temporary)
@@ -197,7 +199,7 @@ class FileShards:
         Raises
         ------
         InputError
-            If the folder was taken by another study meanwhile.
+            If ranks that talk to each other all say that they are done, and shards are missing.
         """
         if self.share.size == 1:
             if self.share.team.leads and (self.folder / RANKS).is_dir() and not self.missing:
@@ -208,9 +210,15 @@ class FileShards:
             return
         self.share.team.meet("scan: shards")
         self.sums = known_sums(self.folder)
-        if not self.missing and self.share.team.leads:
+        lacking = self.missing
+        if not lacking and self.share.team.leads:
             settle_ranks(self.folder, [self.name(i) for i in range(self.n_shards)], self.sums)
         self.share.team.meet("scan: whole")
+        if lacking and self.share.team.size > 1:
+            raise FileError(
+                f"{self.folder / self.name(lacking[0])} is missing though all ranks are done"
+                f"{say_missing(self.folder, lacking)}: run the same scan again"
+            )
 
 
 Shards = MemoryShards | FileShards
@@ -320,14 +328,11 @@ def open_study(
     share = share or Share()
     if share.team.leads:
         manifest = _begun(folder, manifest, runs)
-    share.team.meet("scan: folder")
+    share.meet_at(folder)
     if not share.team.leads:
-        if not (folder / "manifest.json").exists():
-            raise InputError(
-                f"out={str(folder)!r}: rank {share.rank} does not see what rank 0 wrote there: give a folder that all "
-                "machines share, or scan with --rank and --of on each and join the folders with llmbrain merge"
-            )
-        manifest = read_manifest(folder)
+        known = read_manifest(folder)
+        check_same_study(folder, known, manifest)
+        manifest = known
     return FileShards(folder, manifest["rows"], share), manifest
 
 

@@ -38,7 +38,7 @@ def made_from(
     if not isinstance(options.get("random_state", 0), int):
         return ""
     away: list[tuple[str, int, int]] = []
-    if any(parameter.is_meta for parameter in model.parameters()):  # weights on the disk have no sum
+    if any(parameter.is_meta for parameter in model.parameters()):  # weights on the disk are not read for this
         if not Path(model_id(model)).is_dir():
             return ""
         away = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(model_id(model)).glob("*"))]
@@ -47,8 +47,8 @@ def made_from(
         for name in ("manifest.json", "networks.safetensors"):
             found = sorted(path for path in study.rglob(name) if not is_temporary(path))
             files += [(path.relative_to(study).as_posix(), file_sha256(path)) for path in found]
-    facts = {"command": command, "weights": weights_sum(model), "texts": texts and list(texts), "study": files,
-             "away": away, "options": options}  # fmt: skip
+    facts = {"command": command, "weights": weights_sum(model, away=False), "texts": texts and list(texts),
+             "study": files, "away": away, "options": options}  # fmt: skip
     try:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=plain).encode()).hexdigest()
     except TypeError:  # networks and the like in memory

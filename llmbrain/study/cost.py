@@ -304,9 +304,12 @@ def memory_of(
 
 def run_cost(
     subject: Subject, how: Settings, *, n_tokens: int, eval_tokens: int, window: int, per_token: float | None = None,
-    todo: Sequence[str] = ("evaluate", "scan", "networks", "prune"),
+    todo: Sequence[str] = ("evaluate", "scan", "networks", "prune"), writes: bool = True,
 ) -> Cost:  # fmt: skip
-    """Cost of `run`, or of those of its steps that are still to do."""
+    """Cost of `run`, or of those of its steps that are still to do.
+
+    `writes`: whether the model writes text of its own where the user does not say; see `smaller.may_write`.
+    """
     work = subject.token_work(window)
     length = min(how.run_length or n_tokens, n_tokens)
     k = how.n_components if isinstance(how.n_components, int) else 32
@@ -315,7 +318,8 @@ def run_cost(
     if how.expert_ratio is not None:  # scores are one pass, of networks and chance none
         planning = 0.0 if how.method in ("networks", "random") else 1.0
         repair *= OF_EXPERTS
-    asked = 0 if how.expert_ratio is not None or (subject.visits and how.own_text is None) else how.own_text
+    unasked = how.own_text is None and (subject.mixture or not writes)
+    asked = 0 if how.expert_ratio is not None or unasked else how.own_text
     own = own_windows(asked, len(subject.widths), -(-n_tokens // window)) * window
     calibration = n_tokens + own
     parts: dict[str, list[Part]] = {

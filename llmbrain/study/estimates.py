@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from llmbrain._files import bytes_text
 from llmbrain._progress import span
@@ -41,6 +42,7 @@ OF_NEURONS = (
     "obs-gradient",
     "networks",
 )
+OF_NEXT_TOKEN = ("taylor", "relp")  # criteria that ask for the next token
 MLP_SHARE = 0.7  # of a block's time, what runs again where only its MLP was changed
 BACKWARD = 1.3  # forward passes that gradients of signals take, without those of weights
 CANDIDATES = 6  # allocations that a search tries, at most
@@ -184,12 +186,16 @@ def estimate(
         raise InputError(f"gpus={gpus} without gpu: say which (gpu='h100')")
     table = None if gpu is None else gpu_of(gpu)
     kind = getattr(torch, dtype, None) if dtype else None
-    if dtype and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+    if dtype and kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise InputError(f"dtype={dtype!r} is not known: float32, bfloat16 or float16")
+    if window is not None:
+        check_whole("window", window, 2)
     config = read_config(source)
     model = model_of_config(config, kind)
     subject = Subject.of(model)
     known = OF_EXPERTS if subject.mixture else OF_NEURONS
+    if not _writes(model):
+        known = tuple(name for name in known if name not in OF_NEXT_TOKEN)
     unknown = sorted(set(methods or ()) - set(known))
     if unknown:
         raise InputError(f"methods={unknown} are not known here: {', '.join(known)}")
@@ -211,6 +217,12 @@ def estimate(
         rows.append(made.repair())
     rows.append(made.save())
     return Estimate(str(source), machine, subject, rows, made.notes())
+
+
+def _writes(model: nn.Module) -> bool:
+    """Whether a model is one of the next token, by its class: without weights it cannot be asked."""
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate()) and not type(model).__name__.endswith("ForMaskedLM")
 
 
 class Steps:
@@ -271,12 +283,14 @@ class Steps:
         shared, owned = 0.0, 0.0  # what ranks share by tokens, and by layers
         if method in ("wanda-sp", "flap"):
             shared = self._walk(changed=False)
-        elif method == "published":
-            shared, owned = whole, speeds.published(tokens, self.how.window)
+        elif method == "published":  # every rank holds all signals, and unmixes its share
+            shared, owned = whole * self.devices, speeds.published(tokens, self.how.window)
         elif method in ("taylor", "relp"):
             shared = speeds.forward(tokens) * (1 + BACKWARD) + speeds.head(tokens) * 2.5
         else:
-            shared, owned = self._walk(changed=True), speeds.surgeon(method != "obs") + speeds.fit(self._stays, True)
+            n = len(s.widths)  # the last layer is chosen from, and needs no refit
+            fits = speeds.fit(self._stays, True) * (n - 1) / n
+            shared, owned = self._walk(changed=True), speeds.surgeon(method != "obs") + fits
             if method in ("obs-gradient", "networks"):
                 shared += self._gradients()
         if method == "networks":

@@ -16,6 +16,7 @@ from llmbrain.anatomy.experts import has_experts, widths_of
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.decomposition import GroupICA
+from llmbrain.distributed import ranks
 from llmbrain.evaluation import throughput
 from llmbrain.evaluation.perplexity import check_causal, window_losses
 from llmbrain.hooks.text import input_device, listed_texts, window_length
@@ -35,7 +36,7 @@ from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
-from llmbrain.study.smaller import cut, evidence_of
+from llmbrain.study.smaller import cut, evidence_of, may_write
 from llmbrain.study.texts import limit_tokens, split_texts
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class _Subject:
         tokens = min(how.n_tokens or self.n_calibration, self.n_calibration)
         sample = self.n_total if how.eval_tokens is None else min(how.eval_tokens, self.n_total)
         return run_cost(self.sizes, how, n_tokens=tokens, eval_tokens=sample, window=self.window,
-                        per_token=self.per_token, todo=todo)  # fmt: skip
+                        per_token=self.per_token, todo=todo, writes=may_write(self.model, self.tokenizer))  # fmt: skip
 
     def fit(self, how: Settings, seconds: float, pinned: Sequence[str], **more: Any) -> tuple[Settings, list[str]]:
         """Settings that take no longer."""
@@ -196,6 +197,8 @@ def run(
         If the input cannot be used, or `out` holds another study.
     """
     began = time.monotonic()
+    if ranks().size > 1:
+        raise InputError("run is one process: scan, decompose, plan and prune are shared by ranks")
     asked = Settings.of(settings, **options)
     check_method(model, asked)
     limit = None if budget is None else seconds_of(budget)

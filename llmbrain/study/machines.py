@@ -310,6 +310,8 @@ class CpuSpeeds:
         """Seconds of all layers, of which those up to `most` wide are timed and others scaled."""
         total = 0.0
         for width in self.subject.widths:
+            if not width:  # a layer whose MLP was dropped
+                continue
             small = min(width, most)
             seconds = self._timed((key, small), lambda small=small: make(small))  # type: ignore[misc]
             total += seconds * (width / small) ** power

@@ -15,7 +15,7 @@ from llmbrain._validation import InputError, check_count, check_option, check_wh
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.decomposition import GroupICA, ica_stability, read_ica
 from llmbrain.decomposition.solvers import SOLVERS
-from llmbrain.distributed import ranks
+from llmbrain.distributed import alone, ranks
 from llmbrain.imaging import write_melodic
 from llmbrain.networks import FunctionalNetworks, compare_thresholds, connectivity, describe, localizer
 from llmbrain.plotting import plot_connectivity, plot_layer_profile
@@ -153,7 +153,8 @@ def decompose(
         "components": n_components, "method": method, "runs": len(scans), "seed": random_state, "scan": digest
     }  # fmt: skip
     team = ranks()
-    with team.job("decompose"), claim(target, settings, overwrite=overwrite) if team.leads else nullcontext():
+    alike = {k: v for k, v in settings.items() if k != "seed"} | {"threshold": threshold, "stability": stability}
+    with team.job("decompose", **alike), claim(target, settings, overwrite=overwrite) if team.leads else nullcontext():
         if team.told("decompose", lambda: (target / "ica" / "ica.json").is_file() and not overwrite):
             tell("group ICA: done before")
             ica = read_ica(target / "ica")
@@ -168,16 +169,17 @@ def decompose(
         networks = FunctionalNetworks.from_ica(ica, threshold=threshold)
         if not team.leads:  # rank 0 does the rest
             return {"ica": ica, "networks": networks, "folder": target}
-        networks.save(target, overwrite=True)
-        if convention == "fsl":
-            write_melodic(ica, target)
-        made: dict[str, Any] = {"ica": ica, "networks": networks}
-        if stability:
-            tell(f"stability: the same {stability} times")
-            made["stability"] = ica_stability(
-                scans, n_components=ica.n_components_, n_starts=stability, random_state=random_state, device=device
-            )
-        write_report(target / "report.html", title=f"Networks of {study.folder}", scans=scans, **made)
+        with alone():
+            networks.save(target, overwrite=True)
+            if convention == "fsl":
+                write_melodic(ica, target)
+            made: dict[str, Any] = {"ica": ica, "networks": networks}
+            if stability:
+                tell(f"stability: the same {stability} times")
+                made["stability"] = ica_stability(
+                    scans, n_components=ica.n_components_, n_starts=stability, random_state=random_state, device=device
+                )
+            write_report(target / "report.html", title=f"Networks of {study.folder}", scans=scans, **made)
         return {**made, "folder": target}
 
 

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmbrain._files import read_json, write_figure, write_json, write_table
 from llmbrain._progress import Say, speaker
-from llmbrain._validation import InputError, check_option, check_whole
+from llmbrain._validation import InputError, check_whole
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import load_model, save_pruned
 from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
 from llmbrain.checkpoints.loading import PROVENANCE
-from llmbrain.checkpoints.parts import FORMATS_BY_PART
 from llmbrain.checkpoints.shapes import RECORD
-from llmbrain.distributed import Parcel, ranks
+from llmbrain.distributed import Parcel, alone, ranks
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.text import as_windows, listed_texts, window_length
 from llmbrain.networks import FunctionalNetworks
@@ -29,6 +28,7 @@ from llmbrain.pruning.allocate.search import PASSES
 from llmbrain.pruning.benchmark import REPEATED, WINDOW, compare_methods, refuse_mixture, rows_of
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.offload import check_by_part
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
@@ -117,7 +117,7 @@ def evidence_of(
     networks = study.networks if study is not None and study.has("networks") else None
     texts = listed_texts(texts) if texts is not None else [run.text for run in scans or () if run.text]
     windows, filled = None, None
-    if texts and (self_text or (self_text is None and _may_write(model, tokenizer))):
+    if texts and (self_text or (self_text is None and may_write(model, tokenizer))):
         filled = as_windows(model, tokenizer, texts, None, TEXT_WINDOWS)
         self_text = own_windows(self_text, len(anatomy(model).layers), len(filled))
     if self_text:
@@ -128,7 +128,8 @@ def evidence_of(
             written = _written(model, tokenizer, count, random_state)
             return Parcel({"windows": mixed_windows(filled, written, random_state=random_state)})
 
-        windows = ranks().found_by(0, "text", write).tensors["windows"]
+        with ranks().job("text", windows=count) as team:
+            windows = team.found_by(0, "text", write).tensors["windows"]
     needed = allocation == "networks" or (method in CRITERIA and "networks" in CRITERIA[method].needs)
     if needed and networks is None and (scans or texts or windows is not None):
         found = scans
@@ -145,7 +146,7 @@ def _beside(self_text: int | None, options: Mapping[str, Any]) -> int | None:
     return 0 if self_text is None and functions else self_text
 
 
-def _may_write(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+def may_write(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether a model is asked for calibration text without the user's asking: not where it is slow or unlike."""
     if has_experts(model) or getattr(model, "hf_device_map", None):  # weights come from elsewhere for every token
         return False
@@ -180,7 +181,7 @@ def plan_cost(
     often = plan_passes(method, allocation, passes, head_ratio, drop) + (OF_REPAIR if repair else 0.0)
     most = TEXT_WINDOWS * window_length(model)
     cost = step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
-    if self_text is None and (conditions or not _may_write(model, tokenizer)):
+    if self_text is None and (conditions or not may_write(model, tokenizer)):
         self_text = 0
     layers, length = len(Subject.of(model).widths), window_length(model)
     own = own_windows(self_text, layers, max(1, cost.parts[0].tokens // length)) * length
@@ -328,12 +329,12 @@ def cut(
         If `out` holds another model already and `overwrite` is not set, before anything is done. One that the same call
         made is given back.
     """
-    if offload and ranks().size > 1:
-        raise InputError("offload=True: a model is cut from file to file by one process")
     if offload:
-        check_option("format", format, FORMATS_BY_PART)
         if not indices:
             raise InputError("indices=False: a model that is cut block by block names what went; load it whole")
+        if ranks().size > 1:
+            raise InputError("offload=True: a model is cut from file to file by one process")
+        check_by_part(model, format, plan, bool(options.get("keep") or options.get("forget")))
     made = "" if evidence is not None else made_from(
         "prune", model, texts, None if study is None else Study.of(study).folder, plan=plan and plan.to_dict(),
         compensate=compensate, format=format, self_text=self_text, gguf_type=gguf_type, like=like and str(like),
@@ -384,16 +385,13 @@ def cut(
         small = prune(model, plan, relearning=relearning, record_indices=indices, **how)
         if not ranks().leads:  # rank 0 saves
             return small, plan
-        if format != "gguf":
-            save_pruned(
-                small, tokenizer, out, format=format, overwrite=overwrite, beside=lambda folder: beside(folder, small)
-            )
-            return small, plan
-        if report:  # first: the model says that all of it is done
-            page(Path(out).with_suffix(".html"), small)
-        like = like or gguf_of(model)
-        kept: dict[str, Any] = {"gguf_type": gguf_type, "like": like, "note": note}
-        save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, **kept)
+        own: dict[str, Any] = {"beside": lambda folder: beside(folder, small)}
+        if format == "gguf":
+            own = {"gguf_type": gguf_type, "like": like or gguf_of(model), "note": note}
+        with alone():
+            if format == "gguf" and report:  # first: the model says that all of it is done
+                page(Path(out).with_suffix(".html"), small)
+            save_pruned(small, tokenizer, out, format=format, overwrite=overwrite, **own)
         return small, plan
 
 

@@ -29,6 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ({"device_map": {"": "cpu"}, "offload": True}, "exclude each other"),
     ({"device_map": "everywhere"}, "device='everywhere' is not a device"),
     ({"device_map": {}}, "must name modules"),
+    ({"device_map": {"": 99}}, r"device_map: '' goes to device 99, and there are \d+ here, counted from 0"),
+    ({"device_map": {"": -1}}, "goes to device -1"),
+    ({"device_map": {"model": "gpu7", "lm_head": "cpu"}}, "device='gpu7' is not a device"),
+    ({"device_map": {"model.layers.0": "disk"}}, "does not fit this model: .* does not give any device for"),
+    ({"device_map": {"model.nothing": "disk"}}, "does not fit this model"),
     ({"dtype": "float3"}, "dtype='float3' is not known"),
     ({"dtype": "int8"}, "no type that a model computes in"),
 ])  # fmt: skip

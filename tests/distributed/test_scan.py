@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from rank_jobs import TEXTS, ended, results, small_scan, start
+from tiny_models import tiny, tiny_tokenizer
 
 import llmbrain as lb
 from llmbrain._files import BusyError, owner
 from llmbrain.scanning import CorruptStoreError, schedule, taking
+from llmbrain.scanning.store import FileShards
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +109,37 @@ def test_ranks_read_alike(tmp_path: Path) -> None:
         scan_as(tmp_path, 1, 2, seed=3)
 
 
+def test_ranks_that_begin_at_the_same_time_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 begins before rank 0 has written a shard, with another batch size: one of them stops."""
+    write, begun = FileShards.write, []
+
+    def begins(self: FileShards, index: int, tensors: Any) -> None:
+        if not begun:
+            begun.append(index)
+            scan_as(tmp_path, 1, 2, batch_size=5)
+        write(self, index, tensors)
+
+    monkeypatch.setattr(FileShards, "write", begins)
+    with pytest.raises(lb.InputError, match="batch_size=4, but the ranks that wrote there had 5"):
+        scan_as(tmp_path, 0, 2)
+    monkeypatch.undo()
+    with pytest.raises(lb.InputError, match="batch_size=4, but the ranks that wrote there had 5"):
+        scan_as(tmp_path, 2, 3)  # of another number, too
+    with pytest.raises(lb.InputError, match="batch_size=4, but the ranks that wrote there had 5"):
+        small_scan(tmp_path)
+
+
+def test_a_mixture_of_experts_is_shared_too(tmp_path: Path) -> None:
+    how = {"site": ("neuron", "router"), "run_length": 9}
+    model = tiny("mixtral")
+    for rank in (None, 0, 1):
+        with taking(rank, 2) if rank is not None else _nothing():
+            out = tmp_path / ("one" if rank is None else "two")
+            lb.scan(model, tiny_tokenizer(), TEXTS, out=out, batch_size=2, **how)
+    assert len(list((tmp_path / "one/shards").iterdir())) > 2
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 @pytest.mark.parametrize(("rank", "of"), [(2, 2), (-1, 2), (0, 0), (1.5, 2)])
 def test_no_such_rank(tmp_path: Path, rank: Any, of: Any) -> None:
     with pytest.raises(lb.InputError, match=r"rank=|of="):
@@ -172,6 +205,11 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
         lb.merge([], out)
     with pytest.raises(lb.InputError, match="holds no scan"):
         lb.merge([tmp_path / "a", tmp_path], out)
+    schedule.SHARD_BYTES = 10**9  # set back by the fixture: one shard, whatever the batches
+    scan_as(tmp_path / "e", 0, 2)
+    scan_as(tmp_path / "f", 1, 2, batch_size=5)
+    with pytest.raises(lb.InputError, match=r"f was scanned with batch_size=5, .*e with 4: all ranks must read alike"):
+        lb.merge([tmp_path / "e", tmp_path / "f"], out)
     shard = tmp_path / "d/shards/0001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
     with pytest.raises(CorruptStoreError, match=r"0001\.safetensors does not match its checksum"):

@@ -16,6 +16,8 @@ import llmbrain as lb
 from llmbrain import InputError
 from llmbrain.anatomy.offload import give_back, is_away, present
 from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.scanning import taking
+from llmbrain.scanning.manifest import weights_sum
 
 TEXTS = ["the cat sat on the mat, and the dog ran away. " * 3, "who is there? nobody, said the bird in the tree. " * 3]
 WINDOWS = torch.randint(2, 40, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -235,6 +237,68 @@ def test_offloaded_models_are_not_cut_in_place(folder: Path, tmp_path: Path) -> 
     lb.prune_offloaded(placed, plan, tmp_path / "s", tokenizer=tokenizer)
     with pytest.raises(FileExistsError, match="holds a model already"):
         lb.prune_offloaded(placed, plan, tmp_path / "s", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_a_scan_of_offloaded_weights_is_that_of_the_whole_model(tmp_path: Path, name: str) -> None:
+    """Its weights are known, wherever they are: one goes on where the other stopped, another model is refused."""
+    changes = {"n_layer": 3} if name == "gpt2" else {"num_hidden_layers": 3}
+    for seed, folder in enumerate(("m", "other")):
+        model = tiny(name, seed=seed, **changes)
+        if seed:  # only what is in a block differs
+            model.load_state_dict(lb.load_model(tmp_path / "m")[0].state_dict())
+            with torch.no_grad():
+                lb.anatomy.families.anatomy(model).layers[1].down.module.weight[3] += 0.1
+        model.save_pretrained(saved_tokenizer(tmp_path / folder), max_shard_size="5KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    whole, tokenizer = lb.load_model(tmp_path / "m")
+    placed, other = (lb.load_model(tmp_path / folder, offload=True)[0] for folder in ("m", "other"))
+    everywhere, _ = lb.load_model(tmp_path / "m", device_map={"": "disk"}) if name == "llama" else (placed, None)
+    sums = [weights_sum(model) for model in (whole, placed, everywhere, other)]
+    assert sums[0] == sums[1] == sums[2] != sums[3]
+    assert weights_sum(placed, away=False) == weights_sum(other, away=False) != sums[0]
+    assert is_away(placed)
+    with taking(0, 2):
+        lb.scan(placed, tokenizer, TEXTS, out=tmp_path / "scan", run_length=16, batch_size=1)
+    with taking(1, 2), pytest.raises(InputError, match="another study: its weights_sum is"):
+        lb.scan(other, tokenizer, TEXTS, out=tmp_path / "scan", run_length=16, batch_size=1)
+    lb.scan(whole, tokenizer, TEXTS, out=tmp_path / "scan", run_length=16, batch_size=1)
+
+
+def test_what_is_not_cut_block_by_block_is_said_before_the_plan(tmp_path: Path, folder: Path) -> None:
+    from llmbrain.study import smaller
+
+    placed, tokenizer = lb.load_model(folder, offload=True)
+    mixture, _ = lb.load_model(saved("mixtral", tmp_path / "x"), offload=True)
+    for model, options, message in (
+        (placed, {"keep": ["a"]}, "keeps or forgets functions is not cut block by block"),
+        (placed, {"format": "gguf"}, "format='gguf'"),
+        (mixture, {"method": "magnitude"}, "experts are not cut block by block yet"),
+    ):
+        with pytest.raises(InputError, match=message):
+            smaller.cut(model, tokenizer, TEXTS, out=tmp_path / "s", offload=True, **options)
+    plan = lb.plan_pruning(lb.load_model(tmp_path / "x")[0], ratio=0.4, method="magnitude")
+    with pytest.raises(InputError, match="experts are not cut block by block yet"):
+        lb.prune_offloaded(mixture, plan, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_weights_in_half_precision_and_many_files(tmp_path: Path) -> None:
+    """As people have them: bfloat16, shards, tied embeddings, biases."""
+    model = tiny("qwen2", num_hidden_layers=3, dtype=torch.bfloat16, tie_word_embeddings=True)
+    model.save_pretrained(saved_tokenizer(tmp_path / "m"), max_shard_size="5KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    whole, tokenizer = lb.load_model(tmp_path / "m")
+    placed, _ = lb.load_model(tmp_path / "m", offload=True)
+    plan = lb.plan_pruning(whole, ratio=0.4, method="flap", allocation="global", calibration=WINDOWS)
+    assert plan.to_dict() == lb.plan_pruning(
+        placed, ratio=0.4, method="flap", allocation="global", calibration=WINDOWS).to_dict()  # fmt: skip
+    how = {"calibration": WINDOWS, "compensate": "least-squares"}
+    lb.save_pruned(lb.prune(whole, plan, **how), tokenizer, tmp_path / "a")
+    lb.prune_offloaded(placed, plan, tmp_path / "b", tokenizer=tokenizer, **how)
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert all(one[name].dtype == torch.bfloat16 and torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_failure_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,26 @@ def test_a_budget_gives_up_what_does_not_fit_and_keeps_what_was_asked_for(subjec
         fit(0.2 * full, Settings(), cost, pinned=["method", "passes", "n_tokens"])
 
 
+def test_a_model_that_is_not_asked_for_text_of_its_own_is_not_charged_for_it(monkeypatch):
+    """Deep models write as much as they are given; not those whose weights come from elsewhere for every token."""
+    from llmbrain.study import smaller
+
+    model, texts = tiny("llama", num_hidden_layers=20), ["the cat sat on the mat. " * 60]
+    often = {"settings": Settings(n_tokens=512, eval_tokens=256, n_components=3, passes=4)}
+    wrote = []
+    monkeypatch.setattr(smaller, "_written", lambda *_: wrote.append(1) or torch.full((4, 64), 5))
+    for placed in (False, True):
+        if placed:
+            model.hf_device_map = {"": "cpu"}
+        names = [part.name for part in forecast(model, tiny_tokenizer(), texts, **often).cost.parts]
+        assert ("text of the model's own" in names) == (not placed)
+        found = smaller.evidence_of(model, tiny_tokenizer(), texts, method="magnitude", progress=False)
+        assert (found.windows is None) == placed
+    assert len(wrote) == 1
+    asked = forecast(model, tiny_tokenizer(), texts, **often, self_text=2).cost.parts
+    assert "text of the model's own" in [part.name for part in asked]
+
+
 def test_a_forecast_reads_one_batch_and_writes_nothing(subject, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = subject

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from cli_calls import call
-from tiny_models import tiny, tiny_tokenizer
+from tiny_models import MODELS, tiny, tiny_tokenizer
 
 import llmbrain as lb
 from llmbrain import InputError
 from llmbrain.study.cost import Subject
 from llmbrain.study.machines import GPUS
+from tests.families.configs import build, rows
 
 SEVEN = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": 4096,
@@ -89,6 +90,51 @@ def test_mixtures_of_experts(tmp_path: Path) -> None:
     assert found.frame["seconds"].gt(0).all()
 
 
+def described(model: torch.nn.Module, folder: Path) -> Path:
+    """The config of a model in a folder, without weights."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [
+    "LlamaForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM",
+])  # fmt: skip
+def test_the_disk_is_what_a_scan_takes(tmp_path: Path, name: str) -> None:
+    model = build(name, rows()[name])
+    described(model, tmp_path / "m")
+    scans = lb.scan(model, tiny_tokenizer(), ["the cat sat on the mat. " * 200], out=tmp_path / "scan", block_size=64)
+    wrote = sum(file.stat().st_size for file in (tmp_path / "scan/shards").iterdir())
+    found = lb.estimate(tmp_path / "m", gpu="h100", n_tokens=100)
+    assert found.scan_bytes_per_1000_tokens * scans[0].n_tokens / 1000 == pytest.approx(wrote, rel=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_family(tmp_path: Path, name: str) -> None:
+    model = tiny(name)
+    described(model, tmp_path)
+    for options in ({"gpu": "a100", "gpus": 2}, {"gpu": "rtx4090", "dtype": "float16"}):
+        found = lb.estimate(tmp_path / "config.json", **options)
+        assert found.subject.parameters == sum(p.numel() for p in model.parameters())
+        assert found.frame[["seconds", "memory"]].gt(0).all().all()
+    steps = set(found.frame["step"])
+    assert ("plan (taylor)" in steps) == (not found.subject.mixture and model.can_generate())
+    with pytest.raises(InputError, match="not known here"):
+        lb.estimate(tmp_path, gpu="h100", methods=["reap" if not found.subject.mixture else "obs"])
+
+
+def test_a_layer_that_was_dropped(tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=3)
+    windows = torch.randint(2, 40, (24, 16), generator=torch.Generator().manual_seed(0))
+    plan = lb.plan_pruning(model, ratio=0.4, method="shortgpt", calibration=windows)
+    lb.save_pruned(lb.prune(model, plan), tiny_tokenizer(), tmp_path / "small")
+    known = {f"('ica', {n}, {r}, 64, 3)": 0.1 * n / 2048 * r for n in (2048, 4096) for r in (1, 2)}
+    found = lb.estimate(tmp_path / "small", methods=["obs"], n_tokens=512, window=32, run_length=64, n_components=3,
+                        timings=known)  # fmt: skip
+    assert 0 in found.subject.widths
+    assert found.frame["seconds"].gt(0).all()
+
+
 def test_this_cpu_is_measured(tmp_path: Path) -> None:
     model = tiny("llama")
     model.save_pretrained(tmp_path / "m")
@@ -129,6 +175,9 @@ def test_a_pruned_folder(tmp_path: Path) -> None:
     ({"gpu": "h100", "dtype": "int3"}, "dtype='int3' is not known"),
     ({"gpu": "h100", "ratio": 1.0}, "ratio=1.0"),
     ({"gpu": "h100", "n_tokens": 0}, "n_tokens=0"),
+    ({"gpu": "h100", "window": -3}, "window=-3"),
+    ({"gpu": "h100", "passes": float("inf")}, "passes=inf"),
+    ({"gpu": "h100", "dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is not known"),
 ])  # fmt: skip
 def test_bad_input(seven: Path, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Source:
             return {}
         own = ("device", "progress", "random_state", "mask")
         plain = {k: v for k, v in parameters.items() if k not in own and isinstance(v, (int, float, str, type(None)))}
-        mask = None if self.mask is None else int(self.mask.sum())
+        mask = None if self.mask is None else hashlib.sha256(np.ascontiguousarray(self.mask).tobytes()).hexdigest()[:16]
         return {"parameters": plain, "mask": mask, "runs": [len(self.runs), self.runs.facts()]}
 
     def prepared(

@@ -62,14 +62,24 @@ class Objective:
         if self._states is None:
             losses = token_losses(self.model, self.windows)
         else:
-            parts = zip(self._each_state(), self._states.split(len(batches(self.windows)[0])))
-            losses = torch.cat([(now.cpu() - then).square().sum(-1) for now, then in parts]) / self._scale
+            losses = self._changes(self._states) / self._scale
         counts = self.weights.double()
         return ((losses.double() * counts).sum(1) / counts.sum() * len(losses)).numpy()
 
     def mean(self) -> float:
         """Mean loss a token."""
         return float(self.by_window().mean())
+
+    def _changes(self, before: Tensor) -> Tensor:
+        """Squared distance of each token's states from those before; ``(n, window)``. Ranks share the windows."""
+        parts, team = batches(self.windows), ranks()
+        then = before.split(len(parts[0]))
+
+        def of_batch(i: int) -> Parcel:
+            return Parcel({"losses": (last_states(self.model, parts[i]).cpu() - then[i]).square().sum(-1)})
+
+        with team.job("losses"), evaluating(self.model):
+            return torch.cat([parcel.tensors["losses"] for parcel in team.each(len(parts), "losses", of_batch)])
 
     def _each_state(self) -> Iterator[Tensor]:
         with evaluating(self.model):

@@ -23,6 +23,7 @@ from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.units import NEURONS, Units
 from llmbrain.decomposition import fastica
 from llmbrain.decomposition.prepare.pca import row_signs
+from llmbrain.distributed import Parcel, ranks
 from llmbrain.hooks.text import input_device
 from llmbrain.pruning.calibrate.windows import signals_of_windows
 from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, ends, register
@@ -131,7 +132,7 @@ def published_scores(
     random_state: int | None = 0,
     device: torch.device | str = "cpu",
 ) -> PublishedScores:
-    """Score neurons by the published rule.
+    """Score neurons by the published rule. The ranks of a group share the ICAs.
 
     Parameters
     ----------
@@ -169,14 +170,23 @@ def published_scores(
     groups = [[scans[i] for i in part] for part in np.array_split(np.arange(len(scans)), n_groups)]
     scores = [np.zeros(w) for w in widths]
     failed, n_maps = 0, []
-    for layers in _scopes(scope, len(widths)):
-        for group in groups:
-            read = _reader(group, layers, sites)
-            maps, converged = _maps(read().to(device), n_components, max_iter, tol, random_state)
+    parts = [(layers, group) for layers in _scopes(scope, len(widths)) for group in groups]
+
+    def find(i: int) -> Parcel:
+        layers, group = parts[i]
+        read = _reader(group, layers, sites)
+        maps, converged = _maps(read().to(device), n_components, max_iter, tol, random_state)
+        peak = np.abs(maps).max(axis=0).reshape(len(sites), -1).max(axis=0)
+        return Parcel({"peak": torch.from_numpy(peak)}, [bool(converged), len(maps)])
+
+    team = ranks()
+    with team.job("published"):
+        for (layers, _), parcel in zip(parts, team.each(len(parts), "published", find)):
+            converged, n = parcel.record
             failed += not converged
-            n_maps.append(len(maps))
-            peak = np.abs(maps).max(axis=0).reshape(len(sites), -1).max(axis=0)
-            for layer, part in zip(layers, np.split(peak, np.cumsum([widths[i] for i in layers])[:-1])):
+            n_maps.append(n)
+            borders = np.cumsum([widths[i] for i in layers])[:-1]
+            for layer, part in zip(layers, np.split(parcel.tensors["peak"].numpy(), borders)):
                 scores[layer] = np.maximum(scores[layer], part)
     if failed:
         warnings.warn(

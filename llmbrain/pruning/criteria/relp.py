@@ -13,6 +13,7 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.units import NEURONS, Units
+from llmbrain.distributed import ranks
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.change import change_inputs
 from llmbrain.hooks.relevance import halved, relevance_rules
@@ -55,6 +56,8 @@ def relevance(
 ) -> tuple[list[Tensor], list[str]]:
     """Mean ``|x_j R_j|`` of every neuron over tokens, layer by layer; and what stayed an ordinary gradient.
 
+    The ranks of a group share the windows.
+
     Parameters
     ----------
     windows : (n, window) int64
@@ -79,14 +82,18 @@ def relevance(
 
     edits = [(layer.down.module, hear(i)) for i, layer in enumerate(body.layers)]
     parts = [None] * len(batches(windows)) if weights is None else batches(weights)
+    team = ranks()
+    mine = team.mine(len(parts))
     leaf: Any = model.get_input_embeddings()  # type: ignore[operator]
     ruled: AbstractContextManager[list[str]] = relevance_rules(model, body) if rules else nullcontext([])
     with gradients_of(model, [leaf.weight]), change_inputs(model, edits), ruled as left:
-        for ids, part in zip(batches(windows), parts):
+        for ids, part in [(batches(windows)[i], parts[i]) for i in mine]:
             ids = ids.to(input_device(model))
             odds = log_odds(model(input_ids=ids).logits, ids)
             odds = odds if part is None else odds * part[:, 1:].to(odds.device)
             heard = [signals[i] for i in range(len(edits))]
             for total, x, g in zip(totals, heard, torch.autograd.grad(odds.sum(), heard)):
                 total += (x.detach() * g).abs().flatten(0, -2).sum(0).double().cpu()
+    with team.job("relevance"):
+        totals = team.sum(totals, "relevance")
     return [total / windows.numel() for total in totals], left
