@@ -481,6 +481,7 @@ def frozen(folder: Path, team: Any) -> dict[str, Any]:
     """A rank freezes while tensors are under way: the one that the folder is called after."""
     import torch
 
+    team.watch.limit = 1.0
     if team.rank == int(folder.name):
         torch.distributed.all_reduce = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
     team.sum([torch.ones(3)], "sums")

@@ -89,12 +89,13 @@ def test_ranks_that_cannot_talk_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("who", "message"), [
-    (1, "error: sums: rank 1 of 2 is gone: no sign of life for 1.? s. What was written is kept"),
-    pytest.param(0, "error: rank 1 of 2 lost the others: what they meet at .* does not answer", marks=pytest.mark.slow),
+    (1, "error: sums: rank 1 of 2 is gone: no sign of life for 1 s. What was written is kept"),
+    pytest.param(0, "error: (rank 1 of 2 lost the others: .* does not answer for 1 s|sums: rank 0 of 2 is gone)",
+                 marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_rank_that_freezes_while_tensors_are_under_way(tmp_path: Path, who: int, message: str) -> None:
     """Nothing interrupts torch's own call: the other says who it is, and ends."""
-    processes = start(2, "frozen", tmp_path / str(who), timeout=1)
+    processes = start(2, "frozen", tmp_path / str(who))
     try:
         _, said = processes[1 - who].communicate(timeout=60)
         assert processes[1 - who].returncode == 2

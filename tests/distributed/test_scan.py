@@ -206,7 +206,9 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(lb.InputError, match="holds no scan"):
         lb.merge([tmp_path / "a", tmp_path], out)
     scan_as(tmp_path / "e", 1, 2, verify=False)
-    with pytest.raises(lb.InputError, match=r"e was scanned with verify=False, .*a with True: all ranks must read alike"):
+    with pytest.raises(
+        lb.InputError, match=r"e was scanned with verify=False, .*a with True: all ranks must read alike"
+    ):
         lb.merge([tmp_path / "a", tmp_path / "e"], out)
     shard = tmp_path / "d/shards/0001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
