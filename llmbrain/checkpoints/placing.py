@@ -160,7 +160,7 @@ def _checked_place(name: str, where: int | str) -> int | str:
             raise InputError(f"device_map: {name!r} goes to device {where}, and there are {here} here, counted from 0")
         return where
     if where != "disk":
-        resolve_device(where)
+        resolve_device(str(where))
     return where
 
 

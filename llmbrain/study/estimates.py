@@ -48,6 +48,7 @@ BACKWARD = 1.3  # forward passes that gradients of signals take, without those o
 CANDIDATES = 6  # allocations that a search tries, at most
 READS = 2  # of a scan by group ICA, at about the speed at which it was written
 TABLE_CELL = 12.5  # bytes of a number in a table
+OF_SAVING = 3.5  # of what writing takes: fitted to SmolLM2-135M
 OF_READING = {"random": 0.15, "magnitude": 1 / 3}  # of what writing the weights takes: fitted to SmolLM2-135M
 FIXED = {"scan": 0.02, "networks": 0.1, "save": 0.06}  # seconds that do not grow with the model
 
@@ -194,7 +195,7 @@ def estimate(
     config = read_config(source)
     model = model_of_config(config, kind)
     subject = Subject.of(model)
-    known = OF_EXPERTS if subject.mixture else OF_NEURONS
+    known: tuple[str, ...] = OF_EXPERTS if subject.mixture else OF_NEURONS
     if not _writes(model):
         known = tuple(name for name in known if name not in OF_NEXT_TOKEN)
     unknown = sorted(set(methods or ()) - set(known))
@@ -314,9 +315,9 @@ class Steps:
         return self._row("repair", seconds, self._weights(2.0) + self._walking())
 
     def save(self) -> dict[str, Any]:
-        """Written, loaded again and compared."""
+        """Written, loaded again, run and compared."""
         size = int(self.subject.size * (1 - self._goes))
-        return self._row("save", 2 * self.speeds.disk(size), self._weights(1 + 2 * (1 - self._goes)), size)
+        return self._row("save", OF_SAVING * self.speeds.disk(size), self._weights(1 + 2 * (1 - self._goes)), size)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
