@@ -166,6 +166,21 @@ def check_gguf_path(path: str | Path) -> Path:
     return path
 
 
+def check_folder_path(path: str | Path, format: str) -> Path:
+    """A folder is not called like a GGUF: everything that reads would take it for one.
+
+    Raises
+    ------
+    InputError
+        If it is.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"path={str(path)!r} is the name of a GGUF, format={format!r} a folder: say format='gguf' "
+                         "(--format gguf), or give another name")  # fmt: skip
+    return path
+
+
 def target_of(model: nn.Module) -> Target | Mixture:
     """Where llmbrain puts a model in llama.cpp, or why there is no place for it.
 

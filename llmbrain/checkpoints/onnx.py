@@ -15,6 +15,7 @@ import torch
 from llmbrain._files import refuse_other, still_free, transaction, write_json
 from llmbrain._validation import InputError, soft_import
 from llmbrain.anatomy.families import context_length
+from llmbrain.checkpoints.gguf_writing import check_folder_path
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.shapes import RECORD, text_config
 from llmbrain.hooks.experts import implemented_by
@@ -78,7 +79,7 @@ def export_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         soft_import(package, EXTRA, "ONNX export")
     exporters = soft_import("transformers.exporters", EXTRA, "ONNX export")
-    path = Path(path)
+    path = check_folder_path(path, "onnx")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     if (path / FILE).exists() and not overwrite:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmbrain._files import refuse_other, still_free, transaction, write_json
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.experts import has_experts
+from llmbrain.checkpoints.gguf_writing import check_folder_path
 from llmbrain.checkpoints.loading import PROVENANCE, load_model
 from llmbrain.checkpoints.proof import answer
 from llmbrain.checkpoints.remote import write_remote_code
@@ -137,6 +138,7 @@ def saving_by_part(
     """
     check_option("format", format, FORMATS_BY_PART)
     path = Path(path)
+    check_folder_path(path, format)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     if (path / "config.json").exists() and not overwrite:

@@ -21,7 +21,7 @@ from llmbrain.anatomy.surgery import check_no_adapter
 from llmbrain.anatomy.units import HEADS
 from llmbrain.checkpoints.expert_shapes import record_expert_shapes, shapes_text
 from llmbrain.checkpoints.expert_stock import stock_mixture
-from llmbrain.checkpoints.gguf_writing import GGUF_TYPES, check_gguf_path, target_of, write_gguf
+from llmbrain.checkpoints.gguf_writing import GGUF_TYPES, check_folder_path, check_gguf_path, target_of, write_gguf
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.proof import answer, check_gguf, check_loads
 from llmbrain.checkpoints.remote import write_remote_code
@@ -117,6 +117,7 @@ def save_pruned(
         return _save_gguf(model, tokenizer, path, gguf_type, like, overwrite, note or {}, verify)
     if like is not None:
         raise InputError(f"like={str(like)!r} is for format='gguf', this is format={format!r}")
+    check_folder_path(path, format)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     if (path / "config.json").exists() and not overwrite:

@@ -282,11 +282,12 @@ def recover(
 ) -> None:
     """Train a pruned model for a while with low-rank updates, merge them, save it."""
     from llmbrain.checkpoints import save_pruned
+    from llmbrain.checkpoints.gguf_writing import check_folder_path
     from llmbrain.pruning import recover as train
     from llmbrain.study import load_texts
     from llmbrain.study.again import MADE, check_free, made_from, making
 
-    check_free(out, overwrite)
+    check_free(check_folder_path(out, "per-layer"), overwrite)
     texts = load_texts(text, field)
     loaded, tokenizer = open_model(model, device)
     made = made_from("recover", loaded, texts, steps=steps, rank=rank, random_state=seed)

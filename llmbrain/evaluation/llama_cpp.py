@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmbrain._validation import InputError, check_count, check_whole, soft_import
+from llmbrain.checkpoints.gguf_opening import open_gguf
 from llmbrain.evaluation.latency import COLUMNS, phase_rows
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ class LlamaCpp:
         return float(np.mean(losses))
 
 
+def context_of(path: Path) -> int | None:
+    """Tokens that the model of a GGUF file reads at once, if it says so."""
+    if not path.is_file():
+        raise FileNotFoundError(f"GGUF file {path} does not exist")
+    fields = open_gguf(path).fields
+    architecture = fields.get("general.architecture")
+    found = None if architecture is None else fields.get(f"{architecture.contents()}.context_length")
+    return None if found is None else int(found.contents())
+
+
 def llama_cpp_latency(
     path: str | Path,
     *,
@@ -132,6 +143,9 @@ def llama_cpp_latency(
     import pandas as pd
 
     check_count("repeats", repeats, 1)
+    limit = context_of(Path(path))
+    if limit is not None and prompt + new_tokens > limit:
+        raise InputError(f"prompt={prompt} and new_tokens={new_tokens} exceed the model's context of {limit} tokens")
     rows = []
     for batch in batch_sizes:
         engine = LlamaCpp(path, context=prompt + new_tokens + 8, parallel=batch, threads=threads)

@@ -14,7 +14,7 @@ from llmbrain._validation import InputError, check_whole
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import load_model, save_pruned
-from llmbrain.checkpoints.gguf_writing import check_gguf_path, demands, odd_widths
+from llmbrain.checkpoints.gguf_writing import check_folder_path, check_gguf_path, demands, odd_widths
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.distributed import Parcel, alone, ranks
@@ -335,6 +335,10 @@ def cut(
         if ranks().size > 1:
             raise InputError("offload=True: a model is cut from file to file by one process")
         check_by_part(model, format, plan, bool(options.get("keep") or options.get("forget")))
+    if format == "gguf":
+        check_gguf_path(out)
+    else:
+        check_folder_path(out, format)
     made = "" if evidence is not None else made_from(
         "prune", model, texts, None if study is None else Study.of(study).folder, plan=plan and plan.to_dict(),
         compensate=compensate, format=format, self_text=self_text, gguf_type=gguf_type, like=like and str(like),
@@ -344,8 +348,6 @@ def cut(
         if is_there:
             speaker(progress)("the smaller model: done before")
             return made_before(out, tokenizer, plan, offload)
-        if format == "gguf":
-            check_gguf_path(out)
         if evidence is None:
             check_saving(model, tokenizer, format, gguf_type, like)
             method = "" if plan is not None else options.get("method", "networks")

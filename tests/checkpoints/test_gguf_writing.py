@@ -8,8 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from cli_calls import call
 from gguf_models import FAMILIES, PROMPT, SHARED, TableGelu, make
 from raw_llama import raw_logits
+from tiny_models import tiny, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
@@ -20,6 +22,7 @@ from llmbrain.anatomy.surgery import add_bias, drop, keep_heads, keep_neurons
 from llmbrain.anatomy.units import NEURONS
 from llmbrain.checkpoints.gguf_layout import interleave, split_halves
 from llmbrain.evaluation import LlamaCpp
+from llmbrain.evaluation.llama_cpp import llama_cpp_latency
 
 
 def cut(model, how: str):
@@ -268,3 +271,24 @@ def test_padded_has_a_width_where_no_mlp_is_left(tmp_path):
         assert again.config.intermediate_size == width
         with torch.no_grad():
             assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-6)
+
+
+def test_a_folder_is_not_called_like_a_file(tmp_path, monkeypatch, capsys):
+    for format in ("per-layer", "padded", "remote-code"):
+        with pytest.raises(InputError, match=rf"is the name of a GGUF, format='{format}' a folder: say format='gguf'"):
+            lb.save_pruned(make("llama"), None, tmp_path / "small.gguf", format=format)
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("once upon a time " * 50)
+    for words in (["prune", "--method", "magnitude"], ["recover", "--steps", 1], ["export", "--format", "onnx"]):
+        out, text = tmp_path / "small.GGUF", ["--text", tmp_path / "text.txt"] if words[0] != "export" else []
+        code, _, said = call(monkeypatch, capsys, words[0], tmp_path / "model", *words[1:], *text, "--out", out)
+        assert code == 2, said
+        assert "is the name of a GGUF" in said
+        assert not out.exists()
+
+
+def test_speed_is_measured_within_the_context(tokenizer, tmp_path):
+    path = lb.save_pruned(make("llama"), tokenizer, tmp_path / "small.gguf", format="gguf")
+    with pytest.raises(InputError, match="prompt=100 and new_tokens=40 exceed the model's context of 128 tokens"):
+        llama_cpp_latency(path, prompt=100, new_tokens=40)
