@@ -224,12 +224,12 @@ def table(rows: dict[str, Any]) -> list[str]:
 
 
 def again(rows: dict[str, Any], data: Path) -> None:
-    """Compute what is computed once more, of the pieces that were timed beside the measurements."""
+    """Compute what is computed once more, of the pieces that were timed; those that are missing are timed now."""
     for name in JOBS:
         if f"{name}: pieces" not in rows:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            found = estimated(name, source_of(name, data, Path(folder)), dict(rows[f"{name}: pieces"]))
+            found = estimated(name, source_of(name, data, Path(folder)), rows[f"{name}: pieces"])
         for step, row in found.items():
             if f"{name}: {step}" in rows:
                 rows[f"{name}: {step}"] |= {what: row[what] for what in ("seconds", "memory", "disk")}
@@ -277,6 +277,8 @@ def main() -> None:
     write()
     text = [
         "# What `llmbrain estimate` computes", "", "`python benchmarks/estimate.py`; one thread, processor time.", "",
+        "What networks, reading and saving take beside what is timed, and the gradient of the head, was fitted to "
+        "these rows (`OF_...`, `..._VALUE` and `FIXED` of `llmbrain/study/estimates.py`).", "",
         *table(rows), "", "## Computed, not measured (262,144 tokens, ratio 0.3, published peaks)", "", *computed(), "",
     ]  # fmt: skip
     (args.results / "estimate.md").write_text("\n".join(text))

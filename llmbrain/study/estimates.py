@@ -48,9 +48,14 @@ BACKWARD = 1.3  # forward passes that gradients of signals take, without those o
 CANDIDATES = 6  # allocations that a search tries, at most
 READS = 2  # of a scan by group ICA, at about the speed at which it was written
 TABLE_CELL = 12.5  # bytes of a number in a table
+OF_HEAD = 2.0  # of a pass through the head, what it takes with its gradient, without that of its weights
+MAP_VALUE, COURSE_VALUE = (
+    1.9e-7,
+    9.4e-7,
+)  # seconds that a number of a map, and one in a table, take: fitted to 1M and 135M
 OF_SAVING = 3.5  # of what writing takes: fitted to SmolLM2-135M
 OF_READING = {"random": 0.15, "magnitude": 1 / 3}  # of what writing the weights takes: fitted to SmolLM2-135M
-FIXED = {"scan": 0.02, "networks": 0.1, "save": 0.06}  # seconds that do not grow with the model
+FIXED = {"scan": 0.02, "networks": 0.04, "save": 0.045}  # seconds that do not grow with the model
 
 
 @dataclass(frozen=True)
@@ -268,8 +273,9 @@ class Steps:
     def networks(self) -> dict[str, Any]:
         """Maps are z-scored, cut off and written as tensors and an image, time courses as tensors and a table."""
         size = 4 * self.subject.n_neurons * self.how.n_components
-        courses = (4 + TABLE_CELL) * self.how.n_tokens * self.how.n_components
-        return self._row("networks", 4 * self.speeds.disk(size), 6 * size, 2 * size + courses)
+        numbers = self.how.n_tokens * self.how.n_components
+        seconds = 4 * self.speeds.disk(size) + MAP_VALUE * size / 4 + COURSE_VALUE * numbers
+        return self._row("networks", seconds, 6 * size, 2 * size + (4 + TABLE_CELL) * numbers)
 
     def plan(self, method: str) -> dict[str, Any]:
         """Scores, allocation, choice."""
@@ -288,7 +294,7 @@ class Steps:
         elif method == "published":  # every rank holds all signals, and unmixes its share
             shared, owned = whole * self.devices, speeds.published(tokens, self.how.window)
         elif method in ("taylor", "relp"):
-            shared = speeds.forward(tokens) * (1 + BACKWARD) + speeds.head(tokens) * 2.5
+            shared = speeds.forward(tokens) * (1 + BACKWARD) + speeds.head(tokens) * OF_HEAD
         else:
             n = len(s.widths)  # the last layer is chosen from, and needs no refit
             fits = speeds.fit(self._stays, True) * (n - 1) / n
@@ -339,7 +345,7 @@ class Steps:
 
     def _gradients(self) -> float:
         tokens = self.how.n_tokens
-        passes = self.speeds.forward(tokens) * (1 + BACKWARD) + self.speeds.head(tokens) * 2.5
+        passes = self.speeds.forward(tokens) * (1 + BACKWARD) + self.speeds.head(tokens) * OF_HEAD
         return passes + self.speeds.metric(tokens)
 
     def _search(self) -> tuple[float, float]:
