@@ -250,3 +250,26 @@ def test_a_file_that_does_not_read_back_as_the_mixture_is_not_put_in_place(token
     with pytest.raises(InputError, match=r"read again, model\.layers\.0\.mlp\.experts\.gate_up_proj is off"):
         lb.save_pruned(make("mixtral"), tokenizer, tmp_path / "small.gguf", format="gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_shapes_are_told_by_configs_alone(tokenizer, tmp_path):
+    """Of a folder whose layers differ, and of a file that another program wrote."""
+    from llmbrain.checkpoints.configs import model_of_config, read_config
+    from llmbrain.checkpoints.expert_shapes import expert_shapes
+
+    model = make("mixtral")
+    few = lb.prune(model, lb.plan_pruning(model, expert_ratio=0.2, method="random", allocation=[5, 3, 4]))
+    lb.save_pruned(few, None, tmp_path / "few")
+    assert expert_shapes(model_of_config(read_config(tmp_path / "few"))) == expert_shapes(few)
+    model = make("glm4_moe")
+    path = lb.save_pruned(model, tokenizer, tmp_path / "small.gguf", format="gguf")
+    foreign = as_of_others(path, tmp_path / "foreign.gguf")
+    assert expert_shapes(model_of_config(read_config(foreign))) == expert_shapes(model)
+
+
+def test_plans_look_at_the_width_of_an_expert_not_of_a_layer():
+    model = make("mixtral", intermediate_size=96, num_local_experts=4)
+    plan = lb.plan_pruning(model, ratio=0.25, method="random")
+    assert plan.expert_widths == [[72] * 4] * 3
+    assert plan.widths_read == [72] * 3
+    assert "no multiple of 32: 3 of 3 widths, such as 72" in plan.summary()  # 288 of a layer is one
