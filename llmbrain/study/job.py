@@ -265,6 +265,7 @@ def run(
         small, study.plan = _smaller(model, tokenizer, scanned, study, how, tell)
         study.plan.save(out / "plan.json")
         study.pruned = small, tokenizer
+        tell("    perplexity of the smaller model, and its speed")
         after = window_losses(small, sample.windows)
         summary: dict[str, Any] = {
             "dense": dense,
@@ -278,6 +279,7 @@ def run(
             "gave_up": gave_up,
             "provenance": record,
         }  # fmt: skip
+        tell("    forecast of the loss, beside what was lost")
         predicted = forecast_of(model, study.plan, study.networks, study.scans, how.compensate)
         if predicted is not None:
             predicted = predicted.measure(model, small)
