@@ -163,7 +163,9 @@ def page(found: list[dict[str, Any]], name: str) -> str:
                      | {k: "-" if np.isnan(v) else f"{v:.3f}" for k, v in mean.items()})  # fmt: skip
     first = found[0]
     what = "exact answers to held-out lines" if name == "demo" else "right next tokens of held-out lines"
-    quick = [r for r in found if r.get("quick")]
+    quick = list(dict.fromkeys(
+        r["method"] for r in found if r.get("quick") and r["method"] not in (*UNCUT, "dense", GOLD)
+    ))  # fmt: skip
     shown = [c for c in cases if c != UNRELATED]
     return "\n".join([
         f"## Use 2: forgetting, and teaching it again ({name})", "",
@@ -172,7 +174,7 @@ def page(found: list[dict[str, Any]], name: str) -> str:
         "where there are fewer); unrelated: lines of other text. Harm: accuracy lost by the worst of the rest; within: "
         f"on how many abilities it is at most {HARM:.0%}. Probe: tokens of held-out lines that ridge regression reads "
         "from the best layer. Means over abilities, one seed."
-        + (" Our repairs and searches for neurons took half of the tokens that they take by default." if quick else ""),
+        + (f" Half of the default tokens in repair and search for neurons: {', '.join(quick)}." if quick else ""),
         "", pd.DataFrame(cells).to_markdown(index=False), "",
         *(line for case in shown for line in _steps_table(by, abilities, order, levels, case)),
         *verdict(by, abilities, levels, shown), "",
