@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llmbrain._validation import InputError
@@ -18,6 +19,12 @@ from llmbrain.checkpoints.gguf_reading import config_of_mixture, is_gguf
 from llmbrain.checkpoints.loading import model_class_of
 from llmbrain.checkpoints.placing import empty_of
 from llmbrain.checkpoints.shapes import apply_shapes, layer_shapes, own_layers, text_config
+
+# What transformers raises for configs that make no sense.
+_UNREADABLE = (
+    ValueError, KeyError, TypeError, NotImplementedError, AttributeError, IndexError, OverflowError, RuntimeError,
+    ZeroDivisionError,
+)  # fmt: skip
 
 
 def read_config(source: str | Path) -> Any:
@@ -58,12 +65,31 @@ def read_config(source: str | Path) -> Any:
         raise FileNotFoundError(
             f"{source} is neither a folder, a config.json nor a GGUF, and not found on the hub: {first_line(error)}"
         ) from error
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except InputError:
+        raise
+    except (*_UNREADABLE, StrictDataclassError) as error:
         raise InputError(f"{source}: its config cannot be read: {first_line(error)}") from error
 
 
 def model_of_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a config on the meta device, in `dtype` (default its own, else float32)."""
+    """The model of a config on the meta device, in `dtype` (default its own, else float32).
+
+    Raises
+    ------
+    InputError
+        If it describes no model.
+    """
+    try:
+        return _built(config, dtype)
+    except InputError:
+        raise
+    except (*_UNREADABLE, StrictDataclassError) as error:
+        raise InputError(
+            f"config of {type(config).__name__} describes no model: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _built(config: Any, dtype: torch.dtype | None) -> nn.Module:
     model_class, shapes = model_class_of(config, False), layer_shapes(config)
     if shapes:
         text_config(config).per_layer_config = own_layers(config)

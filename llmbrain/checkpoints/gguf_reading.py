@@ -96,6 +96,15 @@ def load_gguf(
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
     reader = open_gguf(path)
+    try:
+        return _loaded(path, reader, dtype)
+    except UnicodeDecodeError as error:  # entries are decoded when they are asked for
+        raise InputError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def _loaded(
+    path: Path, reader: Any, dtype: torch.dtype | str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     fields = {name: field.contents() for name, field in reader.fields.items() if name.split(".")[-1] not in _LONG}
     architecture = str(fields.get("general.architecture", ""))
     if CONFIG in fields:

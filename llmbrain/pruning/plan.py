@@ -367,9 +367,10 @@ def _kept(name: str, kept: Any, before: Sequence[int]) -> Kept:
         raise InputError(f"{name} of this plan has {size} layers, the model had {len(before)}")
     found = []
     for i, (units, width) in enumerate(zip(kept, before)):
-        indices = np.array(whole_numbers(f"{name}[{i}]", units, 0), dtype=np.int64)
-        if len(indices) and int(indices.max()) >= width:
-            raise InputError(f"{name}[{i}] of this plan names unit {int(indices.max())} of {width}")
+        numbers = whole_numbers(f"{name}[{i}]", units, 0)
+        if len(numbers) and max(numbers) >= width:
+            raise InputError(f"{name}[{i}] of this plan names unit {max(numbers)} of {width}")
+        indices = np.array(numbers, dtype=np.int64)
         if (np.diff(indices) <= 0).any():
             raise InputError(f"{name}[{i}] of this plan must be ascending, each unit once")
         found.append(indices)

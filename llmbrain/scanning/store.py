@@ -470,7 +470,7 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
         counted = all(type(n) is int and 0 <= n < LARGEST for units in widths for n in units)
         size = study["block_size"]
         sized = size is None or (type(size) is int and 0 < size < LARGEST)
-        named = isinstance(study["runs_sha256"], str) and isinstance(manifest["model"]["id"], str)
+        named = all(isinstance(x, str) for x in (study["runs_sha256"], study["weights_sum"], manifest["model"]["id"]))
     except (KeyError, TypeError, AttributeError, IndexError):
         return False
     return bool(rows) and bool(widths) and ascending and counted and sized and named

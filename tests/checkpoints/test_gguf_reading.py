@@ -141,6 +141,15 @@ def test_damaged_files_are_one_line(small: Path, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_bytes_that_are_no_text_are_one_line(small: Path) -> None:
+    """Entries are decoded when they are asked for, long after the file was opened."""
+    whole, word = bytearray(small.read_bytes()), b"tokenizer.ggml.tokens"
+    whole[whole.find(word) + len(word) + 40] = 0xFF
+    small.write_bytes(whole)
+    with pytest.raises(InputError, match=r"small\.gguf.*(damaged|truncated)"):
+        lb.load_model(small)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.gguf does not exist"):
         lb.load_model(tmp_path / "nowhere.gguf")

@@ -61,6 +61,7 @@ def test_a_plan_of_another_model_is_refused():
         ({"kept": [[0], [1.9]]}, r"kept\[1\] of this plan holds 1\.9: whole numbers"),
         ({"kept": [[0], [True]]}, r"kept\[1\] of this plan holds True"),
         ({"kept": [[0], [24]]}, r"kept\[1\] of this plan names unit 24 of 24"),
+        ({"kept": [[0], [10**30]]}, r"kept\[1\] of this plan names unit 1000"),
         ({"kept": [[0], [-1]]}, r"kept\[1\] of this plan holds -1"),
         ({"kept": [[], []]}, "kept of this plan is empty"),
         ({"kept": "all"}, "has 'all' layers|has 3 layers"),

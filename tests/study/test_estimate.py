@@ -209,3 +209,16 @@ def test_the_command(
     code, _, said = call(monkeypatch, capsys, "estimate", seven, "--gpu", "cray")
     assert code == 2
     assert "not in the table" in said
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"hidden_act": "silt"}, {"hidden_size": [16]}, {"tie_word_embeddings": "no"}, {"num_attention_heads": 3},
+     {"dtype": "floa432"}, {"intermediate_size": -4}],
+)  # fmt: skip
+def test_a_config_that_describes_no_model_is_one_line(tmp_path: Path, damage: dict[str, object]) -> None:
+    tiny("llama").config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(InputError, match="config"):
+        lb.estimate(path, gpu="h100")
