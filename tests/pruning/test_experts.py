@@ -171,7 +171,7 @@ def test_plan_is_saved_and_bound_to_its_weights(tmp_path: Any) -> None:
     same = lb.prune(model, plan, inplace=True)
     assert same is model
     torch.testing.assert_close(logits(same), logits(small))
-    for format, why in [("masked", "2 dead experts, and its router has no bias"), ("gguf", "llama.cpp's own")]:
+    for format, why in [("masked", "2 dead experts, and its router has no bias"), ("gguf", "a GGUF is one file")]:
         with pytest.raises(InputError, match=why):
             lb.save_pruned(small, tiny_tokenizer(), tmp_path / format, format=format)
 
