@@ -22,8 +22,7 @@ from llmbrain.checkpoints.shapes import apply_shapes, layer_shapes, own_layers, 
 
 # What transformers raises for configs that make no sense.
 _UNREADABLE = (
-    ValueError, KeyError, TypeError, NotImplementedError, AttributeError, IndexError, OverflowError, RuntimeError,
-    ZeroDivisionError,
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError,
 )  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def read_config(source: str | Path) -> Any:
         ) from error
     except InputError:
         raise
-    except (*_UNREADABLE, StrictDataclassError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{source}: its config cannot be read: {first_line(error)}") from error
 
 
@@ -83,7 +82,7 @@ def model_of_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
         return _built(config, dtype)
     except InputError:
         raise
-    except (*_UNREADABLE, StrictDataclassError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             f"config of {type(config).__name__} describes no model: {type(error).__name__}: {first_line(error)}"
         ) from error
