@@ -24,7 +24,7 @@ from llmbrain.pruning.criteria.base import Material, register
 from llmbrain.pruning.criteria.published import Published
 from llmbrain.pruning.planner import Planner
 from llmbrain.stats.nulls import phase_randomize
-from real_parts.rows import Row, Task
+from real_parts.rows import Row, Task, written_beside
 
 WINDOW = 512
 K = 32
@@ -194,9 +194,9 @@ class Bench:
             raise SystemExit(f"the text fills {len(self.every)} windows, {n * (draw + 1)} are needed")
         if not own:
             return text
-        written = self.shared("own", tokens, draw)
+        written = self.shared("own", written_beside(own, tokens), draw)
         parts = {"half": (text[: n // 2], written[: n - n // 2]), "beside": (text, written[: -(-n // 2)]),
-                 "as much": (text, written), "only": (text[:0], written)}[own]  # fmt: skip
+                 "as much": (text, written), "twice": (text, written), "only": (text[:0], written)}[own]  # fmt: skip
         return mixed_windows(*parts, random_state=draw)
 
     # -- rows ---------------------------------------------------------------------------------------------------------

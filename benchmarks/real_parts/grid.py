@@ -103,7 +103,7 @@ def share_out(
             busy = [pipe for pipe, at in workers.items() if at is not None]
             if not busy:
                 break
-            for pipe in wait(busy, timeout=max(0.1, seconds - (time.monotonic() - began))):
+            for pipe in wait(busy, timeout=min(3600.0, max(0.1, seconds - (time.monotonic() - began)))):
                 try:
                     kind, value = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:  # the process is gone: out of memory, say

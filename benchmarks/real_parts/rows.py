@@ -18,7 +18,7 @@ class Row:
         Take the widths that another method's plan gives.
     own : str
         Text that the model writes: ``""`` none, ``"half"`` of the calibration tokens, ``"beside"`` half as many more,
-        ``"as much"`` as many more (what `run` does by default with deep models), ``"only"``.
+        ``"as much"`` as many more (what `run` does by default with deep models), ``"twice"`` as many, ``"only"``.
     tune : int
         Steps of LoRA afterwards, on 256 windows of the calibration text.
     quick : bool
@@ -68,10 +68,13 @@ ROWS = (
     replace(DEFAULT, label="the same with phase-randomized networks", networks="null", draws=False, sizes=False),
     UNIFORM,
     replace(UNIFORM, label="ours, uniform, as much own text", own="as much", quick=False),
+    replace(UNIFORM, label="ours, uniform, with networks, twice as much own text", method="networks", networks="real",
+            own="twice", quick=False, draws=False),
     replace(UNIFORM, label="ours, uniform, with networks", method="networks", networks="real", quick=False),
     replace(UNIFORM, label="ours, uniform, with phase-randomized networks", method="networks", networks="null",
             quick=False, sizes=False),
     replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, own text beside", own="beside"),
+    replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, as much own text", own="as much", draws=False, sizes=False),
     FLAP_ENDS,
     Row("FLAP at the published rule's widths", "flap", widths_of="published", quick=True, draws=True, sizes=True),
     PUBLISHED,
@@ -107,7 +110,12 @@ ROWS = (
     replace(UNIFORM, label="ours, uniform, then LoRA", tune=100, quick=False, draws=False, sizes=False),
     replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then LoRA", tune=100, quick=False, draws=False, sizes=False),
 )  # fmt: skip
-MAIN = ROWS[:26]  # those whose order the issue is about
+MAIN = ROWS[:28]  # those whose order the issue is about
+
+
+def written_beside(own: str, tokens: int) -> int:
+    """Tokens that the model writes for a row with so many of calibration text."""
+    return 2 * tokens if own == "twice" else tokens
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,8 @@ class Task:
         """What must have been found before: kind, calibration tokens, draw."""
         kinds = [f"networks {self.row.networks}"] if self.row.networks else []
         kinds += ["published"] if "published" in (self.row.method, self.row.widths_of) else []
-        kinds += ["own"] if self.row.own else []
-        return tuple((kind, self.tokens, self.draw) for kind in kinds)
+        found = [(kind, self.tokens, self.draw) for kind in kinds]
+        return (*found, ("own", written_beside(self.row.own, self.tokens), self.draw)) if self.row.own else tuple(found)
 
 
 def tasks(ratios: tuple[float, ...], draws: int, tokens: int, others: tuple[int, ...], main: float) -> Iterator[Task]:
