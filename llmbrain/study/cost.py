@@ -27,7 +27,7 @@ from llmbrain.pruning.calibrate.gradients import LARGE
 from llmbrain.pruning.calibrate.windows import WRITTEN_AT_ONCE
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import DEEP
-from llmbrain.study.forecasting import FITTED, TOKENS
+from llmbrain.study.forecasting import TOKENS, fitted_tokens
 from llmbrain.study.settings import Settings
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def run_cost(
     if own:
         parts["prune"].insert(0, Part("text of the model's own", writing_passes(own), own))
     if not (subject.visits or how.expert_ratio or how.head_ratio or how.drop or how.keep or how.forget):
-        fitted, judged = min(FITTED, n_tokens), min(TOKENS, n_tokens)  # two backward passes, and both models read
+        fitted, judged = fitted_tokens(n_tokens), min(TOKENS, n_tokens)  # two backward passes, and both models read
         parts["prune"].append(Part("forecast of the loss, beside what was lost", 4.0 + 6.0 * judged / fitted, fitted,
                                    fitted * subject.covariance_work() / 2))  # fmt: skip
     sites = 3 if how.method == "published" else 1

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 TOKENS = 2048  # that the forecast is for, at least, where the scans have so many
-FITTED = 8192  # that the repair is foreseen on
+FITTED = 8192  # that the repair is foreseen on, at most
+
+
+def fitted_tokens(n_tokens: int) -> int:
+    """Tokens that the repair is foreseen on, of so many: a quarter, so that a small job's forecast is small too."""
+    return min(n_tokens, FITTED, max(TOKENS, n_tokens // 4))
 
 
 def forecast_of(
@@ -43,7 +48,8 @@ def forecast_of(
         return None
     if networks is not None and (networks.space is None or tuple(networks.space.widths) != plan.widths_before):
         networks = None
-    chosen, fitted = _enough(known[::-1], TOKENS), _enough(known, FITTED)
+    tokens = sum(scan.n_tokens for scan in known)
+    chosen, fitted = _enough(known[::-1], TOKENS), _enough(known, fitted_tokens(tokens))
     return plan.forecast(networks, chosen, model=model, compensate=compensate, calibration=fitted)
 
 

@@ -340,12 +340,12 @@ def _cheapest(how: Settings, options: dict[str, Any]) -> Settings:
     return how if "allocation" in options or "passes" in options else replace(how, allocation="uniform")
 
 
-def _measured(model: nn.Module, sample: Sample, losses: Array) -> dict[str, float]:
+def _measured(model: nn.Module, sample: Sample, losses: Array) -> dict[str, float | None]:
     """Perplexity, size and speed of a model, as the summary keeps them."""
     perplexity, error = sample.perplexity(losses)
     return {
         "perplexity": perplexity,
-        "perplexity_se": error,
+        "perplexity_se": None if math.isnan(error) else error,
         "parameters": sum(p.numel() for p in model.parameters()),
         "mlp_neurons": sum(widths_of(model)),
         "tokens_per_second": throughput(model, **SPEED),

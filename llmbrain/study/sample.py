@@ -17,7 +17,7 @@ from llmbrain.hooks.text import TOKENIZING, as_windows, window_length
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FEW, SHORTEST = 4, 128  # windows that the held-out part should have; windows are not made shorter than this for it
+FEW, SHORTEST = 4, 128  # windows that each part should have; windows are not made shorter than this for it
 Array = NDArray[np.float64]
 
 
@@ -69,6 +69,8 @@ class Sample:
         while window > SHORTEST and (total - n_calibration) // window < FEW and total // window < 5 * FEW:
             window //= 2
         if max_windows is None and tokens is not None:
+            while window > SHORTEST and tokens // window < 2 * FEW:  # of fewer windows the error is not known
+                window //= 2
             max_windows = max(2, tokens // window)
         if wanted and max_windows is not None and total // window < max_windows:
             raise InputError(

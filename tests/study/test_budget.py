@@ -13,10 +13,11 @@ from tiny_models import tiny, tiny_tokenizer
 import llmbrain as lb
 from llmbrain import InputError
 from llmbrain.anatomy.families import anatomy
+from llmbrain.hooks.text import window_length
 from llmbrain.study import Settings, forecast
 from llmbrain.study.budget import fit
 from llmbrain.study.cost import OF_REPAIR, Subject, plan_passes, run_cost, writing_passes
-from llmbrain.study.sample import Sample, count_tokens
+from llmbrain.study.sample import FEW, Sample, count_tokens
 
 
 def test_settings_come_back_from_their_file(tmp_path):
@@ -200,6 +201,16 @@ def test_the_sample_is_spread_and_its_error_is_that_of_the_mean(subject, texts):
     assert {tuple(w.tolist()) for w in few.windows} <= rows
     with pytest.raises(InputError, match="is shorter than the sample of"):
         Sample.of_texts(model, tokenizer, texts, n_calibration=total, tokens=10**6, wanted=True)
+
+
+def test_a_small_sample_has_shorter_windows_so_that_its_error_is_known(subject, texts, monkeypatch):
+    model, tokenizer = subject
+    monkeypatch.setattr("llmbrain.study.sample.SHORTEST", 8)
+    total = count_tokens(tokenizer, 20 * texts)
+    two = 2 * window_length(model)
+    few = Sample.of_texts(model, tokenizer, 20 * texts, n_calibration=int(0.8 * total), tokens=two)
+    assert few.windows.numel() == two
+    assert few.held_out.sum() >= FEW <= (~few.held_out).sum()
 
 
 def test_a_job_says_what_it_costs_and_leaves_what_repeats_it(subject, texts, tmp_path):
