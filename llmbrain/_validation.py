@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import operator
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ class InputError(ValueError):
 def check_option(name: str, value: Any, allowed: Iterable[Any]) -> Any:
     """Return `value` if it is one of `allowed`, else raise `InputError` naming all three."""
     options = list(allowed)
-    if value not in options:
+    if getattr(value, "ndim", 0) or value not in options:
         raise InputError(f"{name}={value!r} is not known: allowed are {', '.join(map(repr, options))}")
     return value
 
@@ -39,7 +39,7 @@ def check_range(
     open_high: bool = False,
 ) -> float:
     """Return `value` if it is a finite number within the given bounds, else raise `InputError`."""
-    number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    number = isinstance(value, (int, float)) or (hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0)
     inside = number and value == value and abs(value) != float("inf")
     if inside and low is not None:
         inside = value > low if open_low else value >= low
@@ -99,6 +99,17 @@ def check_whole(name: str, value: object, low: int | None = None, high: int | No
         bounds = f"{'' if low is None else f', at least {low}'}{'' if high is None else f', at most {high}'}"
         raise InputError(f"{name}={value!r} must be a whole number{bounds}")
     return number
+
+
+def check_names(name: str, value: object) -> tuple[str, ...]:
+    """Names as a tuple, each once: one alone, or several; None is none."""
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    given = list(value) if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)) else [None]
+    names = [item for item in given if isinstance(item, str)]
+    if len(names) < len(given):
+        raise InputError(f"{name}={value!r} must be a name, or a list of names")
+    return tuple(dict.fromkeys(names))
 
 
 def check_count(name: str, value: object, low: int = 0) -> int:

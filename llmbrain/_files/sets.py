@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llmbrain._files.errors import FileError, check_space, clear_errors
+from llmbrain._files.errors import FileError, check_space, clear_damage, clear_errors
 from llmbrain._files.parts import (
     SUMS,
     flush,
@@ -138,7 +138,11 @@ def _roll_forward(folder: Path) -> None:
         return
     removed = decided / _REMOVED
     if removed.is_file():
-        for name in json.loads(removed.read_text(encoding="utf-8")):
+        with clear_damage(removed, "the list of files that a save replaces", f"remove {decided}, and save again"):
+            names = [Path(name) for name in json.loads(removed.read_text(encoding="utf-8"))]
+            if not all(not name.is_absolute() and ".." not in name.parts for name in names):
+                raise ValueError("it names files outside of the folder")
+        for name in names:
             (folder / name).unlink(missing_ok=True)
         removed.unlink()
     for source in sorted(p for p in decided.rglob("*") if p.is_file() and p.name != SUMS):

@@ -388,6 +388,10 @@ def _assemble(series: dict[str, Array], names: list[str] | None, n_volumes: int 
             raise InputError(
                 f"fmri: subject {subject} has infinite values in {names[int(np.argwhere(np.isinf(values))[0][1])]}"
             )
+        if 0 in values.shape:
+            raise InputError(
+                f"fmri: subject {subject} has no values: {values.shape[0]} volumes of {values.shape[1]} regions"
+            )
         missing = np.isnan(values)
         partly = missing.any(axis=0) & ~missing.all(axis=0)
         if partly.any():

@@ -82,7 +82,10 @@ def read_rois(wanted: Wanted) -> list[str | int]:
                 sets = ", ".join(wanted) if isinstance(wanted, dict) else "none"
                 raise InputError(f"rois: {path.name} has no set {chosen!r}: allowed are {sets}")
             wanted = wanted[chosen]
-    flat = _flat(wanted)
+    try:
+        flat = _flat(wanted)
+    except RecursionError:
+        raise InputError("rois is nested too deeply") from None
     if not flat:
         raise InputError("rois is empty: name at least one region")
     return flat

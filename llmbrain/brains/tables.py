@@ -50,10 +50,12 @@ class Table:
 
 def read_table(file: Path, name: str) -> dict[str, Table]:
     """Read ``.npy``, ``.npz`` or text; one `Table` a subject. `name` is the subject of a file that names none."""
-    suffix = file.suffix.lower()
-    if suffix in (".npy", ".npz"):
-        return _read_arrays(file, name)
-    return _read_text(file, name)
+    arrays = file.suffix.lower() in (".npy", ".npz")
+    tables = _read_arrays(file, name) if arrays else _read_text(file, name)
+    for owner, table in tables.items():
+        if 0 in table.values.shape:
+            raise InputError(f"fmri: {file.name}: {owner} has shape {table.values.shape}: no values")
+    return tables
 
 
 def _read_arrays(file: Path, name: str) -> dict[str, Table]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import struct
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmbrain._files import DamagedError, file_pages
+import numpy as np
+
+from llmbrain._files import DamagedError, clear_damage, file_pages
 from llmbrain._validation import InputError
 
 if TYPE_CHECKING:
     import gguf
+    from numpy.typing import DTypeLike, NDArray
 
 MAGIC = b"GGUF"
 CHECKSUM = "llmbrain.checksum"  # of the whole file, with zeros where it stands itself, and the file's size
@@ -29,12 +32,22 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
 
 
 def _reader(path: Path) -> gguf.GGUFReader:
+    with clear_damage(path, "a GGUF file"):
+        return _bounded()(path)
+
+
+@cache
+def _bounded() -> type[gguf.GGUFReader]:
+    """gguf's reader, that takes what is beyond the end of a file as empty, and goes on counting."""
     import gguf
 
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise InputError(f"{path} is truncated or damaged: {first_line(error)}") from error
+    class Bounded(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: DTypeLike, count: int = 1, *how: Any, **more: Any) -> NDArray[Any]:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends within an entry, or an entry says more than there is")
+            return super()._get(offset, dtype, count, *how, **more)
+
+    return Bounded
 
 
 def seal_gguf(path: Path) -> None:

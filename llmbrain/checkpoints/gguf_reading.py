@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmbrain._files import clear_damage
 from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts
@@ -53,6 +54,9 @@ LLAMA3_ROPE = tuple(
     {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 8192} for factor in (8.0, 32.0, 16.0)
 )  # fmt: skip
+
+
+_WHAT = "a GGUF file that can be read"
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -96,10 +100,8 @@ def load_gguf(
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
     reader = open_gguf(path)
-    try:
+    with clear_damage(path, _WHAT):  # entries are decoded, and numbers compared, when they are asked for
         return _loaded(path, reader, dtype)
-    except UnicodeDecodeError as error:  # entries are decoded when they are asked for
-        raise InputError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _loaded(
@@ -120,15 +122,17 @@ def _loaded(
 def read_record(path: Path) -> dict[str, Any]:
     """What llmbrain noted in a file that it wrote: what was cut, and from what; empty for other files."""
     field = open_gguf(path).fields.get(PROVENANCE)
-    record = {} if field is None else json.loads(field.contents())
+    with clear_damage(path, _WHAT):
+        record = {} if field is None else json.loads(field.contents())
     return record if isinstance(record, dict) else {}
 
 
 def read_written(path: Path) -> PreTrainedModel:
     """The model of a file that llmbrain wrote, without its tokenizer; float32."""
     reader = open_gguf(path)
-    fields = {name: field.contents() for name, field in reader.fields.items() if name.split(".")[-1] not in _LONG}
-    return evaluation_mode(_own_model(path, reader, fields, str(fields.get("general.architecture", "")), None))
+    with clear_damage(path, _WHAT):
+        fields = {name: field.contents() for name, field in reader.fields.items() if name.split(".")[-1] not in _LONG}
+        return evaluation_mode(_own_model(path, reader, fields, str(fields.get("general.architecture", "")), None))
 
 
 def config_vocabulary(model: Any) -> int:

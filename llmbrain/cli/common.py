@@ -182,8 +182,8 @@ def _device_map(value: str) -> str | dict[str, int | str]:
         return value
     try:
         found = json.loads(value)
-    except ValueError as error:
-        raise InputError(f"--device-map={value!r} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--device-map={value[:80]!r} is not JSON: {error}") from None
     return {str(name): where for name, where in found.items()}
 
 

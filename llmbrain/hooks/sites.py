@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError
+from llmbrain._validation import InputError, check_names
 from llmbrain.anatomy.experts import ExpertAnatomy
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy
 from llmbrain.anatomy.layers import sizes
@@ -61,7 +61,7 @@ def check_sites(site: str | Sequence[str]) -> tuple[str, ...]:
     InputError
         If one is not known or none is given.
     """
-    sites = (site,) if isinstance(site, str) else tuple(dict.fromkeys(site))
+    sites = check_names("site", site)
     for name in sites or (None,):
         if name not in SITES:
             raise InputError(f"site={name!r} is not known: allowed are {', '.join(map(repr, SITES))}, or several")

@@ -21,6 +21,7 @@ from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 
 _SLAB_BYTES = 4 * 1024**2
+_DEFLATED = 1100  # bytes that one byte of a .gz can hold at most (1032), and some
 _NEAR = 0.02  # of a voxel: rounding of affines in headers, and no more
 
 
@@ -45,7 +46,6 @@ def load_image(image: Any, *, nifti: bool = False, whole: bool = False) -> tuple
     DamagedError
         If the file is no image, or shorter than its header says.
     """
-    import nibabel
     from nibabel.nifti1 import Nifti1Image, Nifti1Pair
     from nibabel.nifti2 import Nifti2Image
     from nibabel.spatialimages import SpatialImage
@@ -59,13 +59,13 @@ def load_image(image: Any, *, nifti: bool = False, whole: bool = False) -> tuple
                     content = file.read()
                 two = content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the size of NIfTI-2's header
                 loaded = (Nifti2Image if two else Nifti1Image).from_bytes(content)
-                _check_size(loaded, len(content))
+                _check_header(loaded, len(content))
             else:
-                loaded = nibabel.load(path)
-                if path.suffix == ".nii":
-                    _check_size(loaded, path.stat().st_size)
+                loaded = open_image(path)
     else:
         loaded = image
+        with readable("image"):
+            _check_units(loaded)
         file_name = image.get_filename() if hasattr(image, "get_filename") else None
         path = Path(file_name) if file_name else None
     if not isinstance(loaded, Nifti1Pair if nifti else SpatialImage):  # NIfTI-2 is a subclass
@@ -73,11 +73,46 @@ def load_image(image: Any, *, nifti: bool = False, whole: bool = False) -> tuple
     return loaded, path
 
 
-def _check_size(image: Any, size: int) -> None:
-    """Whether a file is as long as its header says, before anything is allocated for it."""
-    needed = image.dataobj.offset + math.prod(int(n) for n in image.shape) * image.get_data_dtype().itemsize
-    if not 0 < needed <= size:
-        raise ValueError(f"its header says {tuple(image.shape)}, {needed} bytes, but it has {size}")
+def open_image(path: Path) -> Any:
+    """An image of any of nibabel's formats, its numbers compared with the size of its file; to be called in `readable`.
+
+    Raises
+    ------
+    ValueError
+        If the file is shorter than its header says (nibabel would allocate first), or its units are none.
+    """
+    import nibabel
+
+    image = nibabel.load(path)
+    _check_header(image, _size_of(image))
+    return image
+
+
+def _size_of(image: Any) -> int | None:
+    """Bytes that the data of an image can have at most, with what is before them; None where that is not known."""
+    file = getattr(getattr(image, "dataobj", None), "file_like", None)
+    if not isinstance(file, (str, Path)) or str(file).endswith((".bz2", ".zst")):
+        return None
+    return Path(file).stat().st_size * (_DEFLATED if str(file).endswith((".gz", ".mgz")) else 1)
+
+
+def _check_header(image: Any, size: int | None) -> None:
+    """Whether a file is as long as its header says, before anything is allocated for it; and whether it has units."""
+    data: Any = getattr(image, "dataobj", None)
+    if size is not None and hasattr(data, "offset"):
+        needed = int(data.offset) + math.prod(int(n) for n in data.shape) * data.dtype.itemsize
+        if not 0 < needed <= size:
+            raise ValueError(f"its header says {tuple(data.shape)}, {needed} bytes, but it has {size}")
+    _check_units(image)
+
+
+def _check_units(image: Any) -> None:
+    header: Any = getattr(image, "nifti_header", getattr(image, "header", None))
+    if hasattr(header, "get_xyzt_units"):
+        try:
+            header.get_xyzt_units()
+        except KeyError as error:
+            raise ValueError(f"its header says units of code {error.args[0]}, which are none") from None
 
 
 def spatial_shape(image: Any, name: str, *, volumes: bool | None = None) -> tuple[tuple[int, ...], int | None]:
@@ -107,7 +142,7 @@ def seconds_between_volumes(image: Any) -> float | None:
         return None
     value = float(zooms[4] if len(zooms) == 5 and image.shape[3] == 1 and zooms[3] in (0, 1) else zooms[3])
     unit = image.header.get_xyzt_units()[1] if hasattr(image.header, "get_xyzt_units") else "sec"
-    return value * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0) if value > 0 else None
+    return value * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0) if 0 < value < math.inf else None
 
 
 def places_in(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.imaging.grid import readable
+from llmbrain.imaging.grid import open_image, readable
 
 SUFFIXES = (".dtseries.nii", ".ptseries.nii", ".dscalar.nii", ".pscalar.nii", ".gii")
 
@@ -86,10 +87,8 @@ def read_surface(item: Any, name: str) -> tuple[NDArray[np.float32], Grayordinat
     Raises
     ------
     InputError
-        If it is no series, or the arrays of a GIFTI differ in length.
+        If it is no series, the arrays of a GIFTI differ in length, or a header does not fit its data.
     """
-    import nibabel as nib
-
     if isinstance(item, tuple):
         parts = [read_surface(part, name) for part in item]
         if len({len(values) for values, _ in parts}) != 1 or any(place.axis is not None for _, place in parts):
@@ -97,19 +96,42 @@ def read_surface(item: Any, name: str) -> tuple[NDArray[np.float32], Grayordinat
         values = np.concatenate([values for values, _ in parts], axis=1)
         return values, Grayordinates(None, values.shape[1], parts[0][1].t_r)
     with readable(name):
-        image = nib.load(item) if isinstance(item, (str, Path)) else item
+        image = open_image(Path(item)) if isinstance(item, (str, Path)) else item
         if hasattr(image, "darrays"):
             rows = [np.asarray(array.data, dtype=np.float32) for array in image.darrays]
             if not rows or len({row.shape for row in rows}) != 1:
                 raise InputError(f"{name}: the arrays of a GIFTI run must be of one length, one a volume")
             values = np.stack(rows) if rows[0].ndim == 1 else np.concatenate([np.atleast_2d(row.T) for row in rows])
             step = image.darrays[0].metadata.get("TimeStep")
-            return values, Grayordinates(None, values.shape[1], float(step) / 1000 if step else None)
+            return values, Grayordinates(None, values.shape[1], _seconds(step, 1e-3))
         if not hasattr(image.header, "get_axis"):
             raise InputError(f"{name} is named like CIFTI, and is none")
-        values = np.asarray(image.dataobj, dtype=np.float32)
+        shape = tuple(int(n) for n in image.shape)
+        _check_models(image.header, shape)
         rows_axis, columns = image.header.get_axis(0), image.header.get_axis(1)
-    step = getattr(rows_axis, "step", None)
-    scale = {"SECOND": 1.0, "MILLISECOND": 1e-3, "MICROSECOND": 1e-6}
-    unit = str(getattr(rows_axis, "unit", "SECOND")).upper()
-    return values, Grayordinates(columns, values.shape[1], float(step) * scale.get(unit, 1.0) if step else None)
+        if shape != (len(rows_axis), len(columns)):
+            raise ValueError(f"its data have shape {shape}, its axes ({len(rows_axis)}, {len(columns)})")
+        values = np.asarray(image.dataobj, dtype=np.float32)
+        scale = {"SECOND": 1.0, "MILLISECOND": 1e-3, "MICROSECOND": 1e-6}
+        unit = str(getattr(rows_axis, "unit", "SECOND")).upper()
+        t_r = _seconds(getattr(rows_axis, "step", None), scale.get(unit, 1.0))
+    return values, Grayordinates(columns, values.shape[1], t_r)
+
+
+def _seconds(step: Any, scale: float) -> float | None:
+    """A time step of a header in seconds; None where it says none."""
+    seconds = float(step) * scale if step else 0.0
+    return seconds if 0 < seconds < math.inf else None
+
+
+def _check_models(header: Any, shape: tuple[int, ...]) -> None:
+    """Whether the parts of the brain in a CIFTI header have as many places as its data: nibabel allocates by them."""
+    most = max(shape, default=0)
+    for mapping in header.matrix:
+        for model in getattr(mapping, "brain_models", ()):
+            if not (model.index_offset >= 0 and 0 <= model.index_count <= most - model.index_offset):
+                raise ValueError(
+                    f"{model.brain_structure} has {model.index_count} places from {model.index_offset}, the data {most}"
+                )
+        if sum(model.index_count for model in getattr(mapping, "brain_models", ())) > most:
+            raise ValueError(f"its parts of the brain have more places than the data ({most})")

@@ -471,8 +471,8 @@ class _Store:
         before = read_json(path, anew=f"remove {folder}, and measure the lesions again")
         found = before.get("baseline")
         known: dict[str, Any] = found if isinstance(found, dict) else {}
-        same_model = all(np.isclose(known.get(k, np.nan), v, rtol=1e-5) for k, v in means.items())
-        if before.get("table") != record["table"] or not same_model:
+        near = [isinstance(n := known.get(k), float) and np.isclose(n, v, rtol=1e-5) for k, v in means.items()]
+        if before.get("table") != record["table"] or not all(near):
             raise InputError(f"out={str(folder)!r} holds another lesion table (other model, networks or settings)")
 
     def _path(self, k: int) -> Path:

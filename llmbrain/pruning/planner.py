@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_range, seed_of
+from llmbrain._validation import InputError, check_names, check_range, seed_of
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.space import NeuronSpace
@@ -203,8 +203,9 @@ def plan_pruning(
         if forget and (allocation is not None or protect):
             raise InputError("forget says itself where to cut: leave allocation and protect away")
         functions = _functions(
-            model, body, replace(given, source=list(scans)), ratio, how, _names(keep), _names(forget)
-        )
+            model, body, replace(given, source=list(scans)), ratio, how, list(check_names("keep", keep)),
+            list(check_names("forget", forget)),
+        )  # fmt: skip
         given = functions.calibration
         ratio = functions.ratio if functions.ratio is not None else ratio
         allocation = functions.widths if functions.widths is not None else allocation
@@ -340,10 +341,6 @@ def _functions(
     else:
         widths = uniform(Budget(widths, space.n_neurons - most, (), multiple))
     return _Functions(text, record, ratio, widths, found.gone)
-
-
-def _names(conditions: Sequence[str] | None) -> list[str]:
-    return [conditions] if isinstance(conditions, str) else list(conditions or ())
 
 
 class Planner:

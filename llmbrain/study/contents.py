@@ -45,11 +45,11 @@ def describe_path(path: str | Path) -> dict[str, Any]:
 
 
 def _nifti(path: Path) -> dict[str, Any]:
-    import nibabel as nib
-
     from llmbrain.imaging import read_nifti
+    from llmbrain.imaging.grid import open_image, readable
 
-    image = nib.load(path)
+    with readable(str(path)):
+        image = open_image(path)
     facts = {"what": f"{type(image).__name__} {image.shape} {image.get_data_dtype()}"}
     try:
         _, space = read_nifti(path)

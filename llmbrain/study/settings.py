@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from llmbrain._files import verify_listed
-from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain._validation import InputError, check_names, check_option, check_range, seed_of
+from llmbrain._validation import check_whole as whole
 from llmbrain.checkpoints import FORMATS
 from llmbrain.checkpoints.gguf_writing import GGUF_TYPES
 from llmbrain.hooks.sites import check_sites
@@ -94,10 +98,10 @@ class Settings:
     expert_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "drop", check_drop(self.drop))
-        for name in ("protect", "keep", "forget", "drop"):  # lists of a file or a caller
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if value or (value is not None and name == "protect") else None)
+        for name in ("keep", "forget", "drop"):  # lists of a file or a caller
+            object.__setattr__(self, name, check_names(name, getattr(self, name)) or None)
+        check_drop(self.drop)
+        object.__setattr__(self, "protect", _layers(self.protect))
         if self.random_state is None:  # drawn once and recorded: the study can be repeated
             object.__setattr__(self, "random_state", seed_of(None))
         if self.expert_ratio is not None:
@@ -117,6 +121,8 @@ class Settings:
             )  # fmt: skip
         check_option("compensate", self.compensate, COMPENSATIONS)
         check_option("format", self.format, FORMATS)
+        if self.like is not None and not isinstance(self.like, str):
+            raise InputError(f"like={self.like!r} must be the name or the path of a tokenizer")
         check_option("gguf_type", self.gguf_type, GGUF_TYPES)
         check_option("dtype", self.dtype, (None, "float16", "bfloat16", "float32"))
         check_sites(self.site)
@@ -195,7 +201,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     verify_listed(path, anew="change a copy of it in another folder, or run the job again")
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # decoding, TOML's own, numbers of too many digits, lists in lists
         raise InputError(f"config={str(path)!r} is not TOML: {error}") from None
     known = [*PLACES, *(SHORT.get(f.name, f.name) for f in fields(Settings))]
     for name, value in found.items():
@@ -209,12 +215,27 @@ def check_components(name: str, value: int | float | str) -> int | float | str:
     """A number of components, a share of variance below 1, or ``"auto"``."""
     if value == "auto":
         return value
-    if isinstance(value, (str, bool)) or not 0 < value < float("inf") or (value > 1 and value % 1):
+    number = _number(value)
+    if not 0 < number < math.inf or (number > 1 and number % 1):
         raise InputError(f"{name}={value!r} must be a whole number, a share below 1, or 'auto'")
     return value
 
 
+def _number(value: object) -> float:
+    """A number as a float, NaN for anything else."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def _layers(protect: Any) -> tuple[int, ...] | None:
+    if protect is not None and (isinstance(protect, (str, bytes, Mapping)) or not isinstance(protect, Iterable)):
+        raise InputError(f"protect={protect!r} must be a list of layers, such as [0, -1]")
+    return None if protect is None else tuple(whole("protect", layer) for layer in protect)
+
+
 def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value % 1:
+    if not math.isfinite(_number(value)) or value % 1:
         raise InputError(f"{name}={value!r} must be a whole number")
     return int(value)

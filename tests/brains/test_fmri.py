@@ -177,6 +177,10 @@ def test_bad_brains(tmp_path):
     (tmp_path / "text.csv").write_text("a,b\n1,x\n2,y\n")
     with pytest.raises(InputError, match=r"'b' of text\.csv is not numbers"):
         load_fmri(tmp_path / "text.csv")
+    for shape in ((0, 4), (30, 0)):
+        np.save(tmp_path / "none.npy", np.zeros(shape))
+        with pytest.raises(InputError, match="no values"):
+            load_fmri(tmp_path / "none.npy")
     with pytest.raises(InputError, match="no known kind"):
         load_fmri(__file__)
     with pytest.raises(FileNotFoundError, match="nothing at"):

@@ -150,6 +150,21 @@ def test_bytes_that_are_no_text_are_one_line(small: Path) -> None:
         lb.load_model(small)
 
 
+def test_numbers_beyond_the_end_are_one_line(tmp_path: Path) -> None:
+    """gguf's reader takes what is beyond the end as empty, and would count to 2**60."""
+    path = write(tmp_path / "long.gguf")
+    whole, word = bytearray(path.read_bytes()), b"tokenizer.ggml.token_type"
+    at = whole.find(word) + len(word) + 8  # behind two types: the number of entries
+    assert int.from_bytes(whole[at : at + 8], "little") == len(ALPHABET)
+    whole[at : at + 8] = (2**60).to_bytes(8, "little")
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match=r"long\.gguf is not a GGUF file.*ends within an entry"):
+        lb.load_model(path)
+    for extra in ([("blk.0.ffn_down.bias", (0,))], [("blk.0.attn_q.weight", (0, WIDTH))]):
+        with pytest.raises(InputError, match=r"none\.gguf"):
+            lb.load_model(write(tmp_path / "none.gguf", extra=extra))
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.gguf does not exist"):
         lb.load_model(tmp_path / "nowhere.gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tracemalloc
 
 import nibabel as nib
@@ -11,7 +12,9 @@ import pytest
 from llmbrain import GroupICA, InputError, NeuronSpace, dual_regression, maps_to_nifti, read_ica, read_nifti
 from llmbrain.imaging import read_gift, read_melodic
 from llmbrain.imaging.brain_mask import BrainMask
+from llmbrain.imaging.grid import load_image
 from llmbrain.scanning.inputs import Runs
+from llmbrain.study.contents import describe_path
 
 AFFINE = np.array([[-3.0, 0, 0, 90], [0, 3.0, 0.2, -126], [0, -0.2, 3.5, -72], [0, 0, 0, 1]])
 SHAPE = (5, 6, 4)
@@ -176,3 +179,27 @@ def test_reading_takes_twice_the_masked_data_at_most(suffix, tmp_path):
     expected = np.asarray(nib.load(tmp_path / f"run{suffix}").dataobj[..., 0])[inside > 0]
     np.testing.assert_array_equal(found[7], expected.astype(np.float32))
     assert peak < 2 * found.nbytes + 8 * 1024**2  # 27 MB; the whole image in float32 would be 86 MB
+
+
+def test_headers_of_no_meaning_are_one_line(brain, tmp_path):
+    mask, _, image = brain
+    odd = nib.Nifti1Image(image.dataobj, image.affine, image.header)
+    odd.header["xyzt_units"] = 7
+    nib.save(odd, tmp_path / "odd.nii.gz")
+    for wrong in (odd, tmp_path / "odd.nii.gz"):
+        with pytest.raises(InputError, match="units of code 7"):
+            BrainMask(mask).read(wrong, "run 0")
+    nib.save(nib.Nifti1Pair(image.dataobj, image.affine), tmp_path / "pair.img")
+    header = tmp_path / "pair.hdr"
+    header.write_bytes(header.read_bytes()[:42] + b"\xff\x7f" * 3 + header.read_bytes()[48:])  # dim[1] to dim[3]
+    nib.save(nib.Nifti1Image(image.dataobj, image.affine), tmp_path / "run.nii")
+    whole = (tmp_path / "run.nii").read_bytes()
+    (tmp_path / "run.nii").write_bytes(whole[:42] + b"\xff\x7f" * 3 + whole[48:])
+    (tmp_path / "run.nii.gz").write_bytes(gzip.compress((tmp_path / "run.nii").read_bytes()))
+    for name in ("pair.img", "run.nii", "run.nii.gz"):
+        for whole_file in (True, False):
+            with pytest.raises(InputError, match="its header says"):
+                load_image(tmp_path / name, whole=whole_file)
+    for name in ("run.nii", "run.nii.gz"):
+        with pytest.raises(InputError, match="its header says"):
+            describe_path(tmp_path / name)

@@ -7,6 +7,7 @@ from scipy.ndimage import gaussian_filter
 
 from llmbrain import GroupICA, InputError
 from llmbrain.decomposition import SmoothMapsWarning, split_half_reproducibility
+from llmbrain.imaging.surface import read_surface
 from llmbrain.networks import null_networks
 from llmbrain.scanning.inputs import Runs
 
@@ -79,3 +80,41 @@ def test_a_null_of_strangers_is_refused_where_neighbours_resemble_each_other():
     arrays = [volume.reshape(-1, 40).T for volume in smooth]
     with pytest.warns(SmoothMapsWarning, match="neighbouring columns share"):
         split_half_reproducibility(arrays, 3, n_splits=1, n_permutations=1)
+
+
+def test_headers_that_say_more_than_there_is(data, tmp_path):
+    """Nothing is allocated by the numbers of a header before they are compared with what there is."""
+    path = tmp_path / "run.dtseries.nii"
+    cifti(data[0]).to_filename(path)
+    whole = path.read_bytes()
+    for axis in (5, 6):  # of NIfTI-2: volumes, and grayordinates
+        at = 16 + 8 * axis
+        path.write_bytes(whole[:at] + (2**40).to_bytes(8, "little") + whole[at + 8 :])
+        with pytest.raises(InputError, match="its header says"):
+            read_surface(path, "run 0")
+    for count, offset, message in (
+        (10**12, 0, "the data 60"),
+        (-1, 0, "the data"),
+        (N, 1, "the data"),
+        (N - 1, 0, "altered"),
+    ):
+        image = cifti(data[0])
+        (model,) = image.header.matrix[1].brain_models
+        model.index_count, model.index_offset = count, offset
+        with pytest.raises(InputError, match=message):
+            read_surface(image, "run 0")
+    for points in (T - 1, 10**30):
+        image = cifti(data[0])
+        image.header.matrix[0].number_of_series_points = points
+        with pytest.raises(InputError, match=r"axes|altered"):
+            read_surface(image, "run 0")
+
+
+def test_arrays_of_a_gifti_that_contradict_themselves(data, tmp_path):
+    path = tmp_path / "run.func.gii"
+    arrays = [nib.gifti.GiftiDataArray(row, meta={"TimeStep": "inf"}) for row in data[0][:5]]
+    nib.save(nib.gifti.GiftiImage(darrays=arrays), path)
+    assert read_surface(path, "run 0")[1].t_r is None  # no time that could be
+    path.write_bytes(path.read_bytes().replace(b'Dimensionality="1"', b'Dimensionality="3"', 1))
+    with pytest.raises(InputError, match=r"run 0 is not .*AssertionError"):
+        read_surface(path, "run 0")

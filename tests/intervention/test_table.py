@@ -1,5 +1,7 @@
 """The lesion table: many lesions in one pass equal one at a time, and the controls are what they say."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -293,6 +295,17 @@ def test_resume_reads_what_is_there(tmp_path, monkeypatch):
         lesion_table(tiny("llama", seed=1), networks, {"text": WINDOWS}, n_random=4, out=tmp_path)
     table.save(tmp_path / "tables")
     assert (tmp_path / "tables" / "lesion_table.tsv").read_text().startswith("network\tevaluation\tsize")
+
+
+def test_a_record_of_other_kinds_of_values_is_of_another_table(tmp_path):
+    model, networks = tiny("llama"), networks_of(tiny("llama"))
+    lesion_table(model, networks, {"text": WINDOWS}, n_random=2, out=tmp_path)
+    path = tmp_path / "lesions.json"
+    record = {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
+    for value in ("1", [], {}, None, True, 10**400, [[1.0]]):
+        path.write_text(json.dumps({**record, "baseline": {"text": value}}))
+        with pytest.raises(InputError, match="holds another lesion table"):
+            lesion_table(model, networks, {"text": WINDOWS}, n_random=2, out=tmp_path)
 
 
 def test_empty_network_has_no_effect_and_says_so():

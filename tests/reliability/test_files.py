@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,3 +293,17 @@ def test_large_files_are_read_by_the_fast_checksum_and_checked_by_sha256(tmp_pat
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(DamagedError, match=r"net\.safetensors does not match"):
         load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("said", ['["../other"]', '["/tmp/llmbrain-other"]', "[1]", "{", "[" * 5000])
+def test_a_damaged_list_of_what_goes(tmp_path: Path, said: str) -> None:
+    folder = tmp_path / "set"
+    save(folder, 1)
+    (tmp_path / "other").touch()
+    (folder / sets.COMMIT).mkdir()
+    (folder / sets.COMMIT / sets._REMOVED).write_text(said)
+    with pytest.raises(InputError, match="list of files that a save replaces"):
+        load(folder)
+    assert (tmp_path / "other").exists()
+    shutil.rmtree(folder / sets.COMMIT)  # as it says
+    assert load(folder) == 1

@@ -124,6 +124,29 @@ def test_a_seed_that_is_drawn_is_recorded():
     assert drawn.to_dict()["seed"] == Settings.of(drawn, ratio=0.5).random_state == drawn.random_state
 
 
+@pytest.mark.parametrize("name", ["keep", "forget", "drop", "protect", "site", "like", "n_components", "ratio"])
+@pytest.mark.parametrize("value", [1.5, 10**400, True, [[]], [{}], {"a": 1}, [1.9], b"mlp"])
+def test_values_of_another_kind_are_one_line(name, value):
+    with pytest.raises(InputError, match=name):
+        Settings(**{name: value})
+
+
+def test_one_name_is_a_list_of_one():
+    assert Settings(keep="code", forget=("a", "a"), ratio=0.2).keep == ("code",)
+    assert Settings(drop="mlp").drop == ("mlp",)
+    assert Settings(keep=[]).keep is None
+    assert Settings(protect=[]).protect == ()
+    assert Settings(protect=range(2)).protect == (0, 1)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "seed = " + "1" * 5000, "protect = 3", "drop = [1]", "like = 5"])
+def test_a_file_of_settings_that_makes_no_sense(text, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        Settings.from_toml(path)
+
+
 def test_a_folder_is_claimed(tmp_path):
     def held(name, **options):
         with claim(tmp_path / name, *options.pop("settings"), **options):

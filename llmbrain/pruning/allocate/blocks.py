@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmbrain._validation import InputError, check_range
+from llmbrain._validation import InputError, check_names, check_range
 from llmbrain.anatomy.layers import Anatomy, LayerAnatomy
 from llmbrain.anatomy.offload import is_away
 from llmbrain.anatomy.surgery import Change, check_droppable, part_parameters, restored, write
@@ -131,7 +131,7 @@ def check_drop(drop: Sequence[str] | str | None) -> tuple[str, ...]:
     InputError
         If one is not known.
     """
-    names = (drop,) if isinstance(drop, str) else tuple(dict.fromkeys(drop or ()))
+    names = check_names("drop", drop)
     for name in names:
         if name not in PARTS:
             raise InputError(f"drop={name!r} is no part of a block: allowed are 'mlp' and 'attention', or both")
