@@ -120,9 +120,9 @@ def measured(case: Case, name: str, model: Any, attacks: list[str] | None = None
     }  # fmt: skip
     if hasattr(model, "search"):
         row["search"] = model.search
-    mended = (removed.get("forgetting") or {}).get("mended") if removed else None
-    if mended is not None:
-        row["mended"] = mended
+    said = (removed.get("forgetting") or {}) if removed else {}
+    if "mended" in said:
+        row |= {"mended": said["mended"], "harm_held_out": max(said["harm"].values(), default=0.0)}
     most = max(case.attack.lines)
     cases = {str(n): case.own[:n] for n in case.attack.lines} | {UNRELATED: case.rest[:most]}
     for attack in attacks or cases:

@@ -167,18 +167,27 @@ def lines_of(scans: Sequence[Scan], conditions: Sequence[str], *, without: bool 
     without : bool
         The events of all other conditions instead.
     """
-    found = []
+    return [line for _, line, _ in placed_lines(scans, conditions, without=without)]
+
+
+def placed_lines(
+    scans: Sequence[Scan], conditions: Sequence[str], *, without: bool = False
+) -> Iterator[tuple[int, Tensor, int]]:
+    """As `lines_of`, each with where it begins among the tokens of all scans, and how long it is there."""
+    begin = 0
     for scan in scans_with_tokens(scans):
         ids, events = torch.from_numpy(scan.token_ids), scan.events
         first = ids[:1] if not len(events) or float(events["onset"].min()) >= 1 else ids[:0]
         for onset, duration, name in events[["onset", "duration", "trial_type"]].itertuples(index=False):
             if (str(name) in conditions) == without:
                 continue
+            start = begin + int(onset)
             for piece in ids[int(onset) : int(onset + duration)].split(LONGEST):
                 line = torch.cat([first, piece])
                 if len(piece) and len(line) > 1:
-                    found.append(line)
-    return found
+                    yield start, line, len(piece)
+                start += len(piece)
+        begin += len(ids)
 
 
 class Known:

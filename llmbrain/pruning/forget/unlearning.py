@@ -7,6 +7,7 @@ not apart in any one layer. They are in the output of the model, so the refit go
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from llmbrain._progress import bar
 from llmbrain.anatomy.families import Projection
-from llmbrain.hooks.text import batches, evaluating, input_device
+from llmbrain.hooks.text import batches, input_device
 from llmbrain.pruning.calibrate.losses import gradients_of, log_odds, token_losses
 from llmbrain.pruning.forget.conditions import condition_numbers, token_conditions
+from llmbrain.pruning.forget.harm import SURE, SureLines, lines_apart
 from llmbrain.pruning.forget.relearning import lines_of, padded
 
 STEPS = 160  # of Adam, each on one batch of windows
@@ -31,15 +33,15 @@ FORGET = 0.1  # weight of a nat of log odds on a token to forget, against a nat 
 MARGIN = 2.0  # log odds below minus this count no more
 SWAPPED = 0.1  # of the tokens are swapped for others: what stays is to hold near the calibration text too
 HELD_OUT = 8  # one window in so many is not trained on, and tells how well it went
+HELD_LASTING = 4  # the same where forgetting is to last: there it decides
 LINES = 8  # in a step of the adversary
 HELD_LINES = 24  # single lines of what stays, in a step beside it
-TESTED = 64  # single lines of each condition that stays that tell whether it suffers
 PATIENCE = 20  # steps after which it starts anew
 RATE_OTHERS = 0.005  # first step of all other weights, and step of the adversary
-SURE = 0.9  # the record counts tokens that had this probability and fell below a half
-MENDS, MENDING = 2, 80  # what is to last: so often, and so many steps, the repair goes on for what suffers most
+MENDS, MENDING = 4, 80  # what is to last: so often, and so many steps, the repair goes on for what suffers most
 LOUDER = 4.0  # there the condition that suffers most counts so much more
-BROKEN = 0.005  # while it breaks more than this share of the sure tokens of a condition
+BROKEN = 0.005  # while it breaks more than this share of what a condition was sure of
+HARM = 0.03  # a share above which what is to last says that it does harm
 
 
 def unlearn(
@@ -81,21 +83,27 @@ def unlearn(
     dict
         ``"broken"``: by condition the share of surely known tokens (probability 0.9) that are below a half afterwards,
         and ``"loss_added"`` in nats a token, on ``"windows"`` held-out windows (on all where there are fewer than
-        `HELD_OUT`). With ``"last"`` also ``"mended"``: how often the repair went on because another condition's share
-        was above `BROKEN` (the same windows tell, so the share is a little too good then).
+        `HELD_OUT`). With ``"last"`` also ``"mended"``: how often the repair went on because another condition lost more
+        than `BROKEN` of the stretches it was sure of (`SureLines`, of lines in held-out windows), and ``"harm"``: what
+        each lost in the end. Of all rounds the one that does the least harm is taken, so the share is a little too
+        good; where it is above `HARM`, a `UserWarning` says so.
     """
     last = bool(functions.get("last"))
     labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
     lost = torch.from_numpy(np.isin(labels, condition_numbers("forget", functions["forget"], names)))
-    held = torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
+    every = HELD_LASTING if last else HELD_OUT
+    held = torch.arange(len(windows)) % every == every - 1
     test = held if held.any() else ~held
     before = token_losses(model, windows[test])
     dense = [_copies(output.module) for output, _ in cut]
-    sure_lines: dict[str, _SureLines] = {}
+    sure_lines: dict[str, SureLines] = {}
     stays: dict[str, list[Tensor]] = {}
-    if last:
-        stays = {c: of for c in names if c not in functions["forget"] and (of := lines_of(scans, [c]))}
-        sure_lines = {c: _SureLines(model, of[:TESTED]) for c, of in stays.items()}
+    for c in [c for c in names if last and c not in functions["forget"]]:
+        train, tested = lines_apart(scans, c, held, windows.shape[1])
+        if train:
+            stays[c] = train
+        if tested:
+            sure_lines[c] = SureLines(model, tested)
     mend()
     refits = [r for (output, kept), old in zip(cut, dense) for r in _refits(output, old, kept)]
     adversary = None
@@ -111,44 +119,51 @@ def unlearn(
         return {name: float(v.float().mean()) for name, v in found.items() if len(v)}
 
     change = token_losses(model, windows[test]) - before
-    mended = 0
-    while last and mended < MENDS:
+    mended, rounds = 0, list[_Round]()
+    while last:
         broken = by_condition(change + before > np.log(2), sure)
         harmed = {c: max(broken.get(c, 0.0), of.broken(model)) for c, of in sure_lines.items()}
         worst = max(harmed.values(), default=0.0)
-        if worst <= BROKEN:
+        if not rounds or worst <= rounds[-1].worst:  # of equal ones the one that forgot longer
+            rounds = [_Round(worst, harmed, change, [r.now.detach().clone() for r in refits])]
+        if worst <= BROKEN or mended == MENDS:
             break
-        louder = torch.tensor([0.0, *(harmed.get(c, 0.0) / max(worst, 1e-9) for c in names)])
+        share = {c: h / max(worst, 1e-9) for c, h in harmed.items()}
+        louder = torch.tensor([0.0, *(share.get(c, 0.0) for c in names)])
         urgent = weights * (1 + LOUDER * louder[torch.from_numpy(labels) + 1])
+        assert adversary is not None
+        adversary.urgency = [1 + LOUDER * share.get(c, 0.0) for c in stays]
         _train(model, refits, windows[~held], lost[~held], urgent[~held], adversary, steps=MENDING, scale=0.5)
         change = token_losses(model, windows[test]) - before
         mended += 1
+    for best in rounds:
+        change = best.change
+        with torch.no_grad():
+            for r, was in zip(refits, best.weights):
+                r.now.copy_(was)
+        if best.worst > HARM:
+            worse = [f"{c} ({h:.1%})" for c, h in best.harm.items() if h > HARM]
+            warnings.warn(
+                f"last=True: forgetting {functions['forget']} costs other conditions more than {HARM:.0%} of what "
+                f"the model was sure of: {', '.join(worse)}; calibrate with more text of these, or leave last away",
+                UserWarning, stacklevel=2,
+            )  # fmt: skip
     return {
         "windows": int(test.sum()),
         "broken": by_condition(change + before > np.log(2), sure),
         "loss_added": by_condition(change, torch.ones_like(sure)),
-        **({"mended": mended} if last else {}),
+        **({"mended": mended, "harm": rounds[0].harm} if last else {}),
     }
 
 
-class _SureLines:
-    """Single lines of a condition, of which a model was sure of some tokens: which share of these another breaks."""
+@dataclass
+class _Round:
+    """How a repair stood after a round."""
 
-    def __init__(self, model: nn.Module, lines: Sequence[Tensor]) -> None:
-        self.ids, self.real = padded(lines)
-        self.sure = (self._chances(model) > SURE) & self.real[:, 1:]
-
-    def broken(self, model: nn.Module) -> float:
-        """Share of the sure tokens that are below a half; 0 where none was sure."""
-        return float((self._chances(model)[self.sure] < 0.5).float().mean()) if bool(self.sure.any()) else 0.0
-
-    def _chances(self, model: Any) -> Tensor:
-        found = []
-        with evaluating(model):
-            for ids in self.ids.split(8):
-                odds = log_odds(model(input_ids=ids.to(input_device(model))).logits, ids)
-                found.append(odds.sigmoid().cpu())
-        return torch.cat(found)
+    worst: float
+    harm: dict[str, float]  # by condition
+    change: Tensor
+    weights: list[Tensor]
 
 
 @dataclass
@@ -212,6 +227,7 @@ class Adversary:
     def __init__(self, model: nn.Module, lines: Sequence[Tensor], stays: Sequence[Sequence[Tensor]] = ()) -> None:
         self.model, self.lines, self.stays = model, list(lines), [list(of) for of in stays]
         self.parameters = list(model.parameters())
+        self.urgency: list[float] | None = None  # of each condition that stays; None: all alike
         self.generator = torch.Generator().manual_seed(0)
         self.steps = 0
         self._restart()
@@ -238,11 +254,18 @@ class Adversary:
         return padded([self.lines[i] for i in chosen.tolist()])
 
     def draw_stays(self) -> tuple[Tensor, Tensor] | None:
-        """Some lines of what stays, of every condition alike; None where there are none."""
+        """Some lines of what stays, of every condition alike or by urgency; None where there are none."""
         if not self.stays:
             return None
-        each = -(-HELD_LINES // len(self.stays))
-        chosen = [of[int(i)] for of in self.stays for i in torch.randint(len(of), (each,), generator=self.generator)]
+        each = [-(-HELD_LINES // len(self.stays))] * len(self.stays)
+        if self.urgency is not None:
+            drawn = torch.multinomial(torch.tensor(self.urgency), HELD_LINES, True, generator=self.generator)
+            each = torch.bincount(drawn, minlength=len(self.stays)).tolist()
+        chosen = [
+            of[int(i)]
+            for of, n in zip(self.stays, each)
+            for i in torch.randint(len(of), (n,), generator=self.generator)
+        ]
         order = torch.randperm(len(chosen), generator=self.generator).tolist()
         most = min(HELD_LINES, max(1, TOKENS // max(map(len, chosen))))
         return padded([chosen[i] for i in order[:most]])

@@ -12,6 +12,7 @@ from pruning_data import right_by_condition
 
 from llmbrain import InputError, PruningPlan, load_pruned, plan_pruning, prune, save_pruned
 from llmbrain.pruning.forget import unlearning
+from llmbrain.pruning.forget.harm import SureLines, lines_apart
 from llmbrain.pruning.forget.relearning import (
     Known,
     Relearning,
@@ -102,7 +103,7 @@ def test_what_is_to_last_cuts_more_and_is_repaired_against_an_adversary(two_abil
     assert after["low"] < 0.2
     assert after["high"] > before["high"] - 0.05
     assert all(p.grad is None for p in small.parameters())
-    assert small.llmbrain_pruning[-1]["forgetting"]["mended"] in (0, 1, 2)
+    assert small.llmbrain_pruning[-1]["forgetting"]["mended"] <= unlearning.MENDS
     with pytest.raises(InputError, match="so it needs a copy"):
         prune(model, lasting, calibration=scans, compensate="least-squares", inplace=True)
 
@@ -124,7 +125,7 @@ def test_what_suffers_is_mended_while_it_is_too_much(two_abilities, monkeypatch)
         return train(model, refits, windows, lost, weights, adversary, **options)
 
     monkeypatch.setattr(unlearning, "_train", watched)
-    for allowed, times in ((-1.0, 2), (1.0, 0)):
+    for allowed, times in ((-1.0, unlearning.MENDS), (1.0, 0)):
         monkeypatch.setattr(unlearning, "BROKEN", allowed)
         trained.clear()
         small = prune(model, whole, calibration=scans, window=ids.shape[1], compensate="least-squares",
@@ -145,13 +146,44 @@ def test_single_lines_of_what_stays_are_held_where_the_adversary_acts(two_abilit
     assert drawn == {tuple(x.tolist()) for x in high[:5]}
     assert len(ids) == unlearning.HELD_LINES
     assert unlearning.Adversary(model, low).draw_stays() is None
-    sure = unlearning._SureLines(model, high)
+    sure = SureLines(model, high)
     assert bool(sure.sure.any())
     assert sure.broken(model) == 0
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.lm_head.weight.mul_(-1)
     assert sure.broken(broken) > 0.9
+
+
+def test_lines_in_held_out_windows_are_not_trained_on(two_abilities):
+    _, scans, ids = two_abilities
+    window = ids.shape[1]
+    held = torch.arange(len(ids)) % 4 == 3
+    train, test = lines_apart(scans, "high", held, window)
+    every = lines_of(scans, ["high"])
+    assert 0 < len(test) < len(train)
+    assert len(train) + len(test) <= len(every)
+    within = torch.cat(list(ids[held])).tolist()
+    for line in test:  # with the first token of its run before it
+        own = line[1:].tolist()
+        assert any(within[i : i + len(own)] == own for i in range(len(within)))
+    nothing = torch.zeros(len(ids), dtype=torch.bool)
+    both = lines_apart(scans, "high", nothing, window)
+    assert len(both[0]) == len(every)
+    assert all(a is b for a, b in zip(*both))
+
+
+def test_an_answer_with_one_wrong_token_is_wrong(two_abilities):
+    """Shares of stretches of sure tokens, not of tokens."""
+    model, scans, _ = two_abilities
+    sure = SureLines(model, lines_of(scans, ["high"])[:8])
+    n = int(sure._stretch[-1]) + 1
+    assert n < int(sure.sure.sum())
+    chances = torch.ones_like(sure.sure, dtype=torch.float32)
+    row, column = (int(x) for x in sure.sure.nonzero()[0])
+    chances[row, column] = 0.4
+    sure._chances = lambda _: chances
+    assert sure.broken(model) == pytest.approx(1 / n)
 
 
 def test_a_probe_reads_what_hidden_states_hold(two_abilities):
