@@ -114,6 +114,9 @@ FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions w
 LAST = Annotated[
     bool, typer.Option("--last", help="With --forget: so that it does not come back quickly; more goes, takes longer.")
 ]
+INDICES = Annotated[
+    bool, typer.Option("--indices/--no-indices", help="Whether files name the neurons that went (pruning.json, plan).")
+]
 
 
 # What readers and disks raise, by name: their packages are not imported for a message.

@@ -22,6 +22,7 @@ from llmbrain.cli.common import (
     FORMAT,
     GGUF_TYPE,
     HEADS,
+    INDICES,
     KEEP,
     LAST,
     LIKE,
@@ -46,6 +47,7 @@ from llmbrain.cli.common import (
 )
 from llmbrain.cli.lists import ListCommand, parts
 
+SHOWN = 12  # rows of a forecast
 CALIBRATION = Annotated[
     Path | None, typer.Option("--text", help="Calibration text (.txt, .json, .jsonl); default: that of the study.")
 ]
@@ -89,6 +91,7 @@ def plan(
     keep: KEEP = None,
     forget: FORGET = None,
     last: LAST = False,
+    forecast: bool = typer.Option(True, help="With a study: say what the cut, repaired by least squares, will cost."),
     device: DEVICE = "auto",
     device_map: DEVICE_MAP = "",
     offload: OFFLOAD = False,
@@ -97,7 +100,7 @@ def plan(
     field: FIELD = "text",
     dry_run: DRY_RUN = False,
 ) -> None:
-    """Say what a cut would remove, layer by layer; nothing is cut."""
+    """Say what a cut would remove, layer by layer, and what it will cost; nothing is cut."""
     from llmbrain.pruning.allocate.blocks import check_drop
     from llmbrain.study import load_texts, smaller
     from llmbrain.study.experts import plan_fewer
@@ -135,7 +138,41 @@ def plan(
     )  # fmt: skip
     print_table(made.to_frame())
     say(made.summary())
+    if forecast and study is not None:
+        _forecast(loaded, made, study)
     say(f"plan: {out}")
+
+
+def _forecast(model: Any, plan: Any, study: Path) -> None:
+    """Print what a cut is going to cost, or why nobody can say."""
+    from llmbrain.study import Study
+    from llmbrain.study.forecasting import forecast_of, forecast_table, no_forecast
+
+    held = Study(study)
+    scans = held.scans if held.has("scans") else None
+    if (why := no_forecast(model, plan, scans, "least-squares")) is not None:
+        say(f"no forecast: {why}")
+        return
+    networks = held.networks if held.has("networks") else None
+    if (found := forecast_of(model, plan, networks, scans, "least-squares")) is not None:
+        show_forecast(forecast_table(found).to_dict("records"))
+
+
+def show_forecast(rows: list[dict[str, Any]], compensate: str = "least-squares") -> None:
+    """Print what a cut is going to cost each function, beside what it did cost where that was measured."""
+    import pandas as pd
+
+    shown = pd.DataFrame(rows)
+    if len(shown) > SHOWN + 1:  # texts without conditions may be many
+        worst = shown.iloc[:-1].sort_values("predicted", ascending=False, kind="stable").head(SHOWN)
+        say(f"forecast: the {SHOWN} of {len(shown) - 1} {shown.columns[0]}s that lose most are shown")
+        shown = pd.concat([worst, shown.iloc[-1:]])
+    for column in [c for c in ("predicted", "measured") if c in shown]:
+        shown[column] = ["-" if pd.isna(x) else f"{x:.3g}" for x in shown[column]]
+    beside = ", and what was lost" if "measured" in shown else ""
+    repair = "without repair" if compensate == "none" else f"repaired by {compensate}"
+    say(f"forecast: nats a token more, {repair}{beside}")
+    print_table(shown, "forecast")
 
 
 def _of_experts(
@@ -176,7 +213,7 @@ def prune(
     forget: FORGET = None,
     last: LAST = False,
     relearning: bool = typer.Option(True, help="With --forget: attack the result by teaching it again."),
-    indices: bool = typer.Option(True, help="Whether pruning.json names the neurons that went."),
+    indices: INDICES = True,
     device: DEVICE = "auto",
     device_map: DEVICE_MAP = "",
     offload: OFFLOAD = False,

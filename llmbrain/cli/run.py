@@ -24,7 +24,9 @@ from llmbrain.cli.common import (
     FORMAT,
     GGUF_TYPE,
     HEADS,
+    INDICES,
     KEEP,
+    LAST,
     LIKE,
     METHOD,
     MODEL,
@@ -45,7 +47,7 @@ from llmbrain.cli.common import (
     say,
 )
 from llmbrain.cli.lists import ListCommand, parts
-from llmbrain.cli.pruning import show_forgetting
+from llmbrain.cli.pruning import show_forecast, show_forgetting
 from llmbrain.stats import PUBLISHED_Z
 
 
@@ -108,6 +110,8 @@ def run(
     self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
+    last: LAST = False,
+    indices: INDICES = True,
     format: FORMAT = "per-layer",
     gguf_type: GGUF_TYPE = "f16",
     like: LIKE = None,
@@ -128,7 +132,8 @@ def run(
         "allocation": allocation or None, "multiple_of": multiple_of, "protect": parse_layers(protect),
         "head_ratio": head_ratio, "drop": parts(drop), "passes": passes, "token_balance": token_balance,
         "self_text": self_text,
-        "keep": parts(keep), "forget": parts(forget), "format": format, "expert_ratio": expert_ratio,
+        "keep": parts(keep), "forget": parts(forget), "last": last, "indices": indices, "format": format,
+        "expert_ratio": expert_ratio,
         "gguf_type": gguf_type, "like": None if like is None else str(like),
     }  # fmt: skip
     names = {"n_components": "components", "random_state": "seed"}
@@ -144,6 +149,8 @@ def run(
     source = {"model": model, "text": str(text.resolve()), "field": field}
     study = job.run(loaded, tokenizer, texts, out=out, name=model, source=source, overwrite=overwrite, **asked)
     show_summary(study.summary)
+    if foretold := study.summary.get("forecast_by_function"):
+        show_forecast(foretold, compensate)
     show_forgetting((study.summary.get("forgetting") or {}).get("relearning"))
     say(f"report: {out / 'report.html'}")
 

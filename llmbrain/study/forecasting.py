@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmbrain.anatomy.offload import is_away
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning import PruningPlan
@@ -14,6 +15,7 @@ from llmbrain.pruning.forecast import Forecast
 from llmbrain.scanning import Scan
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
 TOKENS = 2048  # that the forecast is for, at least, where the scans have so many
@@ -38,19 +40,56 @@ def forecast_of(
     networks : FunctionalNetworks, optional
         Of other neurons than the plan's (neurons and heads joined, say): left out.
     """
-    if isinstance(plan, ExpertPlan) or plan.experts_before is not None:
+    if no_forecast(model, plan, scans, compensate) is not None or isinstance(plan, ExpertPlan):
         return None
-    known = [s for s in scans_with_tokens(scans) if tuple(s.space.widths) == plan.widths_before]
-    if not known or plan.kept_heads is not None or any(plan.dropped.values()) or not predicts_next_token(model):
-        return None
-    functions = plan.details.get("functions") or {}
-    if compensate is not None and (functions.get("keep") or functions.get("forget")):
-        return None
+    known = _of_plan(plan, scans)
     if networks is not None and (networks.space is None or tuple(networks.space.widths) != plan.widths_before):
         networks = None
     tokens = sum(scan.n_tokens for scan in known)
     chosen, fitted = _enough(known[::-1], TOKENS), _enough(known, fitted_tokens(tokens))
     return plan.forecast(networks, chosen, model=model, compensate=compensate, calibration=fitted)
+
+
+def no_forecast(
+    model: nn.Module, plan: PruningPlan | ExpertPlan, scans: Sequence[Scan] | None, compensate: str | None
+) -> str | None:
+    """Why there can be no forecast of a plan, in a few words; None where there can be one."""
+    if isinstance(plan, ExpertPlan) or plan.experts_before is not None:
+        return "it is for cuts of neurons of dense models, not of experts"
+    if plan.kept_heads is not None or any(plan.dropped.values()):
+        return "it is for cuts of neurons only, this plan takes heads or whole blocks as well"
+    functions = plan.details.get("functions") or {}
+    if compensate is not None and (functions.get("keep") or functions.get("forget")):
+        return "the plan keeps or forgets functions, and of its repair a forecast knows nothing"
+    if not predicts_next_token(model):
+        return "the model predicts no next token"
+    if is_away(model):
+        return "of a model on disk it would take as long as the cut"
+    if not _of_plan(plan, scans):
+        return "it needs a scan of the neurons with its tokens (--study)"
+    return None
+
+
+def _of_plan(plan: PruningPlan, scans: Sequence[Scan] | None) -> list[Scan]:
+    return [s for s in scans_with_tokens(scans) if tuple(s.space.widths) == plan.widths_before]
+
+
+def forecast_table(found: Forecast) -> pd.DataFrame:
+    """What a cut costs each condition, or each text where there are none, and all tokens together.
+
+    Returns
+    -------
+    DataFrame
+        ``condition`` or ``text``, ``tokens``, ``predicted`` nats a token, ``measured`` once it was measured.
+    """
+    import pandas as pd
+
+    rows = found.conditions if len(found.conditions) else found.texts
+    numbers = [c for c in ("predicted", "measured") if c in rows]
+    weights = found.texts["tokens"] / max(1, found.texts["tokens"].sum())
+    every = {c: float((found.texts[c].fillna(0.0) * weights).sum()) for c in numbers}
+    last = {rows.columns[0]: "all", "tokens": int(found.texts["tokens"].sum()), **every}
+    return pd.concat([rows, pd.DataFrame([last])], ignore_index=True)[[rows.columns[0], "tokens", *numbers]]
 
 
 def _enough(scans: Sequence[Scan], tokens: int) -> list[Scan]:

@@ -25,6 +25,7 @@ from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.criteria import CRITERIA, criterion
 from llmbrain.pruning.criteria.base import protection
 from llmbrain.pruning.experts import ExpertPlan
+from llmbrain.pruning.forecast import Forecast as Predicted
 from llmbrain.reporting import report
 from llmbrain.scanning import scan
 from llmbrain.scanning.manifest import model_id
@@ -33,19 +34,22 @@ from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, 
 from llmbrain.study.experts import check_method, cut_fewer
 from llmbrain.study.fits import check_drop_fits, check_saving
 from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
-from llmbrain.study.forecasting import forecast_of
+from llmbrain.study.forecasting import forecast_of, forecast_table, no_forecast
 from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
 from llmbrain.study.smaller import cut, evidence_of, may_write
+from llmbrain.study.smaller import plan as make_plan
 from llmbrain.study.texts import limit_tokens, split_texts
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 Extras = Callable[[Study, "nn.Module"], dict[str, Any]]
 SPEED = {"n_tokens": 512, "repeats": 3}  # of the measurements of speed
 READ = 512  # tokens of the texts of the batch that is measured
+NEWER = (("last", False), ("indices", True))  # settings that older studies, which may go on, do not have
 TOKENS_A_NEURON = 0.3  # that calibration needs at the very least
 
 
@@ -206,6 +210,7 @@ def run(
     subject = _Subject.of(model, tokenizer, texts)
     record = provenance(name, subject.texts, **asked.to_dict(), device=str(input_device(model)))
     mark = {"model": name, "texts": record["texts"]["sha256"], **asked.to_dict(), "budget": limit}
+    mark = {k: v for k, v in mark.items() if (k, v) not in NEWER}
     gave_up: list[str] = []
     how = _same_as_before(out, mark) or asked
     if limit is not None and how is asked:
@@ -262,8 +267,9 @@ def run(
         share = "what is to be forgotten" if how.ratio is None else f"{how.ratio:.0%} of the MLP neurons"
         share = share if how.expert_ratio is None else f"{how.expert_ratio:.0%} of the routed experts"
         tell(f"4/5 pruning: {share}, method {how.method}, compensation {how.compensate}")
-        small, study.plan = _smaller(model, tokenizer, scanned, study, how, tell)
-        study.plan.save(out / "plan.json")
+        small, study.plan, predicted = _smaller(model, tokenizer, scanned, study, how, tell)
+        if how.indices:
+            study.plan.save(out / "plan.json")
         study.pruned = small, tokenizer
         tell("    perplexity of the smaller model, and its speed")
         after = window_losses(small, sample.windows)
@@ -279,12 +285,11 @@ def run(
             "gave_up": gave_up,
             "provenance": record,
         }  # fmt: skip
-        tell("    forecast of the loss, beside what was lost")
-        predicted = forecast_of(model, study.plan, study.networks, study.scans, how.compensate)
         if predicted is not None:
+            tell("    forecast of the loss, beside what was lost")
             predicted = predicted.measure(model, small)
-            agreement = predicted.agreement().astype(object)
-            summary["forecast"] = agreement.where(agreement.notna(), None).to_dict("records")
+            summary["forecast"] = _records(predicted.agreement())
+            summary["forecast_by_function"] = _records(forecast_table(predicted))
         found = extras(study, model) if extras else {}
         forgetting = getattr(small, RECORD, [{}])[-1].get("forgetting")
         if forgetting:
@@ -300,29 +305,53 @@ def run(
 
 def _smaller(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], study: Study, how: Settings, tell: Say
-) -> tuple[nn.Module, PruningPlan | ExpertPlan]:
-    """The smaller model, saved, and its plan."""
+) -> tuple[nn.Module, PruningPlan | ExpertPlan, Predicted | None]:
+    """The smaller model, saved, its plan, and what that was going to cost, where a forecast can say it."""
     out = study.folder / (PRUNED_GGUF if how.format == "gguf" else "pruned")
     if how.expert_ratio is not None:
-        return cut_fewer(
+        made = cut_fewer(
             model, tokenizer, texts, out=out, study=study, compensate=how.compensate, format=how.format,
             gguf_type=how.gguf_type, like=how.like, overwrite=True, expert_ratio=how.expert_ratio, method=how.method,
             allocation=how.allocation, random_state=how.random_state,
         )  # fmt: skip
+        return *made, None
     evidence = evidence_of(
         model, tokenizer, texts, study=study, method=how.method, self_text=how.own_text,
         random_state=how.random_state, progress=tell,
     )  # fmt: skip
-    small, plan = cut(
-        model, tokenizer, evidence=evidence, out=out,
-        ratio=how.ratio, method=how.method, compensate=how.compensate, allocation=how.allocation,
-        multiple_of=how.multiple_of, protect=how.protect, head_ratio=how.head_ratio, drop=how.drop or (),
-        passes=how.passes, token_balance=how.token_balance, keep=how.keep, forget=how.forget, format=how.format,
-        gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
-        progress=tell,
+    plan = make_plan(
+        model, tokenizer, evidence=evidence, format=how.format,
+        ratio=how.ratio, method=how.method, allocation=how.allocation, multiple_of=how.multiple_of,
+        protect=how.protect, head_ratio=how.head_ratio, drop=how.drop or (), passes=how.passes,
+        token_balance=how.token_balance, keep=how.keep, forget=how.forget, random_state=how.random_state, progress=tell,
+        **({"last": True} if how.last else {}),
     )  # fmt: skip
-    assert plan is not None
-    return small, plan
+    predicted = forecast_of(model, plan, evidence.networks, evidence.scans, how.compensate)
+    for line in _foretold(predicted, no_forecast(model, plan, evidence.scans, how.compensate)):
+        tell(f"    {line}")
+    small, _ = cut(
+        model, tokenizer, evidence=evidence, plan=plan, out=out, compensate=how.compensate, format=how.format,
+        gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
+        indices=how.indices, progress=tell,
+    )  # fmt: skip
+    return small, plan, predicted
+
+
+def _foretold(predicted: Predicted | None, why_not: str | None) -> list[str]:
+    """What a cut is going to cost, in few lines: on average, and where most."""
+    if predicted is None:
+        return [f"no forecast: {why_not}"]
+    rows = forecast_table(predicted)
+    what, every = rows.columns[0], rows.iloc[-1]
+    most = rows.iloc[:-1].sort_values("predicted", ascending=False, kind="stable").head(3)
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in zip(most[what], most["predicted"]))
+    return [f"forecast: {every['predicted']:.3g} nats a token more; the most in {parts}"]
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON values."""
+    values = table.astype(object)
+    return values.where(values.notna(), None).to_dict("records")
 
 
 def _same_as_before(out: Path, mark: dict[str, Any]) -> Settings | None:

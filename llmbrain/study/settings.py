@@ -54,8 +54,10 @@ class Settings:
         See `plan_pruning` and `prune`.
     drop : tuple of str, optional
         Parts that may be set to nothing in some layers: ``"mlp"``, ``"attention"``, or both.
-    passes, token_balance, keep, forget
+    passes, token_balance, keep, forget, last
         See `plan_pruning` and `prune`.
+    indices : bool
+        Whether the files name the neurons that went (``record_indices`` of `prune`); without, there is no plan either.
     self_text : int, optional
         Windows of calibration text that the model writes itself, beside the text; None is as many as the text fills
         in deep models, none in shallow ones: see `llmbrain.study.cost.own_windows`.
@@ -91,6 +93,8 @@ class Settings:
     self_text: int | None = None
     keep: tuple[str, ...] | None = None
     forget: tuple[str, ...] | None = None
+    last: bool = False
+    indices: bool = True
     format: str = "per-layer"
     gguf_type: str = "f16"
     like: str | None = None
@@ -104,6 +108,14 @@ class Settings:
         object.__setattr__(self, "protect", _layers(self.protect))
         if self.random_state is None:  # drawn once and recorded: the study can be repeated
             object.__setattr__(self, "random_state", seed_of(None))
+        for name in ("last", "indices"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.last and not self.forget:
+            raise InputError("last=True is an option of forget: say what is to go")
+        if not self.indices and (self.format == "masked" or self.expert_ratio is not None):
+            what = "format='masked'" if self.expert_ratio is None else f"expert_ratio={self.expert_ratio}"
+            raise InputError(f"indices=False together with {what}, which names what went")
         if self.expert_ratio is not None:
             check_range("expert_ratio", self.expert_ratio, 0, 1, open_low=True, open_high=True)
             beside = {"ratio": self.ratio, "protect": self.protect, "head_ratio": self.head_ratio, "keep": self.keep,

@@ -147,6 +147,18 @@ def test_a_file_of_settings_that_makes_no_sense(text, tmp_path):
         Settings.from_toml(path)
 
 
+def test_what_is_to_last_and_to_be_unnamed_stands_in_the_file_that_repeats_it(tmp_path):
+    how = Settings(forget=("a",), last=True, indices=False)
+    (tmp_path / "config.toml").write_text(how.to_toml())
+    assert "last = true\nindices = false\n" in how.to_toml()
+    assert Settings.from_toml(tmp_path / "config.toml") == how
+    for wrong, message in (({"last": True}, "is an option of forget"), ({"last": "yes"}, "must be true or false"),
+                           ({"indices": False, "format": "masked"}, "which names what went"),
+                           ({"indices": False, "expert_ratio": 0.5}, "which names what went")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            Settings(**wrong)
+
+
 def test_a_folder_is_claimed(tmp_path):
     def held(name, **options):
         with claim(tmp_path / name, *options.pop("settings"), **options):

@@ -96,6 +96,27 @@ def test_the_command_leaves_indices_out(two_abilities, tmp_path):
     assert "indices=False" in str(refused.exception)
 
 
+def test_the_main_job_makes_it_last_and_leaves_indices_out(two_abilities, tmp_path, monkeypatch):
+    from llmbrain.pruning.forget import unlearning
+
+    model, scans, _ = two_abilities
+    monkeypatch.setattr(unlearning, "STEPS", 2)
+    monkeypatch.setattr(unlearning, "MENDS", 0)
+    monkeypatch.setattr(unlearning, "HARM", 1.0)
+    texts = [Stimulus(s.text, events=s.events, name=s.name) for s in scans]
+    options = {"n_components": 2, "forget": ["low"], "last": True, "indices": False, "method": "magnitude"}
+    study = lb.run(model, tiny_tokenizer(), texts, out=tmp_path / "s", progress=False, **options)
+    assert study.plan.details["functions"]["last"] is True
+    assert study.summary["forgetting"]["mended"] == 0
+    assert not (tmp_path / "s/plan.json").exists()  # it says where to look, too
+    record = json.loads((tmp_path / "s/pruned/pruning.json").read_text(encoding="utf-8"))["cuts"][0]
+    assert record["kept"] is None
+    assert "kept" not in record["plan"]
+    lines = (tmp_path / "s/config.toml").read_text().splitlines()
+    assert {"last = true", "indices = false"} <= set(lines)
+    assert "forecast" not in study.summary  # of such a repair it knows nothing
+
+
 def test_the_command_reads_rows_of_unlearning_benchmarks(tmp_path):
     from typer.testing import CliRunner
 

@@ -1,0 +1,61 @@
+"""What a cut is going to cost, as commands print it: beside the plan, and beside what it did cost."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from cli_calls import call
+from tiny_models import CHARACTERS, tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A random Llama with a character tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("places")
+    tiny("llama", seed=3, intermediate_size=40).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    letters, rng = np.array(list(CHARACTERS)), np.random.default_rng(0)
+    (folder / "texts.json").write_text(json.dumps(["".join(rng.choice(letters, 300)) for _ in range(16)]))
+    return folder
+
+
+def test_a_plan_says_what_it_will_cost(monkeypatch, capsys, places):
+    study = places / "scan"
+    assert call(monkeypatch, capsys, "scan", places / "model", "--text", places / "texts.json", "--out", study)[0] == 0
+    cut = ["plan", places / "model", "--study", study, "--method", "magnitude", "--ratio", 0.5]
+    cut += ["--out", places / "plan.json"]
+    code, printed, err = call(monkeypatch, capsys, *cut)
+    assert code == 0, err
+    assert "forecast: nats a token more, repaired by least-squares" in err
+    row = next(line for line in printed.splitlines() if " all " in line)
+    assert np.isfinite(float(row.split("│")[-2]))
+    assert "forecast:" not in "".join(call(monkeypatch, capsys, *cut, "--no-forecast")[1:])
+    code, printed, err = call(monkeypatch, capsys, *cut, "--head-ratio", 0.5)
+    assert code == 0, err
+    assert "no forecast: it is for cuts of neurons only" in printed + err
+    without = [str(a) for a in cut if str(a) not in ("--study", str(study))]
+    code, printed, err = call(monkeypatch, capsys, *without, "--text", places / "texts.json")
+    assert code == 0, err
+    assert "forecast:" not in printed + err
+
+
+def test_a_run_says_it_before_the_cut_and_beside_what_was_lost(monkeypatch, capsys, places):
+    out = places / "study"
+    run = ["run", places / "model", "--text", places / "texts.json", "--components", 3, "--method", "magnitude"]
+    code, printed, err = call(monkeypatch, capsys, *run, "--out", out)
+    assert code == 0, err
+    lines = err.splitlines()
+    before = next(i for i, line in enumerate(lines) if "    forecast: " in line and "nats a token more" in line)
+    assert before < next(i for i, line in enumerate(lines) if "    cut, and repair" in line)
+    assert "repaired by least-squares, and what was lost" in err
+    rows = json.loads((out / "summary.json").read_text())["forecast_by_function"]
+    assert rows[-1]["text"] == "all"
+    assert all(np.isfinite(row["measured"]) for row in rows)
+    said = float(lines[before].split("forecast: ")[1].split()[0])
+    assert said == pytest.approx(rows[-1]["predicted"], rel=0.01)
+    code, printed, err = call(monkeypatch, capsys, *run, "--out", places / "heads", "--head-ratio", 0.5)
+    assert code == 0, err
+    assert "no forecast: it is for cuts of neurons only" in err
+    assert "forecast_by_function" not in json.loads((places / "heads" / "summary.json").read_text())
