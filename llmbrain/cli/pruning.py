@@ -155,11 +155,14 @@ def _forecast(model: Any, plan: Any, study: Path) -> None:
         return
     networks = held.networks if held.has("networks") else None
     if (found := forecast_of(model, plan, networks, scans, "least-squares")) is not None:
-        show_forecast(forecast_table(found).to_dict("records"))
+        show_forecast(forecast_table(found))
 
 
-def show_forecast(rows: list[dict[str, Any]], compensate: str = "least-squares") -> None:
-    """Print what a cut is going to cost each function, beside what it did cost where that was measured."""
+def show_forecast(rows: Any, compensate: str = "least-squares") -> None:
+    """Print what a cut is going to cost each function, beside what it did cost where that was measured.
+
+    `rows` is the table of `llmbrain.study.forecasting.forecast_table`, or its rows as dicts.
+    """
     import pandas as pd
 
     shown = pd.DataFrame(rows)

@@ -133,7 +133,7 @@ def merge(
 def decompose(
     study: STUDY = None,
     components: COMPONENTS = "20",
-    method: str = typer.Option("fastica", help="fastica, picard, dictlearning, kmeans or nmf."),
+    method: str = typer.Option("fastica", help="fastica, picard, dictlearning, kmeans, nmf, or ulcmod."),
     runs: int = typer.Option(0, help="Use the first N runs; 0 is all.", min=0),
     stability: int = typer.Option(0, help="Repeat R times and report how stable each network is; 0 is once.", min=0),
     threshold: float = typer.Option(PUBLISHED_Z, help="|z| above which a neuron belongs to a network.", min=0),
@@ -156,7 +156,7 @@ def decompose(
     seed: SEED = 0,
     overwrite: OVERWRITE = False,
 ) -> None:
-    """Group ICA of a scan: its functional networks. The same command goes on where it was stopped."""
+    """Group ICA of a scan (or another method): its functional networks. The same command goes on where it stopped."""
     from llmbrain.study import networks
 
     if images:

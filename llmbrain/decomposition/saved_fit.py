@@ -1,4 +1,4 @@
-"""A `GroupICA` made again from what `GroupICA.save` wrote."""
+"""A `GroupICA`, or another decomposition, made again from what its `save` wrote."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from llmbrain._files import clear_damage
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.decomposition.group_ica import SAVED_ARRAYS, SAVED_VALUES, GroupICA
 from llmbrain.decomposition.store import ANEW, Arrays, Record, fit_files, read_fit
+from llmbrain.decomposition.ulcmod import ULCMOD
 from llmbrain.imaging.brain_mask import BrainMask
 
 
-def read_ica(path: str | Path) -> GroupICA:
-    """Read a fit that `GroupICA.save` wrote.
+def read_ica(path: str | Path) -> GroupICA | ULCMOD:
+    """Read a fit that `GroupICA.save` (or `ULCMOD.save`) wrote.
 
     Parameters
     ----------
@@ -20,7 +21,7 @@ def read_ica(path: str | Path) -> GroupICA:
 
     Returns
     -------
-    GroupICA
+    GroupICA or ULCMOD
         Fitted: `transform` and all attributes work. ``device`` is "auto" again.
 
     Raises
@@ -32,6 +33,8 @@ def read_ica(path: str | Path) -> GroupICA:
     """
     arrays, record = read_fit(path)
     with clear_damage(fit_files(path)[1], "the record of an ICA", ANEW):
+        if record.get("estimator") == "ULCMOD":
+            return ULCMOD.from_plain(arrays, record)
         return _rebuilt(arrays, record)
 
 

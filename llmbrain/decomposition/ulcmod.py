@@ -9,24 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.cluster import kmeans_plusplus
+from sklearn.utils.validation import check_is_fitted
 
 from llmbrain._validation import InputError, check_whole, legacy_generator
 from llmbrain.anatomy.space import NeuronSpace
+from llmbrain.decomposition.store import Arrays, Record, write_fit
 from llmbrain.scanning.inputs import Runs
 
 Array = NDArray[np.float64]
 FIRST_STEPS = 100  # of balanced k-means, at most
 GAIN = 1e-8  # of the objective that a move must bring, relative
+SAVED_ARRAYS = ("components_", "labels_", "topics_", "samples_", "means_", "scales_")
+SAVED_VALUES = ("n_components_", "n_features_in_", "objective_", "activation_", "balance_", "n_iter_", "converged_",
+                "origin_")  # fmt: skip
 
 
-class ULCMOD(ClusterMixin, BaseEstimator):
+class ULCMOD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """Modules of neurons and topics of text, disjoint and across layers.
 
     ``A`` holds the mean absolute activity of each neuron on each sample of text, z-scored over samples. Looked for are
@@ -60,17 +66,30 @@ class ULCMOD(ClusterMixin, BaseEstimator):
         Run, first token and end of each sample.
     components_ : float32 array ``(n_components, n_neurons)``
         The modules as maps: in its module, a neuron's mean of A over the topic's samples (standard deviations); else 0.
+    mixing_ : list of float32 array ``(n_tokens, n_components)``
+        Time courses: how active the neurons of each module are at a token, each in standard deviations of A, on
+        average.
+    means_, scales_ : float64 array ``(n_neurons,)``
+        Mean and standard deviation of each neuron's activity over samples; scale 0 where it is constant.
     objective_, activation_, balance_ : float
         The objective, and its two factors.
     n_iter_ : int
     converged_ : bool
         Whether the last round moved nothing. The publication stops after 5 rounds either way.
+    n_components_ : int
     space_ : NeuronSpace or None
+    origin_ : dict
+        The `Scan.origin` of the runs, where they are of one scan in a store.
 
     References
     ----------
     Yu et al. 2026, Discovering decoupled functional modules in large language models, AAAI-26.
     """
+
+    # As of `GroupICA`, for what reads both: the signals are of a model, so there is no brain, and no window of layers.
+    brain_mask_ = None
+    surface_ = None
+    component_layers_ = None
 
     def __init__(
         self,
@@ -97,7 +116,7 @@ class ULCMOD(ClusterMixin, BaseEstimator):
         Parameters
         ----------
         runs : list of Scan, array ``(n_tokens, n_neurons)``, NIfTI image or path
-            One a run, read once.
+            One a run; read one at a time, twice, and never kept.
         y : None
             Ignored.
         space : NeuronSpace, optional
@@ -141,9 +160,83 @@ class ULCMOD(ClusterMixin, BaseEstimator):
         means = found.sums_of_neurons() / np.maximum(found.topic_sizes(), 1)[:, None]
         at = np.flatnonzero(live)
         self.components_[found.modules, at] = means[found.modules, np.arange(at.size)]
-        self.space_ = reader.space
-        self.n_features_in_ = rows.shape[1]
+        self.means_, self.scales_ = rows.mean(axis=0), np.where(live, spread, 0.0)
+        self.space_, self.origin_ = reader.space, reader.origin()
+        self.n_features_in_, self.n_components_ = rows.shape[1], self.n_components
+        self.mixing_ = self._courses(reader)
         return self
+
+    def fit_transform(self, runs: Any, y: Any = None, **fit_params: Any) -> list[NDArray[np.float32]]:
+        """Fit, and return ``mixing_``."""
+        return self.fit(runs, y, **fit_params).mixing_
+
+    def transform(self, runs: Any) -> list[NDArray[np.float32]]:
+        """Time courses of the modules in other runs: a list of float32 arrays ``(n_tokens, n_components)``.
+
+        Activities are scaled as in the samples that were fitted.
+        """
+        check_is_fitted(self, "components_")
+        return self._courses(Runs(runs, space=self.space_))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the fit as safetensors with a JSON beside it; read it back with `read_ica`.
+
+        Parameters
+        ----------
+        path : folder, or file ending in ``.safetensors``
+        overwrite : bool
+            Whether a fit that is already there may be replaced.
+
+        Returns
+        -------
+        Path of the safetensors file.
+        """
+        check_is_fitted(self, "components_")
+        arrays: Arrays = {name: getattr(self, name) for name in SAVED_ARRAYS}
+        arrays |= {f"mixing_{index:05d}": part for index, part in enumerate(self.mixing_)}
+        parameters = self.get_params()
+        if not isinstance(parameters["random_state"], (int, type(None))):
+            parameters["random_state"] = None  # a generator has no lasting name
+        record: Record = {
+            "estimator": "ULCMOD",
+            "parameters": parameters,
+            "space": None if self.space_ is None else self.space_.to_dict(),
+            **{name: getattr(self, name) for name in SAVED_VALUES},
+        }
+        return write_fit(path, arrays, record, overwrite=overwrite)
+
+    @classmethod
+    def from_plain(cls, arrays: Arrays, record: Record) -> ULCMOD:
+        """A fit made again from what `save` wrote."""
+        found = cls(**record["parameters"])
+        for name in SAVED_VALUES:
+            setattr(found, name, record[name])
+        for name in SAVED_ARRAYS:
+            setattr(found, name, arrays[name])
+        found.mixing_ = [arrays[name] for name in sorted(arrays) if name.startswith("mixing_")]
+        found.space_ = None if record["space"] is None else NeuronSpace.from_dict(record["space"])
+        return found
+
+    @property
+    def _n_features_out(self) -> int:
+        """For ``get_feature_names_out``."""
+        return self.n_components_
+
+    def _courses(self, reader: Runs) -> list[NDArray[np.float32]]:
+        """Mean over the neurons of each module of their scaled activity, at every token of every run."""
+        at = np.flatnonzero(self.labels_ >= 0)
+        weights = np.zeros((self.labels_.size, self.n_components))
+        weights[at, self.labels_[at]] = 1 / self.scales_[at]
+        weights /= np.maximum(np.bincount(self.labels_[at], minlength=self.n_components), 1)
+        found = []
+        for run in range(len(reader)):
+            data = np.abs(reader[run])
+            if data.shape[1] != self.n_features_in_:
+                raise InputError(
+                    f"X has {data.shape[1]} features, but ULCMOD is expecting {self.n_features_in_} features"
+                )
+            found.append(((data - self.means_) @ weights).astype(np.float32))
+        return found
 
     def _rows(self, reader: Runs) -> tuple[Array, NDArray[np.int64]]:
         """Mean absolute activity of every sample ``(n_samples, n_neurons)``, and where the samples lie."""

@@ -176,7 +176,8 @@ class FunctionalNetworks:
         """Networks of a fitted `GroupICA`: the neurons whose ``|z|`` in the map over neurons exceeds `threshold`.
 
         z is over the neurons that the map covers: those that are exactly 0 (masked, or outside the map's layers) count
-        neither for the mean nor for the SD.
+        neither for the mean nor for the SD. A clustering that says itself which neuron is in which module (``labels_``,
+        as of `ULCMOD`) gives its modules, whatever the threshold; the maps stay as they are.
 
         Parameters
         ----------
@@ -200,10 +201,11 @@ class FunctionalNetworks:
             provenance["origin"] = dict(ica.origin_)
         space = space if space is not None else getattr(ica, "space_", None)
         places = getattr(ica, "brain_mask_", None) or getattr(ica, "surface_", None)
+        modules = getattr(ica, "labels_", None) is not None
         found = cls(
-            zscore_maps(ica.components_, skip_zeros=True),
+            ica.components_ if modules else zscore_maps(ica.components_, skip_zeros=True),
             space,
-            threshold=threshold,
+            threshold=0.0 if modules else threshold,
             time_courses=getattr(ica, "mixing_", None),
             poles=poles,
             standardize=False,

@@ -41,6 +41,13 @@ REFERENCES = {
         "Ablin P, Cardoso JF, Gramfort A (2018). Faster independent component analysis by preconditioning with Hessian "
         "approximations. IEEE Transactions on Signal Processing 66(15): 4040-4049."
     ),
+    "ulcmod": (
+        "Yu et al. (2026). Discovering decoupled functional modules in large language models. AAAI. arXiv:2603.17823."
+    ),
+    "semi-nmf": (
+        "Ding C, Li T, Jordan MI (2010). Convex and semi-nonnegative matrix factorizations. IEEE Transactions on "
+        "Pattern Analysis and Machine Intelligence 32(1): 45-55."
+    ),
     "icasso": (
         "Himberg J, Hyvärinen A, Esposito F (2004). Validating the independent components of neuroimaging time series "
         "via clustering and visualization. NeuroImage 22(3): 1214-1222."
@@ -159,12 +166,33 @@ def _decomposition(held: Contents, cite: Any) -> str:
         kind = "temporal" if params.get("axis") == "time" else "spatial"
         if params.get("cca") or "cca" in str(params.get("group", "")):
             cite("canica", "")
-        parts.append(
-            f"Functional networks were found by {kind} group ICA ({cite('group-ica', 'Calhoun et al. 2001')}; "
-            f"{cite('melodic', 'Beckmann and Smith 2004')}): each run was reduced by principal component analysis over "
-            f"its tokens, the runs were joined, and {number(held.n_networks)} independent components were "
-            f"estimated with {solver}{fun}{seed}{state}."
+        modules = getattr(ica, "labels_", None) is not None
+        if modules:
+            parts.append(
+                f"{number(held.n_networks)} modules of neurons were found together with topics of the text by ULCMOD "
+                f"({cite('ulcmod', 'Yu et al. 2026')}){seed}{state}. The neurons of a network are those of its module; "
+                "a map is their mean activity on its topic, in standard deviations over samples of text."
+            )
+            return " ".join(parts)
+        reduced = (
+            f"({cite('group-ica', 'Calhoun et al. 2001')}; {cite('melodic', 'Beckmann and Smith 2004')}): each run was "
+            "reduced by principal component analysis over its tokens, the runs were joined, and"
         )
+        others = {
+            "dictlearning": "by dictionary learning", "kmeans": "by k-means of the neurons",
+            "nmf": f"by semi-nonnegative matrix factorization ({cite('semi-nmf', 'Ding et al. 2010')})"
+            if method == "nmf" else "",
+        }  # fmt: skip
+        if method in others:
+            parts.append(
+                f"Functional networks were found in the subspace that runs have in common {reduced} "
+                f"{number(held.n_networks)} maps were found there {others[method]}{seed}{state}."
+            )
+        else:
+            parts.append(
+                f"Functional networks were found by {kind} group ICA {reduced} {number(held.n_networks)} independent "
+                f"components were estimated with {solver}{fun}{seed}{state}."
+            )
     else:
         parts.append(f"{number(held.n_networks)} component maps were used.")
     cutoffs = getattr(held.networks, "cutoffs", None)

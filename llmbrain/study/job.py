@@ -319,12 +319,13 @@ def _smaller(
         model, tokenizer, texts, study=study, method=how.method, self_text=how.own_text,
         random_state=how.random_state, progress=tell,
     )  # fmt: skip
+    more: dict[str, Any] = {"last": True} if how.last else {}
     plan = make_plan(
         model, tokenizer, evidence=evidence, format=how.format,
         ratio=how.ratio, method=how.method, allocation=how.allocation, multiple_of=how.multiple_of,
         protect=how.protect, head_ratio=how.head_ratio, drop=how.drop or (), passes=how.passes,
         token_balance=how.token_balance, keep=how.keep, forget=how.forget, random_state=how.random_state, progress=tell,
-        **({"last": True} if how.last else {}),
+        **more,
     )  # fmt: skip
     predicted = forecast_of(model, plan, evidence.networks, evidence.scans, how.compensate)
     for line in _foretold(predicted, no_forecast(model, plan, evidence.scans, how.compensate)):
@@ -351,7 +352,8 @@ def _foretold(predicted: Predicted | None, why_not: str | None) -> list[str]:
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON values."""
     values = table.astype(object)
-    return values.where(values.notna(), None).to_dict("records")
+    rows = values.where(values.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
 
 
 def _same_as_before(out: Path, mark: dict[str, Any]) -> Settings | None:

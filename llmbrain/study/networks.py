@@ -13,7 +13,7 @@ from llmbrain._files import refuse_other, write_figure, write_table
 from llmbrain._progress import Say, speaker
 from llmbrain._validation import InputError, check_count, check_option, check_whole, seed_of
 from llmbrain.anatomy.experts import has_experts
-from llmbrain.decomposition import GroupICA, ica_stability, read_ica
+from llmbrain.decomposition import ULCMOD, GroupICA, ica_stability, read_ica
 from llmbrain.decomposition.solvers import SOLVERS
 from llmbrain.distributed import alone, ranks
 from llmbrain.imaging import write_melodic
@@ -34,6 +34,7 @@ FOUND = 64  # networks that are found where no number is given; fewer in small m
 NEURONS_EACH, TOKENS_EACH = 10, 50  # that there are for each
 FOUND_TOKENS = 32768  # how much text is scanned for them
 KEPT = 2**30  # bytes of it that are kept in memory
+METHODS = (*SOLVERS, "ulcmod")
 
 
 def find_networks(
@@ -114,12 +115,16 @@ def decompose(
     ----------
     study : Study or path
         A scan store works too.
-    n_components, method, device, random_state
+    n_components, device, random_state
         As for `GroupICA`.
+    method : str
+        As for `GroupICA`; or ``"ulcmod"``: the modules of `ULCMOD`, of which `n_components` is a whole number, which
+        say themselves which neurons are theirs, so that there is no `threshold`.
     n_runs : int, optional
         Use the first so many.
     stability : int
-        How often the ICA is repeated to say how stable each network is; 0 is not at all.
+        How often the ICA is repeated to say how stable each network is; 0 is not at all. Of methods that have random
+        starts to compare (``"fastica"``, ``"picard"``).
     threshold : float
         |z| above which a neuron belongs to a network.
     out : path, optional
@@ -138,8 +143,18 @@ def decompose(
     """
     tell = speaker(progress)
     check_option("convention", convention, ("bids", "fsl"))
-    check_option("method", method, tuple(SOLVERS))
+    check_option("method", method, METHODS)
     check_count("stability", stability, 0)
+    if stability and (method not in SOLVERS or SOLVERS[method].from_start is None):
+        raise InputError(f"stability={stability} compares random starts, which method={method!r} does not have")
+    if method == "ulcmod":
+        check_whole("n_components", n_components, 1)
+        if threshold != PUBLISHED_Z:
+            raise InputError(
+                f"threshold={threshold!r}: modules of method='ulcmod' say themselves which neurons are theirs"
+            )
+        if ranks().size > 1:
+            raise InputError("method='ulcmod' is one process: run it without torchrun")
     if n_runs is not None:
         check_whole("n_runs", n_runs, 1)
     study = study if isinstance(study, Study) else Study(study)
@@ -159,10 +174,7 @@ def decompose(
             tell("group ICA: done before")
             ica = read_ica(target / "ica")
         else:
-            tell(f"group ICA: {n_components} components of {len(scans)} runs")
-            ica = GroupICA(
-                n_components, method=method, random_state=random_state, device=device, progress=bool(progress)
-            ).fit(scans)
+            ica = _fitted(scans, n_components, method, random_state, device, tell, bool(progress))
             if team.leads:
                 ica.save(target / "ica", overwrite=True)
         tell(starts_of(ica))
@@ -177,14 +189,34 @@ def decompose(
             if stability:
                 tell(f"stability: the same {stability} times")
                 made["stability"] = ica_stability(
-                    scans, n_components=ica.n_components_, n_starts=stability, random_state=random_state, device=device
+                    scans,
+                    n_components=ica.n_components_,
+                    n_starts=stability,
+                    random_state=random_state,
+                    device=device,
+                    method=method,
                 )
             write_report(target / "report.html", title=f"Networks of {study.folder}", scans=scans, **made)
         return {**made, "folder": target}
 
 
-def starts_of(ica: GroupICA) -> str:
+def _fitted(
+    scans: Sequence[Scan], n_components: int | float | str, method: str, random_state: int | None, device: str,
+    tell: Say, bars: bool,
+) -> GroupICA | ULCMOD:  # fmt: skip
+    if method == "ulcmod":
+        tell(f"ULCMOD: {n_components} modules of {len(scans)} runs")
+        return ULCMOD(int(n_components), random_state=random_state).fit(scans)
+    tell(f"group ICA: {n_components} components of {len(scans)} runs")
+    ica = GroupICA(n_components, method=method, random_state=random_state, device=device, progress=bars)
+    return ica.fit(scans)
+
+
+def starts_of(ica: GroupICA | ULCMOD) -> str:
     """How many starts (of every window) failed, and how many steps they took."""
+    if isinstance(ica, ULCMOD):
+        moving = "" if ica.converged_ else ", and some still move"
+        return f"ULCMOD: {ica.n_iter_} rounds of moves{moving}"
     starts = ica.convergence_
     if not starts:
         return f"ICA: {ica.n_iter_} iterations"

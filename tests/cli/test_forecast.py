@@ -44,7 +44,7 @@ def test_a_plan_says_what_it_will_cost(monkeypatch, capsys, places):
 def test_a_run_says_it_before_the_cut_and_beside_what_was_lost(monkeypatch, capsys, places):
     out = places / "study"
     run = ["run", places / "model", "--text", places / "texts.json", "--components", 3, "--method", "magnitude"]
-    code, printed, err = call(monkeypatch, capsys, *run, "--out", out)
+    code, _, err = call(monkeypatch, capsys, *run, "--out", out)
     assert code == 0, err
     lines = err.splitlines()
     before = next(i for i, line in enumerate(lines) if "    forecast: " in line and "nats a token more" in line)
@@ -55,7 +55,7 @@ def test_a_run_says_it_before_the_cut_and_beside_what_was_lost(monkeypatch, caps
     assert all(np.isfinite(row["measured"]) for row in rows)
     said = float(lines[before].split("forecast: ")[1].split()[0])
     assert said == pytest.approx(rows[-1]["predicted"], rel=0.01)
-    code, printed, err = call(monkeypatch, capsys, *run, "--out", places / "heads", "--head-ratio", 0.5)
+    code, _printed, err = call(monkeypatch, capsys, *run, "--out", places / "heads", "--head-ratio", 0.5)
     assert code == 0, err
     assert "no forecast: it is for cuts of neurons only" in err
     assert "forecast_by_function" not in json.loads((places / "heads" / "summary.json").read_text())

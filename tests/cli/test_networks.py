@@ -62,6 +62,41 @@ def test_lesion_prints_effects_and_controls(study, monkeypatch, capsys, tmp_path
     assert "holds another lesion table" in err
 
 
+@pytest.mark.parametrize("method", ["ulcmod", "kmeans", "nmf"])
+def test_rivals_of_an_ica_are_found_saved_and_lesioned(study, monkeypatch, capsys, tmp_path, method):
+    found = tmp_path / "found"
+    decompose = ["decompose", study / "scan", "--method", method, "--components", "3", "--out", found]
+    threshold = [] if method == "ulcmod" else ["--threshold", "1"]
+    code, _out, err = call(monkeypatch, capsys, *decompose, *threshold)
+    assert code == 0, err
+    networks, fit = lb.FunctionalNetworks.load(found), lb.read_ica(found / "ica")
+    assert type(fit) is (lb.decomposition.ULCMOD if method == "ulcmod" else lb.GroupICA)
+    assert networks.masks.any(axis=1).all()
+    if method == "ulcmod":
+        np.testing.assert_array_equal(networks.masks, [fit.labels_ == k for k in range(3)])
+    page = (found / "report.html").read_text(encoding="utf-8")
+    assert ("independent components were" in page) is False
+    assert {"ulcmod": "ULCMOD", "kmeans": "k-means of the neurons", "nmf": "semi-nonnegative"}[method] in page
+    code, _, err = call(monkeypatch, capsys, *decompose, *threshold)
+    assert code == 0, err
+    assert "done before" in err
+    lesion = ["lesion", study / "model", "--networks", found, "--text", study / "words.txt", "--window", "32"]
+    code, _, err = call(monkeypatch, capsys, *lesion, "--n-random", "2", "--out", tmp_path / "lesions")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "lesions/lesion_table.tsv", sep="\t")
+    assert (table.effect != 0).all()
+    # random starts are not compared: there are none (of k-means those of an ICA were taken for its own)
+    code, _, err = call(monkeypatch, capsys, *decompose, "--overwrite", "--stability", "3")
+    assert (code, f"method='{method}' does not have" in err) == (2, True)
+    if method == "ulcmod":
+        for wrong, said in (
+            (["--threshold", "2"], "say themselves"),
+            (["--components", "auto"], "n_components='auto'"),
+        ):
+            code, _, err = call(monkeypatch, capsys, *decompose, "--overwrite", *wrong)
+            assert (code, said in err) == (2, True), err
+
+
 def test_bad_input_is_one_line(study, monkeypatch, capsys, tmp_path):
     code, _, err = call(monkeypatch, capsys, "networks", tmp_path)
     assert (code, err.count("\n")) == (2, 1)

@@ -8,8 +8,8 @@ import pytest
 from sklearn.base import clone
 from sklearn.metrics import adjusted_rand_score
 
-from llmbrain import InputError
-from llmbrain.decomposition import ULCMOD
+from llmbrain import FunctionalNetworks, InputError
+from llmbrain.decomposition import ULCMOD, read_ica
 from llmbrain.decomposition.ulcmod import _Blocks, balanced_kmeans
 
 
@@ -85,6 +85,47 @@ def test_events_are_samples():
     found = ULCMOD(3, drop_positions=0).fit([Run(run[:300], [10] * 30), Run(run[300:], [10] * 30)])
     assert adjusted_rand_score(topics, found.topics_) == 1
     assert found.samples_[30].tolist() == [1, 0, 10]
+
+
+def test_a_fit_is_saved_and_read(tmp_path):
+    run, _, _modules = planted(5)
+    run[:, 0] = 0
+    found = ULCMOD(3, samples=10, drop_positions=0).fit([run[:300], run[300:]])
+    found.save(tmp_path)
+    again = read_ica(tmp_path)
+    assert isinstance(again, ULCMOD)
+    assert again.get_params() == found.get_params()
+    for name in ("components_", "labels_", "topics_", "samples_"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+    assert (again.objective_, again.converged_) == (found.objective_, found.converged_)
+    assert again.get_feature_names_out().tolist() == ["ulcmod0", "ulcmod1", "ulcmod2"]
+    with pytest.raises(FileExistsError):
+        found.save(tmp_path)
+    for a, b in zip(again.transform([run[:300], run[300:]]), found.mixing_):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match="X has 89 features, but ULCMOD is expecting 90 features"):
+        again.transform(run[:, 1:])
+
+
+def test_a_time_course_is_the_mean_scaled_activity_of_a_module():
+    run, _topics, _ = planted(6)
+    found = ULCMOD(3, samples=10, drop_positions=0).fit(run)
+    rows = np.abs(run).reshape(60, 10, 90).mean(axis=1)
+    z = (np.abs(run) - rows.mean(axis=0)) / rows.std(axis=0, ddof=1)
+    for k in range(3):
+        np.testing.assert_allclose(found.mixing_[0][:, k], z[:, found.labels_ == k].mean(axis=1), rtol=1e-4, atol=1e-5)
+    means = [found.mixing_[0][np.repeat(found.topics_ == k, 10), k].mean() for k in range(3)]
+    assert min(means) > max(found.mixing_[0][np.repeat(found.topics_ != k, 10), k].mean() for k in range(3))
+
+
+def test_networks_are_the_modules():
+    run, _, _ = planted(7)
+    run[:, 0] = 0
+    found = ULCMOD(3, samples=10, drop_positions=0).fit(run)
+    networks = FunctionalNetworks.from_ica(found)
+    for k in range(3):
+        np.testing.assert_array_equal(networks.masks[k], found.labels_ == k)
+    np.testing.assert_array_equal(networks.maps, found.components_)
 
 
 @pytest.mark.parametrize(
