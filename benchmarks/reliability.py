@@ -43,7 +43,7 @@ from llmbrain import InputError  # noqa: E402
 from llmbrain._files import read_json, write_json, write_text  # noqa: E402
 
 LOG = ROOT / "benchmarks" / "results" / "reliability.jsonl"
-PARTS = ("files", "commands", "inputs", "mutations", "loading")
+PARTS = ("files", "commands", "inputs", "mutations", "again", "loading")
 # A section: its part, title, what is said of it, and the outcomes that are right.
 SECTIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "flips": ("files", "Bit flips and truncations of what the package wrote", "`found`: one line that names the file. "
@@ -70,6 +70,8 @@ SECTIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
                   ("one line", "done")),
     "mutations": ("mutations", "Random mutations of every kind of file that is read", "`read`: the change did no harm "
                   "to what is read, or is data.", ("read", "one line")),
+    "again": ("again", "Those mutations that were not, again", "By their seeds, after what they showed was mended.",
+              ("read", "one line")),
     "loading": ("loading", "Loading", "`verified`: by the fast checksum, as all of 4 MiB and more; `not verified`: "
                 "without `SHA256SUMS`. A plain load only maps the file, and reads its weights when it first reads a "
                 "text; two threads.", ()),
@@ -132,7 +134,7 @@ def loading(folder: Path, n: int = 15) -> pd.DataFrame:
 def units(parts: Sequence[str], root: Path, how: argparse.Namespace, known: set[str]) -> list[Unit]:
     """The pieces of work of some parts that are not in the log yet; what they attack is made once, in `root`."""
     made: dict[str, Path] = {}
-    makers = {"commands": commands.make, "inputs": commands.make, "mutations": _fuzzed}
+    makers = {"commands": commands.make, "inputs": commands.make, "mutations": _fuzzed, "again": _fuzzed}
     todo: list[Unit] = []
     for section, name, work in _all(parts, how.small, how):
         make = makers.get(SECTIONS[section][0])
@@ -201,6 +203,10 @@ def _all(parts: Sequence[str], few: bool, how: argparse.Namespace) -> Iterator[t
             yield "mutations", name, partial(
                 fuzz.mutations, seconds=5 if few else 60 * how.minutes / how.jobs, begin=crc32(name.encode()) << 16
             )  # fmt: skip
+    if "again" in parts:
+        for line in how.lines:
+            if line["section"] == "mutations" and any("(seed " in said for row in line["rows"] for said in row):
+                yield "again", f"{line['unit']}, {len(how.lines)}", partial(fuzz.again, rows=line["rows"])
     if "loading" in parts:
         yield "loading", "load_pruned", partial(loading, n=3 if few else 15)
 
@@ -322,6 +328,7 @@ def main() -> None:
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    how.lines = list(lines)
     with ExitStack() as stack:
         place = how.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from llmbrain._files import clear_damage
 from llmbrain._validation import InputError
 
 _SLAB_BYTES = 4 * 1024**2
+_NIFTI2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the size of its header
 _DEFLATED = 1100  # bytes that one byte of a .gz can hold at most (1032), and some
 _NEAR = 0.02  # of a voxel: rounding of affines in headers, and no more
 
@@ -57,8 +58,7 @@ def load_image(image: Any, *, nifti: bool = False, whole: bool = False) -> tuple
             if whole and path.name.endswith(".nii.gz"):
                 with gzip.open(path) as file:
                     content = file.read()
-                two = content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the size of NIfTI-2's header
-                loaded = (Nifti2Image if two else Nifti1Image).from_bytes(content)
+                loaded = (Nifti2Image if content[:4] in _NIFTI2 else Nifti1Image).from_bytes(content)
                 _check_header(loaded, len(content))
             else:
                 loaded = open_image(path)
@@ -83,9 +83,47 @@ def open_image(path: Path) -> Any:
     """
     import nibabel
 
+    if path.suffix == ".nii":
+        _check_cifti(path)
     image = nibabel.load(path)
     _check_header(image, _size_of(image))
     return image
+
+
+def _check_cifti(path: Path) -> None:
+    """Whether the header of a CIFTI file fits its size: nibabel allocates by it while it opens the file."""
+    from nibabel.nifti2 import Nifti2Header
+
+    with path.open("rb") as file:
+        if file.read(4) not in _NIFTI2:
+            return
+        file.seek(0)
+        header = Nifti2Header.from_fileobj(file, check=False)
+    found = [content for e in header.extensions if hasattr(content := e.get_content(), "matrix")]
+    shape = tuple(int(n) for n in header.get_data_shape())
+    _check_fits(shape, int(header["vox_offset"]), header.get_data_dtype().itemsize, path.stat().st_size)
+    for content in found:
+        check_models(content, shape)
+
+
+def check_models(header: Any, shape: tuple[int, ...]) -> None:
+    """Whether the parts of the brain in a CIFTI header have as many places as its data: nibabel allocates by them.
+
+    Raises
+    ------
+    ValueError
+        If they have more.
+    """
+    most = max(shape, default=0)
+    for mapping in header.matrix:
+        models = list(getattr(mapping, "brain_models", ()))
+        for model in models:
+            if not (model.index_offset >= 0 and 0 <= model.index_count <= most - model.index_offset):
+                raise ValueError(
+                    f"{model.brain_structure} has {model.index_count} places from {model.index_offset}, the data {most}"
+                )
+        if sum(model.index_count for model in models) > most:
+            raise ValueError(f"its parts of the brain have more places than the data ({most})")
 
 
 def _size_of(image: Any) -> int | None:
@@ -100,10 +138,14 @@ def _check_header(image: Any, size: int | None) -> None:
     """Whether a file is as long as its header says, before anything is allocated for it; and whether it has units."""
     data: Any = getattr(image, "dataobj", None)
     if size is not None and hasattr(data, "offset"):
-        needed = int(data.offset) + math.prod(int(n) for n in data.shape) * data.dtype.itemsize
-        if not 0 < needed <= size:
-            raise ValueError(f"its header says {tuple(data.shape)}, {needed} bytes, but it has {size}")
+        _check_fits(tuple(data.shape), int(data.offset), data.dtype.itemsize, size)
     _check_units(image)
+
+
+def _check_fits(shape: tuple[int, ...], offset: int, itemsize: int, size: int) -> None:
+    needed = offset + math.prod(int(n) for n in shape) * itemsize
+    if not 0 < needed <= size:
+        raise ValueError(f"its header says {shape}, {needed} bytes, but it has {size}")
 
 
 def _check_units(image: Any) -> None:

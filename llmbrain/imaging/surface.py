@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmbrain._validation import InputError
-from llmbrain.imaging.grid import open_image, readable
+from llmbrain.imaging.grid import check_models, open_image, readable
 
 SUFFIXES = (".dtseries.nii", ".ptseries.nii", ".dscalar.nii", ".pscalar.nii", ".gii")
 
@@ -107,7 +107,7 @@ def read_surface(item: Any, name: str) -> tuple[NDArray[np.float32], Grayordinat
         if not hasattr(image.header, "get_axis"):
             raise InputError(f"{name} is named like CIFTI, and is none")
         shape = tuple(int(n) for n in image.shape)
-        _check_models(image.header, shape)
+        check_models(image.header, shape)
         rows_axis, columns = image.header.get_axis(0), image.header.get_axis(1)
         if shape != (len(rows_axis), len(columns)):
             raise ValueError(f"its data have shape {shape}, its axes ({len(rows_axis)}, {len(columns)})")
@@ -122,16 +122,3 @@ def _seconds(step: Any, scale: float) -> float | None:
     """A time step of a header in seconds; None where it says none."""
     seconds = float(step) * scale if step else 0.0
     return seconds if 0 < seconds < math.inf else None
-
-
-def _check_models(header: Any, shape: tuple[int, ...]) -> None:
-    """Whether the parts of the brain in a CIFTI header have as many places as its data: nibabel allocates by them."""
-    most = max(shape, default=0)
-    for mapping in header.matrix:
-        for model in getattr(mapping, "brain_models", ()):
-            if not (model.index_offset >= 0 and 0 <= model.index_count <= most - model.index_offset):
-                raise ValueError(
-                    f"{model.brain_structure} has {model.index_count} places from {model.index_offset}, the data {most}"
-                )
-        if sum(model.index_count for model in getattr(mapping, "brain_models", ())) > most:
-            raise ValueError(f"its parts of the brain have more places than the data ({most})")

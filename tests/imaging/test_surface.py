@@ -92,6 +92,14 @@ def test_headers_that_say_more_than_there_is(data, tmp_path):
         path.write_bytes(whole[:at] + (2**40).to_bytes(8, "little") + whole[at + 8 :])
         with pytest.raises(InputError, match="its header says"):
             read_surface(path, "run 0")
+    for model in (b'IndexCount="60"', b'IndexOffset="0"'):
+        assert model in whole
+        many = model.split(b'"')[0] + b'"' + b"9" * 12 + b'"'
+        start = whole.index(b"<VertexIndices>") + 15  # what is put in is taken out there
+        short = whole[:start] + whole[start + len(many) - len(model) :]
+        path.write_bytes(short.replace(model, many, 1))
+        with pytest.raises(InputError, match=r"places from|the data 60"):
+            read_surface(path, "run 0")
     for count, offset, message in (
         (10**12, 0, "the data 60"),
         (-1, 0, "the data"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from llmbrain.imaging import read_confounds, read_dual_regression, read_gift, re
 from llmbrain.imaging.atlas import read_labels
 from llmbrain.imaging.brain_mask import BrainMask
 from llmbrain.imaging.dual_regression_folder import check_dual_regression
+from llmbrain.imaging.grid import load_image
 from llmbrain.imaging.surface import read_surface
 from llmbrain.intervention.table import LesionTable
 from llmbrain.networks import FunctionalNetworks
@@ -42,6 +44,7 @@ from llmbrain.pruning.experts import ExpertPlan, read_plan
 from llmbrain.scanning.inputs import Runs
 from llmbrain.study import Settings, Study, check, estimate, load_texts
 from llmbrain.study.contents import describe_path
+from llmbrain.study.settings import read_config
 
 SECONDS = 10  # of the processor, that a file may take
 
@@ -100,6 +103,11 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "remote code, config": ("remote/config.json", lambda path: lb.load_pruned(path.parent)),
     "plan, of a command": ("plan.json", read_plan),
     "device map": ("device_map.json", lambda path: _device_map(str(path))),
+    "NIfTI, info": ("image.nii", describe_path), "its run, info": ("brain.nii", describe_path),
+    "fMRI, pair": ("pair.img", lambda path: _pair(path)), "fMRI, its header": ("pair.hdr", lambda path: _pair(path)),
+    "parcellated CIFTI": ("brain.ptseries.nii", load_fmri),
+    "regions of a brain": ("labeled.nii.gz", lambda path: load_fmri(path.with_name("brain.nii"), atlas=path)),
+    "settings, of a command": ("config.toml", read_config),
 }  # fmt: skip
 
 
@@ -108,6 +116,11 @@ def _responses(path: Path) -> Any:
     table = read_events(path)
     kinds = sorted(set(table["trial_type"]))
     return BrainDesign(80, table, kinds, 1.5, "spm", 128.0).boxcars
+
+
+def _pair(path: Path) -> Any:
+    image, _ = load_image(path.with_suffix(".img"))
+    return Runs([image], mask_img=path.with_name("mask.nii.gz")).read(0)
 
 
 def _lesions(folder: Path) -> Any:
@@ -196,12 +209,23 @@ def _images(study: Path, rng: np.random.Generator) -> None:
     nib.save(nib.Nifti1Image(rng.standard_normal((4, 4, 3, 9)).astype(np.float32), np.eye(4)), study / "brain.nii")
     arrays = [nib.gifti.GiftiDataArray(rng.standard_normal(12).astype(np.float32)) for _ in range(5)]
     nib.save(nib.gifti.GiftiImage(darrays=arrays), study / "surface.func.gii")
+    nib.save(nib.Nifti1Pair(rng.standard_normal((4, 4, 3, 9)).astype(np.float32), np.eye(4)), study / "pair.img")
+    labels = np.arange(48, dtype=np.int16).reshape(4, 4, 3) % 4
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), study / "labeled.nii.gz")
+    left = "CIFTI_STRUCTURE_CORTEX_LEFT"
+    parcels = nib.cifti2.ParcelsAxis(
+        [f"area {i}" for i in range(6)], [np.zeros((0, 3), dtype=int)] * 6,
+        [{left: np.array([i])} for i in range(6)], nvertices={left: 6},
+    )  # fmt: skip
+    series = nib.cifti2.SeriesAxis(0, 1.5, 20), parcels
+    nib.save(nib.Cifti2Image(rng.standard_normal((20, 6)).astype(np.float32), series), study / "brain.ptseries.nii")
     axes = nib.cifti2.SeriesAxis(0, 1.5, 5), nib.cifti2.BrainModelAxis.from_mask(np.ones(12, bool), "CortexLeft")
     nib.save(nib.Cifti2Image(rng.standard_normal((5, 12)).astype(np.float32), axes), study / "brain.dtseries.nii")
 
 
 # -- mutations ---------------------------------------------------------------------------------------------------------
 
+RIGHT = ("read", "one line")
 VALUES = (b"1e300", b"-1", b"nan", b"99999999999999999999", b"null", b"[]", b"{}", b'""', b"true", b"0", b"1e-320",
           b'"\\ud800"', b"-0.0", b"[[[]]]", b"1" * 400)  # fmt: skip
 
@@ -263,10 +287,24 @@ def attack(name: str, study: Path, seeds: range) -> Counter[str]:
     try:
         for seed in seeds:
             path.write_bytes(mutated(whole, np.random.default_rng(seed)))
-            counts[outcome(name, study)] += 1
+            said = outcome(name, study)
+            counts[said if said in RIGHT else f"{said} (seed {seed})"] += 1
     finally:
         path.write_bytes(whole)
     return counts
+
+
+def again(study: Path, trial: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The very mutations that a table of `mutations` has under another name than `RIGHT`, by their seeds."""
+    found = []
+    for row in rows:
+        seeds = [int(at[1]) for said in row if row[said] and (at := re.search(r"\(seed (\d+)\)$", said))]
+        counts: Counter[str] = Counter()
+        for seed in seeds:
+            counts += _apart(str(row["file"]), study, trial, range(seed, seed + 1))
+        if seeds:
+            found.append({"file": row["file"], "tries": len(seeds), **counts})
+    return pd.DataFrame(found).fillna(0)
 
 
 def mutations(study: Path, trial: Path, seconds: float, each: int = 50, begin: int = 0) -> pd.DataFrame:
