@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -321,7 +322,10 @@ def mutations(study: Path, trial: Path, seconds: float, each: int = 50, begin: i
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for name, counts in totals.items():
-            counts += _apart(name, study, trial, range(begin, begin + each))
+            found = _apart(name, study, trial, range(begin, begin + each))
+            counts += found
+            for said in sorted(found.keys() - {*RIGHT}):  # as they come: the table is an hour away
+                print(f"{time.strftime('%H:%M')} {name}: {said}", file=sys.stderr, flush=True)
             if time.monotonic() > end:
                 break
         begin += each
