@@ -148,7 +148,7 @@ def plan_pruning(
         ``"uniform"``, ``"global"``, ``"clamped"``, ``"networks"`` (layers keep more where more of their neurons are in
         networks; with any method), ``"sensitivity"``, ``"search"``, or the widths themselves, which
         must be what `ratio`, `protect` and `multiple_of` allow. Default: the method's own (``"global"`` for
-        ``"published"``, ``"search"`` for ``"networks"``, else ``"uniform"``).
+        ``"published"``, ``"search"`` for ``"networks"`` with models of fewer than 20 layers, else ``"uniform"``).
     protect : sequence of int, optional
         Layers that are not cut. Default: none; for ``"published"`` the first 3 and last 2 where there are more than 5,
         for ``"networks"`` the same where there are 20 or more. ``[]`` protects none.
@@ -413,7 +413,7 @@ class Planner:
             )
         if ratio is None:
             raise InputError("ratio=None: say what share of the neurons to remove, in (0, 1)")
-        named = named or criterion.allocation
+        named = named or criterion.spread(n)
         if named != "given":
             self.allocator.check(named)
         budgets: dict[Units, Budget] = {}
@@ -424,7 +424,7 @@ class Planner:
         if criterion.blocks or drop:
             check_measurable(material, drop)
             if not criterion.blocks:
-                named = allocation if isinstance(allocation, str) else criterion.allocation
+                named = allocation if isinstance(allocation, str) else criterion.spread(n)
         elif widths is None:
             budgets[NEURONS] = Budget.of(body.widths, ratio, protected, multiple_of)
         if head_ratio:

@@ -49,11 +49,12 @@ OF_STEP, OF_TOKEN = 100, 2.5  # what writing a token of all pieces costs, in tok
 
 
 def plan_passes(
-    method: str, allocation: str | None, passes: float, head_ratio: float = 0.0, drop: Sequence[str] = ()
-) -> float:
-    """Forward passes over the calibration text that a plan takes."""
+    method: str, allocation: str | None, passes: float, head_ratio: float = 0.0, drop: Sequence[str] = (),
+    n_layers: int = 0,
+) -> float:  # fmt: skip
+    """Forward passes over the calibration text that a plan takes; `n_layers` where the allocation follows from it."""
     if allocation is None and method in CRITERIA:
-        allocation = {"published": "global", "networks": "search"}.get(method, "uniform")
+        allocation = CRITERIA[method]().spread(n_layers)
     found = OF_METHOD.get(method, 5.0)
     if allocation in ("global", "clamped") and method in SEQUENTIAL:
         found += 1.0
@@ -313,14 +314,15 @@ def run_cost(
     work = subject.token_work(window)
     length = min(how.run_length or n_tokens, n_tokens)
     k = how.n_components if isinstance(how.n_components, int) else 32
-    planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio, how.drop or ())
+    layers = len(subject.widths)
+    planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio, how.drop or (), layers)
     repair = OF_REPAIR if how.compensate else 0.0
     if how.expert_ratio is not None:  # scores are one pass, of networks and chance none
         planning = 0.0 if how.method in ("networks", "random") else 1.0
         repair *= OF_EXPERTS
     unasked = how.own_text is None and (subject.mixture or not writes)
     asked = 0 if how.expert_ratio is not None or unasked else how.own_text
-    own = own_windows(asked, len(subject.widths), -(-n_tokens // window)) * window
+    own = own_windows(asked, layers, -(-n_tokens // window)) * window
     calibration = n_tokens + own
     parts: dict[str, list[Part]] = {
         "evaluate": [Part("perplexity of the dense model, and its speed", 1.0, eval_tokens + SPEED_TOKENS)],

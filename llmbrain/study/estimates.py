@@ -23,6 +23,7 @@ from llmbrain.checkpoints.configs import model_of_config, read_config
 from llmbrain.pruning.allocate.losses import LEVELS
 from llmbrain.pruning.allocate.search import LOSS_TOKENS, OF_CANDIDATE, OF_SENSITIVITY
 from llmbrain.pruning.calibrate.stream import LEAST_BATCHES
+from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.study.cost import BASE_MEMORY, BATCH, Subject, scan_bytes
 from llmbrain.study.machines import CpuSpeeds, GpuSpeeds, Speeds, gpu_of
 
@@ -302,7 +303,8 @@ class Steps:
             if method in ("obs-gradient", "networks"):
                 shared += self._gradients()
         if method == "networks":
-            more = self._search()
+            searches = CRITERIA[method]().spread(len(s.widths)) == "search"
+            more = self._search() if searches else (0.0, 0.0)
             shared, owned = shared + 2 * whole + more[0], owned + more[1]
         memory += self._walking() if method not in ("taylor", "relp", "published") else 0.0
         if method == "published" and self.limit is None:

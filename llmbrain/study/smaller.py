@@ -178,12 +178,12 @@ def plan_cost(
         texts = [run.text for run in Study.of(study).scans if run.text]
     if not texts:
         return None
-    often = plan_passes(method, allocation, passes, head_ratio, drop) + (OF_REPAIR if repair else 0.0)
+    layers, length = len(Subject.of(model).widths), window_length(model)
+    often = plan_passes(method, allocation, passes, head_ratio, drop, layers) + (OF_REPAIR if repair else 0.0)
     most = TEXT_WINDOWS * window_length(model)
     cost = step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
     if self_text is None and (conditions or not may_write(model, tokenizer)):
         self_text = 0
-    layers, length = len(Subject.of(model).widths), window_length(model)
     own = own_windows(self_text, layers, max(1, cost.parts[0].tokens // length)) * length
     if not own:
         return cost

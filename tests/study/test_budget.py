@@ -62,6 +62,8 @@ def test_parts_to_drop_are_settings_and_cost(tmp_path):
     path.write_text(how.to_toml(), encoding="utf-8")
     assert Settings.from_toml(path) == how
     assert plan_passes("flap", None, 12.0, drop=how.drop) == plan_passes("flap", None, 12.0) + 8
+    assert plan_passes("networks", None, 12.0, n_layers=20) == plan_passes("networks", "uniform", 12.0)
+    assert plan_passes("networks", None, 12.0, n_layers=19) == plan_passes("networks", "search", 12.0)
     for wrong in (
         {"drop": "heads"},
         {"drop": "mlp", "head_ratio": 0.2},

@@ -123,7 +123,7 @@ class Criterion:
     sequential : bool
         Whether it is meant to be computed on the already pruned prefix.
     allocation : str
-        How it spreads the budget over layers where the user does not say.
+        How it spreads the budget over layers where the user does not say; see `spread` for deep models.
     blocks : str
         How it chooses whole MLPs and attentions, a key of `llmbrain.pruning.allocate.blocks.CHOOSERS`; "" where it
         scores units only.
@@ -164,6 +164,10 @@ class Criterion:
     def protect(self, n_layers: int, notes: list[str]) -> tuple[int, ...]:
         """Layers that are not cut where the user does not say; may add a note."""
         return ()
+
+    def spread(self, n_layers: int) -> str:
+        """The allocation where the user does not say, for a model of so many layers."""
+        return self.allocation
 
     def facts(
         self, dense: Callable[[], list[NDArray[np.float64]]], kept: Sequence[NDArray[np.int64]], protect: Sequence[int]

@@ -76,6 +76,14 @@ class Networks(Criterion):
         notes.append("the first 3 and last 2 layers of a deep model are not cut; protect=[] cuts them too")
         return ends(n_layers)
 
+    def spread(self, n_layers: int) -> str:
+        """A search of the widths, and with deep models (`DEEP`) uniform ones.
+
+        A search takes passes by the dozen there, and nobody has measured that it gains anything; uniform widths are
+        what ``benchmarks/real.py`` measures as the default.
+        """
+        return self.allocation if n_layers < DEEP else "uniform"
+
     def score(self, evidence: Evidence) -> Tensor:
         """As `obs_gradient`."""
         return obs_gradient(evidence)

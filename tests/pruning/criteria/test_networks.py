@@ -128,6 +128,9 @@ def test_ends_of_deep_models_are_not_cut_unless_asked_or_too_much_would_go():
     assert sum(plan.widths) == 20 * 24 - round(0.3 * 20 * 24)
     assert any("protect=[]" in note for note in plan.details["notes"])
     assert plan_pruning(model, ratio=0.3, protect=[], **options).protect == ()
+    asked = {"ratio": 0.3, "calibration": ids, "sequential": False, "passes": 4}
+    assert plan_pruning(model, **asked).allocation == "uniform"  # a search only where it is asked for
+    assert plan_pruning(model, allocation="search", **asked).allocation == "search"
     most = plan_pruning(model, ratio=0.7, **options)
     assert most.protect == ()
     assert any("no layer is protected" in note for note in most.details["notes"])
