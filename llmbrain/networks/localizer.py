@@ -260,6 +260,13 @@ def time_courses_of(networks: FunctionalNetworks, scans: Sequence[Scan]) -> Sequ
     return dual_regression(networks.maps, scans).time_courses
 
 
+def responses(scan: Scan) -> NDArray[np.bool_]:
+    """Which tokens of a scan are a response to text, ``(n_tokens,)``: all but the first of each context block, where
+    the scan knows positions. These are the attention sink, with activations a thousand times the others'."""
+    positions = getattr(scan, "positions", None)
+    return np.ones(int(scan.n_tokens), dtype=bool) if positions is None else np.asarray(positions) > 0
+
+
 def _are_of(course: NDArray[Any], networks: FunctionalNetworks, scan: Scan) -> bool:
     """Whether time courses are of a scan: median ``|r|`` with what z-scored neurons give there above a half."""
     from llmbrain.decomposition import dual_regression
@@ -268,8 +275,7 @@ def _are_of(course: NDArray[Any], networks: FunctionalNetworks, scan: Scan) -> b
     if scan.n_tokens <= len(maps) + 1 or np.linalg.matrix_rank(maps - maps.mean(axis=1, keepdims=True)) < len(maps):
         return True  # there is no dual regression to compare with
     found = dual_regression(maps, [scan], standardize=True).time_courses[0]
-    positions = getattr(scan, "positions", None)
-    real = np.ones(len(course), dtype=bool) if positions is None else np.asarray(positions) > 0  # not the sink
+    real = responses(scan)
     if real.sum() < 3:
         return True
     r = [correlate_rows(a[None], b[None])[0, 0] for a, b in zip(np.asarray(course)[real].T, found[real].T)]

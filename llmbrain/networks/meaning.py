@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmbrain._validation import InputError, check_whole
 from llmbrain.networks.functional import FunctionalNetworks, Network
-from llmbrain.networks.localizer import Localizer, time_courses_of
+from llmbrain.networks.localizer import Localizer, responses, time_courses_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,8 @@ def top_tokens(
     sign: int = 1,
 ) -> pd.DataFrame:
     """The tokens at which a network is most active, with their context.
+
+    The first token of a context block (the attention sink) is none of them: ICA was not fitted there either.
 
     Parameters
     ----------
@@ -47,8 +49,8 @@ def top_tokens(
     Returns
     -------
     DataFrame
-        run, position (token in the run), value (SD from the mean over all runs), token, before, after, condition (None
-        where no event is on).
+        run, position (token in the run), value (SD from the mean over all such tokens), token, before, after, condition
+        (None where no event is on).
     """
     import pandas as pd
 
@@ -57,12 +59,15 @@ def top_tokens(
         raise InputError(f"network of type {type(network).__name__} must be one Network: pass networks[k]")
     courses = time_courses_of(network.group, scans)
     joined = np.concatenate([course[:, network.index] for course in courses])
-    spread = joined.std()
-    values = (joined - joined.mean()) / (spread if spread > 0 else 1)
+    counts = np.concatenate([responses(scan) for scan in scans])
+    counts = counts if counts.any() else ~counts
+    spread = joined[counts].std()
+    values = (joined - joined[counts].mean()) / (spread if spread > 0 else 1)
     run_of = np.repeat(np.arange(len(courses)), [len(c) for c in courses])
     start = np.cumsum([0, *(len(c) for c in courses)])
     rows: list[dict[str, Any]] = []
-    for i in np.argsort(-sign * values, kind="stable"):
+    order = np.argsort(-sign * values, kind="stable")
+    for i in order[counts[order]]:
         run = int(run_of[i])
         at = int(i - start[run])
         if any(r["run"] == run and abs(r["position"] - at) < distance for r in rows):

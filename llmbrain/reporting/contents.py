@@ -106,7 +106,7 @@ class Contents:
         courses = list(own) if own is not None and len(own) else list(getattr(self.ica, "mixing_", None) or [])
         if not courses or self.n_networks == 0 or any(np.shape(c)[1] != self.n_networks for c in courses):
             return None
-        return standardized(courses)
+        return standardized(courses, self.scans)
 
     @cached_property
     def runs(self) -> list[Any]:
@@ -140,7 +140,7 @@ class Contents:
     @cached_property
     def types(self) -> list[list[tuple[str, float, int]]]:
         """Token types that each network answers to most."""
-        return token_types(self.courses or [], self.texts)
+        return token_types(self.courses or [], self.texts, scans=self.runs)
 
     @cached_property
     def effects(self) -> pd.DataFrame:

@@ -9,20 +9,33 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from llmbrain.networks.localizer import responses
 from llmbrain.page.text import context_of
 
 BLOCK = 16  # networks whose shifts are held at once
 MIN_SHIFT = 10  # tokens; a smaller shift leaves the labels where they were
 
 
-def standardized(courses: Sequence[Any]) -> list[NDArray[np.float32]]:
+def counted(courses: Sequence[Any], scans: Sequence[Any] | None) -> NDArray[np.bool_]:
+    """Which tokens of all runs together are a response (`llmbrain.networks.localizer.responses`); all of them where
+    no scans belong to the courses, or none is."""
+    lengths = [len(c) for c in courses]
+    if not scans or [int(scan.n_tokens) for scan in scans] != lengths:
+        return np.ones(sum(lengths), dtype=bool)
+    found = np.concatenate([responses(scan) for scan in scans])
+    return found if found.any() else ~found
+
+
+def standardized(courses: Sequence[Any], scans: Sequence[Any] | None = None) -> list[NDArray[np.float32]]:
     """Time courses in standard deviations over all runs together, so that runs can be compared.
 
     Parameters
     ----------
     courses : list of arrays ``(n_tokens, n_networks)``
+    scans : list of Scan, optional
+        Of these tokens: mean and deviation are those of the tokens that are `counted`.
     """
-    joined = np.concatenate([np.asarray(c, dtype=np.float64) for c in courses])
+    joined = np.concatenate([np.asarray(c, dtype=np.float64) for c in courses])[counted(courses, scans)]
     mean, spread = np.nanmean(joined, axis=0), np.nanstd(joined, axis=0)
     spread[spread == 0] = 1
     return [((np.asarray(c) - mean) / spread).astype(np.float32) for c in courses]
@@ -46,7 +59,8 @@ def condition_effects(courses: Sequence[NDArray[np.float32]], scans: Sequence[An
     the labels of all runs were shifted in a circle against the series, by every shift of at least 10 tokens; this keeps
     the series' own memory, which a t test ignores. ``p = (b + 1) / (n + 1)``, where b counts the shifts whose largest
     ``|effect|`` over all networks and conditions reaches this one (family-wise error). All runs are shifted as one, so
-    that runs of a single condition count too; `llmbrain.networks.localizer` fits a GLM within runs instead.
+    that runs of a single condition count too; `llmbrain.networks.localizer` fits a GLM within runs instead. The first
+    token of a context block has no part in it.
 
     Parameters
     ----------
@@ -61,8 +75,10 @@ def condition_effects(courses: Sequence[NDArray[np.float32]], scans: Sequence[An
         fewer than two conditions have tokens or the series is too short to shift.
     """
     columns = ["network", "condition", "tokens", "effect", "control", "p"]
+    counts = counted(courses, scans)
     labels = np.concatenate([labels_of(scan) for scan in scans])
-    series = np.concatenate(standardized(courses)).astype(np.float64)
+    labels[~counts] = None
+    series = np.where(counts[:, None], np.concatenate(standardized(courses, scans)), 0.0).astype(np.float64)
     kinds = sorted({kind for kind in labels if kind is not None})
     if len(kinds) < 2 or len(series) < 4 * MIN_SHIFT:
         return pd.DataFrame(columns=columns)
@@ -113,7 +129,11 @@ def top_tokens(networks: Any, k: int, scans: Sequence[Any], texts: Sequence[list
 
 
 def token_types(
-    courses: Sequence[NDArray[np.float32]], texts: Sequence[list[str]], n: int = 8, min_count: int = 3
+    courses: Sequence[NDArray[np.float32]],
+    texts: Sequence[list[str]],
+    n: int = 8,
+    min_count: int = 3,
+    scans: Sequence[Any] | None = None,
 ) -> list[list[tuple[str, float, int]]]:
     """Token types with the highest mean activity of each network: ``(text, mean, count)``.
 
@@ -124,13 +144,18 @@ def token_types(
         Shown text of the tokens of each run. Tokens without characters do not count.
     min_count : int
         Only types seen so often.
+    scans : list of Scan, optional
+        Of these tokens: only those that are `counted` count.
     """
+    real = counted(courses, scans)
     kinds, kind_of, counts = np.unique(
-        np.array([token for text in texts for token in text], dtype=object), return_inverse=True, return_counts=True
+        np.array([token for text in texts for token in text], dtype=object)[real],
+        return_inverse=True,
+        return_counts=True,
     )
     often = np.flatnonzero((counts >= min_count) & (kinds != ""))
     found = []
-    for series in np.concatenate(courses).T:
+    for series in np.concatenate(courses)[real].T:
         means = np.bincount(kind_of, weights=series, minlength=len(kinds))[often] / counts[often]
         best = np.argsort(-means, kind="stable")[:n]
         found.append([(str(kinds[often[i]]), float(means[i]), int(counts[often[i]])) for i in best])

@@ -141,9 +141,12 @@ def test_top_tokens_with_context():
     first = frame.iloc[0]
     assert (first.before, first.token, first.after) == ("w98 w99 ", "w100 ", "w101 w102 ")
     assert first.condition == scans[1].events.trial_type[100 // 8]
-    joined = np.concatenate([c[:, 0] for c in course])
+    joined = np.concatenate([c[:, 0][scan.positions > 0] for c, scan in zip(course, scans)])
     assert first.value == pytest.approx((9 - joined.mean()) / joined.std(), rel=1e-5)
     assert top_tokens(networks[0], scans, n=1, sign=-1).position[0] == 50
+    course[0][0, 0] = 1000  # the attention sink is not what a network is about
+    sunk = FunctionalNetworks(networks.maps, SPACE, time_courses=course)
+    assert top_tokens(sunk[0], scans, n=2, context=2).equals(frame)
     assert "'w100 '" in describe(networks, scans).tokens["IC00"]
     assert describe(networks[1], scans).to_dict() == describe(networks, scans).iloc[1:].to_dict()
     with pytest.raises(InputError, match=r"pass networks\[k\]"):

@@ -30,7 +30,7 @@ from llmbrain.page import Report, Section
 from llmbrain.page.text import number, shown_tokens, token_label, visible
 from llmbrain.pruning import PruningPlan
 from llmbrain.reporting import build_report, write_report
-from llmbrain.reporting.effects import condition_effects, labels_of, token_types, top_tokens
+from llmbrain.reporting.effects import condition_effects, labels_of, standardized, token_types, top_tokens
 from llmbrain.reporting.pack import STEPS, blob, codebook, decode, encode, pack_maps
 from llmbrain.scanning import Scan
 
@@ -314,14 +314,17 @@ def test_condition_effects_equal_a_plain_loop() -> None:
     courses = study["networks"].time_courses
     table = condition_effects(courses, study["scans"]).set_index(["network", "condition"])
     series = np.concatenate(courses).astype(float)
-    series = (series - series.mean(axis=0)) / series.std(axis=0)
+    real = np.concatenate([scan.positions > 0 for scan in study["scans"]])  # the first of a block has no part in it
+    series = np.where(real[:, None], (series - series[real].mean(axis=0)) / series[real].std(axis=0), 0)
     labels = np.concatenate([labels_of(scan) for scan in study["scans"]])
+    labels[~real] = None
     n = len(series)
 
     def effects(shift: int) -> np.ndarray:
         turned = np.roll(labels, shift)
-        return np.array([[series[turned == kind, k].mean() - series[turned != kind, k].mean() for kind in KINDS]
-                         for k in range(3)])  # fmt: skip
+        known = np.array([label is not None for label in turned])
+        inside = [turned == kind for kind in KINDS]
+        return np.array([[series[on, k].mean() - series[known & ~on, k].mean() for on in inside] for k in range(3)])
 
     null = np.array([np.abs(effects(shift)).max() for shift in range(10, n - 9)])
     for k in range(3):
@@ -368,6 +371,21 @@ def test_top_tokens_come_with_the_text_around_them() -> None:
     assert len(top[0]["before"]) == len(top[0]["after"]) == 40
     low = top_tokens(study["networks"], 1, study["scans"], texts, n=3, sign=-1)
     assert all(item["value"] < -1 for item in low)
+
+
+def test_the_attention_sink_is_no_response() -> None:
+    rng = np.random.default_rng(0)
+    events = pd.DataFrame({"onset": [0, 50], "duration": 50, "trial_type": ["a", "b"]})
+    positions = np.tile(np.arange(50), 2)
+    scan = SimpleNamespace(n_tokens=100, events=events, positions=positions)
+    course = rng.standard_normal((100, 2)).astype(np.float32)
+    course[50:, 1] += 1
+    sunk = course.copy()
+    sunk[positions == 0] = 1000
+    assert condition_effects([sunk], [scan]).equals(condition_effects([course], [scan]))
+    assert standardized([sunk], [scan])[0][7] == pytest.approx(standardized([course], [scan])[0][7], abs=1e-4)
+    words = [["sink", *["word"] * 49] * 2]
+    assert [kind for kind, *_ in token_types([sunk], words, min_count=1, scans=[scan])[0]] == ["word"]
 
 
 def test_token_types_are_means_of_what_is_seen_often() -> None:
