@@ -104,12 +104,13 @@ def make(folder: Path) -> Path:
         "plan @/model --text @/text.json --method magnitude --out @/study/plan.json --device cpu",
         "run @/model --text @/text.json --components 3 --method magnitude --out @/job --device cpu",
         "export @/stories --format gguf --out @/study/small.gguf" if "export" in names() else "--version",
-        "dualreg @/study", COMMANDS["compare"], COMMANDS["networks"],
+        "dualreg @/study", COMMANDS["compare"], COMMANDS["networks"].replace("@/made", "@/tables"),
         COMMANDS["decompose --images"].replace("@/made", "@/brains"),
     ):  # fmt: skip
         code, said = within(arguments.replace("@", str(folder)).split(), folder)
         assert code == 0, f"{arguments}: {said}"
-    shutil.rmtree(folder / "made")
+    for name in ("made", "tables"):
+        shutil.rmtree(folder / name)
     return folder
 
 
