@@ -45,6 +45,11 @@ PREDICTORS = ("taylor", "taylor2", "curvature", "fluctuation", "networks", "shar
 BEST = "taylor2"
 OF_MODEL = ("taylor", "taylor2", "curvature", "fluctuation")  # these look at weights
 REPAIRS = (None, "bias", "least-squares")
+OTHER = 0.2  # relative difference of signals above which they are another model's; 16 bits make some thousandths
+
+
+class OtherModelError(InputError):
+    """Scans hold what another model did."""
 
 
 @dataclass(frozen=True)
@@ -280,10 +285,14 @@ class Changes:
         metric = self.observed.metric
         first: list[Tensor] = [torch.zeros(0)]
         second: dict[int, Tensor] = {}  # of each layer: a block that runs again says it again
+        begun: list[Scan] = []  # until its first block was compared with what the model does now
 
         def watch(i: int) -> Callable[[Tensor, Tensor], None]:
             def hook(entering: Tensor, output: Tensor) -> None:
-                change = self.of(i, entering.detach().flatten(0, -2))
+                signals = entering.detach().flatten(0, -2)
+                if begun:
+                    _check_recorded(begun[0], i, signals)
+                change = self.of(i, signals)
                 second[i] = (0.5 * ((change @ metric[i].to(change.device)) * change).sum(-1)).cpu()
 
                 def take(g: Tensor) -> None:
@@ -299,11 +308,13 @@ class Changes:
         with gradients_of(model, list(leaf.parameters())):
             for scan in scans:
                 parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+                begun[:] = [scan]
                 for ids in _blocks(scan):
                     first[0] = torch.zeros(len(ids))
                     second.clear()
                     with recomputing(to_recompute(self.observed.body, len(ids))), hear_outputs(model, places):
                         torch.autograd.grad(_losses(model, ids).sum(), list(leaf.parameters()))
+                    begun.clear()
                     parts[0].append(first[0])
                     parts[1].append(torch.stack(list(second.values())).sum(0))
                 for series, of in zip(found, parts):
@@ -353,6 +364,18 @@ def _checked(scans: Sequence[Scan], widths: Sequence[int]) -> list[Scan]:
                 f"scan {scan.name!r} lies in {scan.space}, the plan is for layers of {list(widths)} neurons"
             )
     return known
+
+
+def _check_recorded(scan: Scan, layer: int, signals: Tensor) -> None:
+    """Refuse scans of another model: signals of the scan's first tokens differ by more than precision does."""
+    now = signals.float().cpu().numpy()
+    then = np.asarray(scan.data(layer)[: len(now)], dtype=np.float32)
+    apart = float(np.square(now - then).mean() ** 0.5) / max(float(np.square(now).mean() ** 0.5), 1e-12)
+    if apart > OTHER:
+        raise OtherModelError(
+            f"scan {scan.name!r} is not of this model: what it holds of layer {layer} is {apart:.0%} "
+            "off what the model does now (another model, or weights that were trained or cut since): scan it again"
+        )
 
 
 def _tables(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmbrain.anatomy.offload import is_away
 from llmbrain.evaluation.perplexity import predicts_next_token
+from llmbrain.hooks.text import ScanWarning
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.calibrate.windows import scans_with_tokens
 from llmbrain.pruning.experts import ExpertPlan
-from llmbrain.pruning.forecast import Forecast
+from llmbrain.pruning.forecast import Forecast, OtherModelError
 from llmbrain.scanning import Scan
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ def forecast_of(
     """The forecast of a plan on the last scans of a study, such that they hold `TOKENS` tokens; None where there can be
     none (no scans with tokens, heads cut as well, no next token, a mixture of experts, a repair that keeps or forgets).
 
+    Warns where the scans are of another model.
+
     Parameters
     ----------
     model : dense model
@@ -47,7 +51,11 @@ def forecast_of(
         networks = None
     tokens = sum(scan.n_tokens for scan in known)
     chosen, fitted = _enough(known[::-1], TOKENS), _enough(known, fitted_tokens(tokens))
-    return plan.forecast(networks, chosen, model=model, compensate=compensate, calibration=fitted)
+    try:
+        return plan.forecast(networks, chosen, model=model, compensate=compensate, calibration=fitted)
+    except OtherModelError as error:  # the cut itself may be calibrated on tokens of such scans
+        warnings.warn(f"no forecast: {error}", ScanWarning, stacklevel=2)
+        return None
 
 
 def no_forecast(

@@ -14,8 +14,10 @@ import llmbrain as lb
 from llmbrain import InputError, PruningPlan, plan_pruning, prune, scan
 from llmbrain.anatomy.families import anatomy
 from llmbrain.decomposition import dual_regression
+from llmbrain.hooks.text import ScanWarning
 from llmbrain.networks.localizer import time_courses_of
 from llmbrain.pruning.forecast import PREDICTORS, share_cut, token_losses_of
+from llmbrain.study.forecasting import forecast_of
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,22 @@ def test_what_does_not_belong_together_is_refused(setting):
         plan.forecast(networks, ["a text"])
     with pytest.raises(InputError, match="none of them holds token ids"):
         plan.forecast(networks, [])
+
+
+def test_scans_of_another_model_are_refused(setting):
+    """Of the same widths, they would give a number."""
+    model, scans, _ = setting
+    plan = plan_pruning(model, ratio=0.4, method="magnitude")
+    other = scan(tiny("llama", intermediate_size=48, seed=1), *stimuli())
+    with pytest.raises(InputError, match="is not of this model: what it holds of layer 0"):
+        plan.forecast(None, other)
+    with pytest.raises(InputError, match="is not of this model"):
+        plan.forecast(None, [*scans, other[0]])
+    half = scan(model, *stimuli(), dtype="float16")
+    found, wanted = (plan.forecast(None, of).texts["predicted"] for of in (half, scans))
+    np.testing.assert_allclose(found, wanted, rtol=0.05, atol=1e-4)
+    with pytest.warns(ScanWarning, match="no forecast: scan .* is not of this model"):
+        assert forecast_of(model, plan, None, other, "least-squares") is None
 
 
 def test_a_repair_that_keeps_a_function_is_not_foretold(setting):
