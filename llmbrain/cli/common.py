@@ -112,7 +112,7 @@ SHARE = Annotated[
 ]
 FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
 LAST = Annotated[
-    bool, typer.Option("--last", help="With --forget: so that it does not come back quickly; more goes, takes longer.")
+    bool, typer.Option("--last", help="With --forget: so that it does not come back quickly; takes longer.")
 ]
 INDICES = Annotated[
     bool, typer.Option("--indices/--no-indices", help="Whether files name the neurons that went (pruning.json, plan).")

@@ -34,9 +34,7 @@ from llmbrain.pruning.criteria.scorer import Scorer
 from llmbrain.pruning.expert_neurons import Request, plan_expert_neurons
 from llmbrain.pruning.experts import ExpertPlan, plan_experts
 from llmbrain.pruning.forget.conditions import condition_numbers, condition_weights, token_conditions
-from llmbrain.pruning.forget.lasting import neurons_that_relearn
 from llmbrain.pruning.forget.neurons import LEVEL, neurons_to_forget
-from llmbrain.pruning.forget.relearning import lines_of
 from llmbrain.pruning.plan import Kept, PruningPlan, check_protect, given_alike, parameters_removed, weights_digest
 from llmbrain.pruning.repair.fit import fit
 from llmbrain.scanning.manifest import warn_of_other_model
@@ -68,8 +66,8 @@ class PlanOptions:
     attribution : {"gradient", "relp"}
         Of `forget`: how it is found which neurons a condition needs.
     last : bool
-        Of `forget`: make it last. More neurons go (those that relearning would use are found by relearning and
-        looking), and the repair works against an adversary that learns it again: see `llmbrain.pruning.forget`.
+        Of `forget`: make it last. The repair trains all weights against an adversary that learns it again: see
+        `llmbrain.pruning.forget.unlearning`. The same neurons go.
     rule : dict, optional
         Options of the criterion's own: for ``"published"`` those of `published_scores`.
     drop : str or sequence of str
@@ -325,11 +323,6 @@ def _functions(
         model, body, windows, labels, names, wanted, most=most, level=how.level, attribution=how.attribution
     )
     if how.last:
-        lines = lines_of(scans, list(forget))
-        found = neurons_that_relearn(
-            model, body, windows, labels, names, wanted, lines, found, most=most, level=how.level,
-            attribution=how.attribution,
-        )  # fmt: skip
         record["last"] = True
     counts = [int(found.gone[space.layer_slice(i)].sum()) for i in range(len(body.layers))]
     record |= {"targets": sum(counts), "left": found.left}

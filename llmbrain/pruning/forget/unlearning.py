@@ -36,9 +36,10 @@ HELD_OUT = 8  # one window in so many is not trained on, and tells how well it w
 HELD_LASTING = 4  # the same where forgetting is to last: there it decides
 LINES = 8  # in a step of the adversary
 HELD_LINES = 24  # single lines of what stays, in a step beside it
-PATIENCE = 20  # steps after which it starts anew
-RATE_OTHERS = 0.005  # first step of all other weights, and step of the adversary
-MENDS, MENDING = 4, 80  # what is to last: so often, and so many steps, the repair goes on for what suffers most
+PATIENCE = 40  # steps after which it starts anew
+ADVERSARY = 0.01  # its step, that of `Relearning`; with 20 steps of half the size what was forgotten came back sooner
+RATE_OTHERS = 0.005  # first step of all other weights
+MENDS, MENDING = 2, 80  # what is to last: so often, and so many steps, the repair goes on for what suffers most
 LOUDER = 4.0  # there the condition that suffers most counts so much more
 BROKEN = 0.005  # while it breaks more than this share of what a condition was sure of
 HARM = 0.03  # a share above which what is to last says that it does harm
@@ -287,7 +288,7 @@ class Adversary:
                 if g is None:
                     continue
                 size.mul_(0.9).addcmul_(g.float(), g.float(), value=0.1)
-                rate = RATE_OTHERS * p.detach().float().square().mean().sqrt()
+                rate = ADVERSARY * p.detach().float().square().mean().sqrt()
                 d.sub_((rate * g / (size.sqrt() + 1e-8)).to(d))
 
 
