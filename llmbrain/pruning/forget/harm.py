@@ -32,16 +32,28 @@ class SureLines:
 
     def __init__(self, model: nn.Module, lines: Sequence[Tensor]) -> None:
         self.ids, self.real = padded(lines)
-        self.sure = (self._chances(model) > SURE) & self.real[:, 1:]
+        before = self._chances(model)
+        self.sure = (before > SURE) & self.real[:, 1:]
+        self._before = before[self.sure]
         begins = self.sure & ~torch.nn.functional.pad(self.sure, (1, 0))[:, :-1]
         self._stretch = (begins.flatten().cumsum(0) - 1)[self.sure.flatten()]
 
     def broken(self, model: nn.Module) -> float:
         """Share of the stretches that are broken; 0 where there are none."""
-        if not len(self._stretch):
-            return 0.0
-        fell = (self._chances(model) < 0.5)[self.sure]
-        return len(self._stretch[fell].unique()) / (int(self._stretch[-1]) + 1)
+        return self.harm(model)[0]
+
+    def harm(self, model: nn.Module) -> tuple[float, float]:
+        """Share of the stretches that are broken, and mean over them of the largest fall of a token's probability.
+
+        The second has no steps, so that it tells which of two models does less harm from fewer lines.
+        """
+        n = int(self._stretch[-1]) + 1 if len(self._stretch) else 0
+        if not n:
+            return 0.0, 0.0
+        now = self._chances(model)[self.sure]
+        fell = len(self._stretch[now < 0.5].unique()) / n
+        falls = torch.zeros(n).scatter_reduce(0, self._stretch, (self._before - now).clamp_min(0), "amax")
+        return fell, float(falls.mean())
 
     def _chances(self, model: Any) -> Tensor:
         found = []

@@ -42,6 +42,7 @@ RATE_OTHERS = 0.005  # first step of all other weights
 MENDS, MENDING = 3, 80  # what is to last: so often, and so many steps, the repair goes on for what suffers most
 LOUDER = 4.0  # there the condition that suffers most counts so much more
 BROKEN = 0.005  # while it breaks more than this share of what a condition was sure of
+FALL = 0.02  # or while the probability of what it was sure of falls by more than this
 HARM = 0.03  # a share above which what is to last says that it does harm
 
 
@@ -85,9 +86,10 @@ def unlearn(
         ``"broken"``: by condition the share of surely known tokens (probability 0.9) that are below a half afterwards,
         and ``"loss_added"`` in nats a token, on ``"windows"`` held-out windows (on all where there are fewer than
         `HELD_OUT`). With ``"last"`` also ``"mended"``: how often the repair went on because another condition lost more
-        than `BROKEN` of the stretches it was sure of (`SureLines`, of lines in held-out windows), and ``"harm"``: what
-        each lost in the end. Of all rounds the one that does the least harm is taken, so the share is a little too
-        good; where it is above `HARM`, a `UserWarning` says so.
+        than `BROKEN` of the stretches it was sure of (`SureLines`, of lines in held-out windows), or their probability
+        fell by more than `FALL`, and ``"harm"``: what
+        each lost in the end. Of all rounds the one is taken after which what was sure fell least, so the share is a
+        little too good; where it is above `HARM`, a `UserWarning` says so.
     """
     last = bool(functions.get("last"))
     labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
@@ -123,11 +125,12 @@ def unlearn(
     mended, rounds = 0, list[_Round]()
     while last:
         broken = by_condition(change + before > np.log(2), sure)
-        harmed = {c: max(broken.get(c, 0.0), of.broken(model)) for c, of in sure_lines.items()}
-        worst = max(harmed.values(), default=0.0)
-        if not rounds or worst <= rounds[-1].worst:  # of equal ones the one that forgot longer
-            rounds = [_Round(worst, harmed, change, [r.now.detach().clone() for r in refits])]
-        if worst <= BROKEN or mended == MENDS:
+        found = {c: of.harm(model) for c, of in sure_lines.items()}
+        harmed = {c: max(broken.get(c, 0.0), of[0]) for c, of in found.items()}
+        worst, fall = max(harmed.values(), default=0.0), max((of[1] for of in found.values()), default=0.0)
+        if not rounds or fall <= rounds[0].fall:
+            rounds = [_Round(worst, fall, harmed, change, [r.now.detach().clone() for r in refits])]
+        if (worst <= BROKEN and fall <= FALL) or mended == MENDS:
             break
         share = {c: h / max(worst, 1e-9) for c, h in harmed.items()}
         louder = torch.tensor([0.0, *(share.get(c, 0.0) for c in names)])
@@ -162,6 +165,7 @@ class _Round:
     """How a repair stood after a round."""
 
     worst: float
+    fall: float  # of the probability of an answer, on average, in the condition where it falls most
     harm: dict[str, float]  # by condition
     change: Tensor
     weights: list[Tensor]

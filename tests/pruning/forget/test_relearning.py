@@ -127,6 +127,7 @@ def test_what_suffers_is_mended_while_it_is_too_much(two_abilities, monkeypatch)
     monkeypatch.setattr(unlearning, "_train", watched)
     for allowed, times in ((-1.0, unlearning.MENDS), (1.0, 0)):
         monkeypatch.setattr(unlearning, "BROKEN", allowed)
+        monkeypatch.setattr(unlearning, "FALL", 1.0)
         trained.clear()
         small = prune(model, whole, calibration=scans, window=ids.shape[1], compensate="least-squares",
                       relearning=False)  # fmt: skip
@@ -183,7 +184,9 @@ def test_an_answer_with_one_wrong_token_is_wrong(two_abilities):
     row, column = (int(x) for x in sure.sure.nonzero()[0])
     chances[row, column] = 0.4
     sure._chances = lambda _: chances
-    assert sure.broken(model) == pytest.approx(1 / n)
+    broken, fall = sure.harm(model)
+    assert broken == pytest.approx(1 / n)
+    assert fall == pytest.approx((float(sure._before[0]) - 0.4) / n, rel=1e-4)
 
 
 def test_a_probe_reads_what_hidden_states_hold(two_abilities):
