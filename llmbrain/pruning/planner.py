@@ -187,6 +187,8 @@ def plan_pruning(
     text = {name: options.pop(name) for name in CALIBRATION_OPTIONS if name in options}
     given = Calibration.of(calibration, tokenizer, **text)
     how = plan_options(options)
+    if not isinstance(how.last, bool):
+        raise InputError(f"last={how.last!r} must be True or False")
     if not forget and (how.last or how.attribution != "gradient"):
         raise InputError(f"last={how.last}, attribution={how.attribution!r} are options of forget: say what is to go")
     if has_experts(model):
@@ -306,6 +308,8 @@ def _functions(
     scans = calibration.scans or []
     shape = (windows.shape[0], windows.shape[1])
     weights = condition_weights(scans, shape, keep, forget)
+    if both := sorted(set(keep) & set(forget)):
+        raise InputError(f"keep and forget both name {both}: a condition stays or goes")
     record: dict[str, Any] = {"keep": list(keep), "forget": list(forget)}
     text = Calibration(windows, max_windows=None, weights=weights)
     if not forget:

@@ -132,7 +132,9 @@ def prune(
     refuse_changed(model, "prune")
     check_in_memory(model, "prune")
     functions = plan.details.get("functions", {})
-    if inplace and functions.get("last") and compensate == "least-squares":
+    if functions.get("last") and compensate != "least-squares":
+        raise InputError(f"compensate={compensate!r}: it is the repair by least squares that makes forgetting last")
+    if inplace and functions.get("last"):
         raise InputError("inplace=True: a repair that makes forgetting last trains all weights, so it needs a copy")
     body, kept = plan.check_model(model), plan.kept_units
     for units, of in kept.items():

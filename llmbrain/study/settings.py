@@ -113,6 +113,10 @@ class Settings:
                 raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.last and not self.forget:
             raise InputError("last=True is an option of forget: say what is to go")
+        if self.last and self.compensate != "least-squares":
+            raise InputError(
+                f"compensate={self.compensate!r}: it is the repair by least squares that makes forgetting last"
+            )
         if not self.indices and (self.format == "masked" or self.expert_ratio is not None):
             what = "format='masked'" if self.expert_ratio is None else f"expert_ratio={self.expert_ratio}"
             raise InputError(f"indices=False together with {what}, which names what went")

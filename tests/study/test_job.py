@@ -153,6 +153,7 @@ def test_what_is_to_last_and_to_be_unnamed_stands_in_the_file_that_repeats_it(tm
     assert "last = true\nindices = false\n" in how.to_toml()
     assert Settings.from_toml(tmp_path / "config.toml") == how
     for wrong, message in (({"last": True}, "is an option of forget"), ({"last": "yes"}, "must be true or false"),
+                           ({"last": True, "forget": "a", "compensate": None}, "that makes forgetting last"),
                            ({"indices": False, "format": "masked"}, "which names what went"),
                            ({"indices": False, "expert_ratio": 0.5}, "which names what went")):  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -144,6 +144,20 @@ def test_the_command_reads_rows_of_unlearning_benchmarks(tmp_path):
     assert sorted(kinds) == ["forget"] * 6 + ["retain"] * 6
 
 
+def test_what_contradicts_itself_is_refused(two_abilities):
+    model, scans, ids = two_abilities
+    options = {"method": "magnitude", "window": ids.shape[1]}
+    with pytest.raises(lb.InputError, match=r"both name \['low'\]"):
+        plan_pruning(model, None, scans, ratio=0.3, keep=["low", "high"], forget="low", **options)
+    with pytest.raises(lb.InputError, match="last='no' must be True or False"):
+        plan_pruning(model, None, scans, forget="low", last="no", **options)
+    twice = plan_pruning(model, None, scans, forget=["low", "low"], last=True, **options)
+    assert twice.details["functions"]["forget"] == ["low"]
+    for compensate in (None, "bias"):  # last would do nothing
+        with pytest.raises(lb.InputError, match="that makes forgetting last"):
+            lb.prune(model, twice, calibration=scans, compensate=compensate, relearning=False)
+
+
 def test_options_of_forgetting_are_refused_where_nothing_is_to_go(two_abilities):
     model, scans, _ = two_abilities
     for option in ({"last": True}, {"attribution": "relp"}):
