@@ -42,7 +42,6 @@ RATE_OTHERS = 0.005  # first step of all other weights
 MENDS, MENDING = 3, 80  # what is to last: so often, and so many steps, the repair goes on for what suffers most
 LOUDER = 4.0  # there the condition that suffers most counts so much more
 BROKEN = 0.005  # while it breaks more than this share of what a condition was sure of
-FALL = 0.02  # or while the probability of what it was sure of falls by more than this
 HARM = 0.03  # a share above which what is to last says that it does harm
 
 
@@ -86,8 +85,7 @@ def unlearn(
         ``"broken"``: by condition the share of surely known tokens (probability 0.9) that are below a half afterwards,
         and ``"loss_added"`` in nats a token, on ``"windows"`` held-out windows (on all where there are fewer than
         `HELD_OUT`). With ``"last"`` also ``"mended"``: how often the repair went on because another condition lost more
-        than `BROKEN` of the stretches it was sure of (`SureLines`, of lines in held-out windows), or their probability
-        fell by more than `FALL`, and ``"harm"``: what
+        than `BROKEN` of the stretches it was sure of (`SureLines`, of lines in held-out windows), and ``"harm"``: what
         each lost in the end. Of all rounds the one is taken after which what was sure fell least, so the share is a
         little too good; where it is above `HARM`, a `UserWarning` says so.
     """
@@ -130,7 +128,7 @@ def unlearn(
         worst, fall = max(harmed.values(), default=0.0), max((of[1] for of in found.values()), default=0.0)
         if not rounds or fall <= rounds[0].fall:
             rounds = [_Round(worst, fall, harmed, change, [r.now.detach().clone() for r in refits])]
-        if (worst <= BROKEN and fall <= FALL) or mended == MENDS:
+        if worst <= BROKEN or mended == MENDS:
             break
         share = {c: h / max(worst, 1e-9) for c, h in harmed.items()}
         louder = torch.tensor([0.0, *(share.get(c, 0.0) for c in names)])

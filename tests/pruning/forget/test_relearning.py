@@ -127,7 +127,6 @@ def test_what_suffers_is_mended_while_it_is_too_much(two_abilities, monkeypatch)
     monkeypatch.setattr(unlearning, "_train", watched)
     for allowed, times in ((-1.0, unlearning.MENDS), (1.0, 0)):
         monkeypatch.setattr(unlearning, "BROKEN", allowed)
-        monkeypatch.setattr(unlearning, "FALL", 1.0)
         trained.clear()
         small = prune(model, whole, calibration=scans, window=ids.shape[1], compensate="least-squares",
                       relearning=False)  # fmt: skip
