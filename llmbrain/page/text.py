@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,14 @@ from numpy.typing import NDArray
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARKERS = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n", "ĉ": "\t"})
+
+
+def short_name(name: str) -> str:
+    """A model's name for people: of a file or folder the last part of its path, of a hub id all of it."""
+    path = Path(name)
+    if not (path.is_absolute() or path.exists()):
+        return name
+    return path.stem if path.suffix == ".gguf" else path.resolve().name or name
 
 
 def visible(text: str) -> str:

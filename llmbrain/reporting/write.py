@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from llmbrain.page.report import Report
+from llmbrain.page.text import short_name
 from llmbrain.reporting import sections as parts
 from llmbrain.reporting.contents import Contents
 from llmbrain.reporting.effects import labels_of
@@ -114,7 +115,7 @@ def write_report(path: str | os.PathLike[str], *, title: str, **contents: Any) -
 
 
 def _subtitle(held: Contents) -> str:
-    model = next((str(scan.model_id) for scan in held.scans or [] if getattr(scan, "model_id", None)), "")
+    model = next((short_name(str(scan.model_id)) for scan in held.scans or [] if getattr(scan, "model_id", None)), "")
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return " · ".join(piece for piece in (model, made) if piece)
 

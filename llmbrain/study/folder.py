@@ -48,6 +48,7 @@ from llmbrain.decomposition import GroupICA, read_ica
 from llmbrain.intervention.table import LesionTable
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.page.report import Report
+from llmbrain.page.text import short_name
 from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.experts import ExpertPlan, read_plan
 from llmbrain.reporting import build_report, report
@@ -213,7 +214,7 @@ def _(obj: Study, *, title: str | None = None, **contents: Any) -> Report:
     }
     if obj.has("summary"):
         own |= {name: obj.summary[name] for name in ("dense", "pruned", "provenance")}
-        title = title or f"llmbrain: {own['provenance']['model']}"
+        title = title or f"llmbrain: {short_name(str(own['provenance']['model']))}"
     return build_report(title=title or f"llmbrain: {obj.folder.name}", **{**own, **contents})
 
 

@@ -21,6 +21,7 @@ from llmbrain.distributed import Parcel, alone, ranks
 from llmbrain.evaluation.perplexity import predicts_next_token
 from llmbrain.hooks.text import as_windows, listed_texts, window_length
 from llmbrain.networks import FunctionalNetworks
+from llmbrain.page.text import short_name
 from llmbrain.plotting import plot_widths
 from llmbrain.pruning import PruningPlan, plan_pruning, prune, prune_offloaded
 from llmbrain.pruning.allocate.blocks import check_drop
@@ -373,7 +374,7 @@ def cut(
             found = foretold if foretold is None else foretold.measure(model, smaller)
             forgetting = getattr(smaller, RECORD, [{}])[-1].get("forgetting")
             shown: dict[str, Any] = {"plan": plan, "networks": evidence.networks, "forecast": found}
-            write_report(path, title=f"{model_id(model)}, pruned", forgetting=forgetting, **shown)
+            write_report(path, title=f"{short_name(model_id(model))}, pruned", forgetting=forgetting, **shown)
 
         def beside(folder: Path, smaller: nn.Module | None = None) -> None:
             """What is of one set with the model."""

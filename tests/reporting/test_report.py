@@ -27,7 +27,7 @@ from llmbrain.decomposition import GroupICA
 from llmbrain.intervention import LesionTable
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.page import Report, Section
-from llmbrain.page.text import number, shown_tokens, token_label, visible
+from llmbrain.page.text import number, short_name, shown_tokens, token_label, visible
 from llmbrain.pruning import PruningPlan
 from llmbrain.reporting import build_report, write_report
 from llmbrain.reporting.effects import condition_effects, labels_of, standardized, token_types, top_tokens
@@ -359,6 +359,13 @@ def test_conditions_need_two_kinds() -> None:
     events = pd.DataFrame({"onset": [0], "duration": [50], "trial_type": ["only"]})
     scan = SimpleNamespace(n_tokens=100, events=events)
     assert condition_effects([np.zeros((100, 2), dtype=np.float32)], [scan]).empty
+
+
+def test_a_model_is_called_by_the_last_part_of_its_path(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    assert short_name(str(tmp_path / "small")) == "small"
+    assert short_name("/somewhere/Model.Q4_1.gguf") == "Model.Q4_1"
+    assert short_name("org/model") == "org/model"
 
 
 def test_top_tokens_come_with_the_text_around_them() -> None:
