@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmbrain._progress import bar
 from llmbrain._validation import InputError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # a target that is none
+AT_ONCE = 2**25  # logits whose log probabilities are held at once
 
 
 def perplexity(
@@ -94,8 +96,18 @@ def next_token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     if logits is None or logits.shape[:2] != ids.shape:
         raise InputError(f"model {type(model).__name__} gives no next-token logits: use a causal model")
     target = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten().to(logits.device)  # no copy of all logits but the last
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), target, reduction="none", ignore_index=IGNORED)
+    rows = max(1, AT_ONCE // logits.shape[-1])
+    # log probabilities are as large as the logits: a part at a time, and found again for gradients, not kept
+    again = torch.is_grad_enabled() and len(target) > rows
+    losses = torch.cat([
+        checkpoint(_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False) if again
+        else _cross_entropy(*part) for part in zip(logits.flatten(0, 1).split(rows), target.split(rows))
+    ])  # fmt: skip
     return losses.unflatten(0, (len(ids), -1))[:, :-1]
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target, reduction="none", ignore_index=IGNORED)
 
 
 def window_losses(model: nn.Module, windows: Tensor, *, progress: bool = False) -> NDArray[np.float64]:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.families import anatomy
-from llmbrain.evaluation.perplexity import predicts_next_token
+from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
 from llmbrain.hooks.change import recomputing
 from llmbrain.hooks.listen import hear_outputs
-from llmbrain.hooks.text import evaluating, input_device
+from llmbrain.hooks.text import evaluating
 from llmbrain.networks import FunctionalNetworks
 from llmbrain.networks.localizer import time_courses_of
 from llmbrain.pruning.calibrate.gradients import gradient_pass, to_recompute
@@ -313,7 +313,7 @@ class Changes:
                     first[0] = torch.zeros(len(ids))
                     second.clear()
                     with recomputing(to_recompute(self.observed.body, len(ids))), hear_outputs(model, places):
-                        torch.autograd.grad(_losses(model, ids).sum(), list(leaf.parameters()))
+                        torch.autograd.grad(next_token_losses(model, ids[None]).sum(), list(leaf.parameters()))
                     begun.clear()
                     parts[0].append(first[0])
                     parts[1].append(torch.stack(list(second.values())).sum(0))
@@ -327,15 +327,9 @@ def token_losses_of(model: nn.Module, scans: Sequence[Scan]) -> Series:
     found = []
     with evaluating(model):
         for scan in scans:
-            parts = [F.pad(_losses(model, ids), (1, 0), value=torch.nan).cpu().numpy() for ids in _blocks(scan)]
-            found.append(np.concatenate(parts).astype(np.float64))
+            parts = [F.pad(next_token_losses(model, ids[None])[0], (1, 0), value=torch.nan) for ids in _blocks(scan)]
+            found.append(torch.cat(parts).double().cpu().numpy())
     return found
-
-
-def _losses(model: nn.Module, ids: Tensor) -> Tensor:
-    ids = ids.to(input_device(model))
-    logits = model(input_ids=ids[None]).logits[0, :-1].float()
-    return F.cross_entropy(logits, ids[1:], reduction="none")
 
 
 def _blocks(scan: Scan) -> list[Tensor]:

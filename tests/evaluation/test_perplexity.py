@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmbrain import InputError
 from llmbrain.evaluation import latency, perplexity, throughput
+from llmbrain.evaluation.perplexity import next_token_losses
 from llmbrain.hooks.text import evaluating, packed_windows
 
 
@@ -100,3 +102,20 @@ def test_throughput_is_on_random_tokens_of_the_context(monkeypatch):
     assert len(seen) == 4
     assert tuple(seen[0].shape) == (4, 64)
     assert len(seen[0].unique()) > 20
+
+
+def test_losses_and_gradients_are_the_same_a_part_at_a_time(monkeypatch):
+    model = tiny("llama")
+    ids = torch.randint(0, model.config.vocab_size, (3, 8), generator=torch.Generator().manual_seed(0))
+    weight = model.get_output_embeddings().weight
+
+    def found():
+        losses = next_token_losses(model, ids)
+        return losses.detach(), *torch.autograd.grad(losses.sum(), [weight])
+
+    whole = found()
+    monkeypatch.setattr(sys.modules[next_token_losses.__module__], "AT_ONCE", 5 * weight.shape[0])  # five tokens
+    for a, b in zip(found(), whole):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(next_token_losses(model, ids), whole[0], rtol=1e-5, atol=1e-6)
