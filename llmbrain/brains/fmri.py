@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from llmbrain._files import clear_damage
-from llmbrain._validation import InputError
+from llmbrain._validation import InputError, check_range, check_whole
 from llmbrain.brains.regions import PartMasker, columns_of
 from llmbrain.brains.series import check_tr
 from llmbrain.brains.tables import Table, orient, read_table
@@ -153,6 +153,10 @@ def load_fmri(
     """
     if tr is not None:
         check_tr(tr)
+    if n_volumes is not None:
+        check_whole("n_volumes", n_volumes, 1)
+    if expected is not None:
+        check_range("expected", expected, 0)
     files, chosen = _files(path, pattern)
     tables: dict[str, Table] = {}
     images: dict[str, Array] = {}

@@ -12,6 +12,7 @@ from torch import nn
 
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts
+from llmbrain.checkpoints.bounds import check_config, check_file
 from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_layout import CONFIG
 from llmbrain.checkpoints.gguf_opening import first_line, open_gguf
@@ -22,7 +23,8 @@ from llmbrain.checkpoints.shapes import apply_shapes, layer_shapes, own_layers, 
 
 # What transformers raises for configs that make no sense.
 _UNREADABLE = (
-    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError,
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
@@ -48,6 +50,7 @@ def read_config(source: str | Path) -> Any:
             field = reader.fields.get(CONFIG)
             if field is not None:  # one that llmbrain wrote
                 written = json.loads(field.contents())
+                check_config(written, path)
                 return transformers.CONFIG_MAPPING[written["model_type"]].from_dict(written)
             config = config_of_mixture(path, reader)
             if config is None:
@@ -57,6 +60,7 @@ def read_config(source: str | Path) -> Any:
             return config
         if path.is_dir() and not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json: it is not a model folder")
+        check_file(path)
         return AutoConfig.from_pretrained(str(source))
     except FileNotFoundError:
         raise
@@ -78,6 +82,7 @@ def model_of_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     InputError
         If it describes no model.
     """
+    check_config(config, type(config).__name__)
     try:
         return _built(config, dtype)
     except InputError:

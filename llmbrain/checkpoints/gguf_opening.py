@@ -28,7 +28,13 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     if head != MAGIC:
         raise InputError(f"{path} is not a GGUF file: it begins with {head!r}, not {MAGIC!r}")
     check_gguf(path)
-    return _reader(path)
+    reader = _reader(path)
+    with clear_damage(path, "a GGUF file"):
+        kind = reader.fields.get("general.architecture")
+        blocks = None if kind is None else reader.fields.get(f"{kind.contents()}.block_count")
+        if blocks is not None and reader.tensors and int(blocks.contents()) > len(reader.tensors):
+            raise ValueError(f"it says {blocks.contents()} blocks, and has {len(reader.tensors)} tensors")
+    return reader
 
 
 def _reader(path: Path) -> gguf.GGUFReader:

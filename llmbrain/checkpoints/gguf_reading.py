@@ -23,6 +23,7 @@ from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.units import HEADS, NEURONS
 from llmbrain.checkpoints import gguf_experts
+from llmbrain.checkpoints.bounds import check_config
 from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_layout import (
     CLASS,
@@ -154,6 +155,7 @@ def _foreign_model(
         raise InputError(
             f"{path}: its architecture {architecture!r} is not one that transformers reads: {first_line(error)}"
         ) from error
+    check_config(config, path)
     _set_rope(path, reader, config)
     model = _model(path, config, dtype)
     _refuse_unused(path, reader, model, architecture)
@@ -181,6 +183,7 @@ def _foreign_mixture(
     from transformers.initialization import no_init_weights
 
     config = gguf_experts.config_of(path, architecture, fields, {t.name: t.shape for t in reader.tensors})
+    check_config(config, path)
     _set_rope(path, reader, config)
     mixture = MIXTURES[config.model_type]
     try:
@@ -227,6 +230,7 @@ def _own_model(
     config_class, model_class = None, getattr(transformers, str(fields.get(CLASS)), None)
     try:
         written = json.loads(fields[CONFIG])
+        check_config(written, path)
         config_class = transformers.CONFIG_MAPPING[written["model_type"]]
         config = config_class.from_dict(written)
         kind = written["model_type"]

@@ -15,6 +15,7 @@ from llmbrain._files.parts import is_temporary
 from llmbrain._files.sets import COMMIT
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts
+from llmbrain.checkpoints.bounds import check_file
 from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_reading import is_gguf, load_gguf
 from llmbrain.checkpoints.placing import NO_PLAN, DeviceMap, Placement, TpPlan
@@ -179,6 +180,7 @@ def _checked(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
 def _load(source: str, dtype: Any, where: Placement, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoConfig
 
+    check_file(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:

@@ -63,7 +63,7 @@ class Placement:
         if isinstance(device_map, str) and device_map not in NAMES:
             device_map = {"": str(resolve_device(device_map))}
         if device_map is not None and not isinstance(device_map, str):
-            if not device_map or not all(isinstance(k, str) for k in device_map):
+            if not isinstance(device_map, Mapping) or not device_map or not all(isinstance(k, str) for k in device_map):
                 raise InputError(f"device_map={device_map!r} must name modules and their devices, or be one of {NAMES}")
             device_map = {name: _checked_place(name, where) for name, where in device_map.items()}
         self.device = None if device is None else resolve_device(device)

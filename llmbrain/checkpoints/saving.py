@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._files import read_json, refuse_other, still_free, transaction, write_json
-from llmbrain._validation import InputError, check_option, check_whole
+from llmbrain._validation import InputError, check_option, check_whole, shown
 from llmbrain._version import __version__
 from llmbrain.anatomy.experts import expert_anatomy, has_experts
 from llmbrain.anatomy.families import LayerAnatomy, Projection, anatomy
@@ -113,6 +114,11 @@ def save_pruned(
     check_option("format", format, FORMATS)
     path = Path(path)
     check_whole("multiple_of", multiple_of, 1)
+    check_option("gguf_type", gguf_type, GGUF_TYPES)
+    if not isinstance(max_shard_size, str):
+        check_whole("max_shard_size", max_shard_size, 1)
+    elif not re.fullmatch(r"(?i)(?=.*[1-9])\d+(\.\d+)?\s*[TGMK]B", max_shard_size):
+        raise InputError(f"max_shard_size={shown(max_shard_size)} must be a size such as '5GB', or a number of bytes")
     if format == "gguf":
         return _save_gguf(model, tokenizer, path, gguf_type, like, overwrite, note or {}, verify)
     if like is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_range, seed_of
+from llmbrain._validation import InputError, check_option, check_range, check_whole, numbers, seed_of
 from llmbrain.brains.series import check_series, orthonormal, slow_cosines, standardize
 from llmbrain.comparison.ceilings import noise_ceilings
 from llmbrain.comparison.imputation import imputation
@@ -167,6 +167,7 @@ def couple(
     random_state = seed_of(random_state)
     check_option("correction", correction, CORRECTIONS)
     check_range("alpha", alpha, 0, 1, open_low=True, open_high=True)
+    lags = [check_whole("lags", lag) for lag in numbers("lags", lags)]
     x = check_series("llm_series", llm_series)
     n = len(x)
     subjects, y = _group(brain_series, n)
@@ -215,7 +216,7 @@ def couple(
     })  # fmt: skip
     result = Coupling(
         r=r, r_raw=_unit(x).T @ _unit(y), p=p, p_corrected=p_corrected, threshold=float(np.quantile(maxima, 1 - alpha)),
-        null_max=maxima, lags=np.array(list(lags), dtype=np.int64), lag_r=_lag_profile(xc, yc, lags), matches=matches,
+        null_max=maxima, lags=np.array(lags, dtype=np.int64), lag_r=_lag_profile(xc, yc, lags), matches=matches,
         match_score=score, match_p=match_p,
         networks=network_names, regions=region_names, null=null, correction=correction, alpha=alpha,
     )  # fmt: skip
@@ -268,7 +269,7 @@ def _lag_profile(x: Array, y: Array, lags: Sequence[int]) -> Array:
     """Correlation of x[t] with y[t + lag] over the volumes that both have."""
     n = len(x)
     profile = []
-    for lag in (int(lag) for lag in lags):
+    for lag in lags:
         if abs(lag) > n - 3:
             raise InputError(f"lags: {lag} is too long for {n} volumes")
         a, b = x[max(-lag, 0) : n - max(lag, 0)], y[max(lag, 0) : n - max(-lag, 0)]

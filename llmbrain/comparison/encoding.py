@@ -11,7 +11,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_option, check_whole, seed_of, soft_import
+from llmbrain._validation import (
+    InputError,
+    check_count,
+    check_option,
+    check_range,
+    check_whole,
+    numbers,
+    seed_of,
+    soft_import,
+)
 from llmbrain.brains.hrf import add_delays
 from llmbrain.brains.series import check_series, check_tr, slow_cosines
 from llmbrain.stats.nulls import CORRECTIONS, NULLS, missing_cosines, surrogates, warn_if_too_smooth
@@ -199,11 +208,16 @@ def encode(
     check_option("correction", correction, CORRECTIONS)
     y = check_series("targets", targets)
     n, n_targets = y.shape
+    delays = None if delays is None else [check_whole("delays", delay) for delay in numbers("delays", delays)]
+    alphas = [check_range("alphas", alpha, 0, open_low=True) for alpha in numbers("alphas", alphas)]
+    if not alphas:
+        raise InputError("alphas=[]: at least one is needed")
+    check_count("n_iter", n_iter, 1)
     designs = _designs(features, n, tr, delays)
     bands = list(designs)
     for name in tested or ():
         check_option("tested", name, bands)
-    gap = max(int(np.ceil(GAP_SECONDS / tr)), _longest_delay(delays, tr)) if gap is None else int(gap)
+    gap = max(int(np.ceil(GAP_SECONDS / tr)), _longest_delay(delays, tr)) if gap is None else gap
     model = _Model(list(designs.values()), contiguous_folds(n, n_folds, gap), gap, alphas, n_iter, random_state)
     live = np.isfinite(y).all(axis=0) & (y.std(axis=0) > 0)
     if not live.any():

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from llmbrain._validation import InputError, check_count, check_option, check_range, legacy_generator
+from llmbrain._validation import InputError, check_count, check_option, check_range, check_whole, legacy_generator
 from llmbrain.decomposition.group_space import GroupSpace
 from llmbrain.decomposition.workers import workers
 
@@ -136,7 +136,8 @@ def ica_stability(
     check_option("resample", resample, RESAMPLE)
     check_range("threshold", threshold, -1, 1)
     _check_cca(resample, options)
-    size = n_subspace or 2 * n_components
+    check_whole("n_components", n_components, 1)
+    size = 2 * n_components if n_subspace is None else check_whole("n_subspace", n_subspace, 1)
     reduced = GroupSpace.of(scans, n_components, size, options, tokens=resample != "starts")
     result = _icasso(reduced, n_components, n_starts, resample, random_state)
     low = np.flatnonzero(~(result.iq >= threshold))

@@ -354,6 +354,7 @@ def window_length(model: nn.Module, window: int | None = None) -> int:
     limit = context_length(model)
     if window is None:
         return min(limit or MAX_WINDOW, MAX_WINDOW)
+    check_whole("window", window, 2)
     if limit is not None and window > limit:
         raise InputError(f"window={window} is longer than the model's context of {limit} tokens")
     return window
@@ -367,6 +368,8 @@ def as_windows(
     max_windows: int | None = None,
 ) -> Tensor:
     """Windows ``(n, window)`` from texts, or those that were packed already."""
+    if max_windows is not None:
+        check_whole("max_windows", max_windows, 1)
     if isinstance(texts, Tensor):
         if texts.ndim != 2 or texts.shape[1] < 2 or not len(texts) or texts.is_floating_point():
             raise InputError(f"windows of shape {tuple(texts.shape)} must be token ids of shape (n >= 1, window >= 2)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llmbrain._validation import check_count
 from llmbrain.anatomy.space import NeuronSpace
 
 STRATUM = 20  # neurons of a layer that count as equally active, at least
@@ -16,7 +17,7 @@ def random_masks(mask: NDArray[np.bool_], space: NeuronSpace, n: int, rng: np.ra
     Drawn from all neurons of the layer, those of `mask` included: under the null hypothesis that the network is any
     such set, its rank among them is exact.
     """
-    masks = np.zeros((n, space.n_neurons), dtype=bool)
+    masks = np.zeros((check_count("n_random", n), space.n_neurons), dtype=bool)
     for layer in range(space.n_layers):
         part = space.layer_slice(layer)
         count = int(mask[part].sum())

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from llmbrain._validation import InputError, check_range, seed_of
+from llmbrain._validation import InputError, check_range, numbers, seed_of
 from llmbrain.anatomy.families import anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.intervention.controls import random_masks
@@ -62,6 +62,7 @@ def keep_only_curve(
         random_high (mean and extremes over draws; nan without any), p (``(b + 1) / (n + 1)``, b the draws that are at
         least as near to the intact score), intact.
     """
+    shares = numbers("shares", shares)
     for share in shares:
         check_range("shares", share, 0, 1, open_low=True)
     space = NeuronSpace(anatomy(model).widths)
@@ -132,7 +133,7 @@ def amplification_curve(
         gain, size, and the columns of `keep_only_curve` from evaluation on.
     """
     random_state = seed_of(random_state)
-    gains = [float(check_range("gains", gain)) for gain in gains]
+    gains = [float(check_range("gains", gain)) for gain in numbers("gains", gains)]
     space = NeuronSpace(anatomy(model).widths)
     mask = neuron_mask(what, space)
     if not mask.any():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmbrain._validation import InputError, check_option, check_range
+from llmbrain._validation import InputError, check_option, check_range, shown
 from llmbrain._version import __version__
 from llmbrain.anatomy.families import Anatomy, anatomy
 from llmbrain.anatomy.offload import check_in_memory
@@ -108,6 +108,8 @@ def prune(
         If the plan is for another model, weights can not be cut, cutting them is not the same as silencing them,
         calibration is missing or too short, or an intervention is in force; `model` is untouched then.
     """
+    if not isinstance(plan, (PruningPlan, ExpertPlan)):
+        raise InputError(f"plan={shown(plan)} is no plan: see `plan_pruning` and `PruningPlan.load`")
     check_option("compensate", compensate, COMPENSATIONS)
     if not isinstance(relearning, (bool, Relearning)):
         raise InputError(f"relearning={relearning!r} must be True, False or a Relearning")

@@ -17,7 +17,7 @@ from torch import nn
 
 from llmbrain._files import bytes_text
 from llmbrain._progress import span
-from llmbrain._validation import InputError, check_range, check_whole
+from llmbrain._validation import InputError, check_names, check_range, check_whole
 from llmbrain.anatomy.families import context_length
 from llmbrain.checkpoints.configs import model_of_config, read_config
 from llmbrain.pruning.allocate.losses import LEVELS
@@ -193,8 +193,8 @@ def estimate(
     if gpu is None and gpus > 1:
         raise InputError(f"gpus={gpus} without gpu: say which (gpu='h100')")
     table = None if gpu is None else gpu_of(gpu)
-    kind = getattr(torch, dtype, None) if dtype else None
-    if dtype and kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if dtype is not None and kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise InputError(f"dtype={dtype!r} is not known: float32, bfloat16 or float16")
     if window is not None:
         check_whole("window", window, 2)
@@ -204,7 +204,8 @@ def estimate(
     known: tuple[str, ...] = OF_EXPERTS if subject.mixture else OF_NEURONS
     if not _writes(model):
         known = tuple(name for name in known if name not in OF_NEXT_TOKEN)
-    unknown = sorted(set(methods or ()) - set(known))
+    methods = check_names("methods", methods)
+    unknown = sorted(set(methods) - set(known))
     if unknown:
         raise InputError(f"methods={unknown} are not known here: {', '.join(known)}")
     longest = min(context_length(model) or 2048, 2048)

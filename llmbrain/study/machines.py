@@ -417,6 +417,6 @@ def _signals(tokens: int, width: int) -> Tensor:
 
 def gpu_of(name: str) -> Gpu:
     """A GPU by its name; an `InputError` lists those that are known."""
-    if name.lower() not in GPUS:
+    if not isinstance(name, str) or name.lower() not in GPUS:
         raise InputError(f"gpu={name!r} is not in the table: {', '.join(GPUS)}")
     return GPUS[name.lower()]

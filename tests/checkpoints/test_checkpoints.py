@@ -164,6 +164,18 @@ def test_dtype_shards_ties_and_generation_config_are_kept(tmp_path):
     assert torch.equal(out, model.generate(IDS[:1, :4], do_sample=False, max_new_tokens=5, pad_token_id=0))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"vocab_size": 10**9}, {"intermediate_size": 10**9}])
+def test_numbers_that_the_weights_have_no_room_for(family, change, tmp_path, capfd):
+    """Nothing is built, or allocated, by a number that cannot be."""
+    tiny(family).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(InputError, match=next(iter(change))):
+        load_model(tmp_path)
+    assert "MISMATCH" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_tensor_that_does_not_fit_is_named(change, tmp_path):
     save_pruned(cut("llama"), None, tmp_path / "x")

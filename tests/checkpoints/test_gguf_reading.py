@@ -160,6 +160,14 @@ def test_numbers_beyond_the_end_are_one_line(tmp_path: Path) -> None:
     path.write_bytes(whole)
     with pytest.raises(InputError, match=r"long\.gguf is not a GGUF file.*ends within an entry"):
         lb.load_model(path)
+    path, word = write(tmp_path / "deep.gguf"), b"llama.block_count"
+    whole = bytearray(path.read_bytes())
+    at = whole.find(word) + len(word) + 4
+    whole[at : at + 4] = (10**9).to_bytes(4, "little")
+    path.write_bytes(whole)
+    for use in (lb.load_model, lb.estimate):
+        with pytest.raises(InputError, match="says 1000000000 blocks"):
+            use(path)
     for extra in ([("blk.0.ffn_down.bias", (0,))], [("blk.0.attn_q.weight", (0, WIDTH))]):
         with pytest.raises(InputError, match=r"none\.gguf"):
             lb.load_model(write(tmp_path / "none.gguf", extra=extra))

@@ -18,6 +18,7 @@ from llmbrain.hooks.text import listed_texts
 
 TEXT = "hello there, how are you? "
 RUNS = [np.random.default_rng(seed).standard_normal((60, 12)) for seed in range(2)]
+IDS = torch.arange(16).reshape(2, 8) + 3
 WHOLE: dict[str, Callable[[object], object]] = {
     "block_size": lambda v: lb.scan(tiny("llama"), tiny_tokenizer(), TEXT, block_size=v),
     "batch_size": lambda v: lb.scan(tiny("llama"), tiny_tokenizer(), TEXT, batch_size=v),
@@ -29,6 +30,13 @@ WHOLE: dict[str, Callable[[object], object]] = {
     "random_state": lambda v: lb.GroupICA(n_components=2, random_state=v).fit(RUNS),
     "multiple_of": lambda v: lb.plan_pruning(tiny("llama"), ratio=0.5, method="magnitude", multiple_of=v),
     "protect": lambda v: lb.plan_pruning(tiny("llama"), ratio=0.5, method="magnitude", protect=v),
+    "window": lambda v: lb.perplexity(tiny("llama"), tiny_tokenizer(), TEXT, window=v),
+    "max_windows": lambda v: lb.perplexity(tiny("llama"), None, IDS, max_windows=v),
+    "n_volumes": lambda v: lb.load_fmri("nowhere.npy", n_volumes=v),
+    "n_random": lambda v: lb.amplification_curve(tiny("llama"), np.arange(48) < 5, {"x": IDS}, n_random=v),
+    "n_subspace": lambda v: lb.ica_stability(RUNS, 2, n_starts=2, n_subspace=v),
+    "max_shard_size": lambda v: lb.save_pruned(tiny("llama"), None, "never", max_shard_size=v),
+    "gap": lambda v: lb.encode(RUNS[0][:, :2], RUNS[1][:, :2], tr=2.0, gap=v),
 }
 
 
@@ -40,6 +48,38 @@ def test_what_must_be_whole(name: str) -> None:
         with pytest.raises(InputError, match=name) as said:
             WHOLE[name](value)
         assert "\n" not in str(said.value)
+
+
+def test_what_must_be_a_list_of_numbers() -> None:
+    x, y = RUNS[0][:, :2], RUNS[1][:, :2]
+    model, mask = tiny("llama"), np.arange(48) < 5
+    for name, use in {
+        "lags": lambda v: lb.couple(x, y, n_permutations=19, lags=v),
+        "delays": lambda v: lb.encode(x, y, tr=2.0, delays=v),
+        "alphas": lambda v: lb.encode(x, y, tr=2.0, alphas=v),
+        "gains": lambda v: lb.amplification_curve(model, mask, {"x": IDS}, n_random=1, gains=v),
+        "shares": lambda v: lb.keep_only_curve(model, mask, {"x": IDS}, n_random=1, shares=v),
+        "allocation": lambda v: lb.plan_pruning(model, ratio=0.5, method="magnitude", allocation=v),
+    }.items():
+        for value in (3, "ab", {1: 2}, None, [float("nan")], ["a"], [None], [10**400], np.ones((2, 2)), [1j]):
+            if value is None and name in ("delays", "allocation"):  # the default
+                continue
+            with pytest.raises(InputError, match=name) as said:
+                use(value)
+            assert "\n" not in str(said.value)
+    with pytest.raises(InputError, match=r"lags=1\.9"):
+        lb.couple(x, y, n_permutations=19, lags=[1.9])
+
+
+def test_what_is_no_plan_and_no_number() -> None:
+    model = tiny("llama")
+    for plan in (None, "plan.json", {}, 0.3, pd.DataFrame({"kept": [1]})):
+        with pytest.raises(InputError, match=r"plan=.* is no plan") as said:
+            lb.prune(model, plan)  # type: ignore[arg-type]
+        assert "\n" not in str(said.value)
+    for value in (float("inf"), float("nan"), 0, -1, "x", None, [], True, 10**400):
+        with pytest.raises(InputError, match="passes"):
+            lb.plan_pruning(model, ratio=0.5, method="flap", calibration=IDS, passes=value)
 
 
 def test_seeds_that_no_generator_takes() -> None:

@@ -214,7 +214,8 @@ def test_the_command(
 @pytest.mark.parametrize(
     "damage",
     [{"hidden_act": "silt"}, {"hidden_size": [16]}, {"tie_word_embeddings": "no"}, {"num_attention_heads": 3},
-     {"dtype": "floa432"}, {"intermediate_size": -4}],
+     {"dtype": "floa432"}, {"intermediate_size": -4}, {"pad_token_id": 10**6},
+     {"num_hidden_layers": 10**6}, {"num_hidden_layers": 10**30}],
 )  # fmt: skip
 def test_a_config_that_describes_no_model_is_one_line(tmp_path: Path, damage: dict[str, object]) -> None:
     tiny("llama").config.save_pretrained(tmp_path)

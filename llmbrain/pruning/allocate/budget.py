@@ -9,7 +9,7 @@ from numbers import Integral
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmbrain._validation import InputError, check_range, check_whole
+from llmbrain._validation import InputError, check_range, check_whole, numbers
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def given_widths(
     InputError
         Naming the layer, or the ratio that would fit.
     """
-    given = list(allocation)
+    given: Sequence[int] = numbers("allocation", allocation)
     if len(given) != len(widths) or any(
         isinstance(w, bool) or not isinstance(w, Integral) or not 1 <= w <= b for w, b in zip(given, widths)
     ):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmbrain._validation import InputError, check_option
+from llmbrain._validation import MANY, InputError, check_option, check_range
 from llmbrain.anatomy.families import LayerAnatomy
 from llmbrain.anatomy.surgery import Change, restored, write
 from llmbrain.anatomy.units import NEURONS, Units
@@ -53,8 +53,7 @@ class Allocator:
     """
 
     def __init__(self, scorer: Scorer, passes: float = PASSES) -> None:
-        if not passes > 0:
-            raise InputError(f"passes={passes!r} must be above 0: forward passes over the calibration text")
+        check_range("passes", passes, 0, MANY, open_low=True)
         self.scorer, self.passes, self.kinds = scorer, passes, 1
         self._losses: dict[Units, NDArray[np.float64]] = {}
         self._levels: tuple[float, ...] = LEVELS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmbrain._progress import bar
-from llmbrain._validation import InputError, seed_of
+from llmbrain._validation import InputError, check_whole, seed_of
 from llmbrain.anatomy.families import Anatomy
 from llmbrain.anatomy.space import NeuronSpace
 from llmbrain.evaluation.perplexity import predicts_next_token
@@ -110,6 +110,8 @@ def calibration_windows(
     """Windows ``(n, window)`` of the calibration texts; without any, of the tokens that the scans recorded."""
     if calibration is not None:
         return as_windows(model, tokenizer, calibration, window, max_windows)
+    if max_windows is not None:
+        check_whole("max_windows", max_windows, 1)
     ids = [np.asarray(s.token_ids) for s in scans_with_tokens(scans)]
     if not ids:
         return None
