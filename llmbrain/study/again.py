@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmbrain._files import file_sha256, owner, plain, read_json, refuse_other, settle
+from llmbrain._files import file_sha256, owner, plain, read_json, refuse_other, settle, sweep
 from llmbrain._files.parts import is_temporary
 from llmbrain._validation import InputError
 from llmbrain.checkpoints import load_model, load_pruned
@@ -100,7 +100,9 @@ def check_free(out: str | Path, overwrite: bool, made: str | None = None, what: 
     """
     out = Path(out)
     settle(out)
-    if not is_file(out):
+    if is_file(out):
+        sweep(out.parent, out.name)  # of a process that was killed between its last two steps
+    else:
         refuse_other(out, what)
     _check_one_model(out)
     if overwrite or not (out if is_file(out) else out / "config.json").exists():

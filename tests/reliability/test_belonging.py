@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ import llmbrain as lb
 from llmbrain import InputError
 from llmbrain import _files as files
 from llmbrain._files import UnverifiedWarning, read_json
+from llmbrain._files.parts import HOST
 from llmbrain.checkpoints.gguf_opening import check_gguf
 from llmbrain.checkpoints.gguf_reading import load_gguf
 from llmbrain.imaging.dual_regression_folder import check_dual_regression
@@ -276,8 +279,13 @@ def test_the_same_export_again_is_done_before(tmp_path: Path, monkeypatch, capsy
     pytest.importorskip("gguf")
     export = ["export", shared_data / "models/stories260K", "--format", "gguf", "--out", tmp_path / "a.gguf"]
     assert call(monkeypatch, capsys, *export)[0] == 0
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = tmp_path / f".tmp-{HOST}-{gone.pid}-0-a.gguf"
+    left.hardlink_to(tmp_path / "a.gguf")  # killed between its last two steps
     code, _, err = call(monkeypatch, capsys, *export)
     assert (code, "done before" in err) == (0, True), err
+    assert not left.exists()
     assert call(monkeypatch, capsys, *export, "--gguf-type", "f32")[0] == 2
 
 
