@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _LONGEST = 1 << 20  # bytes of a task file
 
 
 def refuse_code(paths: Iterable[Path]) -> None:
-    """Refuse task files with code of their own: ``!function``, templates that do more than name a field, data scripts.
+    """Refuse task files with code of their own: ``!function``, templates that do more than name a field, scripts.
 
     Parameters
     ----------
@@ -60,25 +61,33 @@ def _look(file: Path, seen: set[Path]) -> None:
 
 
 def _scalars(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a YAML tree with the key it stands under; anchors once."""
+    """Every value of a YAML tree with the key it stands under, and every key; anchors once a key."""
     stack, seen = [(key, node)], set()
     while stack:
         key, node = stack.pop()
-        if node is None or id(node) in seen:
+        if node is None or (key, id(node)) in seen:
             continue
-        seen.add(id(node))
+        seen.add((key, id(node)))
         if isinstance(node.value, str) or not _is_plain(node):
             yield key, node
             continue
         for item in node.value:
             if isinstance(item, tuple):
-                stack.append((str(item[0].value), item[1]))
+                stack += [("", item[0]), (str(item[0].value), item[1])]
             else:
                 stack.append((key, item))
 
 
 def _is_plain(node: Any) -> bool:
     return node.tag.startswith("tag:yaml.org,2002:") and not node.tag.startswith("tag:yaml.org,2002:python")
+
+
+@cache
+def _metrics() -> frozenset[str]:
+    """Names of the metrics that the harness has itself."""
+    registry = soft_import("lm_eval.api.registry", "harness", "evaluate")
+    soft_import("lm_eval.api.metrics", "harness", "evaluate")
+    return frozenset(registry.metric_registry)
 
 
 def _code_in(key: str, node: Any) -> str:
@@ -90,6 +99,10 @@ def _code_in(key: str, node: Any) -> str:
         return f"{key}: {text}"[:80]
     if key in ("trust_remote_code", "unsafe_code") and text.lower() in ("true", "yes", "on", "1"):
         return f"{key}: {text}"
+    if key == "hf_evaluate" and text.lower() in ("true", "yes", "on", "1"):
+        return f"{key}: {text}"
+    if key == "metric" and text not in _metrics():  # the package evaluate would look for a script of that name
+        return f"{key}: {text}, which the harness does not know"[:80]
     if key == "dataset_path" and text.endswith(".py"):
         return f"{key}: {text}"
     rest = _FIELD.sub("", text)

@@ -121,6 +121,11 @@ def test_a_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
      ("doc_to_text: '{% for a in b %}{% endfor %}'", "doc_to_text"),
      ("doc_to_text: '{{ cycler() }}'", "doc_to_text"), ("include: other.yaml", "!function"),
      ("dataset_kwargs: {trust_remote_code: true}", "trust_remote_code"), ("dataset_path: load.py", "dataset_path"),
+     ("include: &a other.yaml\nz: *a", "!function"), ("class: &a other.Task\nz: *a", "class"),
+     ("? !function utils.run\n: 1", "!function"), ("x: [{? !function utils.run : 1}]", "!function"),
+     ("metric_list: [{metric: acc}, {metric: exact_match}]", ""), ("metric_list: [{metric: ./mine}]", "metric"),
+     ("metric_list: [{metric: rouge_of_somebody}]", "metric"),
+     ("metric_list: [{metric: acc, hf_evaluate: true}]", "hf_evaluate"),
      ("class: !!python/object:os.system {}", "class"), ("a: &a [*a, *a]\nb: '{{q}}'", "")],
 )  # fmt: skip
 def test_task_files_with_code(tmp_path: Path, text: str, code: str) -> None:
