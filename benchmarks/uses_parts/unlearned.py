@@ -23,7 +23,7 @@ STEPS, LOOK = 75, 15  # of unlearning, and steps between two looks at the harm
 OWN, REST = 8, 24  # lines in a step: of what is to go, and of what stays
 GONE, HALF = 0.02, 0.5  # accuracy at which nothing is left to forget, and half
 BETA = 0.1  # of NPO
-TRIES, WEIGHT = 3, 0.01  # strengths that are tried at most, and the first weight: found on the demo brain's addition
+TRIES, WEIGHT = 6, 0.01  # strengths that are tried at most, and the first weight: found on the demo brain's addition
 TOO_MUCH = 0.3  # harm at which a try is given up
 Lines = list[torch.Tensor]
 
