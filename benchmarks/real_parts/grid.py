@@ -24,15 +24,15 @@ def work(bench: Bench, device: str, pipe: Connection, piqa: Callable[[Task, floa
     torch.set_num_threads(1)
     torch.set_grad_enabled(True)
     bench.to(device)
+    machine = f"{'CPU' if device == 'cpu' else torch.cuda.get_device_name(0)}, torch {torch.__version__}"
     while (asked := pipe.recv()) is not None:
         began = time.perf_counter()
         try:
             if asked == "dense":
-                where = "CPU" if device == "cpu" else torch.cuda.get_device_name(0)
-                pipe.send(("row", {"dense": bench.dense(), "machine": f"{where}, torch {torch.__version__}"}))
+                pipe.send(("row", {"dense": bench.dense(), "machine": machine}))
             elif isinstance(asked, Task):
                 for row in bench.rows(asked, piqa):
-                    pipe.send(("row", row))
+                    pipe.send(("row", {**row, "machine": machine}))
             else:
                 bench.shared(*asked)
                 pipe.send(("row", {"made": asked, "seconds": round(time.perf_counter() - began, 1)}))

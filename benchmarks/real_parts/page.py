@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,15 @@ ORDER = {row.label: i for i, row in enumerate(ROWS)}
 BEST = 1.02  # times the best row of a column: bold
 
 
-def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One line a row, test and draw."""
+def table(rows: Sequence[dict[str, Any]], machine: str) -> pd.DataFrame:
+    """One line a row, test and draw; a row of another machine than this says so."""
+
+    def label(row: dict[str, Any]) -> str:
+        elsewhere = row.get("machine", machine) != machine
+        return row["label"] + (f" ({row['machine'].split(',')[0]})" if elsewhere else "")
+
     return pd.DataFrame([
-        {"tokens": r["tokens"], "ratio": r["ratio"], "label": r["label"], "draw": r["draw"], "test": test, **score}
+        {"tokens": r["tokens"], "ratio": r["ratio"], "label": label(r), "draw": r["draw"], "test": test, **score}
         for r in rows for test, score in r["scores"].items()
     ])  # fmt: skip
 
@@ -30,7 +36,7 @@ def grid(found: pd.DataFrame) -> list[str]:
     cells = found.groupby(["label", "test"])
     mean = cells["perplexity"].mean().unstack("test")
     best = mean[list(TESTS)].min()
-    for label in sorted(mean.index, key=lambda name: ORDER.get(name, len(ORDER))):
+    for label in sorted(mean.index, key=lambda name: ORDER.get(re.sub(r" \(.*", "", name), len(ORDER))):
         shown = []
         for test in TESTS:
             here = cells.get_group((label, test))
@@ -62,11 +68,12 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "byte), mean over draws of calibration text where there are more [lowest, highest]; bold: at most 1.02 times "
         f"the best row. Dense: {', '.join(whole)}" + (f"; PIQA {100 * right:.1f}% right" if right else "") + ".", "",
         "Repaired by least squares where nothing else is said. *ends kept*: the first 3 and last 2 layers are not cut. "
-        "*own text beside*: half as many windows as the text has, written by the model, are calibrated on too. LoRA: "
-        "100 steps of 8 windows, of 256 windows of the text that is calibrated on.", "",
+        "*own text beside*: half as many windows as the text has, written by the model, are calibrated on too (*as "
+        "much*, *twice as much*: so many). A machine in brackets: the row is of that one, whose own text is another "
+        "draw. LoRA: 100 steps of 8 windows, of 256 windows of the text that is calibrated on.", "",
     ]  # fmt: skip
     if rows:
-        every = table(rows)
+        every = table(rows, dense["machine"])
         for (tokens, ratio), part in every.groupby(["tokens", "ratio"]):
             part = part[part["draw"].notna()]
             lines += [f"## {ratio:.0%} of the MLP neurons removed, {tokens:,} calibration tokens", "", *grid(part), ""]
