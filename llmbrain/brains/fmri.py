@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from llmbrain._files import clear_damage
+from llmbrain._files import DamagedError, clear_damage
 from llmbrain._validation import InputError, check_range, check_whole
 from llmbrain.brains.regions import PartMasker, columns_of
 from llmbrain.brains.series import check_tr
@@ -182,7 +182,8 @@ def load_fmri(
         try:
             found = read_table(file, names_of[file])
         except InputError as error:
-            if chosen or len(files) == 1:
+            damaged = isinstance(error, DamagedError) and file.suffix.lower() in (".npy", ".npz")
+            if chosen or damaged or len(files) == 1:  # an array that cannot be read is no notes that lie beside
                 raise
             warnings.warn(f"{error}: the file is left out", stacklevel=2)
             continue

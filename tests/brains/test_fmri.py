@@ -181,6 +181,13 @@ def test_bad_brains(tmp_path):
         np.save(tmp_path / "none.npy", np.zeros(shape))
         with pytest.raises(InputError, match="no values"):
             load_fmri(tmp_path / "none.npy")
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    for name in ("s1", "s2"):
+        np.save(folder / f"{name}.npy", brain())
+    (folder / "s2.npy").write_bytes((folder / "s2.npy").read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"s2\.npy is not a file of arrays"):  # no group without one of its own
+        load_fmri(folder)
     with pytest.raises(InputError, match="no known kind"):
         load_fmri(__file__)
     with pytest.raises(FileNotFoundError, match="nothing at"):
