@@ -156,7 +156,7 @@ def load_fmri(
     if n_volumes is not None:
         check_whole("n_volumes", n_volumes, 1)
     if expected is not None:
-        check_range("expected", expected, 0)
+        check_range("expected", expected)  # of an offset beyond the story it is negative, and fits no file
     files, chosen = _files(path, pattern)
     tables: dict[str, Table] = {}
     images: dict[str, Array] = {}

@@ -108,11 +108,11 @@ def prune(
         If the plan is for another model, weights can not be cut, cutting them is not the same as silencing them,
         calibration is missing or too short, or an intervention is in force; `model` is untouched then.
     """
-    if not isinstance(plan, (PruningPlan, ExpertPlan)):
-        raise InputError(f"plan={shown(plan)} is no plan: see `plan_pruning` and `PruningPlan.load`")
     check_option("compensate", compensate, COMPENSATIONS)
     if not isinstance(relearning, (bool, Relearning)):
         raise InputError(f"relearning={relearning!r} must be True, False or a Relearning")
+    if not isinstance(plan, (PruningPlan, ExpertPlan)):
+        raise InputError(f"plan={shown(plan)} is no plan: see `plan_pruning` and `PruningPlan.load`")
     if ridge is not None:
         check_range("ridge", ridge, 0)
     if isinstance(plan, ExpertPlan) or plan.experts_before is not None:
