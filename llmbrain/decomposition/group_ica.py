@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from llmbrain.decomposition.prepare.source import Source
 from llmbrain.decomposition.solvers import SOLVERS, Settings, Unmixed, unmix
 from llmbrain.decomposition.solvers.fastica import FUNCTIONS
 from llmbrain.decomposition.solvers.result import warn_not_converged
-from llmbrain.decomposition.store import write_fit
+from llmbrain.decomposition.store import Saved
 from llmbrain.decomposition.time_courses import Regressor, regress, standardize_maps
 from llmbrain.decomposition.workers import workers
 from llmbrain.distributed import Parcel, Ranks, ranks
@@ -48,7 +47,7 @@ SAVED_ARRAYS = ("components_", "explained_variance_ratio_", "constant_neurons_",
 _ORDER_RUNS = 3  # the order is a property of the data, not of how many runs there are: the first few tell
 
 
-class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class GroupICA(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Group ICA: functional networks that runs have in common.
 
     Each run is preprocessed, reduced by PCA and stacked; a PCA over the stack gives the group's subspace, and ICA turns
@@ -265,22 +264,6 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
             found = regress(source, parts, self._columns, "transform")
             return [courses.astype(self.components_.dtype) for courses, _, _ in found]
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the fit as safetensors with a JSON beside it; read it back with `read_ica`.
-
-        Parameters
-        ----------
-        path : folder, or file ending in ``.safetensors``
-        overwrite : bool
-            Whether a fit that is already there may be replaced.
-
-        Returns
-        -------
-        Path of the safetensors file.
-        """
-        check_is_fitted(self, "components_")
-        return write_fit(path, *self._as_plain(), overwrite=overwrite)
-
     def components_img(self) -> Any:
         """The maps as a 4D NIfTI image: on the grid of the brain mask, or of the neuron space; CIFTI or GIFTI of such.
 
@@ -477,12 +460,8 @@ class GroupICA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     # ------------------------------------------------------------------ files
 
     def _as_plain(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The fit as arrays and a record of JSON values, for the store."""
         arrays = {name: getattr(self, name) for name in SAVED_ARRAYS if getattr(self, name) is not None}
-        arrays |= {f"mixing_{index:05d}": part for index, part in enumerate(self.mixing_)}
         parameters = self.get_params()
-        if not isinstance(parameters["random_state"], (int, type(None))):
-            parameters["random_state"] = None  # a generator has no lasting name
         mask = parameters.pop("mask")
         if self.brain_mask_ is not None:
             arrays["mask_volume"] = self.brain_mask_.volume

@@ -1,4 +1,4 @@
-"""A fit on disk: arrays as safetensors, the rest as JSON beside it. Knows no estimator."""
+"""A fit on disk: arrays as safetensors, the rest as JSON beside it. Knows no single estimator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted
 
 from llmbrain._files import reading, transaction, write_json, write_tensors
 from llmbrain._validation import InputError
@@ -38,6 +39,35 @@ def write_fit(path: str | Path, arrays: Mapping[str, NDArray[Any]], record: Reco
         write_tensors(new / array_file.name, arrays, {"format": FORMAT})
         write_json(new / text_file.name, head | record)
     return array_file
+
+
+class Saved:
+    """A decomposition of runs, with ``get_params``, ``components_`` and ``mixing_``, whose fit can be saved."""
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the fit as safetensors with a JSON beside it; read it back with `read_ica`.
+
+        Parameters
+        ----------
+        path : folder, or file ending in ``.safetensors``
+        overwrite : bool
+            Whether a fit that is already there may be replaced.
+
+        Returns
+        -------
+        Path of the safetensors file.
+        """
+        check_is_fitted(self, "components_")
+        arrays, record = self._as_plain()
+        arrays |= {f"mixing_{index:05d}": part for index, part in enumerate(self.mixing_)}  # type: ignore[attr-defined]
+        parameters = record["parameters"]
+        if not isinstance(parameters["random_state"], (int, type(None))):
+            parameters["random_state"] = None  # a generator has no lasting name
+        return write_fit(path, arrays, record, overwrite=overwrite)
+
+    def _as_plain(self) -> tuple[Arrays, Record]:
+        """The fit without its time courses, as arrays and a record of JSON values."""
+        raise NotImplementedError
 
 
 def read_fit(path: str | Path) -> tuple[Arrays, Record]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from llmbrain._validation import InputError, check_whole, legacy_generator
 from llmbrain.anatomy.space import NeuronSpace
-from llmbrain.decomposition.store import Arrays, Record, write_fit
+from llmbrain.decomposition.store import Arrays, Record, Saved
 from llmbrain.scanning.inputs import Runs
 
 Array = NDArray[np.float64]
@@ -32,7 +31,7 @@ SAVED_VALUES = ("n_components_", "n_features_in_", "objective_", "activation_", 
                 "origin_")  # fmt: skip
 
 
-class ULCMOD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+class ULCMOD(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """Modules of neurons and topics of text, disjoint and across layers.
 
     ``A`` holds the mean absolute activity of each neuron on each sample of text, z-scored over samples. Looked for are
@@ -178,32 +177,15 @@ class ULCMOD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         check_is_fitted(self, "components_")
         return self._courses(Runs(runs, space=self.space_))
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the fit as safetensors with a JSON beside it; read it back with `read_ica`.
-
-        Parameters
-        ----------
-        path : folder, or file ending in ``.safetensors``
-        overwrite : bool
-            Whether a fit that is already there may be replaced.
-
-        Returns
-        -------
-        Path of the safetensors file.
-        """
-        check_is_fitted(self, "components_")
+    def _as_plain(self) -> tuple[Arrays, Record]:
         arrays: Arrays = {name: getattr(self, name) for name in SAVED_ARRAYS}
-        arrays |= {f"mixing_{index:05d}": part for index, part in enumerate(self.mixing_)}
-        parameters = self.get_params()
-        if not isinstance(parameters["random_state"], (int, type(None))):
-            parameters["random_state"] = None  # a generator has no lasting name
         record: Record = {
             "estimator": "ULCMOD",
-            "parameters": parameters,
+            "parameters": self.get_params(),
             "space": None if self.space_ is None else self.space_.to_dict(),
             **{name: getattr(self, name) for name in SAVED_VALUES},
         }
-        return write_fit(path, arrays, record, overwrite=overwrite)
+        return arrays, record
 
     @classmethod
     def from_plain(cls, arrays: Arrays, record: Record) -> ULCMOD:
