@@ -471,6 +471,7 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
         size = study["block_size"]
         sized = size is None or (type(size) is int and 0 < size < LARGEST)
         named = all(isinstance(x, str) for x in (study["runs_sha256"], study["weights_sum"], manifest["model"]["id"]))
+        named = named and all(site.isprintable() for site in study["sites"])  # half a surrogate pair is no name
     except (KeyError, TypeError, AttributeError, IndexError):
         return False
     return bool(rows) and bool(widths) and ascending and counted and sized and named

@@ -315,6 +315,17 @@ def test_a_folder_without_a_study(tmp_path: Path) -> None:
         lb.load_scans(tmp_path)
 
 
+def test_half_a_surrogate_pair_is_no_name_of_a_site(tmp_path: Path) -> None:
+    run(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    manifest["study"]["sites"]["\ud800"] = manifest["study"]["sites"].pop("neuron")
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CorruptStoreError, match=r"manifest.json lacks entries"):
+        [scan.data() for scan in lb.load_scans(tmp_path)]
+
+
 # -- another study -------------------------------------------------------------------------------------------------
 
 
