@@ -30,7 +30,7 @@ PAGES = {"forecast": forecast.page, "functions": functions.page, "rivals": rival
          "forgetting": forgetting.page}  # fmt: skip
 # What tells rows of a part apart.
 KEYS = {"forecast": ("plan",), "functions": ("contrast", "draw"), "rivals": ("label", "kind", "draw"),
-        "allocation": ("allocation", "ratio", "draw"), "forgetting": ("ability", "method")}  # fmt: skip
+        "allocation": ("allocation", "ratio", "draw"), "forgetting": ("ability", "method", "draw")}  # fmt: skip
 
 
 def rows_of(part: str, name: str, options: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -41,8 +41,9 @@ def rows_of(part: str, name: str, options: argparse.Namespace, known: list[dict[
 
     if part == "forgetting":
         if name != "stories260K":
-            done = {(r["ability"], r["method"]) for r in known}
-            yield from forgetting.rows(subject(0), options.gold, done, options.items, options.methods,
+            draw = options.draw or 0
+            done = {(r["ability"], r["method"]) for r in known if r.get("draw", 0) == draw}
+            yield from forgetting.rows(subject(draw), options.gold, done, options.items, options.methods,
                                        options.attacks, quick=options.quick)  # fmt: skip
         return
     draws = range(1 if name == "smollm2" or part == "forecast" else options.draws)

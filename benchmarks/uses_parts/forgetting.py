@@ -27,9 +27,10 @@ LASTING = "ours, made to last"
 GOLD = "gold: trained without it"
 UNCUT = ("gradient difference, nothing cut", "NPO, nothing cut")
 WHOLE = "repair of ours that lasts, nothing cut"
+AT_RANDOM = "random neurons, made to last"
 # In the order of use: where time ends, what is compared is there.
 NAMES = (*UNCUT, LASTING, "ours", "dense", "random neurons, the same repair", "the same cut, least squares only", WHOLE,
-         GOLD)  # fmt: skip
+         AT_RANDOM, GOLD)  # fmt: skip
 
 
 def methods(subject: Subject, case: Case, gold: Path | None) -> dict[str, Callable[[], Any]]:
@@ -50,8 +51,8 @@ def methods(subject: Subject, case: Case, gold: Path | None) -> dict[str, Callab
         plain = PruningPlan.from_dict({**plan().to_dict(), "details": {}})
         return lb.prune(model, plain, calibration=windows, compensate="least-squares", weights=weights, verify=False)
 
-    def at_random() -> Any:
-        rng, made = np.random.default_rng(0), plan()
+    def at_random(last: bool = False) -> Any:
+        rng, made = np.random.default_rng(subject.draw), plan(last)
         gone = [before - after for before, after in zip(made.widths_before, made.widths)]
         kept = [np.sort(rng.permutation(w)[g:]).tolist() for w, g in zip(made.widths_before, gone)]
         return repaired(PruningPlan.from_dict({**made.to_dict(), "kept": kept}))
@@ -73,7 +74,7 @@ def methods(subject: Subject, case: Case, gold: Path | None) -> dict[str, Callab
 
     makers: list[Callable[[], Any]] = [
         uncut("gradient difference"), uncut("NPO"), lambda: repaired(plan(True)), lambda: repaired(plan()),
-        lambda: model, at_random, ordinary, whole,
+        lambda: model, at_random, ordinary, whole, lambda: at_random(True),
     ]  # fmt: skip
     made = dict(zip(NAMES, makers))
     if gold is not None and (gold / case.name / "model.safetensors").is_file():
@@ -97,7 +98,8 @@ def rows(
         if not wanted:
             continue
         if demo is not None:
-            scans = scans or lb.scan(demo.model, demo.tokenizer, demo.texts("calibration", n=48, seed=21))
+            texts = demo.texts("calibration", n=48, seed=21 + subject.draw)
+            scans = scans or lb.scan(demo.model, demo.tokenizer, texts)
             case = demo_case(subject, ability, scans)
         else:
             case = real_case(subject, ability)
@@ -106,7 +108,7 @@ def rows(
             if name in makers:
                 began = time.process_time()
                 row = measured(case, name, makers[name](), attacks)
-                yield {**row, "quick": quick, "cpu_seconds": round(time.process_time() - began)}
+                yield {**row, "draw": subject.draw, "quick": quick, "cpu_seconds": round(time.process_time() - began)}
 
 
 def measured(case: Case, name: str, model: Any, attacks: list[str] | None = None) -> dict[str, Any]:
@@ -142,7 +144,15 @@ def taken(row: dict[str, Any], level: float, attack: str = "128") -> float | Non
 
 
 def page(found: list[dict[str, Any]], name: str) -> str:
-    """The tables, as Markdown."""
+    """The tables of every draw of the calibration text, as Markdown."""
+    draws = sorted({r.get("draw", 0) for r in found})
+    titles = [name if draw == 0 else f"{name}, draw {draw} of the calibration text" for draw in draws]
+    return "\n".join(
+        _page([r for r in found if r.get("draw", 0) == draw], title) for draw, title in zip(draws, titles)
+    )  # fmt: skip
+
+
+def _page(found: list[dict[str, Any]], name: str) -> str:
     cases = max((list(r["attacks"]) for r in found), key=len)
     by = {(r["ability"], r["method"]): r for r in found}
     abilities, order = (
@@ -162,7 +172,7 @@ def page(found: list[dict[str, Any]], name: str) -> str:
                       "removed": f"{np.mean(sizes):.0%}" if sizes else "-"}
                      | {k: "-" if np.isnan(v) else f"{v:.3f}" for k, v in mean.items()})  # fmt: skip
     first = found[0]
-    what = "exact answers to held-out lines" if name == "demo" else "right next tokens of held-out lines"
+    what = "exact answers to held-out lines" if name.startswith("demo") else "right next tokens of held-out lines"
     quick = list(dict.fromkeys(
         r["method"] for r in found if r.get("quick") and r["method"] not in (*UNCUT, "dense", GOLD)
     ))  # fmt: skip
@@ -218,7 +228,7 @@ def verdict(
             found = taken(row, levels[ability], case)
             return float(row["steps"]) if found is None else found
 
-        for name in (LASTING, "ours", "random neurons, the same repair", WHOLE):
+        for name in (LASTING, AT_RANDOM, WHOLE, "ours", "random neurons, the same repair"):
             won = asked = kept = forgot = 0
             for ability in abilities:
                 rivals = [by.get((ability, k)) for k in UNCUT]
