@@ -20,7 +20,7 @@ from llmbrain.pruning.forecast import share_cut, shifted, token_losses_of
 from llmbrain.pruning.forget.conditions import token_conditions
 from llmbrain.pruning.planner import Planner
 from llmbrain.stats.matching import correlate_rows, match_maps
-from uses_parts.forecast import scored
+from uses_parts.forecast import interval, scored
 from uses_parts.subject import Subject
 
 DECOMPOSITIONS = {"group ICA": "fastica", "dictionary learning": "dictlearning", "k-means": "kmeans",
@@ -189,23 +189,28 @@ def page(found: list[dict[str, Any]], name: str) -> str:
     """The tables, as Markdown."""
     lines = [f"## Use 3: rivals ({name})", ""]
     lesions = []
+    margins = {label: margin([r for r in found if r["label"] == label]) for label in (*DECOMPOSITIONS, *CHOICES)}
     for label in [x for x in (*DECOMPOSITIONS, *CHOICES) if any(r["label"] == x for r in found)]:
         of = [r for r in found if r["label"] == label]
         cells = pd.DataFrame([x for r in of for x in r.get("lesions", {}).values()])
-        halves = [r["reproducibility"] for r in of if r.get("reproducibility") is not None]
+        halves = [r["reproducibility"] for r in sorted(of, key=lambda r: r["draw"]) if "reproducibility" in r]
         told = [r["forecast"] for r in of if "forecast" in r]
-        lesions.append({"method": label, "split-half r": f"{np.mean(halves):.2f}" if halves else "-",
+        beside = (margins[label] - margins["group ICA"]).dropna() if label != "group ICA" else pd.Series(dtype=float)
+        lesions.append({"method": label, "split-half r": ", ".join(f"{h:.2f}" for h in halves) or "-",
+                        **damage(cells), "margin": interval(margins[label]),
+                        "margin less group ICA's": interval(beside),
                         "forecast: tokens / texts / conditions": " / ".join(
                             f"{np.mean([t[k] for t in told]):.2f}" for k in ("tokens", "texts", "conditions")
-                        ) if told else "-",
-                        **damage(cells)})  # fmt: skip
+                        ) if told else "-"})  # fmt: skip
     if lesions:
         shown = pd.DataFrame(lesions)  # columns that nothing was measured of are left out
+        draws = len({r["draw"] for r in found if "lesions" in r})
         lines += [f"Lesions of {SIZE} neurons (2%), one set an ability; networks: the most selective one, chosen on "
-                  "other lines. Nats per answer token, means over abilities and draws. Selective: more than .05 above "
-                  "the worst-hit other ability and both controls. Split-half r: maps of two halves of the "
-                  "runs that match each other. Forecast: rank correlation of what a cut takes of each network, times "
-                  "its squared time course, with the loss that comes (four plans).", "",
+                  f"other lines. Nats per answer token, means over abilities and {draws} draw(s). Margin: above the "
+                  "worst-hit other ability, random and matched neurons, whichever is most; mean ± 95% interval over "
+                  "abilities (draws averaged). Selective: a margin of more than .05. Split-half r: maps of two halves "
+                  "of the runs that match each other, by draw. Forecast: rank correlation of what a cut takes of each "
+                  "network, times its squared time course, with the loss that comes (four plans a draw).", "",
                   shown.loc[:, (shown != "-").any()].to_markdown(index=False), ""]  # fmt: skip
     cut = pd.DataFrame([r for r in found if r["kind"] == "criterion"])
     if len(cut):
@@ -213,6 +218,15 @@ def page(found: list[dict[str, Any]], name: str) -> str:
         lines += ["Criteria, perplexity on held-out text after least squares, uniform widths:", "",
                   cut.rename(columns={"label": "criterion"}).to_markdown(index=False), ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def margin(of: list[dict[str, Any]]) -> pd.Series:
+    """By ability what its lesion added beyond the worst-hit other ability and both controls, mean over draws."""
+    found = pd.DataFrame(
+        {a: x["own"] - max(x["worst other"], x["random"], x["matched"]) for a, x in r["lesions"].items()}
+        for r in of if "lesions" in r
+    )  # fmt: skip
+    return found.mean()
 
 
 def damage(cells: pd.DataFrame) -> dict[str, str]:

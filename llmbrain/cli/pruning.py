@@ -104,6 +104,7 @@ def plan(
     from llmbrain.pruning.allocate.blocks import check_drop
     from llmbrain.study import load_texts, smaller
     from llmbrain.study.experts import plan_fewer
+    from llmbrain.study.plan_cost import plan_cost
 
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     texts = load_texts(text, field) if text else None
@@ -120,9 +121,10 @@ def plan(
         say(fewer.summary())
         say(f"plan: {out}")
         return
-    costs = smaller.plan_cost(
+    costs = plan_cost(
         loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
-        head_ratio=head_ratio, drop=check_drop(parts(drop)), self_text=self_text, conditions=bool(keep or forget),
+        head_ratio=head_ratio, drop=check_drop(parts(drop)), self_text=self_text, keep=parts(keep),
+        forget=parts(forget), forecast=forecast,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -233,6 +235,7 @@ def prune(
     from llmbrain.study import load_texts, smaller
     from llmbrain.study.again import check_free
     from llmbrain.study.experts import cut_fewer
+    from llmbrain.study.plan_cost import plan_cost
 
     if offload or device_map:
         one_process("prune --offload")
@@ -261,10 +264,12 @@ def prune(
         say(_repaired(small))
         say(f"saved: {out}")
         return
-    costs = smaller.plan_cost(
-        loaded, tokenizer, texts, study=study, method="magnitude" if given else method, allocation=allocation or None,
-        passes=passes, head_ratio=head_ratio, repair=compensate != "none", drop=check_drop(parts(drop)),
-        self_text=0 if offload and self_text is None else self_text, conditions=bool(keep or forget),
+    away = offload or is_away(loaded)
+    costs = plan_cost(
+        loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
+        head_ratio=head_ratio, compensate=None if compensate == "none" else compensate,
+        drop=check_drop(parts(drop)), self_text=0 if offload and self_text is None else self_text, keep=parts(keep),
+        forget=parts(forget), last=last, relearning=relearning, forecast=not away, measured=True, plan=given,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -277,7 +282,7 @@ def prune(
         format=format, gguf_type=gguf_type, like=like, self_text=self_text, ratio=ratio, method=method,
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         drop=parts(drop), passes=passes, token_balance=token_balance, keep=parts(keep) or None,
-        forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=offload or is_away(loaded),
+        forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=away,
         relearning=relearning, indices=indices, **more,
     )  # fmt: skip
     if made is not None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from llmbrain.pruning.calibrate.gradients import LARGE
 from llmbrain.pruning.calibrate.windows import WRITTEN_AT_ONCE
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import DEEP
+from llmbrain.pruning.forget import neurons, unlearning
+from llmbrain.pruning.forget.relearning import LONGEST, Relearning
 from llmbrain.study.forecasting import TOKENS, fitted_tokens
 from llmbrain.study.settings import Settings
 
@@ -45,6 +48,10 @@ SPEED_TOKENS = 4 * 512  # read to measure the speed of a model
 SLOW = 5.0  # seconds of one text: then no larger batch is measured
 BATCH = 2048  # tokens in a forward pass of an evaluation or a scan
 PIECE = 512  # tokens of a text that a model writes
+ROUNDS = 11  # of the search for neurons to forget: they took 6 to 24 on the demo brain, a hundredth of the neurons each
+OF_ROUND = 5.0  # passes of a round: one forward, two backward
+OF_UPDATE = 150.0  # multiplications a parameter that a step of Adam on all of them takes as long as (demo brain)
+LINE = 32  # tokens of a line of labelled text, where it is not known
 OF_STEP, OF_TOKEN = 100, 2.5  # what writing a token of all pieces costs, in tokens that are read: at least, and each
 
 
@@ -194,6 +201,68 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Forgetting:
+    """What is done beside a plan and a repair where conditions are to be forgotten.
+
+    Attributes
+    ----------
+    own, others : int
+        Tokens of a line of what is to go, and of what stays: such that one in ten is longer.
+    last, searches, repairs : bool
+        Whether it is to last; whether neurons are looked for, and the cut is repaired.
+    attack : Relearning or None
+        How it is taught again.
+    """
+
+    own: int = LINE
+    others: int = LINE
+    last: bool = False
+    searches: bool = True
+    repairs: bool = True
+    attack: Relearning | None = Relearning()
+
+    @classmethod
+    def of(cls, read: Sequence[Any], forget: Sequence[str], **how: Any) -> Forgetting:
+        """With the lines of texts or scans, where these have events."""
+        kinds: dict[bool, list[float]] = {True: [], False: []}
+        for events in (getattr(one, "events", None) for one in read):
+            for kind, duration in () if events is None else events[["trial_type", "duration"]].itertuples(index=False):
+                kinds[str(kind) in forget].append(min(float(duration), LONGEST) + 1)
+        own, others = (int(np.percentile(kinds[k], 90)) if kinds[k] else LINE for k in (True, False))
+        return cls(own, others, **how)
+
+    def parts(self, parameters: int, n_tokens: int, window: int) -> list[Part]:
+        """Steps that come on top of a plan and a repair, on `n_tokens` of calibration in windows of `window`."""
+        search = Part("neurons to forget", 1 + OF_ROUND * ROUNDS, min(n_tokens, neurons.TOKENS))
+        found = [search] if self.searches else []
+        if self.repairs:
+            found.append(self._repair(parameters, n_tokens, max(1, min(window, n_tokens))))
+        if (attack := self.attack) is not None:
+            times = len(attack.lines) + attack.unrelated
+            looks = 1 + -(-attack.steps // attack.every)
+            read = 3 * attack.steps * attack.batch * self.own + looks * attack.test * self.own
+            found.append(Part("teaching it again", 1.0, times * read, times * attack.steps * OF_UPDATE * parameters))
+        return found
+
+    def _repair(self, parameters: int, n_tokens: int, window: int) -> Part:
+        trained = n_tokens - n_tokens // (unlearning.HELD_LASTING if self.last else unlearning.HELD_OUT)
+        batch = max(1, trained // -(-trained // (max(1, unlearning.TOKENS // window) * window)))  # the last is short
+        steps, passes, updates = unlearning.STEPS, 8.0, 0.3  # the windows twice: dense, and forth and back
+        if self.last:  # at most: where nothing else suffers, it ends sooner
+            steps += unlearning.MENDS * unlearning.MENDING
+            held = min(unlearning.HELD_LINES, max(1, unlearning.TOKENS // max(self.others, 1)))
+            passes += ((3.0 + 4.0) * unlearning.LINES * self.own + 4.0 * held * self.others) / batch
+            updates = 2.0  # its own, and the adversary's
+        name = "repair that makes forgetting last" if self.last else "repair that forgets"
+        return Part(name, passes, steps * batch, steps * updates * OF_UPDATE * parameters)
+
+    def copies(self, itemsize: int) -> int:
+        """Models that are held at once, of the size of the dense one."""
+        of_float = max(1, 4 // itemsize)
+        return 2 + of_float * max(4 * (self.attack is not None), 9 * (self.last and self.repairs))
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a job takes.
 
@@ -242,6 +311,14 @@ class Cost:
         if self.seconds is not None and self.per_token:
             said.append(f"measured: {1 / self.per_token:,.0f} tokens a second: about {span(self.seconds)} in all")
         return said
+
+
+def forecast_part(subject: Subject, n_tokens: int, *, measured: bool) -> Part:
+    """The forecast of a plan on a study of `n_tokens`; `measured`: and afterwards what was lost."""
+    fitted, judged = fitted_tokens(n_tokens), min(TOKENS, n_tokens)
+    name = "forecast of the loss, beside what was lost" if measured else "forecast of the loss"
+    passes = 4.0 + (6.0 if measured else 4.0) * judged / max(1, fitted)  # two backward passes, and both models read
+    return Part(name, passes, fitted, fitted * subject.covariance_work() / 2)
 
 
 def seconds_per_token(model: nn.Module, ids: Tensor) -> float:
@@ -306,10 +383,12 @@ def memory_of(
 def run_cost(
     subject: Subject, how: Settings, *, n_tokens: int, eval_tokens: int, window: int, per_token: float | None = None,
     todo: Sequence[str] = ("evaluate", "scan", "networks", "prune"), writes: bool = True,
+    read: Sequence[Any] = (),
 ) -> Cost:  # fmt: skip
     """Cost of `run`, or of those of its steps that are still to do.
 
     `writes`: whether the model writes text of its own where the user does not say; see `smaller.may_write`.
+    `read`: texts, whose events say how long a line is that is forgotten.
     """
     work = subject.token_work(window)
     length = min(how.run_length or n_tokens, n_tokens)
@@ -337,15 +416,18 @@ def run_cost(
     if own:
         parts["prune"].insert(0, Part("text of the model's own", writing_passes(own), own))
     if not (subject.visits or how.expert_ratio or how.head_ratio or how.drop or how.keep or how.forget):
-        fitted, judged = fitted_tokens(n_tokens), min(TOKENS, n_tokens)  # two backward passes, and both models read
-        parts["prune"].append(Part("forecast of the loss, beside what was lost", 4.0 + 6.0 * judged / fitted, fitted,
-                                   fitted * subject.covariance_work() / 2))  # fmt: skip
+        parts["prune"].append(forecast_part(subject, n_tokens, measured=True))
+    forgetting = None
+    if how.forget:
+        forgetting = Forgetting.of(read, how.forget, last=how.last, repairs=how.compensate == "least-squares")
+        parts["prune"] += forgetting.parts(subject.parameters, calibration, window)
     sites = 3 if how.method == "published" else 1
     disk = scan_bytes(subject, n_tokens, how.site, how.dtype, sites) + subject.size
     batch = max(BATCH, length)
+    copies = 2 if forgetting is None else forgetting.copies(subject.itemsize)
     return Cost(
         tuple(part for step in todo for part in parts[step]), disk,
-        memory_of(subject, batch, length, calibration, method=how.method), work,
+        memory_of(subject, batch, length, calibration, method=how.method, copies=copies), work,
         FIXED + subject.size / BYTES_A_SECOND, per_token,
     )  # fmt: skip
 

@@ -107,7 +107,8 @@ class _Subject:
         tokens = min(how.n_tokens or self.n_calibration, self.n_calibration)
         sample = self.n_total if how.eval_tokens is None else min(how.eval_tokens, self.n_total)
         return run_cost(self.sizes, how, n_tokens=tokens, eval_tokens=sample, window=self.window,
-                        per_token=self.per_token, todo=todo, writes=may_write(self.model, self.tokenizer))  # fmt: skip
+                        per_token=self.per_token, todo=todo, writes=may_write(self.model, self.tokenizer),
+                        read=self.texts)  # fmt: skip
 
     def fit(self, how: Settings, seconds: float, pinned: Sequence[str], **more: Any) -> tuple[Settings, list[str]]:
         """Settings that take no longer."""

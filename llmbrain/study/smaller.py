@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +38,11 @@ from llmbrain.study.cost import (
     OF_REPAIR,
     PIECE,
     Cost,
-    Part,
-    Subject,
     measured_batch,
     own_windows,
     plan_passes,
     step_cost,
     together,
-    writing_passes,
 )  # fmt: skip
 from llmbrain.study.experts import check_neuron_method
 from llmbrain.study.fits import check_alike, check_drop_fits, check_saving, gguf_of, is_of_one_width
@@ -162,35 +159,6 @@ def _written(
     pieces = length // PIECE if length % PIECE == 0 else 1
     many = n_windows * pieces
     return write_windows(model, tokenizer, many, length // pieces, random_state=random_state).reshape(-1, length)
-
-
-def plan_cost(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *,
-    study: Study | str | Path | None = None, method: str = "networks", allocation: str | None = None,
-    passes: float = 24, head_ratio: float = 0.0, repair: bool = False, drop: Sequence[str] = (),
-    self_text: int | None = None, conditions: bool = False,
-) -> Cost | None:  # fmt: skip
-    """What a plan (and the repair after it) will take; None where there is no text to measure on.
-
-    `self_text` as in `evidence_of`; `conditions` says that functions are to be kept or forgotten.
-    """
-    check_neuron_method(model, method)
-    if texts is None and study is not None:
-        texts = [run.text for run in Study.of(study).scans if run.text]
-    if not texts:
-        return None
-    layers, length = len(Subject.of(model).widths), window_length(model)
-    often = plan_passes(method, allocation, passes, head_ratio, drop, layers) + (OF_REPAIR if repair else 0.0)
-    most = TEXT_WINDOWS * window_length(model)
-    cost = step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
-    if self_text is None and (conditions or not may_write(model, tokenizer)):
-        self_text = 0
-    own = own_windows(self_text, layers, max(1, cost.parts[0].tokens // length)) * length
-    if not own:
-        return cost
-    given, more = cost.parts[0], cost.parts[0].tokens + own
-    read = replace(given, tokens=more, extra=given.extra * more / max(1, given.tokens))
-    return replace(cost, parts=(Part("text of the model's own", writing_passes(own), own), read))
 
 
 def plan(

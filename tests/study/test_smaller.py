@@ -8,8 +8,9 @@ from tiny_models import tiny, tiny_tokenizer
 
 from llmbrain import InputError
 from llmbrain.study.cost import own_windows
+from llmbrain.study.plan_cost import plan_cost
 from llmbrain.study.settings import Settings
-from llmbrain.study.smaller import cut, evidence_of, plan, plan_cost
+from llmbrain.study.smaller import cut, evidence_of, plan
 
 
 def texts(n: int = 30) -> list[str]:
@@ -64,7 +65,7 @@ def test_cost_counts_text_of_the_models_own():
     assert more is not None
     assert [part.name for part in more.parts] == ["text of the model's own", "plan (flap)"]
     assert more.parts[1].tokens > plain.parts[0].tokens
-    kept = plan_cost(deep, tiny_tokenizer(), texts(), method="flap", conditions=True)
+    kept = plan_cost(deep, tiny_tokenizer(), texts(), method="flap", keep=["low"])
     assert kept is not None
     assert len(kept.parts) == 1
 
