@@ -89,8 +89,10 @@ def plan_cost(
         parts = [Part("text of the model's own", writing_passes(own), own), read]
     memory = cost.memory
     if forget:
-        beside = Forgetting.of(held or texts, forget, last=last, searches=plan is None,
-                               repairs=compensate == "least-squares", attack=Relearning() if relearning else None)  # fmt: skip
+        beside = Forgetting.of(
+            held or texts, forget, last=last, searches=plan is None, repairs=compensate == "least-squares",
+            attack=Relearning() if relearning else None,
+        )  # fmt: skip
         parts += beside.parts(subject.parameters, given.tokens, length)
         memory += (beside.copies(subject.itemsize) - 2) * subject.size
     elif forecast and held and not (keep or head_ratio or drop or subject.mixture):
