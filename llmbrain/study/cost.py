@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -219,7 +219,7 @@ class Forgetting:
     last: bool = False
     searches: bool = True
     repairs: bool = True
-    attack: Relearning | None = Relearning()
+    attack: Relearning | None = field(default_factory=Relearning)
 
     @classmethod
     def of(cls, read: Sequence[Any], forget: Sequence[str], **how: Any) -> Forgetting:
