@@ -16,7 +16,9 @@ from uses_parts.subject import Subject
 
 ROWS = ("uniform", "first and last layer kept", "FLAP global", "measured sensitivity", "search",
         "networks", "networks that both halves of the runs have", "phase-randomized networks")  # fmt: skip
-REAL = ("uniform", "first and last layer kept", "FLAP global", "networks", "phase-randomized networks")
+REAL = ("uniform", "first and last layer kept", "FLAP global", "networks", "phase-randomized networks",
+        "networks, ends kept", "phase-randomized networks, ends kept")  # fmt: skip
+ENDS = ", ends kept"
 HALF = ("addition", "reversal", "sorting", "brackets")  # of the demo brain: what it is calibrated on
 
 
@@ -76,14 +78,16 @@ def rows(
         for label in wanted:
             if (label, ratio) in known:
                 continue
-            if label in networks and label not in planners:
-                planners[label] = Planner(subject.model, "flap", windows, networks=networks[label])
-            planner = planners.get(label, planners[None])
+            name = label.removesuffix(ENDS)
+            if name in networks and name not in planners:
+                planners[name] = Planner(subject.model, "flap", windows, networks=networks[name])
+            planner = planners.get(name, planners[None])
             allocation = {"FLAP global": "global", "measured sensitivity": "sensitivity", "search": "search"}.get(
-                label, "networks" if label in networks else "uniform"
+                label, "networks" if name in networks else "uniform"
             )
             ends = [0, n - 1] if n < 8 else [0, 1, 2, n - 2, n - 1]
-            options = {"protect": ends} if label.startswith("first and last") and ratio * n < n - len(ends) else {}
+            kept = label.startswith("first and last") or label.endswith(ENDS)
+            options = {"protect": ends} if kept and ratio * n < n - len(ends) else {}
             plan = planner.plan(ratio, allocation=allocation, **options)
             small = lb.prune(subject.model, plan, calibration=windows, compensate="least-squares", verify=False)
             found = {test: lb.perplexity(small, None, w) for test, w in tests.items()}

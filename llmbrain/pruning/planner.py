@@ -156,7 +156,8 @@ def plan_pruning(
     keep, forget : sequence of str, optional
         Conditions (of the scans' events) whose function is to stay, or to go: see `llmbrain.pruning.forget`. Both
         take the scans as calibration; `forget` first removes the neurons of
-        `llmbrain.pruning.forget.neurons.neurons_to_forget`; with ``ratio=None`` no more than those.
+        `llmbrain.pruning.forget.neurons.neurons_to_forget`; with ``ratio=None`` no more than those, and with
+        ``ratio=0, last=True`` none: the repair forgets by itself.
     expert_ratio : float, optional
         Of a mixture of experts: share of the routed experts to remove, in (0, 1); `ratio` is left out. Methods and
         allocations are those of `llmbrain.pruning.experts`; the plan is an `ExpertPlan`. With `ratio` the neurons
@@ -207,7 +208,7 @@ def plan_pruning(
             list(check_names("forget", forget)),
         )  # fmt: skip
         given = functions.calibration
-        ratio = functions.ratio if functions.ratio is not None else ratio
+        ratio = functions.ratio if forget else ratio
         allocation = functions.widths if functions.widths is not None else allocation
     elif given.source is None and scans_with_tokens(scans or ()):
         given = replace(given, source=list(scans or ()))
@@ -315,8 +316,8 @@ def _functions(
     if not forget:
         return _Functions(text, record)
     check_range("level", how.level, 0, 1)
-    if ratio is not None:
-        check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
+    if ratio is not None:  # 0: nothing is cut, and the repair that lasts forgets alone
+        check_range("ratio", ratio, 0, 1, open_low=not how.last, open_high=True)
     labels, names = token_conditions(scans, shape)
     wanted = condition_numbers("forget", forget, names)
     if len(wanted) == len(names):
@@ -330,6 +331,8 @@ def _functions(
         record["last"] = True
     counts = [int(found.gone[space.layer_slice(i)].sum()) for i in range(len(body.layers))]
     record |= {"targets": sum(counts), "left": found.left}
+    if ratio == 0:
+        return _Functions(text, record, None, tuple(body.widths), found.gone)
     if not sum(counts):
         raise InputError(f"forget={list(forget)}: no neuron is needed for it")
     widths = tuple(w if not c else max(1, (w - c) // multiple * multiple) for w, c in zip(body.widths, counts))
@@ -402,7 +405,8 @@ class Planner:
         widths: tuple[int, ...] | None = None
         if allocation is not None and not isinstance(allocation, str):  # they say themselves what is protected
             protected = check_protect(protect, n)
-            widths = given_widths(allocation, body.widths, ratio, protected, multiple_of)
+            alone = bool(material.details.get("functions", {}).get("last"))  # its repair forgets without a cut, too
+            widths = given_widths(allocation, body.widths, ratio, protected, multiple_of, whole=alone)
             ratio = 1 - sum(widths) / sum(body.widths) if ratio is None else ratio
         else:
             protected = check_protect(

@@ -156,7 +156,7 @@ class Settings:
         check_range("head_ratio", self.head_ratio, 0, 1, open_high=True)
         check_range("token_balance", self.token_balance, 0, 1)
         if self.ratio is not None:
-            check_range("ratio", self.ratio, 0, 1, open_low=True, open_high=True)
+            check_range("ratio", self.ratio, 0, 1, open_low=not self.last, open_high=True)
 
     @classmethod
     def of(cls, settings: Settings | None = None, /, **options: Any) -> Settings:

@@ -115,6 +115,8 @@ def given_widths(
     ratio: float | None,
     protect: Sequence[int] = (),
     multiple_of: int = 1,
+    *,
+    whole: bool = False,
 ) -> tuple[int, ...]:
     """Widths that the user wrote down, where they are those of a cut that `ratio`, `protect` and `multiple_of` allow.
 
@@ -126,6 +128,8 @@ def given_widths(
         Before.
     ratio : float, optional
         Share that they must remove, up to the rounding of each layer's width.
+    whole : bool
+        Whether they may remove nothing.
 
     Raises
     ------
@@ -143,7 +147,7 @@ def given_widths(
             raise InputError(f"allocation={given} cuts layer {i} to {width} neurons, but protect={list(protect)}")
         if width % multiple_of and width != before:
             raise InputError(f"allocation={given}: {width} neurons of layer {i} are no multiple_of={multiple_of}")
-    if sum(given) == sum(widths):
+    if sum(given) == sum(widths) and not whole:
         raise InputError(f"allocation={given} removes nothing")
     if ratio is not None:
         check_range("ratio", ratio, 0, 1, open_low=True, open_high=True)
