@@ -108,7 +108,11 @@ SELF_TEXT = Annotated[
 KEEP = Annotated[list[str] | None, typer.Option("--keep", help="Conditions whose function stays.")]
 SHARE = Annotated[
     float | None,
-    typer.Option("--ratio", help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes."),
+    typer.Option(
+        "--ratio",
+        help="Share of the MLP neurons to remove; default 0.3, with --forget as many as it takes "
+        "(with --last 0: none, the repair forgets alone).",
+    ),
 ]
 FORGET = Annotated[list[str] | None, typer.Option("--forget", help="Conditions whose function goes.")]
 LAST = Annotated[

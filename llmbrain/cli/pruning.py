@@ -124,7 +124,7 @@ def plan(
     costs = plan_cost(
         loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
         head_ratio=head_ratio, drop=check_drop(parts(drop)), self_text=self_text, keep=parts(keep),
-        forget=parts(forget), forecast=forecast,
+        forget=parts(forget), forecast=forecast, ratio=ratio,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -270,6 +270,7 @@ def prune(
         head_ratio=head_ratio, compensate=None if compensate == "none" else compensate,
         drop=check_drop(parts(drop)), self_text=0 if offload and self_text is None else self_text, keep=parts(keep),
         forget=parts(forget), last=last, relearning=relearning, forecast=not away, measured=True, plan=given,
+        ratio=ratio,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)

@@ -419,7 +419,8 @@ def run_cost(
         parts["prune"].append(forecast_part(subject, n_tokens, measured=True))
     forgetting = None
     if how.forget:
-        forgetting = Forgetting.of(read, how.forget, last=how.last, repairs=how.compensate == "least-squares")
+        forgetting = Forgetting.of(read, how.forget, last=how.last, searches=how.ratio != 0,
+                                   repairs=how.compensate == "least-squares")  # fmt: skip
         parts["prune"] += forgetting.parts(subject.parameters, calibration, window)
     sites = 3 if how.method == "published" else 1
     disk = scan_bytes(subject, n_tokens, how.site, how.dtype, sites) + subject.size

@@ -37,7 +37,7 @@ def plan_cost(
     passes: float = 24, head_ratio: float = 0.0, compensate: str | None = None, drop: Sequence[str] = (),
     self_text: int | None = None, keep: Sequence[str] = (), forget: Sequence[str] = (), last: bool = False,
     relearning: bool = False, forecast: bool = False, measured: bool = False,
-    plan: PruningPlan | None = None,
+    plan: PruningPlan | None = None, ratio: float | None = None,
 ) -> Cost | None:  # fmt: skip
     """What a plan (and the repair after it) will take; None where there is no text to measure on.
 
@@ -60,6 +60,8 @@ def plan_cost(
         what it did cost.
     plan : PruningPlan, optional
         That is there already: its functions are those that are kept or forgotten.
+    ratio : float, optional
+        0: no neuron is to go, so none is looked for.
     """
     if plan is not None:
         functions, method = plan.details.get("functions") or {}, "magnitude"
@@ -90,8 +92,8 @@ def plan_cost(
     memory = cost.memory
     if forget:
         beside = Forgetting.of(
-            held or texts, forget, last=last, searches=plan is None, repairs=compensate == "least-squares",
-            attack=Relearning() if relearning else None,
+            held or texts, forget, last=last, searches=plan is None and ratio != 0,
+            repairs=compensate == "least-squares", attack=Relearning() if relearning else None,
         )  # fmt: skip
         parts += beside.parts(subject.parameters, given.tokens, length)
         memory += (beside.copies(subject.itemsize) - 2) * subject.size

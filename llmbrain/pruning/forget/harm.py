@@ -14,6 +14,7 @@ from llmbrain.pruning.forget.relearning import padded, placed_lines
 from llmbrain.scanning.scans import Scan
 
 SURE = 0.9  # what had this probability and falls below a half is broken
+ITEM = 32  # tokens of a line that is taken as one thing (a question and its answer, say): it is whole or broken
 TESTED = 64  # single lines of each condition that stays that tell whether it suffers
 
 
@@ -37,6 +38,9 @@ class SureLines:
         self._before = before[self.sure]
         begins = self.sure & ~torch.nn.functional.pad(self.sure, (1, 0))[:, :-1]
         self._stretch = (begins.flatten().cumsum(0) - 1)[self.sure.flatten()]
+        line = torch.arange(len(self.ids))[:, None].expand_as(self.sure)[self.sure]
+        short = (self.real.sum(1) <= ITEM)[line]
+        self._item = torch.where(short, -1 - line, self._stretch).unique(return_inverse=True)[1]
 
     def broken(self, model: nn.Module) -> float:
         """Share of the stretches that are broken; 0 where there are none."""
@@ -54,6 +58,15 @@ class SureLines:
         fell = len(self._stretch[now < 0.5].unique()) / n
         falls = torch.zeros(n).scatter_reduce(0, self._stretch, (self._before - now).clamp_min(0), "amax")
         return fell, float(falls.mean())
+
+    def broken_items(self, model: nn.Module) -> float:
+        """Share of what the model was sure of that is broken, a line of at most `ITEM` tokens counted as one.
+
+        That is what a user meets: of eight stretches in a line seven may be what any model knows (the second half of a
+        word), and the line is wrong with the eighth. Of longer lines each stretch counts.
+        """
+        n = int(self._item.max()) + 1 if len(self._item) else 0
+        return len(self._item[self._chances(model)[self.sure] < 0.5].unique()) / n if n else 0.0
 
     def _chances(self, model: Any) -> Tensor:
         found = []

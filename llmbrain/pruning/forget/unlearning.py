@@ -86,8 +86,9 @@ def unlearn(
         and ``"loss_added"`` in nats a token, on ``"windows"`` held-out windows (on all where there are fewer than
         `HELD_OUT`). With ``"last"`` also ``"mended"``: how often the repair went on because another condition lost more
         than `BROKEN` of the stretches it was sure of (`SureLines`, of lines in held-out windows), and ``"harm"``: what
-        each lost in the end. Of all rounds the one is taken after which what was sure fell least, so the share is a
-        little too good; where it is above `HARM`, a `UserWarning` says so.
+        each lost in the end, short lines counted whole (`SureLines.broken_items`). Of all rounds the one is taken after
+        which what was sure fell least, so the share is a little too good; where it is above `HARM`, a `UserWarning`
+        says so.
     """
     last = bool(functions.get("last"))
     labels, names = token_conditions(scans, (windows.shape[0], windows.shape[1]))
@@ -127,7 +128,7 @@ def unlearn(
         harmed = {c: max(broken.get(c, 0.0), of[0]) for c, of in found.items()}
         worst, fall = max(harmed.values(), default=0.0), max((of[1] for of in found.values()), default=0.0)
         if not rounds or fall <= rounds[0].fall:
-            rounds = [_Round(worst, fall, harmed, change, [r.now.detach().clone() for r in refits])]
+            rounds = [_Round(fall, harmed, change, [r.now.detach().clone() for r in refits])]
         if worst <= BROKEN or mended == MENDS:
             break
         share = {c: h / max(worst, 1e-9) for c, h in harmed.items()}
@@ -143,18 +144,18 @@ def unlearn(
         with torch.no_grad():
             for r, was in zip(refits, best.weights):
                 r.now.copy_(was)
-        if best.worst > HARM:
-            worse = [f"{c} ({h:.1%})" for c, h in best.harm.items() if h > HARM]
-            warnings.warn(
-                f"last=True: forgetting {functions['forget']} costs other conditions more than {HARM:.0%} of what "
-                f"the model was sure of: {', '.join(worse)}; calibrate with more text of these, or leave last away",
-                UserWarning, stacklevel=2,
-            )  # fmt: skip
+    harm = {c: max(rounds[0].harm[c], of.broken_items(model)) for c, of in sure_lines.items()} if rounds else {}
+    if worse := [f"{c} ({h:.1%})" for c, h in harm.items() if h > HARM]:
+        warnings.warn(
+            f"last=True: forgetting {functions['forget']} costs other conditions more than {HARM:.0%} of what "
+            f"the model was sure of: {', '.join(worse)}; calibrate with more text of these, or leave last away",
+            UserWarning, stacklevel=2,
+        )  # fmt: skip
     return {
         "windows": int(test.sum()),
         "broken": by_condition(change + before > np.log(2), sure),
         "loss_added": by_condition(change, torch.ones_like(sure)),
-        **({"mended": mended, "harm": rounds[0].harm} if last else {}),
+        **({"mended": mended, "harm": harm} if last else {}),
     }
 
 
@@ -162,7 +163,6 @@ def unlearn(
 class _Round:
     """How a repair stood after a round."""
 
-    worst: float
     fall: float  # of the probability of an answer, on average, in the condition where it falls most
     harm: dict[str, float]  # by condition
     change: Tensor

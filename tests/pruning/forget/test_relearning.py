@@ -11,7 +11,7 @@ import torch
 from pruning_data import right_by_condition
 
 from llmbrain import InputError, PruningPlan, load_pruned, plan_pruning, prune, save_pruned
-from llmbrain.pruning.forget import unlearning
+from llmbrain.pruning.forget import harm, unlearning
 from llmbrain.pruning.forget.harm import SureLines, lines_apart
 from llmbrain.pruning.forget.relearning import (
     Known,
@@ -186,6 +186,21 @@ def test_an_answer_with_one_wrong_token_is_wrong(two_abilities):
     broken, fall = sure.harm(model)
     assert broken == pytest.approx(1 / n)
     assert fall == pytest.approx((float(sure._before[0]) - 0.4) / n, rel=1e-4)
+
+
+@pytest.mark.parametrize(("item", "share"), [(6, 1 / 4), (5, 1 / 8)])
+def test_a_short_line_is_one_thing_however_much_of_it_is_known(monkeypatch, item, share):
+    known = torch.full((4, 5), 0.95)
+    known[:, 2] = 0.1  # what the model is sure of comes in two stretches a line
+    monkeypatch.setattr(harm, "ITEM", item)
+    monkeypatch.setattr(SureLines, "_chances", lambda *_: known)
+    sure = SureLines(None, [torch.arange(6)] * 4)
+    assert sure.broken_items(None) == 0
+    now = known.clone()
+    now[1, 0] = 0.2
+    monkeypatch.setattr(SureLines, "_chances", lambda *_: now)
+    assert sure.harm(None)[0] == pytest.approx(1 / 8)
+    assert sure.broken_items(None) == pytest.approx(share)
 
 
 def test_a_probe_reads_what_hidden_states_hold(two_abilities):

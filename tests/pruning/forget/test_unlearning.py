@@ -158,6 +158,30 @@ def test_what_contradicts_itself_is_refused(two_abilities):
             lb.prune(model, twice, calibration=scans, compensate=compensate, relearning=False)
 
 
+def test_a_repair_that_lasts_forgets_without_a_cut(two_abilities, monkeypatch):
+    from llmbrain.pruning.forget import unlearning
+
+    model, scans, ids = two_abilities
+    monkeypatch.setattr(unlearning, "STEPS", 60)
+    monkeypatch.setattr(unlearning, "MENDS", 0)
+    options = {"method": "magnitude", "window": ids.shape[1]}
+    plan = plan_pruning(model, None, scans, ratio=0, forget="low", last=True, **options)
+    assert plan.removed == plan.ratio == 0
+    assert lb.PruningPlan.from_dict(plan.to_dict()).widths == plan.widths_before
+    how = {"calibration": scans, "window": ids.shape[1], "compensate": "least-squares", "relearning": False}
+    small = prune(model, plan, **how)
+    after = right_by_condition(small, scans, ids)
+    assert after["low"] < 0.2
+    assert after["high"] > 0.9
+    assert sum(p.numel() for p in small.parameters()) >= sum(p.numel() for p in model.parameters())
+    for wrong in ({"forget": "low"}, {}):  # without last it would do nothing
+        with pytest.raises(lb.InputError, match="ratio=0"):
+            plan_pruning(model, None, scans, ratio=0, **wrong, **options)
+    with pytest.raises(lb.InputError, match="ratio"):
+        lb.study.Settings(ratio=0, forget=("low",))
+    assert lb.study.Settings(ratio=0, forget=("low",), last=True).ratio == 0
+
+
 def test_options_of_forgetting_are_refused_where_nothing_is_to_go(two_abilities):
     model, scans, _ = two_abilities
     for option in ({"last": True}, {"attribution": "relp"}):
