@@ -13,6 +13,7 @@ from scipy.linalg import eigh
 from threadpoolctl import ThreadpoolController
 
 from llmbrain._validation import InputError
+from llmbrain.decomposition.prepare.krylov import few, leading_of_matrix, leading_rows
 from llmbrain.decomposition.workers import workers
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _WIDTH = 1024  # columns of one product in single precision; products are added in double
 _TILE = 64
-_KRYLOV_STEPS = 4
 _LARGE = 1024  # from here on, products are large enough for the threads of BLAS itself
 
 
@@ -96,32 +96,30 @@ def symmetric_eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 
 
-def leading_eigen(matrix: torch.Tensor, n_components: int | float) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_eigen(matrix: torch.Tensor, n_components: int | float, n_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading eigenvalues (falling) and eigenvectors of a symmetric float64 matrix: at least `n_components` of them.
 
-    All of them where a share is wanted, or many. Of a large matrix, a few by block Krylov iteration (Musco & Musco
-    2015): components that stand out of the noise are then as exact as the others' rounding; among those that do not,
-    the directions are not unique anyway.
+    All of them where a share is wanted, or many. Of a large matrix, a few by block Krylov iteration
+    (`llmbrain.decomposition.prepare.krylov`): components that stand out of the noise are then as exact as the others'
+    rounding; among those that do not, the directions are not unique anyway.
+
+    Parameters
+    ----------
+    matrix : float64 Tensor (n, n)
+    n_components : int or float
+    n_columns : int
+        Columns of the rows whose products the matrix holds.
     """
     n = len(matrix)
     if isinstance(n_components, float) or 4 * n_components > n:
         return symmetric_eigen(matrix)
     if n <= _LARGE and matrix.device.type == "cpu":
         return _some_eigen(matrix, n_components)
-    if n <= _LARGE or 10 * n_components > n:
-        return symmetric_eigen(matrix)
-    generator = torch.Generator().manual_seed(0)  # a fixed start of its own: the same result every time
-    start = torch.randn(n, n_components + 10, dtype=matrix.dtype, generator=generator).to(matrix.device)
-    with workers(matrix.device) as team, team.all_threads():
-        block = torch.linalg.qr(start)[0]
-        blocks = []
-        for _ in range(_KRYLOV_STEPS):
-            block = torch.linalg.qr(matrix @ block)[0]
-            blocks.append(block)
-        basis = torch.linalg.qr(torch.cat(blocks, dim=1))[0]
-        values, turn = torch.linalg.eigh(basis.T @ (matrix @ basis))
-        keep = slice(len(values) - n_components, None)
-        return values[keep].flip(0).clamp_min(0.0), (basis @ turn[:, keep]).flip(1)
+    if n > _LARGE and few(n_components, n):
+        found = leading_of_matrix(matrix, n_components, n_columns)
+        if found is not None:
+            return found.values, found.basis @ found.turn
+    return symmetric_eigen(matrix)
 
 
 def _some_eigen(matrix: torch.Tensor, n_components: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,12 +174,18 @@ def pca_of_run(run: PreparedRun, columns: slice, n_components: int | float, *, c
     def block(part: slice) -> torch.Tensor:
         return run.kept_block(slice(columns.start + part.start, columns.start + part.stop))
 
+    if run.n_kept > _LARGE and few(n_components, run.n_kept):
+        found = leading_rows(block, run.n_kept, live, int(n_components), run.dtype, center=center)
+        if found is not None:
+            size = _size(found.values, n_components, run.dtype)
+            return RunPCA(found.rows[:size], found.values, found.total)
+
     # centring takes n * mean mean' from the Gram matrix: no centred copy is made
     matrix, sums = gram_of_blocks(block, run.n_kept, n_neurons, run.device)
     mean = sums / int(live.sum())
     if center:
         matrix -= torch.outer(mean, sums)
-    values, vectors = leading_eigen(matrix, n_components)
+    values, vectors = leading_eigen(matrix, n_components, n_neurons)
     weights = vectors[:, : _size(values, n_components, run.dtype)].T.contiguous()
     rows = project_blocks(weights, block, n_neurons, run.dtype)
     if not center:
@@ -195,7 +199,7 @@ def run_pca(data: torch.Tensor, n_components: int | float) -> RunPCA:
     """PCA of one (n_tokens, n_neurons) run that is centred already; `n_components` as in `pca_of_run`."""
     n_tokens, n_neurons = data.shape
     matrix = gram(data.T if n_neurons < n_tokens else data)
-    values, vectors = leading_eigen(matrix, n_components)
+    values, vectors = leading_eigen(matrix, n_components, max(data.shape))
     vectors = vectors[:, : _size(values, n_components, data.dtype)]
     if n_neurons < n_tokens:
         rows = (vectors * values[: vectors.shape[1]].sqrt()).T.to(data.dtype).contiguous()

@@ -30,15 +30,15 @@ def test_pca_of_a_run_is_the_svd(data):
 
 @pytest.mark.slow
 def test_pca_of_a_long_run_keeps_every_source():
-    """More than 1,024 tokens: the eigenvectors come from Krylov iteration."""
+    """More than 1,024 tokens: the components come from Krylov iteration."""
     rng = np.random.default_rng(0)
     maps = planted(1)[0][:, :1600]
     run = rng.laplace(size=(1200, K)) @ maps + rng.normal(size=(1200, 1600))
     found = pca_of_run(prepare(run, Preprocessing(), dtype=torch.float64), slice(0, 1600), 3 * K)
     _, lengths, exact = np.linalg.svd(prepared(run), full_matrices=False)
-    np.testing.assert_allclose(found.eigenvalues[:K].sqrt(), lengths[:K], rtol=1e-9)
+    np.testing.assert_allclose(found.eigenvalues[:K].sqrt(), lengths[:K], rtol=1e-7)
     angles = np.linalg.svd(exact[:K] @ np.linalg.qr(found.rows.numpy().T)[0], compute_uv=False)
-    np.testing.assert_allclose(angles, 1, atol=1e-9)
+    np.testing.assert_allclose(angles, 1, atol=1e-6)
     np.testing.assert_allclose(found.total, (lengths**2).sum(), rtol=1e-9)
     low = rng.normal(size=(1200, 5)) @ rng.laplace(size=(5, 1600))
     with pytest.raises(InputError, match="rank of the data, 5"):
