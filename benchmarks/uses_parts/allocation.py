@@ -99,12 +99,12 @@ def page(found: list[dict[str, Any]], name: str) -> str:
     table = pd.DataFrame(found)
     lines = [f"## Use 0: allocation ({name})", "",
              "FLAP's neurons at the widths of each allocation, least squares; perplexity in and out of the domain of "
-             f"the calibration text, mean over {table['draw'].nunique()} draws, [lowest, highest].", ""]  # fmt: skip
+             f"the calibration text, mean over the draws, [lowest, highest].", ""]  # fmt: skip
     for ratio, part in table.groupby("ratio"):
         cells = []
         for label in dict.fromkeys(part["allocation"]):
             of = part[part["allocation"] == label]
-            cells.append({"allocation": label} | {
+            cells.append({"allocation": label, "draws": len(of)} | {
                 t: f"{of[t].mean():.2f} [{of[t].min():.2f}, {of[t].max():.2f}]" for t in ("in domain", "out of domain")
             })  # fmt: skip
         lines += [f"**{ratio:.0%} removed**", "", pd.DataFrame(cells).to_markdown(index=False), ""]
@@ -113,6 +113,7 @@ def page(found: list[dict[str, Any]], name: str) -> str:
     null = "phase-randomized networks"
     for label in [c for c in wide.columns if c != "networks"]:
         pairs = [(w["networks"] < w[label]).sum() for w in (wide, other)]
-        lines.append(f"- networks below {label}: in domain {pairs[0]}, out of domain {pairs[1]} of {len(wide)} "
+        both = len(wide[["networks", label]].dropna())
+        lines.append(f"- networks below {label}: in domain {pairs[0]}, out of domain {pairs[1]} of {both} "
                      f"(ratio, draw){' - the control' if label == null else ''}.")  # fmt: skip
     return "\n".join([*lines, ""])
