@@ -99,7 +99,7 @@ def page(found: list[dict[str, Any]], name: str) -> str:
     table = pd.DataFrame(found)
     lines = [f"## Use 0: allocation ({name})", "",
              "FLAP's neurons at the widths of each allocation, least squares; perplexity in and out of the domain of "
-             f"the calibration text, mean over the draws, [lowest, highest].", ""]  # fmt: skip
+             "the calibration text, mean over the draws, [lowest, highest].", ""]  # fmt: skip
     for ratio, part in table.groupby("ratio"):
         cells = []
         for label in dict.fromkeys(part["allocation"]):
