@@ -239,7 +239,7 @@ class Bench:
             plan = self.plan(row, planner, ratio, task.tokens, task.draw)
             text = {"calibration": windows, "max_windows": len(windows)} if row.compensate else {}
             small = lb.prune(self.model, plan, tokenizer=self.tokenizer, compensate=row.compensate,
-                             verify=self.device.type == "cpu", **text)  # fmt: skip
+                             propagation=row.propagation, verify=self.device.type == "cpu", **text)  # fmt: skip
             if row.tune:
                 some = self.every[-TUNED:]
                 small = lb.recover(small, self.tokenizer, some, steps=row.tune, random_state=0, inplace=True)[0]

@@ -19,6 +19,8 @@ class Row:
     own : str
         Text that the model writes: ``""`` none, ``"half"`` of the calibration tokens, ``"beside"`` half as many more,
         ``"as much"`` as many more (what `run` does by default with deep models), ``"twice"`` as many, ``"only"``.
+    propagation : float
+        Share of the error of earlier layers that a repair takes on (by default .5 with deep models).
     tune : int
         Steps of LoRA afterwards, on 256 windows of the calibration text.
     quick : bool
@@ -27,8 +29,6 @@ class Row:
         Whether it is measured with every draw of calibration text.
     sizes : bool
         Whether it is measured with less and more calibration text.
-    slow : bool
-        Whether it takes minutes: an allocation by search.
     """
 
     label: str
@@ -39,11 +39,11 @@ class Row:
     ends: bool = False
     widths_of: str | None = None
     own: str = ""
+    propagation: float = 0.0
     tune: int = 0
     quick: bool = False
     draws: bool = False
     sizes: bool = False
-    slow: bool = False
 
 
 def _uniform(label: str, method: str, compensate: str | None = "least-squares") -> Row:
@@ -51,8 +51,8 @@ def _uniform(label: str, method: str, compensate: str | None = "least-squares") 
 
 
 DEFAULT = Row(
-    "ours, as by default: networks, search, ends kept, as much own text", "networks", "search", networks="real",
-    ends=True, own="as much", draws=True, sizes=True, slow=True,
+    "ours, as by default: with networks, ends kept, twice as much own text, errors propagated", "networks", "uniform",
+    networks="real", ends=True, own="twice", propagation=0.5, draws=True, sizes=True,
 )  # fmt: skip
 UNIFORM = Row(
     "ours, uniform: OBS with gradients, ends kept, own text beside", "obs-gradient", "uniform", ends=True, own="beside",
@@ -64,8 +64,9 @@ OBS = Row("OBS with gradients, uniform", "obs-gradient", "uniform")
 PUBLISHED = Row("published rule", "published", quick=True, draws=True)
 ROWS = (
     DEFAULT,
-    replace(DEFAULT, label="the same without networks", networks=None, draws=False, sizes=False),
+    replace(DEFAULT, label="the same without networks", method="obs-gradient", networks=None, draws=False, sizes=False),
     replace(DEFAULT, label="the same with phase-randomized networks", networks="null", draws=False, sizes=False),
+    replace(DEFAULT, label="the same by FLAP", method="flap", networks=None, draws=False, sizes=True),
     UNIFORM,
     replace(UNIFORM, label="ours, uniform, as much own text", own="as much", quick=False),
     replace(UNIFORM, label="ours, uniform, with networks, twice as much own text", method="networks", networks="real",
@@ -110,7 +111,7 @@ ROWS = (
     replace(UNIFORM, label="ours, uniform, then LoRA", tune=100, quick=False, draws=False, sizes=False),
     replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then LoRA", tune=100, quick=False, draws=False, sizes=False),
 )  # fmt: skip
-MAIN = ROWS[:28]  # those whose order the issue is about
+MAIN = ROWS[:29]  # those whose order the issue is about
 
 
 def written_beside(own: str, tokens: int) -> int:
@@ -139,17 +140,12 @@ class Task:
 def tasks(ratios: tuple[float, ...], draws: int, tokens: int, others: tuple[int, ...], main: float) -> Iterator[Task]:
     """All rows, the most valuable first: one ratio, then other sizes and draws of it, then the other ratios."""
     rest = tuple(r for r in ratios if r != main)
-    cheap = [row for row in ROWS if not row.slow]
     if main in ratios:
         yield from (Task(row, tokens, 0, (main,)) for row in ROWS)
-        yield Task(DEFAULT, others[0], 0, (main,)) if others else Task(UNIFORM, tokens, 0, (main,))
-        yield from (Task(row, size, 0, (main,)) for size in others for row in cheap if row.sizes)
-        yield from (Task(DEFAULT, size, 0, (main,)) for size in others[1:])
-        yield from (Task(row, tokens, draw, (main,)) for draw in range(1, draws) for row in cheap if row.draws)
-        yield from (Task(DEFAULT, tokens, draw, (main,)) for draw in range(1, draws))
-    yield from (Task(row, tokens, 0, (ratio,)) for row in cheap if row in MAIN for ratio in rest[-1:])
-    yield from (Task(row, tokens, 0, (ratio,)) for row in cheap if row in MAIN for ratio in rest[:-1])
-    yield from (Task(DEFAULT, tokens, 0, (ratio,)) for ratio in reversed(rest))
-    yield from (Task(row, tokens, 0, rest) for row in cheap if row not in MAIN and rest)
-    yield from (Task(row, tokens, draw, rest) for draw in range(1, draws) for row in cheap if row.draws and rest)
-    yield from (Task(row, size, 0, rest) for size in others for row in cheap if row.sizes and rest)
+        yield from (Task(row, size, 0, (main,)) for size in others for row in ROWS if row.sizes)
+        yield from (Task(row, tokens, draw, (main,)) for draw in range(1, draws) for row in ROWS if row.draws)
+    yield from (Task(row, tokens, 0, (ratio,)) for row in MAIN for ratio in rest[-1:])
+    yield from (Task(row, tokens, 0, (ratio,)) for row in MAIN for ratio in rest[:-1])
+    yield from (Task(row, tokens, 0, rest) for row in ROWS if row not in MAIN and rest)
+    yield from (Task(row, tokens, draw, rest) for draw in range(1, draws) for row in ROWS if row.draws and rest)
+    yield from (Task(row, size, 0, rest) for size in others for row in ROWS if row.sizes and rest)

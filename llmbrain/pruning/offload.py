@@ -22,6 +22,7 @@ from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.pruning.plan import PruningPlan
 from llmbrain.pruning.prune import COMPENSATIONS, record_of, repair_text
 from llmbrain.pruning.repair.fit import repair
+from llmbrain.pruning.repair.propagation import propagation_of
 from llmbrain.pruning.verify import check_cut_is_zeroing, take
 from llmbrain.scanning.scans import Scan
 
@@ -62,6 +63,7 @@ def prune_offloaded(
     ridge: float | None = None,
     intercept: bool = True,
     sequential: bool = True,
+    propagation: float | None = None,
     format: str = "per-layer",
     overwrite: bool = False,
     verify: bool = True,
@@ -82,7 +84,7 @@ def prune_offloaded(
         Made for these weights.
     path : str or Path
         Folder of the smaller model.
-    tokenizer, calibration, compensate, ridge, intercept, sequential, **text
+    tokenizer, calibration, compensate, ridge, intercept, sequential, propagation, **text
         As in `prune`. The tokenizer is saved beside the model.
     format : {"per-layer", "remote-code", "uniform"}
         As in `save_pruned`.
@@ -128,8 +130,9 @@ def prune_offloaded(
         windows, token_weights = repair_text(model, plan, given, compensate)
     if verify:
         check_cut_is_zeroing(model, body, kept, windows)
+    carry = propagation_of(model, body, windows, propagation, compensate=compensate, sequential=sequential)
     small = shell(model)
-    setattr(small, RECORD, [*getattr(small, RECORD, []), record_of(plan, compensate, None, windows)])
+    setattr(small, RECORD, [*getattr(small, RECORD, []), record_of(plan, compensate, None, windows, carry)])
     layers = anatomy(small).layers
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     in_blocks = {f"{layer.path}." for layer in layers}
@@ -162,7 +165,8 @@ def prune_offloaded(
             with restored(body.layers, list(kept)):
                 repair(
                     model, body, windows, kept, kind=str(compensate), ridge=ridge, intercept=intercept,
-                    sequential=sequential, weights=token_weights, done=lambda layer: write(parts, layer),
+                    sequential=sequential, weights=token_weights, carry=carry,
+                    done=lambda layer: write(parts, layer),
                 )  # fmt: skip
         if is_away(model):
             lend_rest(model, small, in_blocks)

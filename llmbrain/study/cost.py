@@ -42,6 +42,7 @@ OF_METHOD = {"random": 0.0, "magnitude": 0.0, "wanda-sp": 1.1, "flap": 1.1, "tay
 OF_EXPERTS = 3.0  # times as many passes as that takes the repair of experts, which is done three times a layer
 SEQUENTIAL = {"obs", "obs-gradient", "networks"}
 OF_REPAIR = 2.0  # of the sequential repair: what a block gave before, and what it gives now
+OF_PROPAGATION = 1.0  # more of it, where what the dense model made of the text goes beside it: in deep models
 FIXED, BYTES_A_SECOND = 4.0, 1e8  # seconds of figures and the report; how fast a model is copied, saved and checked
 BASE_MEMORY = 0.6e9  # Python, torch and transformers themselves
 SPEED_TOKENS = 4 * 512  # read to measure the speed of a model
@@ -52,6 +53,7 @@ ROUNDS = 11  # of the search for neurons to forget: they took 6 to 24 on the dem
 OF_ROUND = 5.0  # passes of a round: one forward, two backward
 OF_UPDATE = 150.0  # multiplications a parameter that a step of Adam on all of them takes as long as (demo brain)
 LINE = 32  # tokens of a line of labelled text, where it is not known
+OWN = 2  # times the text that is given, what a deep model writes beside it
 OF_STEP, OF_TOKEN = 100, 2.5  # what writing a token of all pieces costs, in tokens that are read: at least, and each
 
 
@@ -79,13 +81,19 @@ def plan_passes(
 def own_windows(asked: int | None, n_layers: int, n_text: int) -> int:
     """Windows of text that a model writes itself beside `n_text` of the user's, where the user does not say how many.
 
-    None for shallow models; as many for deep ones, which were trained on far more kinds of text than the one they are
-    calibrated on: of SmolLM2, half of the same tokens its own took 28 and 29% off the perplexities of two texts of
-    other kinds and cost nothing on that one (see ``benchmarks/real.py``).
+    None for shallow models; twice as many for deep ones, which were trained on far more kinds of text than the one they
+    are calibrated on (see ``benchmarks/real.py``).
     """
     if asked is not None:
         return asked
-    return n_text if n_layers >= DEEP else 0
+    return OWN * n_text if n_layers >= DEEP else 0
+
+
+def repair_passes(compensate: str | None, n_layers: int) -> float:
+    """Forward passes over the calibration text that a repair takes."""
+    if compensate is None:
+        return 0.0
+    return OF_REPAIR + (OF_PROPAGATION if compensate == "least-squares" and n_layers >= DEEP else 0.0)
 
 
 def writing_passes(n_tokens: int) -> float:
@@ -395,7 +403,7 @@ def run_cost(
     k = how.n_components if isinstance(how.n_components, int) else 32
     layers = len(subject.widths)
     planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio, how.drop or (), layers)
-    repair = OF_REPAIR if how.compensate else 0.0
+    repair = repair_passes(how.compensate, 0 if subject.mixture or how.keep or how.forget else layers)
     if how.expert_ratio is not None:  # scores are one pass, of networks and chance none
         planning = 0.0 if how.method in ("networks", "random") else 1.0
         repair *= OF_EXPERTS

@@ -24,6 +24,7 @@ from llmbrain.pruning.allocate.losses import LEVELS
 from llmbrain.pruning.allocate.search import LOSS_TOKENS, OF_CANDIDATE, OF_SENSITIVITY
 from llmbrain.pruning.calibrate.stream import LEAST_BATCHES
 from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.criteria.networks import DEEP
 from llmbrain.study.cost import BASE_MEMORY, BATCH, Subject, scan_bytes
 from llmbrain.study.machines import CpuSpeeds, GpuSpeeds, Speeds, gpu_of
 
@@ -320,8 +321,11 @@ class Steps:
     def repair(self) -> dict[str, Any]:
         """A walk with a fit in each layer, on a copy of the model."""
         owners = min(self.devices, len(self.subject.widths))
-        seconds = self._walk(changed=True) / self.devices + self.speeds.fit(self._stays, True) / owners
-        return self._row("repair", seconds, self._weights(2.0) + self._walking())
+        deep = len(self.subject.widths) >= DEEP and not self.subject.mixture  # then the dense states go beside it
+        beside = self.speeds.forward(self.how.n_tokens) if deep else 0.0
+        seconds = (self._walk(changed=True) + beside) / self.devices + self.speeds.fit(self._stays, True) / owners
+        memory = self._weights(2.0) + self._walking() + (2.0 * self.hidden / self.devices if deep else 0.0)
+        return self._row("repair", seconds, memory)
 
     def save(self) -> dict[str, Any]:
         """Written, loaded again, run and compared."""

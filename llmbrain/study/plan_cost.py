@@ -11,7 +11,6 @@ from llmbrain.hooks.text import window_length
 from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.forget.relearning import Relearning
 from llmbrain.study.cost import (
-    OF_REPAIR,
     Cost,
     Forgetting,
     Part,
@@ -19,6 +18,7 @@ from llmbrain.study.cost import (
     forecast_part,
     own_windows,
     plan_passes,
+    repair_passes,
     step_cost,
     writing_passes,
 )
@@ -77,7 +77,7 @@ def plan_cost(
     subject, length = Subject.of(model), window_length(model)
     layers = len(subject.widths)
     planning = 0.0 if plan is not None else plan_passes(method, allocation, passes, head_ratio, drop, layers)
-    often = planning + (OF_REPAIR if compensate else 0.0)
+    often = planning + repair_passes(compensate, 0 if subject.mixture or keep or forget else layers)
     most = TEXT_WINDOWS * length
     cost = step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)
     if self_text is None and (keep or forget or not may_write(model, tokenizer)):

@@ -35,12 +35,12 @@ from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.again import MADE, check_plan_place, made_before, made_from, making
 from llmbrain.study.cost import (
-    OF_REPAIR,
     PIECE,
     Cost,
     measured_batch,
     own_windows,
     plan_passes,
+    repair_passes,
     step_cost,
     together,
 )  # fmt: skip
@@ -386,14 +386,14 @@ def benchmark_cost(
     length = window_length(model, window) if window else min(window_length(model), WINDOW)
     rate, most = measured_batch(model, tokenizer, texts, length), max_windows * length
     calibration = limit_tokens(calibration, tokenizer, max(most, FOUND_TOKENS))
-    costs, cells = [], 1
+    costs, cells, layers = [], 1, len(anatomy(model).layers)
     wanted = rows_of(methods)
     for method in dict.fromkeys(row[0] for row in wanted):
         own = [row for row in wanted if row[0] == method]
         times = [draws if row in REPEATED else 1 for row in own]
         shared = plan_passes(method, "uniform", PASSES)  # what all ratios share is done once
         spread = [plan_passes(method, allocation, PASSES) - shared for _, allocation, _ in own]
-        repair = [OF_REPAIR if compensate else 0.0 for *_, compensate in own]
+        repair = [repair_passes(compensate, layers) for *_, compensate in own]
         passes = shared * max(times) + len(ratios) * sum(n * (a + b) for n, a, b in zip(times, spread, repair))
         n = len(ratios) * sum(times)
         name = f"{method}, {n} models"

@@ -121,6 +121,8 @@ def test_pruning_block_by_block_equals_pruning_in_memory(
     heads = {"head_ratio": 0.5} if name == "llama" else {}
     plan = lb.plan_pruning(whole, ratio=0.4, method="flap", allocation="global", calibration=WINDOWS, **heads)
     how = {"calibration": WINDOWS, "compensate": compensate, "sequential": sequential}
+    if compensate == "least-squares" and sequential and name not in ("gemma3", "bert"):
+        how["propagation"] = 0.5  # what these families refuse is tested with the repair
     lb.save_pruned(lb.prune(whole, plan, **how), tokenizer, tmp_path / "a")
     lb.prune_offloaded(placed, plan, tmp_path / "b", tokenizer=tokenizer, **how)
     one, other = weights(tmp_path / "a"), weights(tmp_path / "b")

@@ -16,7 +16,7 @@ from llmbrain.anatomy.families import anatomy
 from llmbrain.hooks.text import window_length
 from llmbrain.study import Settings, forecast
 from llmbrain.study.budget import fit
-from llmbrain.study.cost import OF_REPAIR, Subject, plan_passes, run_cost, writing_passes
+from llmbrain.study.cost import Subject, plan_passes, repair_passes, run_cost, writing_passes
 from llmbrain.study.sample import FEW, Sample, count_tokens
 
 
@@ -117,13 +117,16 @@ def test_passes_are_what_a_plan_takes(method, allocation, passes):
     assert took == pytest.approx(plan_passes(method, allocation, passes), rel=0.2, abs=0.3)
 
 
-def test_repair_takes_two_passes():
-    model = tiny("llama", seed=3, intermediate_size=40, num_hidden_layers=6)
+@pytest.mark.parametrize("n_layers", [6, 20])
+def test_repair_takes_two_passes_and_of_deep_models_three(n_layers):
+    model = tiny("llama", seed=3, intermediate_size=40, num_hidden_layers=n_layers)
     windows = torch.from_numpy(np.random.default_rng(0).integers(3, 40, size=(64, 64)))
     plan = lb.plan_pruning(model, ratio=0.3, method="magnitude")
     options = {"calibration": windows, "compensate": "least-squares", "inplace": True}
     took = counted(model, lambda: lb.prune(model, plan, **options)) / windows.numel()
-    assert took == pytest.approx(OF_REPAIR, rel=0.25)  # and a little to see that the stream is the model
+    assert took == pytest.approx(
+        repair_passes("least-squares", n_layers), rel=0.25
+    )  # and a little to see that the stream is the model
 
 
 def test_a_budget_gives_up_what_does_not_fit_and_keeps_what_was_asked_for(subject):

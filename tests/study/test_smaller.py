@@ -34,7 +34,7 @@ def test_deep_models_write_as_much_text_as_they_are_given():
 
 
 def test_how_much_is_written():
-    assert [own_windows(None, n, 5) for n in (19, 20)] == [0, 5]
+    assert [own_windows(None, n, 5) for n in (19, 20)] == [0, 10]
     assert own_windows(7, 2, 5) == 7
     assert Settings().own_text is None
     assert Settings(forget=("a",)).own_text == 0

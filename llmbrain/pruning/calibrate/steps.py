@@ -82,6 +82,22 @@ Look = Callable[[Measured], Change | None]
 """A plain function in place of a `Step`: every rank does the same."""
 
 
+@dataclass(frozen=True)
+class Propagation:
+    """What each layer takes on of the error that earlier layers left.
+
+    Attributes
+    ----------
+    share : float
+        Of the error after the block.
+    by_layer : list of float
+        The same in the units of each layer's MLP output.
+    """
+
+    share: float
+    by_layer: list[float]
+
+
 def settle(team: Ranks, owner: int, step: Step | Look, layer: LayerAnatomy, measured: Measured) -> Change | None:
     """Do a step at one layer; of a team, by its owner for all."""
     if not isinstance(step, Step):

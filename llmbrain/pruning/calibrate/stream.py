@@ -26,13 +26,13 @@ from llmbrain._validation import InputError
 from llmbrain.anatomy.families import Anatomy, LayerAnatomy, Projection
 from llmbrain.anatomy.offload import is_away, present, store
 from llmbrain.anatomy.surgery import Change, write
-from llmbrain.anatomy.units import KINDS, Units
+from llmbrain.anatomy.units import KINDS, NEURONS, Units
 from llmbrain.distributed import ALONE, Parcel, RankError, Ranks, ranks
 from llmbrain.hooks.change import saying
 from llmbrain.hooks.listen import Call, hear_calls, hear_outputs
 from llmbrain.hooks.text import BATCH_TOKENS, batches, digest, evaluating, input_device
 from llmbrain.pruning.calibrate.moments import Moments
-from llmbrain.pruning.calibrate.steps import Look, Measured, Step, settle, settle_all
+from llmbrain.pruning.calibrate.steps import Look, Measured, Propagation, Step, settle, settle_all
 from llmbrain.pruning.verify import FAILURES, check_reads
 
 LEAST_BATCHES = 8
@@ -83,6 +83,7 @@ class Stream:
         self.layers = body.layers
         self.at = 0
         self.hidden: list[Tensor] = []
+        self.dense: list[Tensor] | None = None  # the same in the model as it was, where they are wanted and other
         self._attended: dict[int, Any] = {}  # by batch: what the attention of block `at` said
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by batch size, one a block
         parts = calibration_batches(windows)
@@ -129,6 +130,17 @@ class Stream:
         self.hidden = [self.through(i) for i in range(len(self.hidden))] if hidden is None else hidden
         self._attended.clear()
         self.at += 1
+
+    def dense_after(self) -> list[Tensor] | None:
+        """What the model as it was makes of the text after block `at`, which nothing has changed yet.
+
+        None where nothing was changed before it either: then it is what the block makes now.
+        """
+        if self.dense is None:
+            return None
+        calls = [self._calls[len(hidden)][self.at] for hidden in self.dense]
+        block = self.layers[self.at].block
+        return [_tensor(block(hidden, *args, **kwargs)) for hidden, (args, kwargs) in zip(self.dense, calls)]
 
     def through(self, batch: int) -> Tensor:
         """Hidden states of one batch after block `at` as it is now."""
@@ -295,6 +307,7 @@ def walk(
     weights: Tensor | None = None,
     progress: str | None = None,
     done: Callable[[LayerAnatomy], None] | None = None,
+    carry: Propagation | None = None,
 ) -> None:
     """Visit every layer in order, with the moments of its signals and outputs over calibration tokens.
 
@@ -318,6 +331,9 @@ def walk(
     done : function, optional
         Gets each layer when the text has gone through it, with its weights in memory, to do with them what it likes
         (cut and save them): they are not looked at again.
+    carry : Propagation, optional
+        How much of what is missing after a block to the dense model's hidden states joins the target of its neurons'
+        projection: see `llmbrain.pruning.repair.propagation`.
     """
     team = ALONE if done is not None else ranks()
     facts = {"windows": digest(windows)} if team.size > 1 else {}
@@ -340,13 +356,16 @@ def walk(
         for layer in bar(body.layers, desc=progress or "layers", show=bool(progress), leave=False):
             unchanged, changed = None, []
             with present(layer.block):
+                wanted = stream.dense_after() if carry is not None and isinstance(stream, Stream) else None
                 for units in (kind for kind in KINDS if kind in steps):
                     output = units.output(layer)
                     if output is None or units.is_gone(layer):
                         continue
                     step, owner = steps[units], layer.index % team.size
                     to = owner if isinstance(step, Step) else None
-                    measured, after = _measure(stream, layer, units, output, token_weights, team, to)
+                    share = carry.by_layer[layer.index] if carry is not None and units is NEURONS else 0.0
+                    measured, after = _measure(stream, layer, units, output, token_weights, team, to, share, wanted)
+                    wanted = after if wanted is None and carry is not None else wanted  # nothing is changed yet
                     if at_once:
                         waiting.append((layer, output, measured))
                         unchanged = after
@@ -360,6 +379,8 @@ def walk(
                         late.append((output, change))
                         unchanged = after
                 stream.advance(unchanged)
+                if isinstance(stream, Stream) and carry is not None and (changed or stream.dense is not None):
+                    stream.dense = wanted
                 if waiting and (len(waiting) == team.size or layer is body.layers[-1]):
                     assert isinstance(first, Step)
                     late += settle_all(team, first, waiting)
@@ -409,8 +430,12 @@ def _measure(
     weights: list[Tensor] | None,
     team: Ranks,
     to: int | None,
+    share: float = 0.0,
+    wanted: list[Tensor] | None = None,
 ) -> tuple[Measured, list[Tensor]]:
     """Moments of one output projection in block `stream.at`, and the hidden states after the block.
+
+    A share of what these lack to those that are `wanted` joins the target.
 
     Of a team, the moments are those of all ranks' text at rank `to` (at all, for None), and of no use elsewhere.
     """  # fmt: skip
@@ -421,6 +446,8 @@ def _measure(
         after.append(hidden)
         if i == 0:
             train, held_out = _begin(team, output, x, t)
+        if wanted is not None and share:
+            t = t.float() + share * (wanted[i].float() - hidden.float()).flatten(0, -2)
         w = None if weights is None else weights[i].to(x.device)
         (held_out if is_held_out(number, stream.n) else train).add(x, t, w)
     if not after:

@@ -12,7 +12,7 @@ from llmbrain.anatomy.families import Anatomy, LayerAnatomy
 from llmbrain.anatomy.surgery import Change
 from llmbrain.anatomy.units import Units
 from llmbrain.pruning.calibrate.moments import Moments
-from llmbrain.pruning.calibrate.steps import Found, Measured, Step
+from llmbrain.pruning.calibrate.steps import Found, Measured, Propagation, Step
 from llmbrain.pruning.calibrate.stream import walk
 from llmbrain.pruning.repair.least_squares import bias_only, choose_ridge, least_squares
 
@@ -31,6 +31,7 @@ def repair(
     sequential: bool = True,
     weights: Tensor | None = None,
     done: Callable[[LayerAnatomy], None] | None = None,
+    carry: Propagation | None = None,
 ) -> None:
     """Write refitted output projections into a model, with zeros where units go; shapes stay.
 
@@ -45,6 +46,8 @@ def repair(
         As in `llmbrain.prune`.
     done : function, optional
         Gets each layer once it is repaired: see `llmbrain.pruning.calibrate.stream.walk`.
+    carry : Propagation, optional
+        How much of the error of earlier layers each takes on: see `llmbrain.pruning.repair.propagation`.
     """
     removed = any(len(k) < n for units, of in kept.items() for k, n in zip(of, units.counts(body)))
 
@@ -58,7 +61,8 @@ def repair(
         return Step(lambda measured: Found(at(measured)))
 
     steps = {units: step(units) for units in kept}
-    walk(model, body, windows, steps, sequential=sequential, weights=weights, progress="repair", done=done)
+    walk(model, body, windows, steps, sequential=sequential, weights=weights, progress="repair", done=done,
+         carry=carry)  # fmt: skip
 
 
 def fit(

@@ -1,0 +1,95 @@
+"""How much of the error that earlier layers left a layer's repair takes on."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llmbrain._validation import InputError, check_range
+from llmbrain.anatomy.families import Anatomy
+from llmbrain.anatomy.offload import present
+from llmbrain.anatomy.units import NEURONS
+from llmbrain.hooks.change import saying
+from llmbrain.hooks.text import evaluating
+from llmbrain.pruning.calibrate.steps import Propagation
+from llmbrain.pruning.calibrate.stream import Stream, stream_of
+from llmbrain.pruning.criteria.networks import DEEP
+
+SHARE = 0.5  # what deep models get where nothing is said
+PROBE = 64  # tokens on which it is seen how a block takes the output of its MLP
+LINEAR = 0.05  # of a block's change, what may come by another way than a multiple of the MLP's
+
+
+def propagation_of(
+    model: nn.Module, body: Anatomy, windows: Tensor | None, asked: float | None, *, compensate: str | None,
+    sequential: bool, functions: bool = False,
+) -> Propagation | None:  # fmt: skip
+    """What each layer's repair takes on of the error of the hidden states; None for nothing.
+
+    A repair that follows the pruned model meets hidden states that are off already. Its target is what the layer made
+    of them uncut, plus a share of what is missing after the block to what was there in the dense model (QEP, Arai &
+    Ichikawa 2025, arXiv 2504.09629, eq. 9, the share there alpha; for quantization, of every projection. Here the MLP's
+    output alone takes it on, since the block adds that to the hidden states).
+
+    Parameters
+    ----------
+    asked : float or None
+        The share, 0 to 1. None: `SHARE` with models of 20 layers and more whose blocks allow it, else 0.
+    functions : bool
+        Whether the plan keeps or forgets functions: then nothing is restored that was to go.
+
+    Raises
+    ------
+    InputError
+        If a share is asked for that can not be.
+    """
+    if asked is not None:
+        check_range("propagation", asked, 0, 1)
+        if asked == 0:
+            return None
+    fits = compensate == "least-squares" and sequential and not functions
+    if asked is None and (not fits or len(body.layers) < DEEP):
+        return None
+    if not fits or windows is None:
+        raise InputError(
+            f"propagation={asked} needs compensate='least-squares', sequential=True and a plan that keeps and forgets "
+            f"no functions: use propagation=0"
+        )
+    gains = gains_of(model, body, windows)
+    if gains is None:
+        if asked is None:
+            return None
+        raise InputError(
+            f"propagation={asked}: the blocks of {type(model).__name__} do not add a multiple of their MLP's output to "
+            "the hidden states: use propagation=0"
+        )
+    share = SHARE if asked is None else asked
+    return Propagation(share, [share / gain if gain else 0.0 for gain in gains])
+
+
+def gains_of(model: nn.Module, body: Anatomy, windows: Tensor) -> list[float] | None:
+    """By which factor each block adds its MLP's output (0 where it has none); None where one does something else.
+
+    Seen on a few tokens: the MLP is made to say twice what it says.
+    """
+    with evaluating(model):
+        stream = stream_of(model, body, windows[:1, :PROBE])
+        if not isinstance(stream, Stream):
+            return None
+        gains = []
+        for layer in body.layers:
+            output = NEURONS.output(layer)
+            with present(layer.block):
+                if output is None or NEURONS.is_gone(layer):
+                    gains.append(0.0)
+                    stream.advance()
+                    continue
+                (_, said), after = stream.run(0, output)
+                with saying(output.module, 2 * said.view(*after.shape[:-1], -1)):
+                    more = (stream.through(0) - after).flatten(0, -2).double()
+                stream.advance([after])
+            said = said.double()
+            gain = float((more * said).sum() / said.square().sum().clamp_min(1e-30))
+            if not gain > 0 or float((more - gain * said).norm()) > LINEAR * float(more.norm()):
+                return None
+            gains.append(gain)
+    return gains
