@@ -101,7 +101,7 @@ SELF_TEXT = Annotated[
     typer.Option(
         "--self-text",
         min=0,
-        help="Windows of calibration text that the model writes itself, beside the text. Default: as many as the "
+        help="Windows of calibration text that the model writes itself, beside the text. Default: twice as many as the "
         "text fills for models of 20 layers and more, else none.",
     ),
 ]

@@ -8,16 +8,17 @@ from typing import Any
 
 from llmbrain._progress import span
 from llmbrain._validation import InputError
-from llmbrain.study.cost import Cost, plan_passes
+from llmbrain.study.cost import OWN, Cost, plan_passes
 from llmbrain.study.settings import Settings
 
 LITTLE = 0.01  # of the time: what saves less is not given up
 SAFE = 0.8  # share of the time that may be planned: machines are not always idle
+AS_MUCH = "as much as is given"
 LADDER: tuple[tuple[str, Any], ...] = (
     ("eval_tokens", 16384), ("passes", 12.0), ("n_tokens", 16384), ("passes", 6.0), ("eval_tokens", 8192),
-    ("n_tokens", 8192), ("method", "obs-gradient"), ("eval_tokens", 4096), ("method", "flap"), ("n_tokens", 4096),
-    ("self_text", 0), ("eval_tokens", 2048), ("n_tokens", 2048), ("n_tokens", 1024), ("eval_tokens", 1024),
-    ("n_tokens", 512),
+    ("n_tokens", 8192), ("method", "obs-gradient"), ("self_text", AS_MUCH), ("eval_tokens", 4096), ("method", "flap"),
+    ("n_tokens", 4096), ("self_text", 0), ("eval_tokens", 2048), ("n_tokens", 2048), ("n_tokens", 1024),
+    ("eval_tokens", 1024), ("n_tokens", 512),
 )  # fmt: skip
 """What is given up first: exactness of the perplexities, then of the search, then text, then the method."""
 
@@ -30,6 +31,7 @@ def fit(
     pinned: Collection[str] = (),
     least: int = 1,
     ends: tuple[int, ...] = (),
+    window: int = 1,
 ) -> tuple[Settings, list[str]]:
     """Settings whose cost fits a time, and what was given up for it.
 
@@ -46,6 +48,8 @@ def fit(
         Tokens that calibration needs.
     ends : tuple of int
         Layers that the method protects by itself: another one goes on doing so.
+    window : int
+        Tokens of a window of text that the model writes.
 
     Raises
     ------
@@ -59,6 +63,8 @@ def fit(
             return how, list(gave_up.values())
         if name in pinned or (name == "n_tokens" and value < least):
             continue
+        if value == AS_MUCH:
+            value = -(-(how.n_tokens or 0) // window)
         changed = _smaller(how, name, value, pinned, ends)
         if changed is not None and (cost(how).seconds or 0.0) - (cost(changed).seconds or 0.0) > LITTLE * seconds:
             words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text",
@@ -67,7 +73,7 @@ def fit(
             shown = f"{before:,.0f}" if isinstance(before, (int, float)) else before or "all"
             now = f"{value:,.0f}" if isinstance(value, (int, float)) else value
             if name == "self_text":
-                shown, now = "as much as is given", "none"
+                shown, now = f"{OWN} times as much as is given", AS_MUCH if value else "none"
             gave_up[name] = f"{words.get(name, name)}: {now} instead of {shown}"
             how = changed
     needed = cost(how).seconds or 0.0

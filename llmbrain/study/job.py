@@ -116,7 +116,8 @@ class _Subject:
                       eval_tokens=min(how.eval_tokens or self.n_total, self.n_total))  # fmt: skip
         least = int(TOKENS_A_NEURON * max(self.sizes.widths))
         cost: Callable[[Settings], Cost] = lambda s: self.cost(s, **more)  # noqa: E731
-        return fit(seconds, how, cost, pinned=pinned, least=least, ends=self.spared(how))
+        return fit(seconds, how, cost, pinned=pinned, least=least, ends=self.spared(how),
+                   window=window_length(self.model))  # fmt: skip
 
     def spared(self, how: Settings) -> tuple[int, ...]:
         """Layers that the method protects by itself, where the format has a place for several widths."""

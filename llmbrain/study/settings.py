@@ -59,8 +59,8 @@ class Settings:
     indices : bool
         Whether the files name the neurons that went (``record_indices`` of `prune`); without, there is no plan either.
     self_text : int, optional
-        Windows of calibration text that the model writes itself, beside the text; None is as many as the text fills
-        in deep models, none in shallow ones: see `llmbrain.study.cost.own_windows`.
+        Windows of calibration text that the model writes itself, beside the text; None is twice as many as the text
+        fills in deep models, none in shallow ones: see `llmbrain.study.cost.own_windows`.
     format, gguf_type, like : str
         See `save_pruned`.
     random_state : int or None

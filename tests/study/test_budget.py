@@ -124,9 +124,8 @@ def test_repair_takes_two_passes_and_of_deep_models_three(n_layers):
     plan = lb.plan_pruning(model, ratio=0.3, method="magnitude")
     options = {"calibration": windows, "compensate": "least-squares", "inplace": True}
     took = counted(model, lambda: lb.prune(model, plan, **options)) / windows.numel()
-    assert took == pytest.approx(
-        repair_passes("least-squares", n_layers), rel=0.25
-    )  # and a little to see that the stream is the model
+    # and a little to see that the stream is the model
+    assert took == pytest.approx(repair_passes("least-squares", n_layers), rel=0.25)
 
 
 def test_a_budget_gives_up_what_does_not_fit_and_keeps_what_was_asked_for(subject):
@@ -151,6 +150,24 @@ def test_a_budget_gives_up_what_does_not_fit_and_keeps_what_was_asked_for(subjec
         fit(0.001 * full, Settings(), cost)
     with pytest.raises(InputError, match="too small"):
         fit(0.2 * full, Settings(), cost, pinned=["method", "passes", "n_tokens"])
+
+
+def test_a_budget_gives_up_half_of_the_own_text_before_the_rest_of_it():
+    sizes = Subject.of(tiny("llama", num_hidden_layers=20))
+    how = Settings(n_tokens=8192, eval_tokens=8192, method="obs-gradient")
+
+    def cost(how):
+        return run_cost(sizes, how, n_tokens=how.n_tokens, eval_tokens=how.eval_tokens, window=64, per_token=1e-3)
+
+    chosen, gave_up = fit(1.2 * cost(how).seconds, how, cost, window=64)
+    assert (chosen.self_text, chosen.method) == (128, "obs-gradient")
+    assert gave_up == ["text that the model writes itself: as much as is given instead of 2 times as much as is given"]
+    chosen, _ = fit(0.05 * cost(how).seconds, how, cost, window=64)
+    assert chosen.self_text == 0
+    shallow = Subject.of(tiny("llama"))
+    _, gave_up = fit(8.0, how, lambda how: run_cost(shallow, how, n_tokens=how.n_tokens, eval_tokens=how.eval_tokens,
+                                                     window=64, per_token=1e-6), window=64)  # fmt: skip
+    assert not any("writes itself" in line for line in gave_up)
 
 
 def test_a_model_that_is_not_asked_for_text_of_its_own_is_not_charged_for_it(monkeypatch):

@@ -18,14 +18,15 @@ def texts(n: int = 30) -> list[str]:
     return ["".join(rng.choice(list("abcdefghij "), 60)) for _ in range(n)]
 
 
-def test_deep_models_write_as_much_text_as_they_are_given():
+def test_deep_models_write_twice_as_much_text_as_they_are_given():
     deep, tokenizer = tiny("llama", num_hidden_layers=20), tiny_tokenizer()
     said: list[str] = []
     mixed = evidence_of(deep, tokenizer, texts(), method="flap", progress=said.append).windows
     alone = evidence_of(deep, tokenizer, texts(), method="flap", self_text=0)
     assert alone.windows is None
     assert mixed is not None
-    written = len(mixed) // 2
+    written = 2 * len(mixed) // 3
+    assert written == 2 * (len(mixed) - written)
     assert any(f"writes {written} windows" in line for line in said)
     given = evidence_of(tiny("llama"), tokenizer, texts(), method="flap", self_text=1).windows
     assert given is not None
