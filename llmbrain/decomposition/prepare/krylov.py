@@ -115,25 +115,24 @@ def leading_pairs(
             block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
         return block.to(dtype).double()
 
-    with workers(start.device) as team:
+    # on one thread: a team's barriers would cost more than these small products where a core is busy
+    with workers(start.device):
         image = start[:, :size]
         for _ in range(_STEPS):
-            with team.all_threads():
-                block = next_block(image)
+            block = next_block(image)
             image = product(block)
-            with team.all_threads():
-                basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
-                if basis.shape[1] < _FEWEST * size:
-                    continue
-                small = basis.T @ images
-                values, turn = torch.linalg.eigh((small + small.T) / 2)
-                values, turn = values.flip(0)[:n_components].clamp_min(0.0), turn.flip(1)[:, :n_components]
-                residual = torch.linalg.vector_norm(images @ turn - (basis @ turn) * values, dim=0)
-                rest = max(total - float(values.sum()), 0.0) / (n - n_components)
-                edge = rest * (1 + math.sqrt((n - n_components) / n_columns)) ** 2
-                counts = (values > edge) & (values > floor * values[0])
-                if not bool((counts & (residual > _TOLERANCE * values + floor * values[0])).any()):
-                    return Leading(values, turn, basis)
+            basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
+            if basis.shape[1] < _FEWEST * size:
+                continue
+            small = basis.T @ images
+            values, turn = torch.linalg.eigh((small + small.T) / 2)
+            values, turn = values.flip(0)[:n_components].clamp_min(0.0), turn.flip(1)[:, :n_components]
+            residual = torch.linalg.vector_norm(images @ turn - (basis @ turn) * values, dim=0)
+            rest = max(total - float(values.sum()), 0.0) / (n - n_components)
+            edge = rest * (1 + math.sqrt((n - n_components) / n_columns)) ** 2
+            counts = (values > edge) & (values > floor * values[0])
+            if not bool((counts & (residual > _TOLERANCE * values + floor * values[0])).any()):
+                return Leading(values, turn, basis)
     return None
 
 
@@ -157,7 +156,7 @@ def _start(block: Block, parts: list[slice], size: int, mean: torch.Tensor, used
     sample.addr_(mean, torch.cat([used[part] for part in parts]), alpha=-1)
     generator = torch.Generator().manual_seed(0)  # of its own: the same result every time
     mix = torch.randn(sample.shape[1], size, dtype=sample.dtype, generator=generator).to(sample.device)
-    with workers(sample.device) as team, team.all_threads():
+    with workers(sample.device):
         start = sample @ mix
         for _ in range(2):
             start = sample @ (sample.T @ torch.linalg.qr(start)[0])
