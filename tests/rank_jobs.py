@@ -385,6 +385,8 @@ def pruned(folder: Path | None = None) -> dict[str, Any]:
             ("bias", "networks", "bias", True),
         )
     }
+    how = {"calibration": windows, "compensate": "least-squares", "propagation": 0.5}
+    small["propagated"] = lb.prune(model, plans["obs"], **how)
     bert = tiny("bert", intermediate_size=32)
     states = {"allocation": "sensitivity", "passes": 60}  # by what the model says at its last block
     plans["bert"] = lb.plan_pruning(bert, ratio=0.3, method="obs-gradient", calibration=windows, **states)
