@@ -89,7 +89,9 @@ def rows(
             kept = label.startswith("first and last") or label.endswith(ENDS)
             options = {"protect": ends} if kept and ratio * n < n - len(ends) else {}
             plan = planner.plan(ratio, allocation=allocation, **options)
-            small = lb.prune(subject.model, plan, calibration=windows, compensate="least-squares", verify=False)
+            small = lb.prune(
+                subject.model, plan, calibration=windows, compensate="least-squares", propagation=0, verify=False
+            )
             found = {test: lb.perplexity(small, None, w) for test, w in tests.items()}
             yield {"allocation": label, "ratio": ratio, "draw": subject.draw, **found, "widths": list(plan.widths)}
 

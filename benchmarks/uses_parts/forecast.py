@@ -41,7 +41,9 @@ def rows(subject: Subject, known: set[str]) -> Iterator[dict[str, Any]]:
         if (method, seed) not in planners:
             planners = {(method, seed): Planner(subject.model, method, windows, random_state=seed)}
         plan = planners[method, seed].plan(ratio, allocation="uniform")
-        small = lb.prune(subject.model, plan, calibration=windows, compensate="least-squares", verify=False)
+        small = lb.prune(
+            subject.model, plan, calibration=windows, compensate="least-squares", propagation=0, verify=False
+        )
         added = np.concatenate(token_losses_of(small, subject.tests)) - before
         changes = Changes(observed, plan.kept, "least-squares")
         first, second = changes.expansion(subject.tests)
