@@ -27,7 +27,7 @@ def propagation_of(
 
     A repair that follows the pruned model meets hidden states that are off already. Its target is what the layer made
     of them uncut, plus a share of what is missing after the block to what was there in the dense model (QEP, Arai &
-    Ichikawa 2025, arXiv 2504.09629, eq. 9, the share there alpha; for quantization, of every projection. Here the MLP's
+    Ichikawa 2025, arXiv 2504.09629, the share there alpha; for quantization, of every projection. Here the MLP's
     output alone takes it on, since the block adds that to the hidden states).
 
     Parameters
