@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (4-bit GGUF, so never beside published figures of the original), calibrated on WikiText-2 valid,
 tested on WikiText-2 test, TinyStories and tinyshakespeare, with `<unk>` and the marks around hyphens taken out, and on
 PIQA. Every row is written to ``benchmarks/results/real.jsonl`` when it is done, a second call goes on from there, and
-``real.md`` is made from it. ``--quick`` is one ratio, one draw and the main rows; ``--only WORDS`` picks rows by their
+``real.md`` is made from it. ``--quick`` is one ratio, one draw and the main rows; ``--only REGEX`` picks rows by their
 label. ``--device cuda --processes 14`` shares the rows out over processes; ``--seconds`` stops them.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -39,7 +40,7 @@ def main() -> None:
         "--sizes", type=int, nargs="*", default=[4096, 65536], help="other numbers of them, for some rows"
     )
     parser.add_argument("--test-tokens", type=int, default=16384, help="of each test text")
-    parser.add_argument("--only", default="", help="rows whose label holds this")
+    parser.add_argument("--only", default="", help="rows whose label this regular expression finds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace, path: Path, known: list[dict[str, Any]]) -
     for task in tasks(tuple(args.ratios), args.draws, args.tokens, tuple(args.sizes), args.main):
         row = task.row
         ratios = tuple(r for r in task.ratios if (row.label, task.tokens, task.draw, r) not in done)
-        if ratios and args.only in row.label and (row.quick or not args.quick):
+        if ratios and re.search(args.only, row.label) and (row.quick or not args.quick):
             todo.append(Task(row, task.tokens, task.draw, ratios))
 
     def piqa(task: Task, ratio: float) -> bool:
