@@ -160,10 +160,11 @@ def _forecast(model: Any, plan: Any, study: Path) -> None:
         show_forecast(forecast_table(found))
 
 
-def show_forecast(rows: Any, compensate: str = "least-squares") -> None:
+def show_forecast(rows: Any, compensate: str = "least-squares", on: str | None = None) -> None:
     """Print what a cut is going to cost each function, beside what it did cost where that was measured.
 
-    `rows` is the table of `llmbrain.study.forecasting.forecast_table`, or its rows as dicts.
+    `rows` is the table of `llmbrain.study.forecasting.forecast_table`, or its rows as dicts; `on`: text that was
+    ``"held_out"``, or ``"calibration"``, on which less is lost.
     """
     import pandas as pd
 
@@ -175,6 +176,7 @@ def show_forecast(rows: Any, compensate: str = "least-squares") -> None:
     for column in [c for c in ("predicted", "measured") if c in shown]:
         shown[column] = ["-" if pd.isna(x) else f"{x:.3g}" for x in shown[column]]
     beside = ", and what was lost" if "measured" in shown else ""
+    beside += {"held_out": ", on held-out text", "calibration": ", on text that it was fitted to"}.get(on or "", "")
     repair = "without repair" if compensate == "none" else f"repaired by {compensate}"
     say(f"forecast: nats a token more, {repair}{beside}")
     print_table(shown, "forecast")

@@ -150,7 +150,7 @@ def run(
     study = job.run(loaded, tokenizer, texts, out=out, name=model, source=source, overwrite=overwrite, **asked)
     show_summary(study.summary)
     if foretold := study.summary.get("forecast_by_function"):
-        show_forecast(foretold, compensate)
+        show_forecast(foretold, compensate, study.summary["forecast_on"])
     show_forgetting((study.summary.get("forgetting") or {}).get("relearning"))
     say(f"report: {out / 'report.html'}")
 

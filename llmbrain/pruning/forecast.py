@@ -69,6 +69,9 @@ class Forecast:
         time course of the network), ``measured`` once it was measured.
     conditions, texts : DataFrame
         ``condition`` or ``text``, ``tokens``, ``predicted`` (mean), ``measured``.
+    fitted : bool, optional
+        Whether the cut was calibrated on these tokens too, where that is known: then less is lost on them than is
+        predicted, which is for text that it was not.
     """
 
     predictor: str
@@ -77,6 +80,7 @@ class Forecast:
     networks: pd.DataFrame
     conditions: pd.DataFrame
     texts: pd.DataFrame
+    fitted: bool | None = None
     _scans: list[Scan] = field(repr=False, default_factory=list)
     _courses: list[NDArray[np.float64]] = field(repr=False, default_factory=list)
 
@@ -92,7 +96,7 @@ class Forecast:
         measured = [b - a for a, b in zip(dense, after)]
         shares = self.networks["share_cut"].to_numpy()
         tables = _tables(self._scans, self._courses, shares, list(self.networks["network"]), self.tokens, measured)
-        return Forecast(self.predictor, self.unit, self.tokens, *tables, self._scans, self._courses)
+        return Forecast(self.predictor, self.unit, self.tokens, *tables, self.fitted, self._scans, self._courses)
 
     def agreement(self) -> pd.DataFrame:
         """Rank correlation of predicted and measured loss over networks, conditions and texts, and their means.
@@ -180,7 +184,8 @@ def forecast(
             tokens = {"taylor": first, "curvature": second, "taylor2": both}[predictor]
     tokens = [shifted(t, s) for t, s in zip(tokens, scans)]
     unit = "nats a token" if predictor in ("taylor", "taylor2", "curvature") else "relative"
-    return Forecast(predictor, unit, tokens, *_tables(scans, courses, shares, names, tokens, None), scans, courses)
+    tables = _tables(scans, courses, shares, names, tokens, None)
+    return Forecast(predictor, unit, tokens, *tables, None, scans, courses)
 
 
 def share_cut(networks: FunctionalNetworks, kept: Kept) -> NDArray[np.float64]:

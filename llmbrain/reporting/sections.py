@@ -251,6 +251,9 @@ def _forecast(found: Any) -> list[Any]:
     measured = "measured" in found.texts
     what = f"Loss added, {found.unit}: predicted before the cut ({found.predictor})"
     what += ", and measured after it" if measured else ""
+    if measured and found.fitted is not None:
+        where = "text that the cut was calibrated on too: other text loses more" if found.fitted else "held-out text"
+        what += f" (on {where})"
     parts = [table(found.agreement().round(4), "Forecast against what the cut did cost")] if measured else []
     for name, frame in (("condition", found.conditions), ("network", found.networks)):
         if len(frame):

@@ -321,11 +321,14 @@ class Cost:
         return said
 
 
-def forecast_part(subject: Subject, n_tokens: int, *, measured: bool) -> Part:
-    """The forecast of a plan on a study of `n_tokens`; `measured`: and afterwards what was lost."""
+def forecast_part(subject: Subject, n_tokens: int, *, measured: bool, unseen: bool = False) -> Part:
+    """The forecast of a plan on a study of `n_tokens`; `measured`: and afterwards what was lost; `unseen`: on text that
+    is scanned for it."""
     fitted, judged = fitted_tokens(n_tokens), min(TOKENS, n_tokens)
     name = "forecast of the loss, beside what was lost" if measured else "forecast of the loss"
-    passes = 4.0 + (6.0 if measured else 4.0) * judged / max(1, fitted)  # two backward passes, and both models read
+    passes = 4.0 + (4.0 + 2.0 * measured + 1.0 * unseen) * judged / max(
+        1, fitted
+    )  # two backward passes, and both models read
     return Part(name, passes, fitted, fitted * subject.covariance_work() / 2)
 
 
@@ -424,7 +427,7 @@ def run_cost(
     if own:
         parts["prune"].insert(0, Part("text of the model's own", writing_passes(own), own))
     if not (subject.visits or how.expert_ratio or how.head_ratio or how.drop or how.keep or how.forget):
-        parts["prune"].append(forecast_part(subject, n_tokens, measured=True))
+        parts["prune"].append(forecast_part(subject, n_tokens, measured=True, unseen=True))
     forgetting = None
     if how.forget:
         forgetting = Forgetting.of(read, how.forget, last=how.last, searches=how.ratio != 0,

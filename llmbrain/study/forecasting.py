@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmbrain.anatomy.offload import is_away
@@ -14,11 +15,13 @@ from llmbrain.pruning import PruningPlan
 from llmbrain.pruning.calibrate.windows import scans_with_tokens
 from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.pruning.forecast import Forecast, OtherModelError
-from llmbrain.scanning import Scan
+from llmbrain.scanning import Scan, Stimulus, scan
+from llmbrain.study.texts import limit_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS = 2048  # that the forecast is for, at least, where the scans have so many
 FITTED = 8192  # that the repair is foreseen on, at most
@@ -31,16 +34,19 @@ def fitted_tokens(n_tokens: int) -> int:
 
 def forecast_of(
     model: nn.Module, plan: PruningPlan | ExpertPlan, networks: FunctionalNetworks | None, scans: Sequence[Scan] | None,
-    compensate: str | None,
+    compensate: str | None, *, unseen: Sequence[Scan] = (),
 ) -> Forecast | None:  # fmt: skip
-    """The forecast of a plan on the last scans of a study, such that they hold `TOKENS` tokens; None where there can be
-    none (no scans with tokens, heads cut as well, no next token, a mixture of experts, a repair that keeps or forgets).
+    """The forecast of a plan on the last scans of a study, such that they hold `TOKENS` tokens, or on unseen ones; None
+    where there can be none (no scans with tokens, heads cut as well, no next token, a mixture of experts, a repair that
+    keeps or forgets).
 
     Warns where the scans are of another model.
 
     Parameters
     ----------
     model : dense model
+    unseen : sequence of Scan
+        Of text that the cut is not calibrated on.
     networks : FunctionalNetworks, optional
         Of other neurons than the plan's (neurons and heads joined, say): left out.
     """
@@ -50,12 +56,35 @@ def forecast_of(
     if networks is not None and (networks.space is None or tuple(networks.space.widths) != plan.widths_before):
         networks = None
     tokens = sum(scan.n_tokens for scan in known)
-    chosen, fitted = _enough(known[::-1], TOKENS), _enough(known, fitted_tokens(tokens))
+    chosen, fitted = unseen or _enough(known[::-1], TOKENS), _enough(known, fitted_tokens(tokens))
     try:
-        return plan.forecast(networks, chosen, model=model, compensate=compensate, calibration=fitted)
+        found = plan.forecast(networks, chosen, model=model, compensate=compensate, calibration=fitted)
+        return replace(found, fitted=not unseen)
     except OtherModelError as error:  # the cut itself may be calibrated on tokens of such scans
         warnings.warn(f"no forecast: {error}", ScanWarning, stacklevel=2)
         return None
+
+
+def unseen_scans(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], scans: Sequence[Scan],
+    run_length: int | None,
+) -> list[Scan]:  # fmt: skip
+    """The first `TOKENS` tokens of text that was held out, in memory; none where only the other text has conditions.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Held out.
+    scans : sequence of Scan
+        Of what was calibrated on.
+    run_length : int, optional
+        As for `llmbrain.scan`.
+    """
+    if not any(getattr(text, "events", None) is not None for text in texts) and any(len(s.events) for s in scans):
+        return []
+    first = limit_tokens(texts, tokenizer, TOKENS)
+    named = [Stimulus(t, getattr(t, "events", None), f"held-out-{i:04d}") for i, t in enumerate(first, 1)]
+    return scan(model, tokenizer, named, run_length=run_length) if named else []
 
 
 def no_forecast(
@@ -102,8 +131,8 @@ def forecast_table(found: Forecast) -> pd.DataFrame:
 
 def _enough(scans: Sequence[Scan], tokens: int) -> list[Scan]:
     chosen: list[Scan] = []
-    for scan in scans:
+    for run in scans:
         if sum(s.n_tokens for s in chosen) >= tokens:
             break
-        chosen.append(scan)
+        chosen.append(run)
     return chosen

@@ -34,7 +34,7 @@ from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, 
 from llmbrain.study.experts import check_method, cut_fewer
 from llmbrain.study.fits import check_drop_fits, check_saving
 from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
-from llmbrain.study.forecasting import forecast_of, forecast_table, no_forecast
+from llmbrain.study.forecasting import forecast_of, forecast_table, no_forecast, unseen_scans
 from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
 from llmbrain.study.smaller import cut, evidence_of, may_write
@@ -269,7 +269,8 @@ def run(
         share = "what is to be forgotten" if how.ratio is None else f"{how.ratio:.0%} of the MLP neurons"
         share = share if how.expert_ratio is None else f"{how.expert_ratio:.0%} of the routed experts"
         tell(f"4/5 pruning: {share}, method {how.method}, compensation {how.compensate}")
-        small, study.plan, predicted = _smaller(model, tokenizer, scanned, study, how, tell)
+        unseen = split_texts(subject.texts)[1] if sample.held_out.any() else []
+        small, study.plan, predicted = _smaller(model, tokenizer, scanned, unseen, study, how, tell)
         if how.indices:
             study.plan.save(out / "plan.json")
         study.pruned = small, tokenizer
@@ -290,6 +291,7 @@ def run(
         if predicted is not None:
             tell("    forecast of the loss, beside what was lost")
             predicted = predicted.measure(model, small)
+            summary["forecast_on"] = "calibration" if predicted.fitted else "held_out"
             summary["forecast"] = _records(predicted.agreement())
             summary["forecast_by_function"] = _records(forecast_table(predicted))
         found = extras(study, model) if extras else {}
@@ -306,8 +308,9 @@ def run(
 
 
 def _smaller(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], study: Study, how: Settings, tell: Say
-) -> tuple[nn.Module, PruningPlan | ExpertPlan, Predicted | None]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], unseen: Sequence[str], study: Study,
+    how: Settings, tell: Say,
+) -> tuple[nn.Module, PruningPlan | ExpertPlan, Predicted | None]:  # fmt: skip
     """The smaller model, saved, its plan, and what that was going to cost, where a forecast can say it."""
     out = study.folder / (PRUNED_GGUF if how.format == "gguf" else "pruned")
     if how.expert_ratio is not None:
@@ -329,8 +332,11 @@ def _smaller(
         token_balance=how.token_balance, keep=how.keep, forget=how.forget, random_state=how.random_state, progress=tell,
         **more,
     )  # fmt: skip
-    predicted = forecast_of(model, plan, evidence.networks, evidence.scans, how.compensate)
-    for line in _foretold(predicted, no_forecast(model, plan, evidence.scans, how.compensate)):
+    why_not, predicted = no_forecast(model, plan, evidence.scans, how.compensate), None
+    if why_not is None:
+        other = unseen_scans(model, tokenizer, unseen, study.scans, how.run_length)
+        predicted = forecast_of(model, plan, evidence.networks, evidence.scans, how.compensate, unseen=other)
+    for line in _foretold(predicted, why_not):
         tell(f"    {line}")
     small, _ = cut(
         model, tokenizer, evidence=evidence, plan=plan, out=out, compensate=how.compensate, format=how.format,
@@ -348,7 +354,8 @@ def _foretold(predicted: Predicted | None, why_not: str | None) -> list[str]:
     what, every = rows.columns[0], rows.iloc[-1]
     most = rows.iloc[:-1].sort_values("predicted", ascending=False, kind="stable").head(3)
     parts = ", ".join(f"{name} {value:.3g}" for name, value in zip(most[what], most["predicted"]))
-    return [f"forecast: {every['predicted']:.3g} nats a token more; the most in {parts}"]
+    where = "" if predicted.fitted else " on the held-out text"
+    return [f"forecast: {every['predicted']:.3g} nats a token more{where}; the most in {parts}"]
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -6,8 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from cli_calls import call
 from tiny_models import CHARACTERS, tiny, tiny_tokenizer
+from torch.nn.functional import cross_entropy
+
+import llmbrain as lb
+from llmbrain.study.texts import split_texts
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,25 @@ def test_a_run_says_it_before_the_cut_and_beside_what_was_lost(monkeypatch, caps
     rows = json.loads((out / "summary.json").read_text())["forecast_by_function"]
     assert rows[-1]["text"] == "all"
     assert all(np.isfinite(row["measured"]) for row in rows)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["forecast_on"] == "held_out"
+    assert "what was lost, on held-out text" in err
+    assert all(row["text"].startswith("held-out") for row in rows[:-1])
+    _, held_out = split_texts(json.loads((places / "texts.json").read_text()))
+    dense, small = (lb.load_model(folder)[0] for folder in (places / "model", out / "pruned"))
+    lost = []
+    pieces = [
+        p
+        for t in held_out
+        for p in tiny_tokenizer()(t, return_tensors="pt").input_ids.split(dense.config.max_position_embeddings, dim=1)
+    ]
+    for ids in pieces:
+        with torch.no_grad():
+            before_it, after_it = (
+                cross_entropy(m(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none") for m in (dense, small)
+            )
+        lost.append(after_it - before_it)
+    assert rows[-1]["measured"] == pytest.approx(float(torch.cat(lost).mean()), rel=1e-3)
     said = float(lines[before].split("forecast: ")[1].split()[0])
     assert said == pytest.approx(rows[-1]["predicted"], rel=0.01)
     code, _printed, err = call(monkeypatch, capsys, *run, "--out", places / "heads", "--head-ratio", 0.5)
