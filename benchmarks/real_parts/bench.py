@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -233,13 +234,16 @@ class Bench:
         """Rows of a task, as they are done."""
         row = task.row
         began = time.perf_counter()
-        planner = self.planner(row, task.tokens, task.draw)
+        planner = None if row.method == "nothing" else self.planner(row, task.tokens, task.draw)
         windows = self.calibration(task.tokens, task.draw, row.own)
         for ratio in task.ratios:
-            plan = self.plan(row, planner, ratio, task.tokens, task.draw)
-            text = {"calibration": windows, "max_windows": len(windows)} if row.compensate else {}
-            small = lb.prune(self.model, plan, tokenizer=self.tokenizer, compensate=row.compensate,
-                             propagation=row.propagation, verify=self.device.type == "cpu", **text)  # fmt: skip
+            small, widths = copy.deepcopy(self.model), anatomy(self.model).widths
+            if planner is not None:
+                plan = self.plan(row, planner, ratio, task.tokens, task.draw)
+                text = {"calibration": windows, "max_windows": len(windows)} if row.compensate else {}
+                small = lb.prune(self.model, plan, tokenizer=self.tokenizer, compensate=row.compensate,
+                                 propagation=row.propagation, verify=self.device.type == "cpu", **text)  # fmt: skip
+                widths = plan.widths
             if row.tune:
                 some = self.every[-TUNED:]
                 small = lb.recover(small, self.tokenizer, some, steps=row.tune, random_state=0, inplace=True)[0]
@@ -250,6 +254,6 @@ class Bench:
             del small
             yield {
                 "label": row.label, "ratio": ratio, "draw": task.draw, "tokens": task.tokens, "scores": scores,
-                "seconds": round(planned, 1), "widths": [int(w) for w in plan.widths],
+                "seconds": round(planned, 1), "widths": [int(w) for w in widths],
             }  # fmt: skip
             began = time.perf_counter()

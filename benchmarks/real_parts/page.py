@@ -69,8 +69,9 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         f"the best row. Dense: {', '.join(whole)}" + (f"; PIQA {100 * right:.1f}% right" if right else "") + ".", "",
         "Repaired by least squares where nothing else is said. *ends kept*: the first 3 and last 2 layers are not cut. "
         "*own text beside*: half as many windows as the text has, written by the model, are calibrated on too (*as "
-        "much*, *twice as much*: so many). A machine in brackets: the row is of that one, whose own text is another "
-        "draw. LoRA: 100 steps of 8 windows, of 256 windows of the text that is calibrated on.", "",
+        "much*, *twice as much*: so many). A machine in brackets: of that one, with another draw of own text "
+        "(`python benchmarks/real.py --only LABEL --ratios 0.3 --draws 1 --tokens 4096 --sizes`). LoRA: steps of 8 "
+        "windows, of 256 windows of the text that is calibrated on.", "",
     ]  # fmt: skip
     if rows:
         every = table(rows, dense["machine"])

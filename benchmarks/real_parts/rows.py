@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 ENDS = "ends kept"  # the first 3 and last 2 layers are not cut
+LORA = "25 steps of LoRA"
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,8 @@ class Row:
 
     Attributes
     ----------
+    method : str
+        Of `plan_pruning`, or ``"nothing"`` to cut.
     widths_of : str, optional
         Take the widths that another method's plan gives.
     own : str
@@ -68,6 +71,9 @@ ROWS = (
     replace(DEFAULT, label="the same with phase-randomized networks", networks="null"),
     replace(DEFAULT, label="the same by FLAP", method="flap", networks=None),
     replace(DEFAULT, label="the same with random neurons", method="random", networks=None),
+    replace(DEFAULT, label=f"the same, then {LORA}", tune=25, draws=False, sizes=False),
+    replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then {LORA}", tune=25, quick=False, draws=False, sizes=False),
+    Row(f"nothing removed, {LORA}", "nothing", compensate=None, tune=25),
     UNIFORM,
     replace(UNIFORM, label="ours, uniform, as much own text", own="as much", quick=False),
     replace(UNIFORM, label="ours, uniform, with networks, twice as much own text", method="networks", networks="real",
@@ -109,8 +115,6 @@ ROWS = (
     _uniform("random, uniform, cut only", "random", None),
     _uniform("OBS with gradients, uniform, cut only", "obs-gradient", None),
     replace(UNIFORM, label="ours, uniform, cut only", compensate=None, quick=False, draws=False, sizes=False),
-    replace(UNIFORM, label="ours, uniform, then LoRA", tune=100, quick=False, draws=False, sizes=False),
-    replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then LoRA", tune=100, quick=False, draws=False, sizes=False),
 )  # fmt: skip
 
 

@@ -48,6 +48,14 @@ MODEL_DTYPE = Annotated[
 ]
 METHOD = Annotated[str, typer.Option("--method", help="Pruning criterion: networks, published, magnitude, random, ...")]
 COMPENSATE = Annotated[str, typer.Option("--compensate", help="none, bias or least-squares.")]
+PROPAGATION = Annotated[
+    float | None,
+    typer.Option(
+        "--propagation", min=0, max=1,
+        help="Share of the error of earlier layers that least squares give a layer to make up. Default: .5 for models "
+        "of 20 layers and more, else 0.",
+    ),
+]  # fmt: skip
 FIELD = Annotated[str, typer.Option("--field", help="Field of .json and .jsonl objects that holds the text.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Write over what --out holds.")]
 SEED = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]

@@ -33,6 +33,7 @@ from llmbrain.cli.common import (
     OUT,
     OVERWRITE,
     PASSES,
+    PROPAGATION,
     PROTECT,
     SEED,
     SELF_TEXT,
@@ -205,6 +206,7 @@ def prune(
     method: METHOD = "networks",
     allocation: ALLOCATION = "",
     compensate: COMPENSATE = "least-squares",
+    propagation: PROPAGATION = None,
     format: FORMAT = "per-layer",
     gguf_type: GGUF_TYPE = "f16",
     like: LIKE = None,
@@ -255,6 +257,8 @@ def prune(
             raise InputError("--expert-ratio takes no --drop")
         if not indices or last:
             raise InputError("--expert-ratio takes no --no-indices and no --last")
+        if propagation:
+            raise InputError("--expert-ratio takes no --propagation: the repair of experts does not know it")
         only = _of_experts(dry_run, ratio, allocation, protect, head_ratio, keep, forget, self_text)
         small, fewer = cut_fewer(
             loaded, tokenizer, texts, out=out, plan=given if isinstance(given, ExpertPlan) else None,
@@ -272,7 +276,7 @@ def prune(
         head_ratio=head_ratio, compensate=None if compensate == "none" else compensate,
         drop=check_drop(parts(drop)), self_text=0 if offload and self_text is None else self_text, keep=parts(keep),
         forget=parts(forget), last=last, relearning=relearning, forecast=not away, measured=True, plan=given,
-        ratio=ratio,
+        ratio=ratio, propagation=propagation,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -286,7 +290,7 @@ def prune(
         allocation=allocation or None, multiple_of=multiple_of, protect=parse_layers(protect), head_ratio=head_ratio,
         drop=parts(drop), passes=passes, token_balance=token_balance, keep=parts(keep) or None,
         forget=parts(forget) or None, random_state=seed, overwrite=overwrite, offload=away,
-        relearning=relearning, indices=indices, **more,
+        relearning=relearning, indices=indices, propagation=propagation, **more,
     )  # fmt: skip
     if made is not None:
         say(made.summary())

@@ -89,11 +89,12 @@ def own_windows(asked: int | None, n_layers: int, n_text: int) -> int:
     return OWN * n_text if n_layers >= DEEP else 0
 
 
-def repair_passes(compensate: str | None, n_layers: int) -> float:
+def repair_passes(compensate: str | None, n_layers: int, propagation: float | None = None) -> float:
     """Forward passes over the calibration text that a repair takes."""
     if compensate is None:
         return 0.0
-    return OF_REPAIR + (OF_PROPAGATION if compensate == "least-squares" and n_layers >= DEEP else 0.0)
+    carries = n_layers >= DEEP if propagation is None else propagation > 0
+    return OF_REPAIR + (OF_PROPAGATION if compensate == "least-squares" and carries else 0.0)
 
 
 def writing_passes(n_tokens: int) -> float:
@@ -406,7 +407,8 @@ def run_cost(
     k = how.n_components if isinstance(how.n_components, int) else 32
     layers = len(subject.widths)
     planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio, how.drop or (), layers)
-    repair = repair_passes(how.compensate, 0 if subject.mixture or how.keep or how.forget else layers)
+    deep = 0 if subject.mixture or how.keep or how.forget else layers
+    repair = repair_passes(how.compensate, deep, how.propagation)
     if how.expert_ratio is not None:  # scores are one pass, of networks and chance none
         planning = 0.0 if how.method in ("networks", "random") else 1.0
         repair *= OF_EXPERTS

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 Extras = Callable[[Study, "nn.Module"], dict[str, Any]]
 SPEED = {"n_tokens": 512, "repeats": 3}  # of the measurements of speed
 READ = 512  # tokens of the texts of the batch that is measured
-NEWER = (("last", False), ("indices", True))  # settings that older studies, which may go on, do not have
+# settings that older studies, which may go on, do not have
+NEWER = (("last", False), ("indices", True), ("propagation", None))
 TOKENS_A_NEURON = 0.3  # that calibration needs at the very least
 
 
@@ -341,7 +342,7 @@ def _smaller(
     small, _ = cut(
         model, tokenizer, evidence=evidence, plan=plan, out=out, compensate=how.compensate, format=how.format,
         gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
-        indices=how.indices, progress=tell,
+        indices=how.indices, propagation=how.propagation, progress=tell,
     )  # fmt: skip
     return small, plan, predicted
 

@@ -23,6 +23,7 @@ from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.criteria.networks import BALANCE
 from llmbrain.pruning.experts import METHODS as OF_EXPERTS
 from llmbrain.pruning.prune import COMPENSATIONS
+from llmbrain.pruning.repair.propagation import check_propagation
 from llmbrain.stats import PUBLISHED_Z
 
 SHORT = {"n_components": "components", "random_state": "seed"}  # fields that commands and files call by a shorter name
@@ -61,6 +62,8 @@ class Settings:
     self_text : int, optional
         Windows of calibration text that the model writes itself, beside the text; None is twice as many as the text
         fills in deep models, none in shallow ones: see `llmbrain.study.cost.own_windows`.
+    propagation : float, optional
+        See `prune`.
     format, gguf_type, like : str
         See `save_pruned`.
     random_state : int or None
@@ -100,6 +103,7 @@ class Settings:
     like: str | None = None
     random_state: int | None = 0
     expert_ratio: float | None = None
+    propagation: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep", "forget", "drop"):  # lists of a file or a caller
@@ -123,7 +127,8 @@ class Settings:
         if self.expert_ratio is not None:
             check_range("expert_ratio", self.expert_ratio, 0, 1, open_low=True, open_high=True)
             beside = {"ratio": self.ratio, "protect": self.protect, "head_ratio": self.head_ratio, "keep": self.keep,
-                      "forget": self.forget, "self_text": self.self_text, "drop": self.drop}  # fmt: skip
+                      "forget": self.forget, "self_text": self.self_text, "drop": self.drop,
+                      "propagation": self.propagation}  # fmt: skip
             if given := [name for name, value in beside.items() if value]:
                 raise InputError(f"expert_ratio={self.expert_ratio} together with {', '.join(given)}: experts go alone")
         elif self.ratio is None and not self.forget:
@@ -151,6 +156,7 @@ class Settings:
         for name, low in (("multiple_of", 1), ("random_state", 0)):
             check_range(name, _whole(name, getattr(self, name)), low)
         check_range("random_state", int(self.random_state or 0), 0, 2**32 - 1)
+        check_propagation(self.propagation, self.compensate, functions=bool(self.keep or self.forget))
         check_range("threshold", self.threshold, 0)
         check_range("passes", self.passes, 0, open_low=True)
         check_range("head_ratio", self.head_ratio, 0, 1, open_high=True)

@@ -30,6 +30,7 @@ from llmbrain.pruning.benchmark import REPEATED, WINDOW, compare_methods, refuse
 from llmbrain.pruning.calibrate.windows import mixed_windows, signals_of_windows, write_windows
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.offload import check_by_part
+from llmbrain.pruning.repair.propagation import check_propagation
 from llmbrain.reporting import write_report
 from llmbrain.scanning import Scan
 from llmbrain.scanning.manifest import model_id
@@ -260,6 +261,7 @@ def cut(
     offload: bool = False,
     relearning: bool = True,
     indices: bool = True,
+    propagation: float | None = None,
     progress: bool | Say = True,
     **options: Any,
 ) -> tuple[nn.Module, PruningPlan | None]:
@@ -274,8 +276,8 @@ def cut(
         As for `save_pruned`; `like` is the GGUF that the model was loaded from, if it was.
     report : bool
         Write ``report.html`` beside the model.
-    relearning, indices : bool
-        See `llmbrain.prune` (`relearning`, `record_indices`).
+    relearning, indices, propagation
+        See `llmbrain.prune` (`relearning`, `record_indices`, `propagation`).
     **options
         Others as for `plan`.
     random_state : int, Generator or None
@@ -304,6 +306,7 @@ def cut(
         if ranks().size > 1:
             raise InputError("offload=True: a model is cut from file to file by one process")
         check_by_part(model, format, plan, bool(options.get("keep") or options.get("forget")))
+    check_propagation(propagation, compensate, functions=bool(options.get("keep") or options.get("forget")))
     if format == "gguf":
         check_gguf_path(out)
     else:
@@ -311,7 +314,8 @@ def cut(
     made = "" if evidence is not None else made_from(
         "prune", model, texts, None if study is None else Study.of(study).folder, plan=plan and plan.to_dict(),
         compensate=compensate, format=format, self_text=self_text, gguf_type=gguf_type, like=like and str(like),
-        random_state=random_state, **({} if relearning and indices else {"record": [relearning, indices]}), **options,
+        random_state=random_state, **({} if relearning and indices else {"record": [relearning, indices]}),
+        **({} if propagation is None else {"propagation": propagation}), **options,
     )  # fmt: skip
     with making(out, overwrite, made) as is_there:
         if is_there:
@@ -331,7 +335,8 @@ def cut(
         speaker(progress)(f"    cut, and repair by {compensate}" if compensate else "    cut, without repair")
         calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
         intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
-        how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept, **calibration}
+        how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept,
+                               "propagation": propagation, **calibration}  # fmt: skip
         note = {MADE: made} if made else {}
         foretold = None  # of a model on disk it would take as long as the cut
         if report and not offload:

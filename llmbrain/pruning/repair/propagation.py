@@ -42,18 +42,13 @@ def propagation_of(
     InputError
         If a share is asked for that can not be.
     """
-    if asked is not None:
-        check_range("propagation", asked, 0, 1)
-        if asked == 0:
-            return None
+    check_propagation(asked, compensate, sequential=sequential, functions=functions)
+    if asked == 0:
+        return None
     fits = compensate == "least-squares" and sequential and not functions
     if asked is None and (not fits or len(body.layers) < DEEP):
         return None
-    if not fits or windows is None:
-        raise InputError(
-            f"propagation={asked} needs compensate='least-squares', sequential=True and a plan that keeps and forgets "
-            f"no functions: use propagation=0"
-        )
+    assert windows is not None  # without them nothing is repaired
     gains = gains_of(model, body, windows)
     if gains is None:
         if asked is None:
@@ -64,6 +59,20 @@ def propagation_of(
         )
     share = SHARE if asked is None else asked
     return Propagation(share, [share / gain if gain else 0.0 for gain in gains])
+
+
+def check_propagation(
+    asked: float | None, compensate: str | None, *, sequential: bool = True, functions: bool = False
+) -> None:
+    """Refuse a share that is none, or that the repair asked for can not take on; parameters as above."""
+    if asked is None:
+        return
+    check_range("propagation", asked, 0, 1)
+    if asked and (compensate != "least-squares" or not sequential or functions):
+        raise InputError(
+            f"propagation={asked} needs compensate='least-squares', sequential=True and a plan that keeps and forgets "
+            f"no functions: use propagation=0"
+        )
 
 
 def gains_of(model: nn.Module, body: Anatomy, windows: Tensor) -> list[float] | None:
