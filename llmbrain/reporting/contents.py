@@ -44,7 +44,24 @@ class Contents:
     atlas: Atlas | tuple[Any, Sequence[str]] | None = None
     forecast: Any = None
     forgetting: Mapping[str, Any] | None = None
+    summary: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def held_out(self) -> Mapping[str, Any]:
+        """Perplexities of text that nothing was fitted to; empty where none were measured."""
+        found = (self.summary or {}).get("held_out") or {}
+        return found if "dense_perplexity" in found else {}
+
+    @cached_property
+    def before_after(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+        """Numbers of the dense and of the pruned model, those of held-out text first."""
+        sides: list[Mapping[str, Any] | None] = []
+        for name, side in (("dense", self.dense), ("pruned", self.pruned)):
+            beside = {k: self.held_out.get(f"{name}_{k}") for k in ("perplexity", "perplexity_se")}
+            first_ones = {f"held_out_{k}": v for k, v in beside.items()} if self.held_out else {}
+            sides.append(None if side is None else {**first_ones, **side})
+        return sides[0], sides[1]
 
     # -- networks ------------------------------------------------------------------------------------------------------
 

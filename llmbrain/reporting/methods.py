@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmbrain.page.text import number
+from llmbrain.page.text import number, short_name
 from llmbrain.reporting.contents import Contents, first
 
 REFERENCES = {
@@ -80,6 +80,10 @@ REFERENCES = {
         "van der Ouderaa TFA, Nagel M, van Baalen M, Asano YM, Blankevoort T (2024). The LLM Surgeon. ICLR. "
         "arXiv:2312.17244."
     ),
+    "qep": (
+        "Arai Y, Ichikawa Y (2025). Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization. "
+        "arXiv:2504.09629."
+    ),
     "fdr": (
         "Benjamini Y, Hochberg Y (1995). Controlling the false discovery rate: a practical and powerful approach to "
         "multiple testing. Journal of the Royal Statistical Society B 57(1): 289-300."
@@ -123,7 +127,7 @@ def _scan(held: Contents) -> str:
         return ""
     scans = list(held.scans)
     scan, tokens = scans[0], sum(int(s.n_tokens) for s in scans)
-    model = getattr(scan, "model_id", None)
+    model = short_name(str(scan.model_id)) if getattr(scan, "model_id", None) else None
     site = getattr(scan, "site", "neuron")
     what = {
         "neuron": "the input of the down projection of each MLP",
@@ -240,7 +244,8 @@ def _pruning(held: Contents, cite: Any) -> str:
     method, ratio = str(getattr(plan, "method", "") or "a stated method"), getattr(plan, "ratio", None)
     allocation = getattr(plan, "allocation", None)
     settings = held.provenance.get("settings") if isinstance(held.provenance, Mapping) else None
-    repair = str(first(plan, "compensate") or first(settings or {}, "compensate") or "none")
+    done: Mapping[str, Any] = (held.summary or {}).get("cut") or {}
+    repair = str(done.get("compensate") or first(plan, "compensate") or first(settings or {}, "compensate") or "none")
     names = {"pruning": "Liu et al. 2025a", "networks": "Liu et al. 2025b", "flap": "An et al. 2024",
              "wanda": "Sun et al. 2024", "taylor": "Ma et al. 2023", "obs": "Kurtic et al. 2023",
              "surgeon": "van der Ouderaa et al. 2024", "shortgpt": "Men et al. 2024",
@@ -258,4 +263,14 @@ def _pruning(held: Contents, cite: Any) -> str:
         text += f"; the mean of what was cut became a bias ({cite('flap', names['flap'])})"
     elif repair == "least-squares":
         text += "; the down projections were refitted by ridge least squares on the calibration text"
+        if carried := done.get("propagation"):
+            text += (
+                f", each to the output of the whole layer and {carried:g} of the error that the layers before it "
+                f"left ({cite('qep', 'Arai and Ichikawa 2025')})"
+            )
+    if read := done.get("calibration"):
+        own = f", {number(read['own_windows'])} of which the model wrote itself" if read.get("own_windows") else ""
+        text += f". The calibration text was {number(read['windows'])} windows of {number(read['window'])} tokens{own}"
+    if protect := getattr(plan, "protect", None):
+        text += f". Layers {', '.join(map(str, protect))} (from 0) were left whole"
     return f"{text}. The weight matrices of the pruned model are smaller; none of its weights is merely masked."

@@ -16,11 +16,13 @@ from llmbrain.reporting.effects import top_tokens
 from llmbrain.reporting.methods import methods
 
 METRICS = {
+    "held_out_perplexity": ("Perplexity, held-out text", "nothing was fitted to it; lower is better"),
     "perplexity": ("Perplexity", "lower is better"),
     "parameters": ("Parameters", ""),
     "mlp_neurons": ("MLP neurons", ""),
     "tokens_per_second": ("Tokens per second", "higher is better"),
 }
+IN_PART = "Perplexity, all of the sample"
 
 
 def fill(name: str, **values: Any) -> Markup:
@@ -115,7 +117,9 @@ def summary(held: Contents, rows: list[dict[str, Any]]) -> Section:
     """Summary: the numbers, all networks in one picture, one line a network."""
     cards = []
     for key, (label, hint) in METRICS.items():
-        before, after = (None if side is None else side.get(key) for side in (held.dense, held.pruned))
+        before, after = (None if side is None else side.get(key) for side in held.before_after)
+        if key == "perplexity" and held.held_out:
+            label, hint = IN_PART, "calibrated on in part; lower is better"
         if before is not None or after is not None:
             both = before is not None and after is not None
             value = number(after, 4) if both else number(before if after is None else after, 4)
@@ -216,16 +220,8 @@ def pruning(held: Contents) -> Section:
     parts: list[Any] = []
     missing = []
     if held.dense is not None or held.pruned is not None:
-        keys = dict.fromkeys([*METRICS, *(held.dense or {}), *(held.pruned or {})])
-        rows = []
-        for key in keys:
-            before, after = ((side or {}).get(key) for side in (held.dense, held.pruned))
-            if (before is None and after is None) or isinstance(before or after, (Mapping, list, tuple)):
-                continue
-            label = METRICS.get(key, (str(key).replace("_", " "), ""))[0]
-            rows.append((label, number(before, 5), number(after, 5), change(before, after)))
-        frame = pd.DataFrame(rows, columns=["", "before", "after", "change"]).set_index("")
-        parts.append(table(frame, "The model before and after the cut"))
+        parts.append(table(_before_after(held), "The model before and after the cut"))
+        parts.append(fill("lines.html.j2", lines=_measured_on(held)))
     else:
         missing.append("The model was not measured before and after a cut.")
     if held.plan is not None:
@@ -246,6 +242,43 @@ def pruning(held: Contents) -> Section:
     return Section("Pruning", body, id="pruning")
 
 
+def _before_after(held: Contents) -> pd.DataFrame:
+    """Numbers of both models, with their standard errors where there are any (``NAME_se``)."""
+    dense, pruned = (side or {} for side in held.before_after)
+    rows = []
+    for key in dict.fromkeys([*METRICS, *dense, *pruned]):
+        before, after = dense.get(key), pruned.get(key)
+        of_other = key.endswith("_se") and key.removesuffix("_se") in {**dense, **pruned}
+        if of_other or (before is None and after is None) or isinstance(before or after, (Mapping, list, tuple)):
+            continue
+        label = METRICS.get(key, (str(key).replace("_", " "), ""))[0]
+        label = IN_PART if key == "perplexity" and held.held_out else label
+        errors = [f" ± {number(error, 2)}" if (error := side.get(f"{key}_se")) else "" for side in (dense, pruned)]
+        rows.append((label, number(before, 5) + errors[0], number(after, 5) + errors[1], change(before, after)))
+    return pd.DataFrame(rows, columns=["", "before", "after", "change"]).set_index("")
+
+
+def _measured_on(held: Contents) -> list[str]:
+    """What the perplexities were measured on, and what a budget left no time for."""
+    summary, found = held.summary or {}, held.held_out
+    lines = []
+    if found:
+        error = found.get("loss_added_se")
+        beside = "" if error is None else f" (standard error {number(error, 2)} over windows)"
+        lines.append(
+            f"held-out text ({number(found['windows'])} windows, {number(found['tokens'])} tokens; neither the "
+            f"networks nor the cut have seen it): {number(found['loss_added'])} nats a token more{beside}"
+        )
+    elif why := (summary.get("held_out") or {}).get("not_measured"):
+        lines.append(f"no perplexity of held-out text: {why}")
+    if sample := summary.get("sample"):
+        lines.append(
+            f"perplexities are of {number(sample['windows'])} windows of {number(sample['window'])} tokens, "
+            f"{100 * sample['share_of_text']:.3g}% of the text; ± is a standard error over windows"
+        )
+    return [*lines, *(f"given up for the budget: {line}" for line in summary.get("gave_up") or ())]
+
+
 def _forecast(found: Any) -> list[Any]:
     """What the cut was predicted to cost, and did cost where it was measured, by condition and network."""
     measured = "measured" in found.texts
@@ -254,7 +287,10 @@ def _forecast(found: Any) -> list[Any]:
     if measured and found.fitted is not None:
         where = "text that the cut was calibrated on too: other text loses more" if found.fitted else "held-out text"
         what += f" (on {where})"
-    parts = [table(found.agreement().round(4), "Forecast against what the cut did cost")] if measured else []
+    parts = []
+    if measured:
+        agreed = found.agreement()
+        parts.append(table(agreed[agreed["n"] > 0].round(4), "Forecast against what the cut did cost"))
     for name, frame in (("condition", found.conditions), ("network", found.networks)):
         if len(frame):
             parts.append(table(frame.set_index(name).round(4), f"{what}; by {name}"))

@@ -55,6 +55,7 @@ def build_report(
     atlas: Atlas | tuple[Nifti1Image | str | os.PathLike[str], Sequence[str]] | None = None,
     forecast: Forecast | None = None,
     forgetting: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any] | None = None,
 ) -> Report:
     """Make a report of whatever there is; every part may be missing, and says so.
 
@@ -88,6 +89,8 @@ def build_report(
         What `plan` will cost (`PruningPlan.forecast`), and did cost where it was measured.
     forgetting : mapping, optional
         Of a cut that forgets: ``"forgetting"`` of the model's record, with the relearning attack.
+    summary : mapping, optional
+        ``Study.summary``: its ``held_out``, ``sample``, ``cut`` and ``gave_up`` are shown.
 
     Returns
     -------
@@ -95,7 +98,7 @@ def build_report(
     """
     held = Contents(
         title, scans, ica, networks, plan, dense, pruned, abilities, lesions, stability, connectivity, comparison,
-        list(warnings), provenance, mask_img, atlas, forecast, forgetting,
+        list(warnings), provenance, mask_img, atlas, forecast, forgetting, summary,
     )  # fmt: skip
     rows = parts.network_rows(held)
     report = Report(title, subtitle=_subtitle(held))

@@ -213,7 +213,7 @@ def _(obj: Study, *, title: str | None = None, **contents: Any) -> Report:
         part: getattr(obj, part) for part in ("scans", "ica", "networks", "plan", "lesions") if obj.has(part)
     }
     if obj.has("summary"):
-        own |= {name: obj.summary[name] for name in ("dense", "pruned", "provenance")}
+        own |= {name: obj.summary[name] for name in ("dense", "pruned", "provenance")} | {"summary": obj.summary}
         title = title or f"llmbrain: {short_name(str(own['provenance']['model']))}"
     return build_report(title=title or f"llmbrain: {obj.folder.name}", **{**own, **contents})
 

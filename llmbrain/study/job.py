@@ -271,7 +271,7 @@ def run(
         share = share if how.expert_ratio is None else f"{how.expert_ratio:.0%} of the routed experts"
         tell(f"4/5 pruning: {share}, method {how.method}, compensation {how.compensate}")
         unseen = split_texts(subject.texts)[1] if sample.held_out.any() else []
-        small, study.plan, predicted = _smaller(model, tokenizer, scanned, unseen, study, how, tell)
+        small, study.plan, predicted, own = _smaller(model, tokenizer, scanned, unseen, study, how, tell)
         if how.indices:
             study.plan.save(out / "plan.json")
         study.pruned = small, tokenizer
@@ -284,6 +284,7 @@ def run(
                 "n_components": len(study.networks), "n_key_neurons": int(study.networks.masks.any(axis=0).sum())
             },
             "held_out": _held_out(sample, before, after),
+            "cut": _done(small, own),
             "sample": {"windows": kept, "window": sampled, "share_of_text": sample.share},
             "seconds": round(time.monotonic() - began, 1),
             "gave_up": gave_up,
@@ -311,8 +312,9 @@ def run(
 def _smaller(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], unseen: Sequence[str], study: Study,
     how: Settings, tell: Say,
-) -> tuple[nn.Module, PruningPlan | ExpertPlan, Predicted | None]:  # fmt: skip
-    """The smaller model, saved, its plan, and what that was going to cost, where a forecast can say it."""
+) -> tuple[nn.Module, PruningPlan | ExpertPlan, Predicted | None, int]:  # fmt: skip
+    """The smaller model, saved, its plan, what that was going to cost, where a forecast can say it, and how many
+    windows of its calibration text the model wrote itself."""
     out = study.folder / (PRUNED_GGUF if how.format == "gguf" else "pruned")
     if how.expert_ratio is not None:
         made = cut_fewer(
@@ -320,7 +322,7 @@ def _smaller(
             gguf_type=how.gguf_type, like=how.like, overwrite=True, expert_ratio=how.expert_ratio, method=how.method,
             allocation=how.allocation, random_state=how.random_state,
         )  # fmt: skip
-        return *made, None
+        return *made, None, 0
     evidence = evidence_of(
         model, tokenizer, texts, study=study, method=how.method, self_text=how.own_text,
         random_state=how.random_state, progress=tell,
@@ -344,7 +346,7 @@ def _smaller(
         gguf_type=how.gguf_type, like=how.like, random_state=how.random_state, report=False, overwrite=True,
         indices=how.indices, propagation=how.propagation, progress=tell,
     )  # fmt: skip
-    return small, plan, predicted
+    return small, plan, predicted, evidence.own
 
 
 def _foretold(predicted: Predicted | None, why_not: str | None) -> list[str]:
@@ -391,6 +393,14 @@ def _measured(model: nn.Module, sample: Sample, losses: Array) -> dict[str, floa
         "mlp_neurons": sum(widths_of(model)),
         "tokens_per_second": throughput(model, **SPEED),
     }
+
+
+def _done(small: nn.Module, own: int) -> dict[str, Any]:
+    """How the smaller model was repaired, and on how many windows, some of its own."""
+    record: dict[str, Any] = getattr(small, RECORD, [{}])[-1]
+    shape = (record.get("calibration") or {}).get("shape")
+    text = None if shape is None else {"windows": shape[0], "window": shape[1], "own_windows": own}
+    return {"compensate": record.get("compensate"), "propagation": record.get("propagation"), "calibration": text}
 
 
 def _held_out(sample: Sample, before: Array, after: Array) -> dict[str, Any]:

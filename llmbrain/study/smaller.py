@@ -70,6 +70,7 @@ class Evidence:
     scans: Sequence[Scan] | None = None
     texts: Sequence[str] | None = None
     windows: Tensor | None = None  # instead of the texts, where the model wrote some
+    own: int = 0  # of the windows, those that it wrote
 
     @property
     def calibration(self) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def evidence_of(
             first = windows[: max(1, FOUND_TOKENS // windows.shape[1])]
             found = signals_of_windows(model, anatomy(model), first, ("neuron",))
         networks = find_networks(model, tokenizer, texts, scans=found, random_state=random_state, progress=progress)
-    return Evidence(networks, scans, texts or None, windows)
+    return Evidence(networks, scans, texts or None, windows, self_text or 0)
 
 
 def _beside(self_text: int | None, options: Mapping[str, Any]) -> int | None:

@@ -11,6 +11,7 @@ import torch
 
 import llmbrain as lb
 from llmbrain import InputError
+from llmbrain.page.text import number
 from llmbrain.study.folder import claim
 from llmbrain.study.settings import Settings
 
@@ -59,6 +60,32 @@ def test_the_report_of_a_study_holds_what_is_there(made, subject, tmp_path):
     np.testing.assert_allclose(again.lesions.matrix("effect"), table.matrix("effect"))
     assert again.lesions.provenance == table.provenance
     assert "letters" in lb.report(again).html()
+
+
+def test_the_report_says_what_was_held_out_and_how_it_was_cut(made, tmp_path):
+    study = lb.Study(made.folder)
+    page = study.report.save(tmp_path / "report.html").read_text(encoding="utf-8")
+    held, sample = study.summary["held_out"], study.summary["sample"]
+    assert "Perplexity, held-out text" in page
+    assert number(held["pruned_perplexity"], 4) in page
+    assert f"held-out text ({held['windows']} windows, {held['tokens']:,} tokens; neither the networks nor" in page
+    assert f"{number(held['loss_added'])} nats a token more (standard error {number(held['loss_added_se'], 2)}" in page
+    assert f"perplexities are of {sample['windows']} windows of {sample['window']} tokens" in page
+    assert "perplexity se" not in page  # an error is no number to compare
+    read = study.summary["cut"]["calibration"]
+    assert f"The calibration text was {read['windows']} windows of {read['window']} tokens" in page
+    assert read["own_windows"] == 0
+    assert "the model wrote itself" not in page
+    record = made.model.llmbrain_pruning[-1]
+    assert study.summary["cut"]["compensate"] == record["compensate"] == "least-squares"
+    # what a budget or a deep model would add
+    summary = {**study.summary, "gave_up": ["method: flap instead of networks"]}
+    done = {"compensate": "least-squares", "propagation": 0.5, "calibration": {**read, "own_windows": 2}}
+    other = lb.reporting.report(study, summary={**summary, "cut": done}).save(tmp_path / "other.html").read_text()
+    for line in ("given up for the budget: method: flap instead of networks", "2 of which the model wrote itself",
+                 "0.5 of the error that the layers before it left", "arXiv:2504.09629"):  # fmt: skip
+        assert line in other
+        assert line not in page
 
 
 def test_networks_and_calibration_read_the_same_ids(subject, texts, tmp_path, monkeypatch):
