@@ -56,3 +56,78 @@ def make(family: str, **options):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3 if parameter.ndim == 1 else 0.05)
     return model
+
+
+def by_hand(path, model, *, tokens=None, keys=(), without=(), kind=None, name="small"):
+    """A GGUF as another program writes it: by the `gguf` package alone, without anything of llmbrain's.
+
+    `keys` are ``(name, value)`` beside the usual ones, those `without` are left out; `tokens` writes the tokenizer.
+    """
+    import gguf
+
+    config = model.config
+    arch = {"gemma3_text": "gemma3", "mistral": "llama"}.get(config.model_type, config.model_type)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    usual = {
+        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head, "attention.value_length": head, "rope.dimension_count": head,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps), "rope.freq_base": float(rope["rope_theta"]),
+    }  # fmt: skip
+    if arch in ("gemma2", "gemma3"):
+        usual["attention.sliding_window"] = config.sliding_window
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name(name)
+    for key, value in {**usual, **dict(keys)}.items():
+        if key not in without:
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+            add(f"{arch}.{key}", value)
+    (tokens or _bytes)(writer, config.vocab_size)
+    names = {
+        "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm",
+        "k_norm": "attn_k_norm", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    }  # fmt: skip
+    if arch in ("gemma2", "gemma3"):
+        names["post_attention_layernorm"] = "post_attention_norm"
+    for full, tensor in model.state_dict().items():
+        *_, module, suffix = full.split(".")
+        if module == "lm_head" and config.tie_word_embeddings:
+            continue
+        place = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}.get(module)
+        values = tensor.float()
+        if arch == "llama" and module in ("q_proj", "k_proj"):  # rows of a head go in pairs
+            halves = values.reshape(-1, 2, head // 2, *values.shape[1:])
+            values = halves.transpose(1, 2).reshape(values.shape)
+        if arch.startswith("gemma") and module.endswith("norm"):
+            values = values + 1
+        values = values.numpy()
+        stored = gguf.GGMLQuantizationType.F32 if kind is None or values.ndim < 2 else kind
+        if stored != gguf.GGMLQuantizationType.F32:
+            values = gguf.quants.quantize(values, stored)
+        writer.add_tensor(
+            f"{place or f'blk.{full.split(chr(46))[2]}.{names[module]}'}.{suffix}", values, raw_dtype=stored
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _bytes(writer, size):
+    """A SentencePiece tokenizer of bytes, with unused tokens up to the size of the vocabulary."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581"]
+    kinds = [2, 3, 3, *[6] * 256, 1] + [5] * (size - len(tokens))
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)

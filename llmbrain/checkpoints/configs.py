@@ -16,7 +16,7 @@ from llmbrain.checkpoints.bounds import check_config, check_file
 from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
 from llmbrain.checkpoints.gguf_layout import CONFIG
 from llmbrain.checkpoints.gguf_opening import first_line, open_gguf
-from llmbrain.checkpoints.gguf_reading import config_of_mixture, is_gguf
+from llmbrain.checkpoints.gguf_reading import config_of, is_gguf
 from llmbrain.checkpoints.loading import model_class_of
 from llmbrain.checkpoints.placing import empty_of
 from llmbrain.checkpoints.shapes import apply_shapes, layer_shapes, own_layers, text_config
@@ -52,9 +52,7 @@ def read_config(source: str | Path) -> Any:
                 written = json.loads(field.contents())
                 check_config(written, path)
                 return transformers.CONFIG_MAPPING[written["model_type"]].from_dict(written)
-            config = config_of_mixture(path, reader)
-            if config is None:
-                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            config = config_of(path, reader)
             config.tie_word_embeddings = all(t.name != "output.weight" for t in reader.tensors)
             config.dtype = torch.float32  # as it is loaded
             return config

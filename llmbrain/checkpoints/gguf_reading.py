@@ -7,8 +7,7 @@ pre-tokenizer, Llama 3's rotary factors) is put right here or refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from llmbrain._files import clear_damage
-from llmbrain._progress import bar
 from llmbrain._validation import InputError
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
@@ -25,6 +23,7 @@ from llmbrain.anatomy.units import HEADS, NEURONS
 from llmbrain.checkpoints import gguf_experts
 from llmbrain.checkpoints.bounds import check_config
 from llmbrain.checkpoints.expert_shapes import apply_expert_shapes
+from llmbrain.checkpoints.gguf_configs import as_llama, complete, config_of_gemma, set_factors, set_scaling
 from llmbrain.checkpoints.gguf_layout import (
     CLASS,
     CONFIG,
@@ -36,13 +35,12 @@ from llmbrain.checkpoints.gguf_layout import (
     ZEROS_OF_ATTENTION,
     ZEROS_OF_MLP,
     Target,
-    rotary_factors,
     split_halves,
 )
 from llmbrain.checkpoints.gguf_mixtures import MIXTURES
 from llmbrain.checkpoints.gguf_opening import MAGIC, first_line, open_gguf
-from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS, alike, read_whole, set_pre_tokenizer
-from llmbrain.checkpoints.gguf_tokenizers import WHOLE as WHOLE_TOKENIZER
+from llmbrain.checkpoints.gguf_quiet import quiet
+from llmbrain.checkpoints.gguf_rebuilding import load_tokenizer
 from llmbrain.checkpoints.shapes import RECORD, apply_shapes, layer_shapes, stock_config, text_config
 from llmbrain.checkpoints.shrinking import blocks_of, is_empty
 from llmbrain.hooks.experts import run_one_by_one
@@ -50,12 +48,6 @@ from llmbrain.hooks.text import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-LLAMA3_ROPE = tuple(
-    {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-     "original_max_position_embeddings": 8192} for factor in (8.0, 32.0, 16.0)
-)  # fmt: skip
-
 
 _WHAT = "a GGUF file that can be read"
 
@@ -144,34 +136,48 @@ def config_vocabulary(model: Any) -> int:
 def _foreign_model(
     path: Path, reader: Any, fields: dict[str, Any], architecture: str, dtype: torch.dtype | str | None
 ) -> PreTrainedModel:
-    from transformers import AutoConfig
-
     _refuse(path, architecture, fields)
     if _experts_in(fields, architecture):
         return _foreign_mixture(path, reader, fields, architecture, dtype)
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError, TypeError, OSError) as error:
-        raise InputError(
-            f"{path}: its architecture {architecture!r} is not one that transformers reads: {first_line(error)}"
-        ) from error
-    check_config(config, path)
-    _set_rope(path, reader, config)
+    config = _dense_config(path, reader, fields, architecture)
+    if architecture == "gemma":
+        return _foreign_gemma(path, reader, config, dtype)
     model = _model(path, config, dtype)
+    if architecture == "llama" and "llama.attention.head_count_kv" not in fields:
+        _split_halves(model)
     _refuse_unused(path, reader, model, architecture)
     return model
+
+
+def _dense_config(path: Path, reader: Any, fields: dict[str, Any], architecture: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    shapes = {t.name: t.shape for t in reader.tensors}
+    if architecture == "gemma":
+        config = config_of_gemma(path, fields, shapes)
+    else:
+        try:
+            config = as_llama(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+        except (ValueError, KeyError, NotImplementedError, TypeError, OSError) as error:
+            raise InputError(
+                f"{path}: its architecture {architecture!r} is not one that transformers reads: {first_line(error)}"
+            ) from error
+    check_config(config, path)
+    complete(path, reader, fields, architecture, config, shapes)
+    return config
 
 
 def _experts_in(fields: dict[str, Any], architecture: str) -> bool:
     return int(fields.get(f"{architecture}.expert_count", 0) or 0) > 0
 
 
-def config_of_mixture(path: Path, reader: Any) -> PretrainedConfig | None:
-    """The config of a mixture of experts that another program wrote, None where a file holds none."""
+def config_of(path: Path, reader: Any) -> PretrainedConfig:
+    """The config of a file that another program wrote."""
     fields = {name: field.contents() for name, field in reader.fields.items() if name.split(".")[-1] not in _LONG}
     architecture = str(fields.get("general.architecture", ""))
+    _refuse(path, architecture, fields)
     if not _experts_in(fields, architecture):
-        return None
+        return _dense_config(path, reader, fields, architecture)
     shapes = {t.name: t.shape for t in reader.tensors}
     return gguf_experts.config_of(path, architecture, fields, shapes)  # type: ignore[no-any-return]
 
@@ -184,7 +190,8 @@ def _foreign_mixture(
 
     config = gguf_experts.config_of(path, architecture, fields, {t.name: t.shape for t in reader.tensors})
     check_config(config, path)
-    _set_rope(path, reader, config)
+    set_scaling(path, fields, architecture, config)
+    set_factors(path, reader, config)
     mixture = MIXTURES[config.model_type]
     try:
         with no_init_weights():
@@ -197,6 +204,20 @@ def _foreign_mixture(
     _fill(path, model, gguf_experts.state_of(path, model, arrays, mixture))
     model.config._name_or_path = str(path)
     run_one_by_one(model)
+    return model.to(torch.float32 if dtype in (None, "auto") else _dtype(dtype))  # type: ignore[no-any-return]
+
+
+def _foreign_gemma(
+    path: Path, reader: Any, config: PretrainedConfig, dtype: torch.dtype | str | None
+) -> PreTrainedModel:
+    """A file of the first Gemma, which transformers does not read: as one of llmbrain, with the config of its keys."""
+    from transformers import GemmaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = GemmaForCausalLM(config)
+    _fill(path, model, _state(path, model, _arrays(reader), TARGETS["gemma"][0]))
+    model.config._name_or_path = str(path)
     return model.to(torch.float32 if dtype in (None, "auto") else _dtype(dtype))  # type: ignore[no-any-return]
 
 
@@ -327,55 +348,30 @@ def _refuse(path: Path, architecture: str, fields: dict[str, Any]) -> None:
         )
     if not architecture:
         raise InputError(f"{path} does not say its architecture (general.architecture)")
-    scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise InputError(f"{path} scales its rotary positions ({scaling!r}), which a GGUF does not say in full: "
-                         "load its transformers folder")  # fmt: skip
     for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
         value = fields.get(f"{architecture}.{key}")
         if isinstance(value, (list, tuple)) and len(set(value)) > 1:
             raise InputError(f"{path} has layers of different {key}: load the folder that it was written from")
 
 
-def _set_rope(path: Path, reader: Any, config: PretrainedConfig) -> None:
-    """Llama 3's rotary factors: the file holds them as a tensor, transformers wants the rule that makes them."""
-    factors = next((t for t in reader.tensors if t.name == ROPE_FACTORS), None)
-    if factors is None:
-        return
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    text = config.get_text_config()
-    base = dict(text.rope_parameters)
-    stored = torch.tensor(np.array(factors.data, dtype=np.float32))
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if torch.equal(stored, torch.ones_like(stored)):
-        return
-    if stored.shape != (head // 2,):
-        raise InputError(f"{path}: {ROPE_FACTORS} has {stored.numel()} values, its heads are {head} wide")
-    for rule in LLAMA3_ROPE:
-        text.rope_parameters = {**base, **rule}
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](text, torch.device("cpu"))
-        if torch.allclose(rotary_factors(scaled, base["rope_theta"], head), stored, rtol=1e-4):
-            return
-    text.rope_parameters = base
-    raise InputError(f"{path}: its rotary factors ({ROPE_FACTORS}) follow no known rule: load its transformers folder")
-
-
 def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype | str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet_bars():
+        with quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 config=config,
                 dtype=torch.float32 if dtype in (None, "auto") else dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, TypeError, OSError) as error:
         raise InputError(f"{path} cannot be dequantized into a model: {first_line(error)}") from error
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    for name, there, wanted in found.get("mismatched_keys") or ():
+        raise InputError(f"{path} does not fit its keys: {name} is {tuple(there)}, wanted {tuple(wanted)}")
+    for kind in ("missing_keys", "unexpected_keys"):
         if found.get(kind):
             keys = sorted(map(str, found[kind]))
             raise InputError(f"{path} does not fill its model: {kind.replace('_', ' ')} {keys[0]} ({len(keys)} in all)")
@@ -385,6 +381,16 @@ def _model(path: Path, config: PretrainedConfig, dtype: torch.dtype | str | None
         part.__dict__.pop("quantization_config", None)
         part._name_or_path = str(path)
     return model
+
+
+def _split_halves(model: Any) -> None:
+    """Put rows of queries and keys in transformers' order, which it does only where a file counts key/value heads."""
+    with torch.no_grad():
+        for layer in anatomy(model).layers:
+            attention: Any = layer.attention
+            for part in (attention.q_proj, attention.k_proj) if attention is not None else ():
+                for parameter in part.parameters():
+                    parameter.copy_(split_halves(parameter, layer.head_dim))
 
 
 def _refuse_unused(path: Path, reader: Any, model: PreTrainedModel, architecture: str) -> None:
@@ -405,70 +411,3 @@ def _refuse_unused(path: Path, reader: Any, model: PreTrainedModel, architecture
     left = sorted(t.name for t in reader.tensors if t.name not in used)
     if left:
         raise InputError(f"{path} holds {len(left)} tensors that the model does not use, such as {left[0]}")
-
-
-def load_tokenizer(
-    path: Path, reader: Any, fields: dict[str, Any], vocabulary: int | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a GGUF file: of a ``tokenizer.json`` beside it, else rebuilt and checked against its tokens."""
-    from transformers import AutoTokenizer
-
-    beside = (path.parent / "tokenizer.json").is_file() and (path.parent / "tokenizer_config.json").is_file()
-    kind, pre = str(fields.get("tokenizer.ggml.model", "none")), str(fields.get("tokenizer.ggml.pre", "default"))
-    try:
-        if WHOLE_TOKENIZER in fields:
-            tokenizer = read_whole(fields)
-        elif beside:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent)
-        else:
-            if kind == "gpt2" and pre not in PRE_TOKENIZERS:
-                raise InputError(
-                    f"{path}: its tokenizer splits text as {pre!r}, which is unknown here: lay its tokenizer.json and "
-                    "tokenizer_config.json beside the file"
-                )
-            with _quiet_bars():
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            if kind == "gpt2":
-                set_pre_tokenizer(tokenizer, pre, bool(fields.get("tokenizer.ggml.add_space_prefix", False)))
-    except InputError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        raise InputError(f"{path}: its tokenizer ({kind!r}) cannot be rebuilt: {first_line(error)}") from error
-    written = reader.fields.get("tokenizer.ggml.tokens")
-    if written is None:
-        raise InputError(f"{path} holds no tokenizer: lay its tokenizer.json and tokenizer_config.json beside the file")
-    _check_tokens(path, written.contents(), tokenizer, vocabulary)
-    return tokenizer
-
-
-def _check_tokens(path: Path, tokens: list[str], tokenizer: Any, vocabulary: int | None) -> None:
-    """A rebuilt (or other) tokenizer must give every token the number that it has in the file."""
-    if vocabulary is not None and len(tokens) > vocabulary:
-        raise InputError(f"{path}: its tokenizer has {len(tokens)} tokens, its model {vocabulary}")
-    known = tokenizer.convert_ids_to_tokens(range(min(len(tokens), len(tokenizer))))
-    padding = ("[PAD", "<pad", "<unused", "[unused", "<|dummy")
-    for i, token in enumerate(tokens):
-        other = known[i] if i < len(known) else None
-        if not (other is not None and alike(token, other)) and not (other is None and token.startswith(padding)):
-            raise InputError(
-                f"{path}: its tokenizer cannot be rebuilt: token {i} is {token!r}, the rebuilt one says {other!r}"
-            )
-
-
-@contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """Within the block transformers' bars of loading are off, or our own, which are for terminals only."""
-    from transformers import modeling_gguf_pytorch_utils as reading
-    from transformers.utils import logging
-
-    shown, theirs = logging.is_progress_bar_enabled(), getattr(reading, "tqdm", None)
-    logging.disable_progress_bar()
-    if theirs is not None:  # it is tqdm's own, which nothing turns off
-        reading.tqdm = bar
-    try:
-        yield
-    finally:
-        if theirs is not None:
-            reading.tqdm = theirs
-        if shown:
-            logging.enable_progress_bar()

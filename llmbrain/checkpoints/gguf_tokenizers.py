@@ -37,7 +37,7 @@ PRE_TOKENIZERS: dict[str, str | None] = {
 }
 WHOLE = "tokenizer.huggingface.json"  # the GGUF standard's key for the whole tokenizer.json
 SPACE = "\u2581"  # how SentencePiece writes a space
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # llama.cpp's types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # llama.cpp's types of tokens
 
 
 def set_pre_tokenizer(tokenizer: Any, pre: str, spaced: bool) -> None:
@@ -220,7 +220,7 @@ def _tokens(tokenizer: Any, state: dict[str, Any], vocabulary: int) -> tuple[lis
         entry = added.get(i)
         if entry is not None:
             tokens.append(entry["content"])
-            types.append(CONTROL if entry["special"] else 4)
+            types.append(CONTROL if entry["special"] else USER_DEFINED)
         elif i in names:
             tokens.append(names[i])
             types.append(NORMAL)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbrain._validation import InputError
+from llmbrain.checkpoints.gguf_reading import is_gguf
 
 
 def describe_path(path: str | Path) -> dict[str, Any]:
@@ -14,7 +15,8 @@ def describe_path(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path : path
-        A NIfTI, a scan store, networks, a pruning plan, a model folder, or a folder that ``llmbrain run`` wrote.
+        A NIfTI, a scan store, networks, a pruning plan, a model (a folder or a GGUF), or a folder that ``llmbrain run``
+        wrote.
 
     Returns
     -------
@@ -33,6 +35,8 @@ def describe_path(path: str | Path) -> dict[str, Any]:
         return _nifti(path)
     if path.is_file() and path.suffix == ".json":
         return _plan(path)
+    if path.is_file() and is_gguf(path):
+        return _model(path)
     for mark, describe in (
         ("summary.json", _study),
         ("manifest.json", _scan),
