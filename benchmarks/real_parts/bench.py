@@ -218,7 +218,7 @@ class Bench:
             maps = self.shared(f"networks {row.networks}", tokens, draw).numpy()
             networks = lb.FunctionalNetworks(maps, space)
         windows = self.calibration(tokens, draw, row.own)
-        return Planner(self.model, method, windows, networks=networks, random_state=draw)
+        return Planner(self.model, method, windows, networks=networks, token_balance=row.balance, random_state=draw)
 
     def plan(self, row: Row, planner: Planner, ratio: float, tokens: int, draw: int) -> Any:
         """One plan."""

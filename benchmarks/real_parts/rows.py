@@ -22,6 +22,8 @@ class Row:
     own : str
         Text that the model writes: ``""`` none, ``"half"`` of the calibration tokens, ``"beside"`` half as many more,
         ``"as much"`` as many more (what `run` does by default with deep models), ``"twice"`` as many, ``"only"``.
+    balance : float
+        How much tokens that networks leave unexplained count more (``token_balance``; by default 0 with deep models).
     propagation : float
         Share of the error of earlier layers that a repair takes on (by default .5 with deep models).
     tune : int
@@ -42,6 +44,7 @@ class Row:
     ends: bool = False
     widths_of: str | None = None
     own: str = ""
+    balance: float = 0.5
     propagation: float = 0.0
     tune: int = 0
     quick: bool = False
@@ -54,8 +57,8 @@ def _uniform(label: str, method: str, compensate: str | None = "least-squares") 
 
 
 DEFAULT = Row(
-    "ours, as by default: with networks, ends kept, twice as much own text, errors propagated", "networks", "uniform",
-    networks="real", ends=True, own="twice", propagation=0.5, draws=True, sizes=True,
+    "ours, as by default: networks covered, ends kept, twice as much own text, errors propagated", "networks",
+    "uniform", networks="real", ends=True, own="twice", balance=0.0, propagation=0.5, draws=True, sizes=True,
 )  # fmt: skip
 UNIFORM = Row(
     "ours, uniform: OBS with gradients, ends kept, own text beside", "obs-gradient", "uniform", ends=True, own="beside",
@@ -68,7 +71,8 @@ PUBLISHED = Row("published rule", "published", quick=True, draws=True)
 ROWS = (
     DEFAULT,
     replace(DEFAULT, label="the same without networks", method="obs-gradient", networks=None),
-    replace(DEFAULT, label="the same with phase-randomized networks", networks="null"),
+    replace(DEFAULT, label="the same, tokens balanced by networks", balance=0.5),
+    replace(DEFAULT, label="the same, tokens balanced by phase-randomized networks", networks="null", balance=0.5),
     replace(DEFAULT, label="the same by FLAP", method="flap", networks=None),
     replace(DEFAULT, label="the same with random neurons", method="random", networks=None),
     replace(DEFAULT, label=f"the same, then {LORA}", tune=25, draws=False, sizes=False),

@@ -99,11 +99,13 @@ PASSES = Annotated[
     float, typer.Option("--passes", min=0.0, help="Forward passes over the calibration text that a search may take.")
 ]
 BALANCE = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--token-balance", min=0.0, max=1.0, help="How much tokens that networks leave unexplained count more: 0 to 1."
+        "--token-balance", min=0.0, max=1.0,
+        help="How much tokens that networks leave unexplained count more: 0 to 1. Default .5, for models of 20 layers "
+        "and more 0.",
     ),
-]
+]  # fmt: skip
 SELF_TEXT = Annotated[
     int | None,
     typer.Option(

@@ -87,7 +87,7 @@ def plan(
     drop: DROP = None,
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
-    token_balance: BALANCE = 0.5,
+    token_balance: BALANCE = None,
     self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
@@ -125,7 +125,7 @@ def plan(
     costs = plan_cost(
         loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
         head_ratio=head_ratio, drop=check_drop(parts(drop)), self_text=self_text, keep=parts(keep),
-        forget=parts(forget), forecast=forecast, ratio=ratio,
+        forget=parts(forget), forecast=forecast, ratio=ratio, token_balance=token_balance,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)
@@ -216,7 +216,7 @@ def prune(
     drop: DROP = None,
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
-    token_balance: BALANCE = 0.5,
+    token_balance: BALANCE = None,
     self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,
@@ -276,7 +276,7 @@ def prune(
         head_ratio=head_ratio, compensate=None if compensate == "none" else compensate,
         drop=check_drop(parts(drop)), self_text=0 if offload and self_text is None else self_text, keep=parts(keep),
         forget=parts(forget), last=last, relearning=relearning, forecast=not away, measured=True, plan=given,
-        ratio=ratio, propagation=propagation,
+        ratio=ratio, propagation=propagation, token_balance=token_balance,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)

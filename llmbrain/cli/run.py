@@ -108,7 +108,7 @@ def run(
     drop: DROP = None,
     expert_ratio: EXPERTS = None,
     passes: PASSES = 24,
-    token_balance: BALANCE = 0.5,
+    token_balance: BALANCE = None,
     self_text: SELF_TEXT = None,
     keep: KEEP = None,
     forget: FORGET = None,

@@ -29,7 +29,6 @@ from llmbrain.pruning.calibrate.steps import Measured
 from llmbrain.pruning.calibrate.windows import Calibration, scans_with_tokens
 from llmbrain.pruning.criteria import Material, criterion
 from llmbrain.pruning.criteria.base import protection
-from llmbrain.pruning.criteria.networks import BALANCE
 from llmbrain.pruning.criteria.scorer import Scorer
 from llmbrain.pruning.expert_neurons import Request, plan_expert_neurons
 from llmbrain.pruning.experts import ExpertPlan, plan_experts
@@ -57,10 +56,11 @@ class PlanOptions:
     passes : float
         Forward passes over the calibration text that ``"sensitivity"`` and ``"search"`` may take: a third of them
         measures layers alone, the rest whole allocations, 2.25 passes each.
-    token_balance : float
+    token_balance : float, optional
         With ``"networks"``: how far to go from equal tokens (0) to weights by what the networks leave unexplained (1),
-        so that rare functions are not drowned by frequent ones: see `llmbrain.pruning.criteria.networks`. Weights of
-        the calibration go first. `prune` takes the weights over from the plan.
+        so that rare functions are not drowned by frequent ones: see `llmbrain.pruning.criteria.networks`. Default .5;
+        with models of 20 layers and more 0. Weights of the calibration go first. `prune` takes the weights over from
+        the plan.
     level : float
         Of `forget`: share of a condition's known tokens that may still be predicted.
     attribution : {"gradient", "relp"}
@@ -79,7 +79,7 @@ class PlanOptions:
     multiple_of: int = 1
     sequential: bool | None = None
     passes: float = PASSES
-    token_balance: float = BALANCE
+    token_balance: float | None = None
     level: float = LEVEL
     attribution: str = "gradient"
     last: bool = False
@@ -373,7 +373,7 @@ class Planner:
         scans: Sequence[Scan] | None = None,
         random_state: int | None = 0,
         weights: Tensor | None = None,
-        token_balance: float = BALANCE,
+        token_balance: float | None = None,
         rule: dict[str, Any] | None = None,
         passes: float = PASSES,
     ) -> None:

@@ -27,7 +27,7 @@ from llmbrain.hooks.text import evaluating, input_device
 from llmbrain.pruning.calibrate.gradients import LARGE
 from llmbrain.pruning.calibrate.windows import WRITTEN_AT_ONCE
 from llmbrain.pruning.criteria import CRITERIA
-from llmbrain.pruning.criteria.networks import DEEP
+from llmbrain.pruning.criteria.networks import DEEP, balance_of
 from llmbrain.pruning.forget import neurons, unlearning
 from llmbrain.pruning.forget.relearning import LONGEST, Relearning
 from llmbrain.study.forecasting import TOKENS, fitted_tokens
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 # Passes of a plan at one share everywhere, and of each way to spread it: counted on a small model.
 OF_METHOD = {"random": 0.0, "magnitude": 0.0, "wanda-sp": 1.1, "flap": 1.1, "taylor": 3.0, "published": 1.0, "obs": 2.0,
-             "obs-gradient": 5.0, "networks": 7.0, "shortgpt": 1.0, "2ssp": 3.0}  # fmt: skip
+             "obs-gradient": 5.0, "networks": 5.0, "shortgpt": 1.0, "2ssp": 3.0}  # fmt: skip
+OF_BALANCE = 2.0  # to weigh tokens by networks
 OF_EXPERTS = 3.0  # times as many passes as that takes the repair of experts, which is done three times a layer
 SEQUENTIAL = {"obs", "obs-gradient", "networks"}
 OF_REPAIR = 2.0  # of the sequential repair: what a block gave before, and what it gives now
@@ -59,12 +60,12 @@ OF_STEP, OF_TOKEN = 100, 2.5  # what writing a token of all pieces costs, in tok
 
 def plan_passes(
     method: str, allocation: str | None, passes: float, head_ratio: float = 0.0, drop: Sequence[str] = (),
-    n_layers: int = 0,
+    n_layers: int = 0, balance: float | None = None,
 ) -> float:  # fmt: skip
-    """Forward passes over the calibration text that a plan takes; `n_layers` where the allocation follows from it."""
+    """Forward passes over the calibration text that a plan takes; `n_layers` is what unsaid options follow from."""
     if allocation is None and method in CRITERIA:
         allocation = CRITERIA[method]().spread(n_layers)
-    found = OF_METHOD.get(method, 5.0)
+    found = OF_METHOD.get(method, 5.0) + OF_BALANCE * (method == "networks" and balance_of(balance, n_layers) > 0)
     if allocation in ("global", "clamped") and method in SEQUENTIAL:
         found += 1.0
     elif allocation == "sensitivity":
@@ -406,7 +407,8 @@ def run_cost(
     length = min(how.run_length or n_tokens, n_tokens)
     k = how.n_components if isinstance(how.n_components, int) else 32
     layers = len(subject.widths)
-    planning = plan_passes(how.method, how.allocation, how.passes, how.head_ratio, how.drop or (), layers)
+    cut, drop = (how.method, how.allocation, how.passes, how.head_ratio), how.drop or ()
+    planning = plan_passes(*cut, drop, layers, how.token_balance)
     deep = 0 if subject.mixture or how.keep or how.forget else layers
     repair = repair_passes(how.compensate, deep, how.propagation)
     if how.expert_ratio is not None:  # scores are one pass, of networks and chance none

@@ -38,6 +38,7 @@ def plan_cost(
     self_text: int | None = None, keep: Sequence[str] = (), forget: Sequence[str] = (), last: bool = False,
     relearning: bool = False, forecast: bool = False, measured: bool = False,
     plan: PruningPlan | None = None, ratio: float | None = None, propagation: float | None = None,
+    token_balance: float | None = None,
 ) -> Cost | None:  # fmt: skip
     """What a plan (and the repair after it) will take; None where there is no text to measure on.
 
@@ -62,8 +63,8 @@ def plan_cost(
         That is there already: its functions are those that are kept or forgotten.
     ratio : float, optional
         0: no neuron is to go, so none is looked for.
-    propagation : float, optional
-        As for `prune`.
+    propagation, token_balance : float, optional
+        As for `prune` and `plan_pruning`.
     """
     if plan is not None:
         functions, method = plan.details.get("functions") or {}, "magnitude"
@@ -78,7 +79,9 @@ def plan_cost(
         return None
     subject, length = Subject.of(model), window_length(model)
     layers = len(subject.widths)
-    planning = 0.0 if plan is not None else plan_passes(method, allocation, passes, head_ratio, drop, layers)
+    planning = (
+        0.0 if plan is not None else plan_passes(method, allocation, passes, head_ratio, drop, layers, token_balance)
+    )
     often = planning + repair_passes(compensate, 0 if subject.mixture or keep or forget else layers, propagation)
     most = TEXT_WINDOWS * length
     cost = step_cost(model, tokenizer, texts, n_tokens=most, passes=often, name=f"plan ({method})", method=method)

@@ -20,7 +20,6 @@ from llmbrain.hooks.sites import check_sites
 from llmbrain.pruning.allocate.blocks import check_drop, check_whole
 from llmbrain.pruning.allocate.search import PASSES
 from llmbrain.pruning.criteria import CRITERIA
-from llmbrain.pruning.criteria.networks import BALANCE
 from llmbrain.pruning.experts import METHODS as OF_EXPERTS
 from llmbrain.pruning.prune import COMPENSATIONS
 from llmbrain.pruning.repair.propagation import check_propagation
@@ -92,7 +91,7 @@ class Settings:
     head_ratio: float = 0.0
     drop: tuple[str, ...] | None = None
     passes: float = PASSES
-    token_balance: float = BALANCE
+    token_balance: float | None = None
     self_text: int | None = None
     keep: tuple[str, ...] | None = None
     forget: tuple[str, ...] | None = None
@@ -160,7 +159,8 @@ class Settings:
         check_range("threshold", self.threshold, 0)
         check_range("passes", self.passes, 0, open_low=True)
         check_range("head_ratio", self.head_ratio, 0, 1, open_high=True)
-        check_range("token_balance", self.token_balance, 0, 1)
+        if self.token_balance is not None:
+            check_range("token_balance", self.token_balance, 0, 1)
         if self.ratio is not None:
             check_range("ratio", self.ratio, 0, 1, open_low=not self.last, open_high=True)
 

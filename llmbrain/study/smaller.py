@@ -397,8 +397,8 @@ def benchmark_cost(
     for method in dict.fromkeys(row[0] for row in wanted):
         own = [row for row in wanted if row[0] == method]
         times = [draws if row in REPEATED else 1 for row in own]
-        shared = plan_passes(method, "uniform", PASSES)  # what all ratios share is done once
-        spread = [plan_passes(method, allocation, PASSES) - shared for _, allocation, _ in own]
+        shared = plan_passes(method, "uniform", PASSES, n_layers=layers)  # what all ratios share is done once
+        spread = [plan_passes(method, allocation, PASSES, n_layers=layers) - shared for _, allocation, _ in own]
         repair = [repair_passes(compensate, layers) for *_, compensate in own]
         passes = shared * max(times) + len(ratios) * sum(n * (a + b) for n, a, b in zip(times, spread, repair))
         n = len(ratios) * sum(times)

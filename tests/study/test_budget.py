@@ -62,7 +62,7 @@ def test_parts_to_drop_are_settings_and_cost(tmp_path):
     path.write_text(how.to_toml(), encoding="utf-8")
     assert Settings.from_toml(path) == how
     assert plan_passes("flap", None, 12.0, drop=how.drop) == plan_passes("flap", None, 12.0) + 8
-    assert plan_passes("networks", None, 12.0, n_layers=20) == plan_passes("networks", "uniform", 12.0)
+    assert plan_passes("networks", None, 12.0, n_layers=20) == plan_passes("networks", "uniform", 12.0) - 2
     assert plan_passes("networks", None, 12.0, n_layers=19) == plan_passes("networks", "search", 12.0)
     for wrong in (
         {"drop": "heads"},
@@ -115,6 +115,20 @@ def test_passes_are_what_a_plan_takes(method, allocation, passes):
     made = []
     took = counted(model, lambda: made.append(lb.plan_pruning(model, networks, **options))) / windows.numel()
     assert took == pytest.approx(plan_passes(method, allocation, passes), rel=0.2, abs=0.3)
+
+
+@pytest.mark.parametrize("balance", [None, 0.5])
+def test_a_deep_model_weighs_no_tokens_and_is_counted_so(balance):
+    model = tiny("llama", seed=3, intermediate_size=40, num_hidden_layers=20)
+    windows = torch.from_numpy(np.random.default_rng(0).integers(3, 40, size=(64, 64)))
+    maps = np.random.default_rng(1).standard_normal((2, 800)).astype(np.float32)
+    networks = lb.FunctionalNetworks(maps, lb.NeuronSpace([40] * 20), threshold=2.0)
+    options = {"ratio": 0.3, "calibration": windows, "token_balance": balance}
+    made = []
+    took = counted(model, lambda: made.append(lb.plan_pruning(model, networks, **options))) / windows.numel()
+    assert took == pytest.approx(plan_passes("networks", None, 24, n_layers=20, balance=balance), rel=0.2, abs=0.3)
+    assert made[0].details["networks"]["token_balance"] == (balance or 0.0)
+    assert (made[0].token_weights(windows) is None) == (balance is None)
 
 
 @pytest.mark.parametrize("n_layers", [6, 20])

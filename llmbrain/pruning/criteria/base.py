@@ -42,8 +42,8 @@ class Material:
     networks : FunctionalNetworks or None
     scans : sequence of Scan
     random_state : int
-    token_balance : float
-        Strength of token weights by networks, 0 to 1.
+    token_balance : float, optional
+        Strength of token weights by networks, 0 to 1; default by depth, see `llmbrain.pruning.criteria.networks`.
     rule : dict
         Options of the criterion's own.
     notes : list of str
@@ -59,7 +59,7 @@ class Material:
     networks: FunctionalNetworks | None = None
     scans: Sequence[Scan] = ()
     random_state: int = 0
-    token_balance: float = 0.0
+    token_balance: float | None = None
     rule: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)

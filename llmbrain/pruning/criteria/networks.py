@@ -28,7 +28,7 @@ from llmbrain.pruning.criteria.base import Criterion, Evidence, Material, best_u
 from llmbrain.pruning.criteria.obs_gradient import obs_gradient
 
 COVER = 0.5  # of the share of its key neurons that a network would keep if neurons were cut at random
-BALANCE = 0.5  # default strength of token weights
+BALANCE = 0.5  # strength of token weights in shallow models, where nothing is said
 DEAD = 1e-6  # of its layer's largest spread: a neuron that never changes
 DEEP = 20  # layers of a model whose first three and last two are not cut
 LIMIT = 20.0  # largest energy of a token, in mean energies
@@ -47,7 +47,7 @@ class Networks(Criterion):
 
     def weigh(self, material: Material) -> Tensor | None:
         """By the energy that networks leave unexplained, as far as `token_balance` says."""
-        strength, networks = material.token_balance, material.networks
+        strength, networks = balance_of(material.token_balance, len(material.body.layers)), material.networks
         if networks is None:
             material.notes.append("no networks given: tokens count alike, nothing is covered")
             return None
@@ -92,6 +92,17 @@ class Networks(Criterion):
         """The best, such that each network keeps some of its key units."""
         masks = self._masks[units]
         return best_units(scores, count) if masks is None else covered(scores, count, masks[layer])
+
+
+def balance_of(asked: float | None, n_layers: int) -> float:
+    """Strength of token weights where the user does not say: `BALANCE`, and none in deep models.
+
+    These are calibrated on text of their own beside, in which rare functions are not rare: on SmolLM2 weights made
+    things worse (``benchmarks/real.py``).
+    """
+    if asked is not None:
+        return asked
+    return BALANCE if n_layers < DEEP else 0.0
 
 
 def unexplained_energy(model: nn.Module, body: Anatomy, windows: Tensor, networks: FunctionalNetworks) -> Tensor:

@@ -47,7 +47,8 @@ class Scorer:
     def __init__(self, method: str, material: Material) -> None:
         self.criterion, self.material = criterion(method)(), material
         check_cuttable(material.body)
-        check_range("token_balance", material.token_balance, 0, 1)
+        if material.token_balance is not None:
+            check_range("token_balance", material.token_balance, 0, 1)
         windows = material.windows
         if self.criterion.needs & {"activations", "gradients", "text"}:
             if windows is None:
