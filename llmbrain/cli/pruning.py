@@ -275,8 +275,8 @@ def prune(
         loaded, tokenizer, texts, study=study, method=method, allocation=allocation or None, passes=passes,
         head_ratio=head_ratio, compensate=None if compensate == "none" else compensate,
         drop=check_drop(parts(drop)), self_text=0 if offload and self_text is None else self_text, keep=parts(keep),
-        forget=parts(forget), last=last, relearning=relearning, forecast=not away, measured=True, plan=given,
-        ratio=ratio, propagation=propagation, token_balance=token_balance,
+        forget=parts(forget), last=last, relearning=relearning, forecast=not away, measured=True, saves=True,
+        plan=given, ratio=ratio, propagation=propagation, token_balance=token_balance,
     )  # fmt: skip
     for line in costs.lines() if costs else ():
         say(line)

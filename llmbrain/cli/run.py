@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmbrain._progress import seconds_of
+from llmbrain._validation import InputError
 from llmbrain.cli.common import (
     ALLOCATION,
     BALANCE,
@@ -63,9 +64,23 @@ def read_defaults(context: typer.Context, path: Path | None) -> Path | None:
         from llmbrain.study.settings import read_config
 
         found = read_config(path)
-        typed = {k: [str(x) for x in v] if isinstance(v, list) else v for k, v in found.items()}
-        context.default_map = {k: str(v) if k == "components" else v for k, v in typed.items()}
+        context.default_map = {name: _typed(name, value) for name, value in found.items()}
     return path
+
+
+LISTS = ("protect", "drop", "keep", "forget")
+SWITCHES = ("last", "indices")
+
+
+def _typed(name: str, value: Any) -> Any:
+    """An entry of a file as it would have been typed; what would be taken for something else is refused."""
+    if isinstance(value, bool) != (name in SWITCHES) and (isinstance(value, bool) or name in SWITCHES):
+        wanted = "true or false" if name in SWITCHES else "no truth value"
+        raise InputError(f"config: {name.replace('_', '-')}={value!r} must be {wanted}")
+    if name in LISTS:
+        values = [str(x) for x in value] if isinstance(value, list) else [str(value)]
+        return values or (["none"] if name == "protect" else [])  # [] protects none, and is not the default
+    return str(value) if name == "components" else value
 
 
 CONFIG = Annotated[
@@ -136,7 +151,7 @@ def run(
         "self_text": self_text, "propagation": propagation,
         "keep": parts(keep), "forget": parts(forget), "last": last, "indices": indices, "format": format,
         "expert_ratio": expert_ratio,
-        "gguf_type": gguf_type, "like": None if like is None else str(like),
+        "gguf_type": gguf_type, "like": None if like is None else str(like.resolve()),
     }  # fmt: skip
     names = {"n_components": "components", "random_state": "seed"}
     limit = seconds_of(budget) if budget else None  # or it says so before the model is read
@@ -148,13 +163,21 @@ def run(
         for line in forecast(loaded, tokenizer, texts, **asked).lines():
             typer.echo(line)
         return
-    source = {"model": model, "text": str(text.resolve()), "field": field}
-    study = job.run(loaded, tokenizer, texts, out=out, name=model, source=source, overwrite=overwrite, **asked)
+    name = _absolute(model)
+    given = {"device": device if device != "auto" else "", "device-map": _absolute(device_map),
+             "model-dtype": model_dtype}  # fmt: skip
+    source = {"model": name, "text": _absolute(text), "field": field, **{k: v for k, v in given.items() if v}}
+    study = job.run(loaded, tokenizer, texts, out=out, name=name, source=source, overwrite=overwrite, **asked)
     show_summary(study.summary)
     if foretold := study.summary.get("forecast_by_function"):
         show_forecast(foretold, compensate, study.summary["forecast_on"])
     show_forgetting((study.summary.get("forgetting") or {}).get("relearning"))
     say(f"report: {out / 'report.html'}")
+
+
+def _absolute(place: str | Path) -> str:
+    """A file or folder by its whole path, so that it is found from everywhere; anything else as it is."""
+    return str(Path(place).resolve()) if str(place) and Path(place).exists() else str(place)
 
 
 def is_given(context: typer.Context, name: str) -> bool:
@@ -168,9 +191,10 @@ def show_summary(summary: dict[str, Any]) -> None:
     import pandas as pd
 
     rows = [
-        {"": name, **{k: f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" for k, v in summary[name].items()}}
+        {"": name, **{k: "-" if v is None else f"{v:,.4g}" if isinstance(v, float) else f"{v:,}"
+                      for k, v in summary[name].items()}}
         for name in ("dense", "pruned")
-    ]
+    ]  # fmt: skip
     print_table(pd.DataFrame(rows))
     held_out = summary["held_out"]
     if "dense_perplexity" in held_out:

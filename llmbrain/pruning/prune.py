@@ -81,7 +81,7 @@ def prune(
     ridge : float, optional
         Relative to the mean variance of the signals; default the one of `RIDGES` that errs least on held-out tokens.
     intercept : bool
-        Whether least squares may add a bias to the output projections.
+        Whether least squares may add a bias to output projections that have none.
     sequential : bool
         Fit each layer to the signals it gets in the model as pruned so far, so that errors do not add up.
     propagation : float, optional

@@ -8,16 +8,163 @@ from typing import TYPE_CHECKING
 
 from llmbrain._validation import InputError, check_option
 from llmbrain.anatomy.experts import has_experts
+from llmbrain.anatomy.families import anatomy
+from llmbrain.anatomy.units import HEADS
 from llmbrain.checkpoints import FORMATS
 from llmbrain.checkpoints.gguf_reading import is_gguf
 from llmbrain.checkpoints.gguf_writing import GGUF_TYPES, check_tokenizer, demands, holds_lone_mlps
+from llmbrain.checkpoints.shapes import text_config
 from llmbrain.pruning.allocate.blocks import WHOLE_LAYERS
+from llmbrain.pruning.allocate.budget import Budget
+from llmbrain.pruning.allocate.search import ALLOCATIONS
 from llmbrain.pruning.criteria import CRITERIA
+from llmbrain.pruning.forget.conditions import condition_numbers
+from llmbrain.pruning.plan import check_protect
 from llmbrain.scanning.manifest import model_id
+from llmbrain.study.settings import Settings
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+
+PLAIN = ("uniform", "padded", "masked")  # formats of plain transformers classes
+
+
+def check_asked(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, how: Settings, texts: Sequence[str], n_tokens: int
+) -> None:
+    """Refuse what the main job would stop at after hours of work.
+
+    Parameters
+    ----------
+    how : Settings
+    texts : sequence of str
+        What is read; `n_tokens` of it are scanned.
+
+    Raises
+    ------
+    InputError
+        As the step would that cannot be done.
+    """
+    check_saving(model, tokenizer, how.format, how.gguf_type, how.like)
+    check_drop_fits(model, how.drop or (), how.method, how.format)
+    if isinstance(how.n_components, int) and how.n_components > n_tokens:
+        raise InputError(
+            f"n_components={how.n_components} is more than the data allow: {n_tokens:,} tokens are scanned"
+        )
+    if (how.keep or how.forget) and not has_experts(model):
+        _check_conditions(how, texts)
+    check_cut(
+        model, format=how.format, method=how.method, ratio=how.ratio, allocation=how.allocation, protect=how.protect,
+        multiple_of=how.multiple_of, head_ratio=how.head_ratio, forget=how.forget, compensate=how.compensate,
+    )  # fmt: skip
+
+
+def check_cut(
+    model: nn.Module, *, format: str, method: str, ratio: float | None, allocation: object = None,
+    protect: Sequence[int] | None = None, multiple_of: int = 1, head_ratio: float = 0.0,
+    forget: Sequence[str] | None = None, compensate: str | None = None,
+) -> None:  # fmt: skip
+    """Whether a model has what a plan is to remove, and a format a place for what stays; as `plan` and `cut` say it.
+
+    Raises
+    ------
+    InputError
+        If not.
+    """
+    check_alike(model, format, allocation, protect)
+    if has_experts(model) or method not in CRITERIA:
+        return
+    body = anatomy(model)
+    protected = check_protect(protect, len(body.layers))
+    if isinstance(allocation, str) and allocation:
+        check_option("allocation", allocation, ALLOCATIONS)
+    blocks = CRITERIA[method].blocks
+    if is_of_one_width(model, format) and not blocks:
+        check_one_width(format, allocation, protect, forget)
+        names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        if head_ratio and format == "uniform" and not all(hasattr(text_config(model.config), n) for n in names):
+            raise InputError(
+                f"format='uniform': the config of {type(model).__name__} cannot say that heads are fewer and no wider: "
+                "use 'per-layer', 'remote-code', 'padded' or 'masked'"
+            )
+    elif head_ratio:
+        HEADS.check(body, head_ratio)
+        Budget.of(HEADS.counts(body), head_ratio, protected, name=HEADS.option)
+    if ratio and not forget and not blocks and (allocation is None or isinstance(allocation, str)):
+        Budget.of(body.widths, ratio, protected, multiple_of)
+    check_bias(model, format, compensate, heads=bool(head_ratio))
+
+
+def _check_conditions(how: Settings, texts: Sequence[str]) -> None:
+    """Whether texts have the conditions that are to be kept or forgotten."""
+    tables = [events for text in texts if (events := getattr(text, "events", None)) is not None]
+    names = sorted({str(name) for events in tables for name in events["trial_type"]})
+    if not names:
+        raise InputError(
+            "keep and forget need texts with conditions (Stimulus in Python), which a text file has not: `llmbrain "
+            "scan --forget ROWS --retain ROWS` makes a scan that has two, for `llmbrain prune --study`"
+        )
+    for option in ("keep", "forget"):
+        condition_numbers(option, getattr(how, option) or (), names)
+
+
+def check_one_width(
+    format: str, allocation: object, protect: Sequence[int] | None, forget: Sequence[str] | None = None
+) -> None:
+    """Whether all layers will be as wide, where a format asks for it.
+
+    Raises
+    ------
+    InputError
+        If not.
+    """
+    if forget:
+        raise InputError(f"format={format!r}: forget says itself how wide each layer stays; use per-layer or masked")
+    if protect:
+        raise InputError(f"format={format!r}: one width everywhere protects no layer; use per-layer or masked")
+    if isinstance(allocation, str) and allocation not in ("", "uniform"):
+        raise InputError(
+            f"format={format!r}: one width everywhere is allocation='uniform', not {allocation!r}; use per-layer or "
+            "masked"
+        )
+
+
+def has_place_for_bias(model: nn.Module, format: str, *, heads: bool = False) -> bool:
+    """Whether output projections of the smaller model may have a bias: there is one, or the format has a place.
+
+    Parameters
+    ----------
+    heads : bool
+        Whether attentions are refitted too.
+    """
+    if format == "gguf":
+        return not demands(model)[1]
+    if format not in PLAIN or has_experts(model):
+        return True
+    text = text_config(model.config)  # type: ignore[arg-type]
+    for layer in anatomy(model).layers:
+        for part, entry in ((layer.down, "mlp_bias"), (layer.out if heads else None, "attention_bias")):
+            bias = part is None or getattr(part.module, "bias", None) is not None
+            if not bias and (format == "uniform" or not hasattr(text, entry)):
+                return False
+    return True
+
+
+def check_bias(model: nn.Module, format: str, compensate: str | None, *, heads: bool = False) -> None:
+    """Whether a repair that adds biases can be saved in a format.
+
+    Raises
+    ------
+    InputError
+        If it cannot.
+    """
+    if compensate == "bias" and not has_place_for_bias(model, format, heads=heads):
+        raise InputError(
+            f"compensate='bias': format={format!r} has no place for biases of {type(model).__name__}: use "
+            "compensate='least-squares', or format='per-layer'"
+        )
 
 
 def check_saving(

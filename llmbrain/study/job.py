@@ -32,7 +32,7 @@ from llmbrain.scanning.manifest import model_id
 from llmbrain.study.budget import fit
 from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, told
 from llmbrain.study.experts import check_method, cut_fewer
-from llmbrain.study.fits import check_drop_fits, check_saving
+from llmbrain.study.fits import check_asked
 from llmbrain.study.folder import PRUNED_GGUF, Study, claim, provenance
 from llmbrain.study.forecasting import forecast_of, forecast_table, no_forecast, unseen_scans
 from llmbrain.study.sample import Array, Sample, count_tokens
@@ -103,6 +103,18 @@ class _Subject:
         rate = measured_batch(model, tokenizer, texts, window)
         return cls(model, tokenizer, texts, Subject.of(model), n_total, n_calibration, window, rate)
 
+    def check(self, how: Settings) -> None:
+        """Refuse what could not be done at its time."""
+        tokens = min(how.n_tokens or self.n_calibration, self.n_calibration)
+        check_asked(self.model, self.tokenizer, how, self.texts, tokens)
+
+    def sample(self, how: Settings, *, wanted: bool) -> Sample:
+        """Windows that perplexities are measured on; `wanted`: a text must have as many as were asked for."""
+        return Sample.of_texts(
+            self.model, self.tokenizer, self.texts, n_calibration=self.n_calibration, tokens=how.eval_tokens,
+            max_windows=how.max_windows, wanted=wanted and how.is_sample_asked,
+        )  # fmt: skip
+
     def cost(self, how: Settings, todo: Sequence[str] = ("evaluate", "scan", "networks", "prune")) -> Cost:
         """What these settings take."""
         tokens = min(how.n_tokens or self.n_calibration, self.n_calibration)
@@ -140,9 +152,11 @@ def forecast(
     how = Settings.of(settings, **options)
     check_method(model, how)
     subject = _Subject.of(model, tokenizer, texts)
+    subject.check(how)
     gave_up: list[str] = []
     if budget is not None:
         how, gave_up = subject.fit(how, seconds_of(budget), list(options))
+    subject.sample(how, wanted=budget is None)
     return Forecast(how, subject.cost(how), gave_up)
 
 
@@ -211,6 +225,7 @@ def run(
     limit = None if budget is None else seconds_of(budget)
     name, out, tell = name or model_id(model), Path(out), speaker(progress)
     subject = _Subject.of(model, tokenizer, texts)
+    subject.check(asked)
     record = provenance(name, subject.texts, **asked.to_dict(), device=str(input_device(model)))
     mark = {"model": name, "texts": record["texts"]["sha256"], **asked.to_dict(), "budget": limit}
     mark = {k: v for k, v in mark.items() if (k, v) not in NEWER}
@@ -218,12 +233,7 @@ def run(
     how = _same_as_before(out, mark) or asked
     if limit is not None and how is asked:
         how, gave_up = subject.fit(asked, limit, list(options))
-    check_saving(model, tokenizer, how.format, how.gguf_type, how.like)
-    check_drop_fits(model, how.drop or (), how.method, how.format)
-    sample = Sample.of_texts(
-        model, tokenizer, subject.texts, n_calibration=subject.n_calibration, tokens=how.eval_tokens,
-        max_windows=how.max_windows, wanted=limit is None and how.is_sample_asked,
-    )  # fmt: skip
+    sample = subject.sample(how, wanted=limit is None)
     with claim(out, mark, overwrite=overwrite), watched(out / "log.txt"):
         told(subject.cost(how), tell)
         for line in gave_up:

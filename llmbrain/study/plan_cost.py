@@ -39,6 +39,7 @@ def plan_cost(
     relearning: bool = False, forecast: bool = False, measured: bool = False,
     plan: PruningPlan | None = None, ratio: float | None = None, propagation: float | None = None,
     token_balance: float | None = None,
+    saves: bool = False,
 ) -> Cost | None:  # fmt: skip
     """What a plan (and the repair after it) will take; None where there is no text to measure on.
 
@@ -65,6 +66,8 @@ def plan_cost(
         0: no neuron is to go, so none is looked for.
     propagation, token_balance : float, optional
         As for `prune` and `plan_pruning`.
+    saves : bool
+        Whether the smaller model is written: it takes no more disk than this one.
     """
     if plan is not None:
         functions, method = plan.details.get("functions") or {}, "magnitude"
@@ -104,4 +107,4 @@ def plan_cost(
         memory += (beside.copies(subject.itemsize) - 2) * subject.size
     elif forecast and held and not (keep or head_ratio or drop or subject.mixture):
         parts.append(forecast_part(subject, sum(scan.n_tokens for scan in held), measured=measured))
-    return replace(cost, parts=tuple(parts), memory=memory)
+    return replace(cost, parts=tuple(parts), memory=memory, disk=subject.size if saves else cost.disk)

@@ -14,7 +14,7 @@ from llmbrain._validation import InputError, check_whole
 from llmbrain.anatomy.experts import has_experts
 from llmbrain.anatomy.families import anatomy
 from llmbrain.checkpoints import load_model, save_pruned
-from llmbrain.checkpoints.gguf_writing import check_folder_path, check_gguf_path, demands, odd_widths
+from llmbrain.checkpoints.gguf_writing import check_folder_path, check_gguf_path, odd_widths
 from llmbrain.checkpoints.loading import PROVENANCE
 from llmbrain.checkpoints.shapes import RECORD
 from llmbrain.distributed import Parcel, alone, ranks
@@ -46,7 +46,17 @@ from llmbrain.study.cost import (
     together,
 )  # fmt: skip
 from llmbrain.study.experts import check_neuron_method
-from llmbrain.study.fits import check_alike, check_drop_fits, check_saving, gguf_of, is_of_one_width
+from llmbrain.study.fits import (
+    check_alike,
+    check_bias,
+    check_cut,
+    check_drop_fits,
+    check_one_width,
+    check_saving,
+    gguf_of,
+    has_place_for_bias,
+    is_of_one_width,
+)
 from llmbrain.study.folder import Study
 from llmbrain.study.forecasting import forecast_of
 from llmbrain.study.networks import FOUND_TOKENS, find_networks
@@ -198,6 +208,7 @@ def plan(
     method = options.setdefault("method", "networks")
     self_text = _beside(self_text, options)
     if evidence is None:
+        _check_cut(model, format, None, options)
         evidence = evidence_of(
             model, tokenizer, texts, study=study, method=method, allocation=options.get("allocation"),
             self_text=self_text, random_state=random_state, progress=progress,
@@ -226,15 +237,22 @@ def plan(
     return made
 
 
+def _check_cut(model: nn.Module, format: str, compensate: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse, before text is written and networks are found, what a plan or a format would refuse later."""
+    names = ("allocation", "protect", "multiple_of", "head_ratio", "forget")
+    ratio = options.get("ratio")
+    check_cut(
+        model, format=format, method=options.get("method", "networks"), compensate=compensate,
+        ratio=RATIO if ratio is None else ratio, **{name: options[name] for name in names if name in options},
+    )  # fmt: skip
+
+
 def _one_width(model: nn.Module, options: dict[str, Any], format: str) -> None:
     """Options that give every layer the same width, the ratio as nearly as that allows."""
-    if options.get("forget"):
-        raise InputError(f"format={format!r}: forget says itself how wide each layer stays; use per-layer or masked")
-    if options.get("protect"):
-        raise InputError(f"format={format!r}: one width everywhere protects no layer; use per-layer or masked")
+    check_one_width(format, options.get("allocation"), options.get("protect"), options.get("forget"))
     body = anatomy(model)
     widths, multiple = body.widths, options.get("multiple_of", 1)
-    if not options.get("allocation") and len(set(widths)) == 1:
+    if options.get("allocation") in (None, "", "uniform") and len(set(widths)) == 1:  # exactly, not up to one neuron
         kept = max(1, round((1 - options["ratio"]) * widths[0] / multiple)) * multiple
         options |= {"allocation": [kept] * len(widths), "ratio": 1 - kept / widths[0]}
     if options.get("head_ratio"):
@@ -325,6 +343,8 @@ def cut(
         if evidence is None:
             check_saving(model, tokenizer, format, gguf_type, like)
             method = "" if plan is not None else options.get("method", "networks")
+            if plan is None:
+                _check_cut(model, format, compensate, options)
             self_text = 0 if offload and self_text is None else _beside(self_text, options)
             evidence = evidence_of(
                 model, tokenizer, texts, study=study, method=method, self_text=self_text, random_state=random_state,
@@ -335,7 +355,9 @@ def cut(
             plan = _plan(model, tokenizer, evidence=evidence, **asked)
         speaker(progress)(f"    cut, and repair by {compensate}" if compensate else "    cut, without repair")
         calibration = {"calibration": evidence.scans} if plan.details.get("functions") else evidence.calibration
-        intercept = format != "uniform" and not (format == "gguf" and demands(model)[1])
+        heads = plan.kept_heads is not None or bool(plan.dropped["attention"])
+        check_bias(model, format, compensate, heads=heads)
+        intercept = has_place_for_bias(model, format, heads=heads)
         how: dict[str, Any] = {"tokenizer": tokenizer, "compensate": compensate, "intercept": intercept,
                                "propagation": propagation, **calibration}  # fmt: skip
         note = {MADE: made} if made else {}

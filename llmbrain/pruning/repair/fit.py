@@ -76,10 +76,12 @@ def fit(
     """The refit of one output projection for the units that stay, `on` all its moments or those given.
 
     Where none stays nothing is fitted: what is dropped adds nothing, and what comes after it is fitted to that.
+    Without `intercept` no bias is added; one that is there is fitted all the same, since the target holds it.
     """
     if not len(kept):
         return Change(kept)
     weight, output = measured.weight, measured.output
+    intercept = intercept or isinstance(getattr(output.module, "bias", None), Tensor)
     columns = (output.rows(kept) - output.start).to(weight.device)
     if kind == "bias":
         return Change(kept, bias_only(on or measured.all, weight, columns))

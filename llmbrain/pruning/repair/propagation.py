@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from llmbrain._validation import InputError, check_range
@@ -78,7 +79,8 @@ def check_propagation(
 def gains_of(model: nn.Module, body: Anatomy, windows: Tensor) -> list[float] | None:
     """By which factor each block adds its MLP's output (0 where it has none); None where one does something else.
 
-    Seen on a few tokens: the MLP is made to say twice what it says.
+    Seen on a few tokens: the MLP is made to say something more, as large as the hidden states, so that it is seen with
+    16 bits too, and where the MLP says nothing.
     """
     with evaluating(model):
         stream = stream_of(model, body, windows[:1, :PROBE])
@@ -93,12 +95,21 @@ def gains_of(model: nn.Module, body: Anatomy, windows: Tensor) -> list[float] | 
                     stream.advance()
                     continue
                 (_, said), after = stream.run(0, output)
-                with saying(output.module, 2 * said.view(*after.shape[:-1], -1)):
-                    more = (stream.through(0) - after).flatten(0, -2).double()
+                said = said.view(*after.shape[:-1], -1)
+                told = said + _noise(after).to(said.device, said.dtype)
+                more = (told.double() - said.double()).flatten(0, -2)  # as rounded; Falcon adds to `told` in place
+                with saying(output.module, told):
+                    came = (stream.through(0).double() - after.double()).flatten(0, -2)
                 stream.advance([after])
-            said = said.double()
-            gain = float((more * said).sum() / said.square().sum().clamp_min(1e-30))
-            if not gain > 0 or float((more - gain * said).norm()) > LINEAR * float(more.norm()):
+            more = more.to(came.device)
+            gain = float((came * more).sum() / more.square().sum().clamp_min(1e-30))
+            if not gain > 0 or float((came - gain * more).norm()) > LINEAR * float(came.norm()):
                 return None
             gains.append(gain)
     return gains
+
+
+def _noise(hidden: Tensor) -> Tensor:
+    """Something as large as each token's hidden states, and the same in every call; float32."""
+    drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+    return drawn * (hidden.float().norm(dim=-1, keepdim=True) / hidden.shape[-1] ** 0.5)

@@ -56,6 +56,23 @@ def test_least_squares_equals_ridge_of_scikit_learn():
     assert np.allclose(down.module.bias.detach().numpy(), fitted.intercept_, atol=1e-4)
 
 
+@pytest.mark.parametrize("heads", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "phi", "gptj", "qwen2"])
+def test_without_an_intercept_a_bias_that_is_there_counts_once(name, heads):
+    model, ids = tiny(name), windows(60)
+    plan = plan_pruning(model, ratio=0.1, method="magnitude", head_ratio=heads, calibration=ids)
+    small = prune(model, plan, calibration=ids, compensate="least-squares", intercept=False)
+    free = prune(model, plan, calibration=ids, compensate="least-squares")
+    assert set(small.state_dict()) == set(model.state_dict())  # none was added
+    if name != "qwen2":
+        cut = (logits(prune(model, plan)) - logits(model)).square().mean()
+        assert (logits(small) - logits(model)).square().mean() < cut
+    if name in ("llama", "opt", "gpt2"):  # all of its output projections have one
+        own = [set(m.state_dict()) == set(model.state_dict()) for m in (small, free)]
+        if all(own):
+            assert torch.equal(logits(small), logits(free))
+
+
 @pytest.mark.parametrize("noise", [0.01, 1.0, 30.0])
 def test_the_ridge_is_the_one_that_errs_least_of_all(noise):
     from llmbrain.pruning.calibrate.moments import Moments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -62,6 +63,31 @@ def test_second_layer_is_fitted_to_its_output_and_a_share_of_the_error(share: fl
     assert getattr(plain, RECORD)[-1]["propagation"] is None
 
 
+@pytest.mark.parametrize(("name", "intercept"), [("qwen2", True), ("qwen2", False), ("gpt_neox", False)])
+def test_every_layer_of_a_deep_model_solves_what_is_said(name: str, intercept: bool) -> None:
+    """Ridge regression in float64 of what the layer makes of its input, and half of the error after its block."""
+    model = tiny(name, num_hidden_layers=20).double()
+    plan = plan_pruning(model, ratio=0.4, method="magnitude", protect=[0, 1, -1], multiple_of=8)
+    asked = {"calibration": IDS, "compensate": "least-squares", "ridge": 1e-2, "intercept": intercept}
+    small, by_hand = prune(model, plan, **asked), deepcopy(model)
+    for i, kept in enumerate(plan.kept):
+        _, _, wanted = heard(model, i)
+        x, t, now = heard(by_hand, i)
+        target, stays, down = t + 0.5 * (wanted - now), torch.as_tensor(kept), anatomy(by_hand).layers[i].down.module
+        free = intercept or down.bias is not None
+        mean, level = (x.mean(0), target.mean(0)) if free else (torch.zeros(x.shape[1]), torch.zeros(target.shape[1]))
+        covariance, cross = ((x - mean).T @ (y - of) / len(x) for y, of in ((x, mean), (target, level)))
+        penalty, old = 1e-2 * covariance.diagonal().mean(), down.weight.detach().T[stays]
+        left = covariance[stays][:, stays] + penalty * torch.eye(len(stays))
+        with torch.no_grad():
+            down.weight.zero_()
+            down.weight[:, stays] = torch.linalg.solve(left, cross[stays] + penalty * old).T
+            if free:
+                down.bias = nn.Parameter(level - down.weight[:, stays] @ mean[stays])
+    assert getattr(small, RECORD)[-1]["propagation"] == 0.5
+    assert torch.allclose(logits(small), logits(by_hand), atol=1e-5)
+
+
 class PlanOf:
     """Plans that are a part of another."""
 
@@ -99,6 +125,27 @@ def test_it_is_measured_how_a_block_adds_what_its_mlp_says() -> None:
         plan = plan_pruning(model, ratio=0.5, method="random")
         with pytest.raises(InputError, match=r"propagation=0\.5: the blocks of .* use propagation=0"):
             prune(model, plan, calibration=IDS, compensate="least-squares", propagation=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_it_is_measured_beside_large_hidden_states_of_16_bits(name: str, dtype: torch.dtype) -> None:
+    model = tiny(name, num_hidden_layers=20)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(100)  # type: ignore[operator]
+    model = model.to(dtype)
+    found = gains_of(model, anatomy(model), IDS)
+    assert found is not None
+    assert found == pytest.approx([1.0] * 20, rel=1e-2)
+    small = prune(model, plan_pruning(model, ratio=0.5, method="random"), calibration=IDS, compensate="least-squares")
+    assert getattr(small, RECORD)[-1]["propagation"] == 0.5
+
+
+def test_it_is_measured_where_an_mlp_says_nothing() -> None:
+    model = tiny("qwen2")
+    with torch.no_grad():
+        anatomy(model).layers[1].down.module.weight.zero_()  # as of blocks that were put in
+    assert gains_of(model, anatomy(model), IDS) == pytest.approx([1.0, 1.0])
 
 
 def test_a_multiplied_mlp_is_fitted_in_its_own_units() -> None:
