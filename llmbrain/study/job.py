@@ -39,7 +39,7 @@ from llmbrain.study.sample import Array, Sample, count_tokens
 from llmbrain.study.settings import Settings
 from llmbrain.study.smaller import cut, evidence_of, may_write
 from llmbrain.study.smaller import plan as make_plan
-from llmbrain.study.texts import limit_tokens, split_texts
+from llmbrain.study.texts import limit_tokens, long_texts, split_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +95,7 @@ class _Subject:
         if not texts or not any(text.strip() for text in texts):
             raise InputError("texts are empty: there is nothing to read")
         check_causal(model)
-        calibration, _ = split_texts(texts)
+        calibration, _ = split_texts(texts, tokenizer=tokenizer)
         n_total = count_tokens(tokenizer, texts)
         n_calibration = count_tokens(tokenizer, calibration) if calibration else n_total
         Sample.of_texts(model, tokenizer, texts, n_calibration=n_calibration, tokens=BATCH)  # or it says what is short
@@ -248,8 +248,8 @@ def run(
         dense = _measured(model, sample, before)
 
         tell("2/5 scan: every neuron at every token")
-        calibration, _ = split_texts(subject.texts)
-        scanned = limit_tokens(calibration or subject.texts, tokenizer, how.n_tokens)
+        calibration, _ = split_texts(subject.texts, tokenizer=tokenizer)
+        scanned = long_texts(limit_tokens(calibration or subject.texts, tokenizer, how.n_tokens), tokenizer)
         beside = () if has_experts(model) else CRITERIA[how.method]().sites(anatomy(model))
         sites = [how.site, *beside]
         longest = min(how.run_length or BATCH, BATCH)

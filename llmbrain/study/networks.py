@@ -24,7 +24,7 @@ from llmbrain.scanning import Scan, live_scans, scan
 from llmbrain.scanning.store import origin_of, read_manifest
 from llmbrain.stats import PUBLISHED_Z
 from llmbrain.study.folder import Study, claim
-from llmbrain.study.texts import limit_tokens
+from llmbrain.study.texts import limit_tokens, long_texts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +84,7 @@ def _scanned(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], run_length: int | None
 ) -> list[Scan]:
     """Scans that are kept, or where that is too much the model itself, to be asked again."""
-    texts = limit_tokens(texts, tokenizer, FOUND_TOKENS)
+    texts = long_texts(limit_tokens(texts, tokenizer, FOUND_TOKENS), tokenizer)
     if not has_experts(model):
         live = live_scans(model, tokenizer, texts, run_length=run_length)
         if sum(run.n_tokens * run.n_neurons for run in live) * next(model.parameters()).element_size() > KEPT:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
+
 from llmbrain._files import refuse_device
 from llmbrain._validation import InputError
+from llmbrain.hooks.text import TOKENIZING, encode
+from llmbrain.scanning import Stimulus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LEAST = 3  # tokens of a text whose networks can be found: its first one is left out, and two are wanted
 HELD_OUT = 0.2  # share of the text, from its end, that networks and pruning never see
 
 
@@ -70,7 +77,9 @@ def load_texts(path: str | Path, field: str = "text") -> list[str]:
     return texts
 
 
-def split_texts(texts: Sequence[str], held_out: float = HELD_OUT) -> tuple[list[str], list[str]]:
+def split_texts(
+    texts: Sequence[str], held_out: float = HELD_OUT, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[list[str], list[str]]:
     """Cut the last part off, by characters, between texts or, within one, at a line end or a space.
 
     Parameters
@@ -78,6 +87,8 @@ def split_texts(texts: Sequence[str], held_out: float = HELD_OUT) -> tuple[list[
     texts : sequence of str
     held_out : float
         Share of all characters to hold out.
+    tokenizer : tokenizer, optional
+        A text with events that is cut keeps them where this is given.
 
     Returns
     -------
@@ -94,8 +105,8 @@ def split_texts(texts: Sequence[str], held_out: float = HELD_OUT) -> tuple[list[
             rest.append(text)
         else:
             at = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut)) + 1 or cut
-            calibration.append(text[:at])
-            rest.append(text[at:])
+            calibration.append(piece(text, 0, at, tokenizer))
+            rest.append(piece(text, at, len(text), tokenizer))
         cut -= len(text)
     return calibration, [text for text in rest if text.strip()]
 
@@ -108,9 +119,57 @@ def limit_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, n_tok
     for text in texts:
         length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         if length > n_tokens:
-            text = text[: max(1, len(text) * n_tokens // length)]
+            text = piece(text, 0, max(1, len(text) * n_tokens // length), tokenizer)
+            if kept and len(tokenizer(text, **TOKENIZING)["input_ids"]) < LEAST:  # a scrap
+                break
         kept.append(text)
         n_tokens -= length
         if n_tokens <= 0:
             break
+    return kept
+
+
+def piece(text: str, start: int, stop: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Characters ``start..stop`` of a text; of a `Stimulus` with its events, whose onsets are tokens of the piece."""
+    events, inside = getattr(text, "events", None), text[start:stop]
+    if events is None or tokenizer is None or not inside.strip():
+        return inside
+    (_, whole, _), (_, own, _) = encode(tokenizer, [text, inside])
+    if whole is None or own is None:
+        said = "the tokenizer knows no character offsets: a text that was cut has lost its events"
+        warnings.warn(said, UserWarning, stacklevel=3)
+        return inside
+    middle = start + own.mean(axis=1)
+    real = own[:, 1] > own[:, 0]  # special tokens have no characters
+    rows = []
+    for onset, duration, kind in events[["onset", "duration", "trial_type"]].itertuples(index=False):
+        spans = whole[int(onset) : int(np.ceil(onset + duration))]
+        spans = spans[spans[:, 1] > spans[:, 0]]
+        if not len(spans):
+            continue
+        mine = np.flatnonzero(real & (middle >= spans[0, 0]) & (middle < spans[-1, 1]))
+        if len(mine):
+            rows.append({"onset": float(mine[0]), "duration": float(mine[-1] - mine[0] + 1), "trial_type": kind})
+    name = getattr(text, "name", None)
+    return Stimulus(
+        inside, pd.DataFrame(rows, columns=["onset", "duration", "trial_type"]), name if not start else None
+    )
+
+
+def long_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of at least `LEAST` tokens; a warning says how many others are left out.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    lengths = [len(tokenizer(str(text), **TOKENIZING)["input_ids"]) for text in texts]
+    kept = [text for text, length in zip(texts, lengths) if length >= LEAST]
+    if not kept:
+        raise InputError(f"texts have {max(lengths, default=0)} tokens at most, a scan needs {LEAST} of one: join them")
+    if left := len(texts) - len(kept):
+        warnings.warn(
+            f"{left} of {len(texts)} texts have fewer than {LEAST} tokens: they are not scanned", stacklevel=2
+        )
     return kept

@@ -151,3 +151,14 @@ def test_entries_of_a_file_are_what_they_say(
                         tmp_path / "out", "--config", tmp_path / "x.toml", "--dry-run")  # fmt: skip
     assert code == (0 if said is None else 2), err
     assert said is None or said in err
+
+
+def test_a_text_of_one_word_does_not_end_a_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, places: Path
+) -> None:
+    whole = (places / "text.txt").read_text()
+    (tmp_path / "texts.json").write_text(json.dumps(["a", whole[:1000], "b", whole[1000:]]))
+    code, _, err = call(monkeypatch, capsys, "run", places / "llama", "--text", tmp_path / "texts.json", "--out",
+                        tmp_path / "out", *FAST)  # fmt: skip
+    assert code == 0, err
+    assert "have fewer than 3 tokens: they are not scanned" in err
