@@ -67,14 +67,7 @@ def fit(
             value = -(-(how.n_tokens or 0) // window)
         changed = _smaller(how, name, value, pinned, ends)
         if changed is not None and (cost(how).seconds or 0.0) - (cost(changed).seconds or 0.0) > LITTLE * seconds:
-            words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text",
-                     "self_text": "text that the model writes itself"}  # fmt: skip
-            before = getattr(wanted, name)
-            shown = f"{before:,.0f}" if isinstance(before, (int, float)) else before or "all"
-            now = f"{value:,.0f}" if isinstance(value, (int, float)) else value
-            if name == "self_text":
-                shown, now = f"{OWN} times as much as is given", AS_MUCH if value else "none"
-            gave_up[name] = f"{words.get(name, name)}: {now} instead of {shown}"
+            gave_up[name] = _line(wanted, name, value)
             how = changed
     needed = cost(how).seconds or 0.0
     if needed <= SAFE * seconds:
@@ -83,6 +76,24 @@ def fit(
         f"budget={span(seconds)!r} is too small: the least that can be done here (method {how.method}, {how.n_tokens} "
         f"tokens of text) takes about {span(needed / SAFE)}; give at least that, or fewer things to do"
     )
+
+
+def _line(wanted: Settings, name: str, value: Any) -> str:
+    """What was wanted, and what it is."""
+    words = {"eval_tokens": "tokens for the perplexities", "n_tokens": "tokens of calibration text",
+             "self_text": "text that the model writes itself"}  # fmt: skip
+    before = getattr(wanted, name)
+    shown = f"{before:,.0f}" if isinstance(before, (int, float)) else before or "all"
+    now = f"{value:,.0f}" if isinstance(value, (int, float)) else value
+    if name == "self_text":
+        shown, now = f"{OWN} times as much as is given", AS_MUCH if value else "none"
+    return f"{words.get(name, name)}: {now} instead of {shown}"
+
+
+def given_up(wanted: Settings, how: Settings) -> list[str]:
+    """What `fit` said of the same settings when they were chosen, in the order of `LADDER`."""
+    names = dict.fromkeys(name for name, _ in LADDER)
+    return [_line(wanted, name, getattr(how, name)) for name in names if getattr(how, name) != getattr(wanted, name)]
 
 
 def _smaller(how: Settings, name: str, value: Any, pinned: Collection[str], ends: tuple[int, ...]) -> Settings | None:

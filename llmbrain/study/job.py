@@ -29,7 +29,7 @@ from llmbrain.pruning.forecast import Forecast as Predicted
 from llmbrain.reporting import report
 from llmbrain.scanning import scan
 from llmbrain.scanning.manifest import model_id
-from llmbrain.study.budget import fit
+from llmbrain.study.budget import fit, given_up
 from llmbrain.study.cost import BATCH, Cost, Subject, measured_batch, run_cost, told
 from llmbrain.study.experts import check_method, cut_fewer
 from llmbrain.study.fits import check_asked
@@ -125,12 +125,16 @@ class _Subject:
 
     def fit(self, how: Settings, seconds: float, pinned: Sequence[str], **more: Any) -> tuple[Settings, list[str]]:
         """Settings that take no longer."""
-        how = replace(how, n_tokens=min(how.n_tokens or self.n_calibration, self.n_calibration),
-                      eval_tokens=min(how.eval_tokens or self.n_total, self.n_total))  # fmt: skip
+        how = self.within(how)
         least = int(TOKENS_A_NEURON * max(self.sizes.widths))
         cost: Callable[[Settings], Cost] = lambda s: self.cost(s, **more)  # noqa: E731
         return fit(seconds, how, cost, pinned=pinned, least=least, ends=self.spared(how),
                    window=window_length(self.model))  # fmt: skip
+
+    def within(self, how: Settings) -> Settings:
+        """Settings that ask for no more text than there is."""
+        return replace(how, n_tokens=min(how.n_tokens or self.n_calibration, self.n_calibration),
+                       eval_tokens=min(how.eval_tokens or self.n_total, self.n_total))  # fmt: skip
 
     def spared(self, how: Settings) -> tuple[int, ...]:
         """Layers that the method protects by itself, where the format has a place for several widths."""
@@ -233,6 +237,8 @@ def run(
     how = _same_as_before(out, mark) or asked
     if limit is not None and how is asked:
         how, gave_up = subject.fit(asked, limit, list(options))
+    elif limit is not None:
+        gave_up = given_up(subject.within(asked), how)
     sample = subject.sample(how, wanted=limit is None)
     with claim(out, mark, overwrite=overwrite), watched(out / "log.txt"):
         told(subject.cost(how), tell)

@@ -15,7 +15,7 @@ from llmbrain import InputError
 from llmbrain.anatomy.families import anatomy
 from llmbrain.hooks.text import window_length
 from llmbrain.study import Settings, forecast
-from llmbrain.study.budget import fit
+from llmbrain.study.budget import fit, given_up
 from llmbrain.study.cost import Subject, plan_passes, repair_passes, run_cost, writing_passes
 from llmbrain.study.sample import FEW, Sample, count_tokens
 
@@ -158,6 +158,7 @@ def test_a_budget_gives_up_what_does_not_fit_and_keeps_what_was_asked_for(subjec
         assert cost(how).seconds <= previous
         previous = cost(how).seconds
         assert gave_up
+        assert sorted(given_up(Settings(), how)) == sorted(gave_up)
     how, _ = fit(0.2 * full, Settings(), cost, pinned=["method", "passes"])
     assert (how.method, how.passes) == ("networks", 24)
     with pytest.raises(InputError, match=r"too small: the least .* takes about"):
@@ -178,6 +179,7 @@ def test_a_budget_gives_up_half_of_the_own_text_before_the_rest_of_it():
     assert gave_up == ["text that the model writes itself: as much as is given instead of 2 times as much as is given"]
     chosen, _ = fit(0.05 * cost(how).seconds, how, cost, window=64)
     assert chosen.self_text == 0
+    assert given_up(how, chosen)[-1] == "text that the model writes itself: none instead of 2 times as much as is given"
     shallow = Subject.of(tiny("llama"))
     _, gave_up = fit(8.0, how, lambda how: run_cost(shallow, how, n_tokens=how.n_tokens, eval_tokens=how.eval_tokens,
                                                      window=64, per_token=1e-6), window=64)  # fmt: skip
@@ -301,3 +303,24 @@ def test_a_cheaper_method_spares_the_layers_that_the_default_does():
 def test_writing_costs_a_reading_of_all_weights_a_token_however_little_is_written():
     assert writing_passes(64 * 512) == pytest.approx(4.1, abs=0.1)
     assert writing_passes(4 * 512) * 4 == pytest.approx(writing_passes(512), rel=0.1)
+
+
+def test_a_job_that_goes_on_says_again_what_its_budget_gave_up(subject, texts, tmp_path, monkeypatch):
+    from llmbrain.study import job
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args, **more):
+        raise Stopped
+
+    monkeypatch.setattr(job, "measured_batch", lambda *args: 1e-3)
+    asked = {"out": tmp_path / "out", "n_components": 3, "budget": 40}
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "GroupICA", stop)
+        with pytest.raises(Stopped):
+            lb.run(*subject, texts, **asked)
+    said = []
+    study = lb.run(*subject, texts, progress=said.append, **asked)
+    assert any(line.startswith("given up for the budget: method: ") for line in said)
+    assert any(line.startswith("method: ") for line in study.summary["gave_up"])
