@@ -193,19 +193,22 @@ def _byte_level(state: dict[str, Any]) -> str | None:
         raise _unknown(f"it normalizes text by {state['normalizer'].get('type')}")
     kinds = [step.get("type") for step in steps]
     last = steps[-1]
+    whole_words = bool(state["model"].get("ignore_merges"))  # a piece of text that is a token is that token
     if last.get("add_prefix_space"):
         raise _unknown("it adds a space before text")
     plain = not state.get("normalizer")
+    splits = kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated"
+    rule = (steps[0].get("pattern") or {}).get("Regex") if splits and not last.get("use_regex", True) else None
+    if rule == _LLAMA3 and plain:
+        return "llama-bpe" if whole_words else "smaug-bpe"
+    if whole_words:
+        raise _unknown("it takes whole words for tokens, which llama.cpp does of Llama 3's kind alone")
+    if rule == _QWEN2:
+        return "qwen2"
     if kinds == ["ByteLevel"] and last.get("use_regex", True) and plain:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and last.get("use_regex", True) and plain:
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and steps[0].get("behavior") == "Isolated":
-        rule = (steps[0].get("pattern") or {}).get("Regex")
-        if rule == _LLAMA3 and plain:
-            return "llama-bpe"
-        if rule == _QWEN2:
-            return "qwen2"
     raise _unknown("it splits text in a way of its own")
 
 

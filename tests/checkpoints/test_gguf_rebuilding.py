@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import llmbrain as lb
 from llmbrain._validation import InputError
+from llmbrain.checkpoints.gguf_opening import open_gguf
 from llmbrain.checkpoints.gguf_tokenizers import PRE_TOKENIZERS
+from llmbrain.checkpoints.gguf_writing import write_gguf
 
 SPACE = "\u2581"
 ADDED = {"<|im_start|>": True, "<|im_end|>": True, "<think>": False}
@@ -157,3 +159,21 @@ def test_a_tokenizer_beside_a_file_that_has_none(tmp_path: Path) -> None:
     path = by_hand(tmp_path / "y.gguf", make("llama", vocab_size=300), tokens=lambda writer, size: None)
     with pytest.raises(InputError, match=f"its tokenizer has {len(tokens)} tokens, its model 300"):
         lb.load_model(path)
+
+
+def test_whole_words_are_written_as_llama_cpp_takes_them(tmp_path: Path) -> None:
+    """It takes a word that is a token for that token, whatever merges make of it, where the file says ``llama-bpe``."""
+    original, tokens, _ = byte_level("llama-bpe", begin="<|begin|>")
+    model = make("llama", vocab_size=len(tokens), num_hidden_layers=1)
+    state = json.loads(original.backend_tokenizer.to_str())
+    for whole, kind in ((True, "llama-bpe"), (False, "smaug-bpe")):
+        state["model"]["ignore_merges"] = whole
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+        path = write_gguf(model, tokenizer, tmp_path / f"{kind}.gguf")
+        assert open_gguf(path).fields["tokenizer.ggml.pre"].contents() == kind
+    other, tokens, _ = byte_level("qwen2")
+    state = json.loads(other.backend_tokenizer.to_str())
+    state["model"]["ignore_merges"] = True
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    with pytest.raises(InputError, match="takes whole words for tokens"):
+        write_gguf(make("qwen2", vocab_size=len(tokens), num_hidden_layers=1), tokenizer, tmp_path / "x.gguf")
