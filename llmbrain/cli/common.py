@@ -28,7 +28,9 @@ def path_of(value: str) -> Path:
     return Path(value)
 
 
-MODEL = Annotated[str, typer.Argument(help="Folder or hub id of a transformers model; a pruned folder works too.")]
+MODEL = Annotated[
+    str, typer.Argument(help="Folder or hub id of a transformers model, or a GGUF file; a pruned folder works too.")
+]
 TEXT = Annotated[Path, typer.Option("--text", help=".txt, .json (list of strings) or .jsonl (a field 'text' a line).")]
 OUT = Annotated[Path, typer.Option("--out", parser=path_of, metavar="PATH", help="Folder to write.")]
 COMPONENTS = Annotated[
