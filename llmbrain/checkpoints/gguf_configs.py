@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,11 @@ def _check_keys(path: Path, own: Mapping[str, Any], architecture: str) -> None:
     lacking = [key for key in NEEDED if key not in own]
     if lacking:
         raise InputError(f"{path} lacks the key {architecture}.{lacking[0]}: load its transformers folder")
+    for key, least in (("attention.layer_norm_rms_epsilon", 0.0), ("rope.freq_base", 0.0),
+                       ("rope.scaling.factor", None), ("rope.scale_linear", None)):  # fmt: skip
+        value = float(own.get(key, 1.0))
+        if not math.isfinite(value) or value < 0 or value == least:  # a factor of 0 is none
+            raise InputError(f"{path}: {architecture}.{key}={value} must be above 0: the file is damaged")
 
 
 def _set_theta(config: Any) -> None:

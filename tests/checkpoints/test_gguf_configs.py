@@ -116,6 +116,10 @@ def test_a_default_of_transformers_stands_for_no_key(family: str, key: str, tmp_
         ("qwen2", [("rope.dimension_count", 8)], "turns 8 of the 16 numbers of a head"),
         ("llama", [("rope.dimension_count", 8)], "turns 8 of the 16 numbers of a head"),
         ("qwen2", [("rope.scaling.type", "yarn")], r"scales its rotary positions \('yarn'\)"),
+        ("llama", [("rope.scaling.factor", float("nan"))], r"llama\.rope\.scaling\.factor=nan must be above 0"),
+        ("llama", [("rope.scaling.factor", -2.0)], r"factor=-2\.0 must be above 0"),
+        ("qwen3", [("rope.freq_base", 0.0)], r"qwen3\.rope\.freq_base=0\.0 must be above 0"),
+        ("gemma", [("attention.layer_norm_rms_epsilon", float("inf"))], "epsilon=inf must be above 0"),
         ("gemma3", [("attention.sliding_window_pattern", 4)], "full attention in other layers than every 6th"),
     ],
 )  # fmt: skip
