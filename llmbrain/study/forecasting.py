@@ -16,7 +16,8 @@ from llmbrain.pruning.calibrate.windows import scans_with_tokens
 from llmbrain.pruning.experts import ExpertPlan
 from llmbrain.pruning.forecast import Forecast, OtherModelError
 from llmbrain.scanning import Scan, Stimulus, scan
-from llmbrain.study.texts import limit_tokens
+from llmbrain.study.sample import count_tokens
+from llmbrain.study.texts import LEAST, limit_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +83,7 @@ def unseen_scans(
     """
     if not any(getattr(text, "events", None) is not None for text in texts) and any(len(s.events) for s in scans):
         return []
-    first = limit_tokens(texts, tokenizer, TOKENS)
+    first = [t for t in limit_tokens(texts, tokenizer, TOKENS) if count_tokens(tokenizer, [t]) >= LEAST]
     named = [Stimulus(t, getattr(t, "events", None), f"held-out-{i:04d}") for i, t in enumerate(first, 1)]
     return scan(model, tokenizer, named, run_length=run_length) if named else []
 

@@ -286,7 +286,7 @@ def run(
         share = "what is to be forgotten" if how.ratio is None else f"{how.ratio:.0%} of the MLP neurons"
         share = share if how.expert_ratio is None else f"{how.expert_ratio:.0%} of the routed experts"
         tell(f"4/5 pruning: {share}, method {how.method}, compensation {how.compensate}")
-        unseen = split_texts(subject.texts)[1] if sample.held_out.any() else []
+        unseen = split_texts(subject.texts, tokenizer=tokenizer)[1] if sample.held_out.any() else []
         small, study.plan, predicted, own = _smaller(model, tokenizer, scanned, unseen, study, how, tell)
         if how.indices:
             study.plan.save(out / "plan.json")

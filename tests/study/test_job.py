@@ -88,6 +88,17 @@ def test_the_report_says_what_was_held_out_and_how_it_was_cut(made, tmp_path):
         assert line not in page
 
 
+def test_the_forecast_leaves_texts_of_a_token_out(subject, texts, tmp_path):
+    model, tokenizer = subject
+    study = lb.run(
+        model, tokenizer, [*texts, "a", texts[0], "b"], out=tmp_path / "s", n_components=4, method="magnitude",
+        progress=False,
+    )  # fmt: skip
+    rows = study.summary["forecast_by_function"]
+    assert study.summary["forecast_on"] == "held_out"
+    assert all(row["tokens"] > 0 and np.isfinite(row["measured"]) for row in rows)
+
+
 def test_networks_and_calibration_read_the_same_ids(subject, texts, tmp_path, monkeypatch):
     """What repairs the weights is the text that the networks were found in, token by token."""
     model, tokenizer = subject
