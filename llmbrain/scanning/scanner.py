@@ -32,6 +32,7 @@ from llmbrain.scanning.schedule import Schedule
 from llmbrain.scanning.shares import Share
 from llmbrain.scanning.store import FileShards, MemoryShards, Shards, key_of, open_study, origin_of, scans_of
 
+UNKNOWN = 0.01  # share of unknown tokens that is said
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -124,6 +125,7 @@ def scan(
             check_whole("run_length", run_length, 1)
         runs = cut_runs(read_texts(texts, tokenizer, n_tokens), run_length)
         check_ids(model, runs)
+        say_unknown(tokenizer, runs)
         blocks = blocks_of(runs, size)
         say_blocks(runs, size)
 
@@ -186,6 +188,21 @@ def check_ids(model: nn.Module, runs: Sequence[Run]) -> None:
     largest = max(int(run.token_ids.max()) for run in runs)
     if rows is not None and largest >= rows:
         raise InputError(f"tokenizer gives token id {largest}, but the model knows {rows}: do they belong together?")
+
+
+def say_unknown(tokenizer: Any, runs: Sequence[Run]) -> None:
+    """How much of a text is the token of all that a tokenizer does not know (GPT-2's is the end of a text, too)."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}:
+        return
+    share = sum(int((run.token_ids == unknown).sum()) for run in runs) / sum(len(run.token_ids) for run in runs)
+    if share > UNKNOWN:
+        warnings.warn(
+            f"{share:.0%} of the tokens are {tokenizer.unk_token}, which stands for all that the tokenizer does not "
+            "know: a perplexity of such a text is too low",
+            ScanWarning,
+            stacklevel=3,
+        )
 
 
 def say_blocks(runs: Sequence[Run], size: int | None) -> None:

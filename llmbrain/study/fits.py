@@ -14,12 +14,14 @@ from llmbrain.checkpoints import FORMATS
 from llmbrain.checkpoints.gguf_reading import is_gguf
 from llmbrain.checkpoints.gguf_writing import GGUF_TYPES, check_tokenizer, demands, holds_lone_mlps
 from llmbrain.checkpoints.shapes import text_config
+from llmbrain.hooks.text import as_windows, window_length
 from llmbrain.pruning.allocate.blocks import WHOLE_LAYERS
 from llmbrain.pruning.allocate.budget import Budget
 from llmbrain.pruning.allocate.search import ALLOCATIONS
 from llmbrain.pruning.criteria import CRITERIA
 from llmbrain.pruning.forget.conditions import condition_numbers
 from llmbrain.pruning.plan import check_protect
+from llmbrain.pruning.repair.propagation import PROBE, propagation_of
 from llmbrain.scanning.manifest import model_id
 from llmbrain.study.settings import Settings
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OF_NEURONS = ("neuron", "gate", "up")  # sites whose units are neurons
 PLAIN = ("uniform", "padded", "masked")  # formats of plain transformers classes
 
 
@@ -55,6 +58,13 @@ def check_asked(
         )
     if (how.keep or how.forget) and not has_experts(model):
         _check_conditions(how, texts)
+    if how.site not in OF_NEURONS and not has_experts(model) and "networks" in CRITERIA[how.method].needs:
+        raise InputError(
+            f"site={how.site!r}: method={how.method!r} needs networks of neurons: record {', '.join(OF_NEURONS)}, or "
+            "use another method, such as 'flap'"
+        )
+    if how.propagation:
+        _check_propagation(model, tokenizer, how.propagation, texts)
     check_cut(
         model, format=how.format, method=how.method, ratio=how.ratio, allocation=how.allocation, protect=how.protect,
         multiple_of=how.multiple_of, head_ratio=how.head_ratio, forget=how.forget, compensate=how.compensate,
@@ -95,6 +105,16 @@ def check_cut(
     if ratio and not forget and not blocks and (allocation is None or isinstance(allocation, str)):
         Budget.of(body.widths, ratio, protected, multiple_of)
     check_bias(model, format, compensate, heads=bool(head_ratio))
+
+
+def _check_propagation(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, propagation: float, texts: Sequence[str]
+) -> None:
+    """Whether the blocks of a model allow what was asked for; seen on a few tokens."""
+    if has_experts(model):
+        raise InputError(f"propagation={propagation}: the repair of experts does not know it, use 0")
+    windows = as_windows(model, tokenizer, texts, min(PROBE, window_length(model)), 1)
+    propagation_of(model, anatomy(model), windows, propagation, compensate="least-squares", sequential=True)
 
 
 def _check_conditions(how: Settings, texts: Sequence[str]) -> None:

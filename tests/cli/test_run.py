@@ -85,6 +85,7 @@ REFUSED = [
     (("--format", "uniform", "--head-ratio", 0.5), "cannot say that heads are fewer"),
     (("--format", "padded", "--compensate", "bias"), "compensate='bias': format='padded' has no place"),
     (("--max-windows", 10000), "shorter than the sample"),
+    (("--site", "head", "--method", "networks"), "site='head': method='networks' needs networks of neurons"),
 ]
 
 
@@ -98,6 +99,18 @@ def test_what_would_fail_at_its_time_is_refused_at_once(
         code, _, err = call(monkeypatch, capsys, *what, *more)
         assert (code, said in err) == (2, True), err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+def test_a_share_of_errors_that_blocks_do_not_take_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, places: Path, family: str
+) -> None:
+    tiny(family).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    code, _, err = call(monkeypatch, capsys, "run", tmp_path / "model", "--text", places / "text.txt", "--out",
+                        tmp_path / "out", "--method", "flap", "--propagation", 0.5)  # fmt: skip
+    assert (code, "propagation=0.5: the " in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

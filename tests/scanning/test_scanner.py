@@ -213,6 +213,15 @@ def test_dropped_characters_are_counted_and_offsets_put_right() -> None:
     assert stimulus.events.to_numpy().tolist() == [[1, 2, "a"], [3, 3, "b"]]
 
 
+def test_much_that_a_tokenizer_does_not_know_is_said() -> None:
+    model = tiny("llama")
+    with pytest.warns(ScanWarning, match=r"50% of the tokens are <unk>, .* perplexity of such a text is too low"):
+        lb.scan(model, tiny_tokenizer(bos=False), ["ÄÖÜßabcd"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScanWarning)
+        lb.scan(model, tiny_tokenizer(bos=False), ["abcdefgh"])
+
+
 def test_real_tokenizer_drops_and_keeps(shared_data: Path) -> None:
     model, tokenizer = load(shared_data, "shakespeare-gpt2")
     text = "Hé é@llo\nyou"
