@@ -214,6 +214,12 @@ def one_process(what: str) -> None:
         raise RankError(f"llmbrain {what} is one process: start it without torchrun")
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, or stands in the file of options."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+
+
 def parse_components(value: str) -> int | float | str:
     """``20`` -> 20 networks, ``0.9`` -> share of variance, ``auto`` -> estimated."""
     if value == "auto":

@@ -39,6 +39,7 @@ from llmbrain.cli.common import (
     SELF_TEXT,
     SHARE,
     TEXT,
+    is_given,
     one_process,
     open_model,
     parse_layers,
@@ -196,7 +197,12 @@ def _of_experts(
     }  # fmt: skip
 
 
+OF_PLANS = ("ratio", "method", "allocation", "multiple_of", "protect", "head_ratio", "drop", "passes", "token_balance",
+            "keep", "forget", "last")  # fmt: skip
+
+
 def prune(
+    context: typer.Context,
     model: MODEL,
     out: OUT,
     text: CALIBRATION = None,
@@ -246,6 +252,8 @@ def prune(
     check_free(out, overwrite)
     loaded, tokenizer = open_model(model, device, dtype=dtype, device_map=device_map, offload=offload)
     given = read_plan(from_plan) if from_plan else None
+    if given is not None and (typed := [name for name in OF_PLANS if is_given(context, name)]):
+        raise InputError(f"--plan and --{typed[0].replace('_', '-')} exclude each other: the plan says what goes")
     texts = load_texts(text, field) if text else None
     if expert_ratio is not None and given is not None:
         raise InputError("--expert-ratio and --plan exclude each other")

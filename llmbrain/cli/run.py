@@ -42,6 +42,7 @@ from llmbrain.cli.common import (
     SELF_TEXT,
     SHARE,
     TEXT,
+    is_given,
     open_model,
     parse_components,
     parse_layers,
@@ -178,12 +179,6 @@ def run(
 def _absolute(place: str | Path) -> str:
     """A file or folder by its whole path, so that it is found from everywhere; anything else as it is."""
     return str(Path(place).resolve()) if str(place) and Path(place).exists() else str(place)
-
-
-def is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option was typed, or stands in the file of options."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
 
 
 def show_summary(summary: dict[str, Any]) -> None:

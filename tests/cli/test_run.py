@@ -175,3 +175,18 @@ def test_a_text_of_one_word_does_not_end_a_job(
                         tmp_path / "out", *FAST)  # fmt: skip
     assert code == 0, err
     assert "have fewer than 3 tokens: they are not scanned" in err
+
+
+@pytest.mark.parametrize("typed", [("--ratio", 0.5), ("--method", "flap"), ("--protect", 0), ("--multiple-of", 8)])
+def test_a_plan_is_not_cut_by_other_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, places: Path,
+    typed: tuple[Any, ...],
+) -> None:  # fmt: skip
+    plan = tmp_path / "plan.json"
+    code, _, err = call(monkeypatch, capsys, "plan", places / "llama", "--method", "magnitude", "--out", plan)
+    assert code == 0, err
+    what = ("prune", places / "llama", "--plan", plan, "--compensate", "none", "--out", tmp_path / "small")
+    code, _, err = call(monkeypatch, capsys, *what, *typed)
+    assert (code, f"--plan and {typed[0]} exclude each other" in err) == (2, True), err
+    code, _, err = call(monkeypatch, capsys, *what)
+    assert code == 0, err
