@@ -115,8 +115,10 @@ def copy_tokenizer(writer: gguf.GGUFWriter, fields: dict[str, gguf.ReaderField])
 
 
 def alike(there: str, ours: str) -> bool:
-    """Whether two names are of one token: transformers writes Gemma's byte 9 as the character."""
-    return there == ours or (there == "<0x09>" and ours == "\t") or (len(ours) == 1 and there == _byte_level_name(ours))
+    """Whether two names are of one token: transformers writes Gemma's byte 9 as the character, its spaces as marks."""
+    if there == ours or (there == "<0x09>" and ours == "\t") or (len(ours) == 1 and there == _byte_level_name(ours)):
+        return True
+    return len(there) > 1 and not there.strip(" ") and ours == SPACE * len(there)
 
 
 def _byte_level_name(character: str) -> str:

@@ -119,6 +119,27 @@ def byte_level(kind: str, *, begin: str | None = None, added: dict[str, bool] = 
     return original, tokens, write
 
 
+def with_spaces(family: str) -> tuple[str, Any]:
+    """Gemma's tokens of several spaces stand in a file as spaces, and are matched whole."""
+
+    def made() -> tuple[Any, list[str], Any]:
+        original, tokens, write = pieces(prefix=False)
+        several = [i for i, token in enumerate(tokens) if len(token) > 1 and set(token) == {SPACE}]
+        assert several
+
+        def written(writer: Any, size: int) -> None:
+            write(writer, size)
+            for entries in writer.kv_data:
+                if "tokenizer.ggml.tokens" in entries:
+                    names, kinds = (entries[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+                    names.value = [" " * len(t) if i in several else t for i, t in enumerate(names.value)]
+                    kinds.value = [4 if i in several else kind for i, kind in enumerate(kinds.value)]
+
+        return original, tokens, written
+
+    return family, made
+
+
 BEGIN = "<｜begin▁of▁sentence｜>"
 CASES: dict[str, Any] = {
     "llama": ("llama", lambda: pieces(prefix=True)),
@@ -126,6 +147,8 @@ CASES: dict[str, Any] = {
     "no token in front": ("llama", lambda: pieces(prefix=True, first=False)),
     "gemma": ("gemma3", lambda: pieces(prefix=False)),
     "the first gemma": ("gemma", lambda: pieces(prefix=False)),
+    "gemma with spaces": with_spaces("gemma3"),
+    "the first gemma with spaces": with_spaces("gemma"),
     "llama 3": ("llama", lambda: byte_level("llama-bpe", begin="<|begin|>")),
     "qwen2": ("qwen2", lambda: byte_level("qwen2")),
     "gpt-2": ("llama", lambda: byte_level("gpt-2", added={**ADDED, "   ": False, "\t\t": False})),
