@@ -57,6 +57,11 @@ def load_tokenizer(
                     f"{path}: its tokenizer splits text as {pre!r}, which is unknown here: lay its tokenizer.json and "
                     "tokenizer_config.json beside the file"
                 )
+            if kind == "t5":  # its classes of characters and white space are not those that transformers gives it
+                raise InputError(
+                    f"{path}: its tokenizer is a unigram one, whose normalization of text is not rebuilt: lay its "
+                    "tokenizer.json and tokenizer_config.json beside the file"
+                )
             types = reader.fields.get("tokenizer.ggml.token_type")
             tokenizer = _rebuilt(path, fields, tokens, [] if types is None else types.contents())
     except InputError:
@@ -84,7 +89,7 @@ def _rebuilt(path: Path, fields: dict[str, Any], tokens: list[str], types: list[
         if number is not None and 0 <= int(number) < len(tokens):
             special[f"{role}_token"] = tokens[int(number)]
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or (kind == "gpt2" and pre in LLAMA3)))
-    add_eos = bool(fields.get("tokenizer.ggml.add_eos_token", kind == "t5"))
+    add_eos = bool(fields.get("tokenizer.ggml.add_eos_token", False))
     if kind == "gpt2":
         _name_as_written(state, tokens, types)
         if pre in LLAMA3:
@@ -93,12 +98,10 @@ def _rebuilt(path: Path, fields: dict[str, Any], tokens: list[str], types: list[
             state["normalizer"] = {"type": "NFC"}
     elif kind == "llama":
         _set_pieces(state, tokens, fields)
-    if kind != "t5":
-        state["post_processor"] = None  # made anew, of what is added in front and behind
+    state["post_processor"] = None  # made anew, of what is added in front and behind
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **special,
-        **({} if kind == "t5" else {"add_bos_token": add_bos, "add_eos_token": add_eos}),
-    )  # fmt: skip
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), add_bos_token=add_bos, add_eos_token=add_eos, **special
+    )
     tokenizer.chat_template = found.chat_template
     if kind == "gpt2":
         set_pre_tokenizer(tokenizer, str(pre), bool(fields.get("tokenizer.ggml.add_space_prefix", False)))

@@ -200,3 +200,17 @@ def test_whole_words_are_written_as_llama_cpp_takes_them(tmp_path: Path) -> None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
     with pytest.raises(InputError, match="takes whole words for tokens"):
         write_gguf(make("qwen2", vocab_size=len(tokens), num_hidden_layers=1), tokenizer, tmp_path / "x.gguf")
+
+
+def test_a_unigram_tokenizer_is_not_rebuilt_by_another_normalization(tmp_path: Path) -> None:
+    def unigram(writer: Any, size: int) -> None:
+        names = ["<pad>", "</s>", "<unk>", SPACE, *"abcdefgh\n"]
+        writer.add_tokenizer_model("t5")
+        writer.add_token_list([*names, *(f"[PAD{i}]" for i in range(len(names), size))])
+        writer.add_token_scores([-float(i) for i in range(size)])
+        writer.add_token_types([3, 3, 2] + [1] * (len(names) - 3) + [5] * (size - len(names)))
+        writer.add_unk_token_id(2)
+
+    path = by_hand(tmp_path / "x.gguf", make("llama", num_hidden_layers=1), tokens=unigram)
+    with pytest.raises(InputError, match=r"x\.gguf: its tokenizer is a unigram one"):
+        lb.load_model(path)
