@@ -374,7 +374,8 @@ def _foretold(predicted: Predicted | None, why_not: str | None) -> list[str]:
     most = rows.iloc[:-1].sort_values("predicted", ascending=False, kind="stable").head(3)
     parts = ", ".join(f"{name} {value:.3g}" for name, value in zip(most[what], most["predicted"]))
     where = "" if predicted.fitted else " on the held-out text"
-    return [f"forecast: {every['predicted']:.3g} nats a token more{where}; the most in {parts}"]
+    most_in = f"; the most in {parts}" if len(rows) > 2 else ""
+    return [f"forecast: {every['predicted']:.3g} nats a token more{where}{most_in}"]
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
