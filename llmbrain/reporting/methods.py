@@ -92,7 +92,7 @@ REFERENCES = {
 
 # what in the name of a pruning method, allocation or compensation calls for which paper
 _CRITERIA = {
-    "published": "pruning", "network": "networks", "flap": "flap", "fluctuation": "flap",
+    "published": "pruning", "flap": "flap", "fluctuation": "flap",
     "wanda": "wanda", "taylor": "taylor", "obs": "obs", "surgeon": "surgeon", "gradient": "surgeon",
     "shortgpt": "shortgpt", "2ssp": "2ssp",
 }  # fmt: skip
@@ -237,6 +237,21 @@ def _tests(held: Contents, cite: Any) -> str:
     return " ".join(parts)
 
 
+def _by_networks(used: Mapping[str, Any]) -> str:
+    """What networks had to do with the choice of neurons."""
+    if not used:
+        return ""
+    text = (
+        f", such that in each layer each of {number(used['n'])} networks keeps at least {used['cover']:g} of the key "
+        "neurons that it would keep if neurons went at random"
+    )
+    if used.get("token_balance"):
+        text += (
+            f", with tokens weighted by the energy that networks leave unexplained (strength {used['token_balance']:g})"
+        )
+    return text
+
+
 def _pruning(held: Contents, cite: Any) -> str:
     plan = held.plan
     if plan is None:
@@ -251,12 +266,17 @@ def _pruning(held: Contents, cite: Any) -> str:
              "surgeon": "van der Ouderaa et al. 2024", "shortgpt": "Men et al. 2024",
              "2ssp": "Sandri et al. 2025"}  # fmt: skip
     keys = list(dict.fromkeys(key for word, key in _CRITERIA.items() if word in method.lower()))
+    ours = method == "networks" and not hasattr(plan, "before")  # of experts another criterion has that name
+    if method == "networks":
+        keys = ["obs", "surgeon"] if ours else ["networks"]
     cited = "; ".join(cite(key, names[key]) for key in keys)
+    cited = f"greedy optimal brain surgeon in the metric of the output gradients: {cited}" if ours else cited
     units = "routed experts" if hasattr(plan, "before") else "MLP neurons"
     share = "neurons" if ratio is None else f"{100 * float(ratio):.4g}% of the {units}"
     if any(getattr(plan, "dropped", {}).values()) and ratio is not None:
         share = f"As many parameters as {share} hold"
     text = f"{share[0].upper() + share[1:]} were removed by the criterion '{method}'{f' ({cited})' if cited else ''}"
+    text += _by_networks((getattr(plan, "details", None) or {}).get("networks") or {})
     if allocation:
         text += f", spread over layers by the allocation '{allocation}'"
     if repair == "bias":
