@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = 16  # one window in so many is held out to measure the effect
+AT_ONCE = 1024  # tokens in a backward pass: more of a batch are read one part after the other
 
 
 def recover(
@@ -52,7 +53,7 @@ def recover(
         Of the updates; their scale is ``2 * rank / rank = 2``.
     learning_rate : float
     batch_size : int
-        Windows a step.
+        Windows a step; memory does not grow with them.
     window : int, optional
         Tokens in a window; default the model's context, at most 512.
     random_state : int
@@ -114,11 +115,11 @@ def _train(
     tuned.train()
     for _ in bar(range(steps), desc="recover", leave=False):
         chosen = torch.randperm(len(windows), generator=order)[:batch_size]
-        ids = windows[chosen].to(input_device(model))
-        loss = tuned(input_ids=ids, labels=ids).loss
-        if not torch.isfinite(loss):
-            raise InputError(f"learning_rate={learning_rate}: the loss is no longer finite: use a smaller one")
-        loss.backward()
+        for ids in windows[chosen].to(input_device(model)).split(max(1, AT_ONCE // windows.shape[1])):
+            loss = tuned(input_ids=ids, labels=ids).loss * (len(ids) / len(chosen))  # they are of one length
+            if not torch.isfinite(loss):
+                raise InputError(f"learning_rate={learning_rate}: the loss is no longer finite: use a smaller one")
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
