@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 ENDS = "ends kept"  # the first 3 and last 2 layers are not cut
-LORA = "25 steps of LoRA"
+LORA = "10 steps of LoRA"
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ ROWS = (
     replace(DEFAULT, label="the same, tokens balanced by phase-randomized networks", networks="null", balance=0.5),
     replace(DEFAULT, label="the same by FLAP", method="flap", networks=None),
     replace(DEFAULT, label="the same with random neurons", method="random", networks=None),
-    replace(DEFAULT, label=f"the same, then {LORA}", tune=25, draws=False, sizes=False),
-    replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then {LORA}", tune=25, quick=False, draws=False, sizes=False),
-    Row(f"nothing removed, {LORA}", "nothing", compensate=None, tune=25),
+    replace(DEFAULT, label=f"the same, then {LORA}", tune=10, draws=False, sizes=False),
+    replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then {LORA}", tune=10, quick=False, draws=False, sizes=False),
+    Row(f"nothing removed, {LORA}", "nothing", compensate=None, tune=10),
     UNIFORM,
     replace(UNIFORM, label="ours, uniform, as much own text", own="as much", quick=False),
     replace(UNIFORM, label="ours, uniform, with networks, twice as much own text", method="networks", networks="real",
