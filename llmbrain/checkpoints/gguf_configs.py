@@ -25,17 +25,14 @@ NEEDED = ("context_length", "embedding_length", "block_count", "feed_forward_len
           "attention.layer_norm_rms_epsilon")  # fmt: skip
 THETA = 10000.0  # base of the rotary positions, where a file does not say it
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")  # architectures whose keys are all looked at
-HEADS_BY_HIDDEN = {
-    "gemma2": 46,
-    "gemma3": 62,
-}  # layers, where queries are scaled by the hidden size over heads
+HEADS_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}  # layers of models whose queries are scaled by hidden size over heads
 
 
 def config_of_gemma(path: Path, fields: Mapping[str, Any], shapes: Mapping[str, Any]) -> PretrainedConfig:
     """The config of a file of the first Gemma, which transformers does not read."""
     from transformers import GemmaConfig
 
-    own = {key.removeprefix("gemma."): value for key, value in fields.items() if key.startswith("gemma.")}
+    own = _keys_of(fields, "gemma")
     _check_keys(path, own, "gemma")
     if "token_embd.weight" not in shapes:
         raise InputError(f"{path} lacks the tensor token_embd.weight: load its transformers folder")
@@ -81,7 +78,7 @@ def complete(
     InputError
         If it says what no config can.
     """
-    own = {k.removeprefix(f"{architecture}."): v for k, v in fields.items() if k.startswith(f"{architecture}.")}
+    own = _keys_of(fields, architecture)
     if architecture in FAMILIES:
         _check_keys(path, own, architecture)
         if "token_embd.weight" in shapes:  # there may be more rows than tokens
@@ -96,6 +93,12 @@ def complete(
         _set_gemma(path, own, architecture, config)
     set_scaling(path, fields, architecture, config)
     set_factors(path, reader, config)
+
+
+def _keys_of(fields: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The keys of an architecture, without its name in front."""
+    prefix = f"{architecture}."
+    return {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
 
 
 def _check_keys(path: Path, own: Mapping[str, Any], architecture: str) -> None:

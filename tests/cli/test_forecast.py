@@ -8,22 +8,11 @@ import numpy as np
 import pytest
 import torch
 from cli_calls import call
-from tiny_models import CHARACTERS, tiny, tiny_tokenizer
+from tiny_models import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 import llmbrain as lb
 from llmbrain.study.texts import split_texts
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """A random Llama with a character tokenizer, and a text."""
-    folder = tmp_path_factory.mktemp("places")
-    tiny("llama", seed=3, intermediate_size=40).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    letters, rng = np.array(list(CHARACTERS)), np.random.default_rng(0)
-    (folder / "texts.json").write_text(json.dumps(["".join(rng.choice(letters, 300)) for _ in range(16)]))
-    return folder
 
 
 def test_a_plan_says_what_it_will_cost(monkeypatch, capsys, places):

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from cli_calls import call
-from tiny_models import CHARACTERS, tiny, tiny_tokenizer
 
 from llmbrain._validation import InputError
 from llmbrain.study import Settings
 from llmbrain.study.cost import repair_passes
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """A random Llama of two layers, where the default is no propagation, and a text."""
-    folder = tmp_path_factory.mktemp("places")
-    tiny("llama", seed=3, intermediate_size=40).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    letters, rng = np.array(list(CHARACTERS)), np.random.default_rng(0)
-    (folder / "texts.json").write_text(json.dumps(["".join(rng.choice(letters, 300)) for _ in range(12)]))
-    return folder
 
 
 @pytest.mark.parametrize(("typed", "share"), [(None, None), (0.25, 0.25), (0, None)])
