@@ -16,7 +16,7 @@ from llmbrain.distributed import ALONE, Ranks, ranks
 from llmbrain.evaluation.perplexity import next_token_losses, predicts_next_token
 from llmbrain.hooks.change import recomputing
 from llmbrain.hooks.listen import hear_outputs
-from llmbrain.hooks.text import batches, digest, embeddings, evaluating
+from llmbrain.hooks.text import BATCH_TOKENS, batches, digest, embeddings, evaluating
 from llmbrain.pruning.calibrate.losses import last_states
 from llmbrain.pruning.calibrate.moments import gram
 
@@ -100,14 +100,15 @@ def gradient_pass(
     leaf = None if taylor or table is None or table.weight.is_meta else table.weight
     if not taylor and leaf is None:  # the table is offloaded, too: what comes out of it is the leaf
         heard.append((table, lambda entering, output: (output.requires_grad_(True), None)[1]))
-    once = to_recompute(body, batches(windows)[0].numel(), away)
+    parts, missed = batches(windows, batch_tokens(body, windows.shape[1], away)), list[torch.Size]()
+    once = to_recompute(body, parts[0].numel(), away)
+    counted = None if weights is None else weights.split(len(parts[0]))
     try:
         for p, _ in before:
             p.requires_grad_(taylor and id(p) in wanted)
         if leaf is not None:  # one leaf is enough for gradients to reach every layer
             leaf.requires_grad_(True)
         team = ranks() if places is None else ALONE
-        parts, missed = batches(windows), list[torch.Size]()
         facts = {"windows": digest(windows)} if team.size > 1 else {}
         with (
             team.job("gradients", **facts), evaluating(model, gradients=True), recomputing(once),
@@ -117,8 +118,8 @@ def gradient_pass(
                 if i not in team.mine(len(parts)):
                     missed.append(batch.shape)
                     continue
-                if weights is not None:
-                    counts = batches(weights)[i].flatten()
+                if counted is not None:
+                    counts = counted[i].flatten()
                 if causal:
                     next_token_losses(model, batch).sum().backward()
                 else:
@@ -146,13 +147,23 @@ def gradient_pass(
                 p.grad = None
 
 
+def batch_tokens(body: Anatomy, window: int, away: bool = False) -> int:
+    """Tokens in a batch: fewer where their signals can then be kept, so that no block runs twice."""
+    fit = LARGE // _kept(body, 1)
+    return BATCH_TOKENS if away or fit < window else min(BATCH_TOKENS, fit)
+
+
 def to_recompute(body: Anatomy, n_tokens: int, away: bool = False) -> list[nn.Module]:
     """Blocks that run again in the backward pass, since their weights (`away`) or signals would pile up until then.
 
     A forward pass over a batch of `n_tokens` keeps some copies of all neurons.
     """
-    kept = 5 * n_tokens * sum(body.widths) * 4
-    return [layer.block for layer in body.layers] if away or kept > LARGE else []
+    return [layer.block for layer in body.layers] if away or _kept(body, n_tokens) > LARGE else []
+
+
+def _kept(body: Anatomy, n_tokens: int) -> int:
+    """Bytes that a forward pass keeps for the backward pass, about."""
+    return max(1, 5 * n_tokens * sum(body.widths) * 4)
 
 
 def _sum(

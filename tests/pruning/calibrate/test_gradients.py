@@ -94,3 +94,22 @@ def test_blocks_that_run_twice_give_the_same(monkeypatch):
     for name in ("metric", "taylor"):
         for a, b in zip(once[name], twice[name]):
             assert torch.equal(a, b)
+
+
+def test_smaller_batches_spare_the_second_run(monkeypatch):
+    """Where a window's signals can be kept, batches are as small as that needs; the moments are the same."""
+    from llmbrain.pruning.calibrate import gradients
+
+    model, ids = tiny("llama"), windows(8)
+    body, counts = anatomy(model), torch.rand(8, ids.shape[1], generator=torch.Generator().manual_seed(0))
+    at_once = gradient_pass(model, body, ids, weights=counts)["metric"]
+    monkeypatch.setattr(gradients, "LARGE", 2 * ids.shape[1] * 20 * sum(body.widths))  # two windows
+    assert gradients.batch_tokens(body, ids.shape[1]) == 2 * ids.shape[1]
+    assert not gradients.to_recompute(body, 2 * ids.shape[1])
+    assert gradients.batch_tokens(body, 3 * ids.shape[1]) == gradients.BATCH_TOKENS  # not even one fits
+    read = []
+    handle = model.register_forward_pre_hook(lambda m, a, k: read.append(len(k["input_ids"])), with_kwargs=True)
+    for a, b in zip(at_once, gradient_pass(model, body, ids, weights=counts)["metric"]):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()))
+    handle.remove()
+    assert read[-4:] == [2, 2, 2, 2]
