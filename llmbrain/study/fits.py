@@ -64,7 +64,7 @@ def check_asked(
             "use another method, such as 'flap'"
         )
     if how.propagation:
-        _check_propagation(model, tokenizer, how.propagation, texts)
+        check_carried(model, tokenizer, how.propagation, texts)
     check_cut(
         model, format=how.format, method=how.method, ratio=how.ratio, allocation=how.allocation, protect=how.protect,
         multiple_of=how.multiple_of, head_ratio=how.head_ratio, forget=how.forget, compensate=how.compensate,
@@ -107,7 +107,7 @@ def check_cut(
     check_bias(model, format, compensate, heads=bool(head_ratio))
 
 
-def _check_propagation(
+def check_carried(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, propagation: float, texts: Sequence[str]
 ) -> None:
     """Whether the blocks of a model allow what was asked for; seen on a few tokens."""

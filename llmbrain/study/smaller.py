@@ -49,6 +49,7 @@ from llmbrain.study.experts import check_neuron_method
 from llmbrain.study.fits import (
     check_alike,
     check_bias,
+    check_carried,
     check_cut,
     check_drop_fits,
     check_one_width,
@@ -342,6 +343,8 @@ def cut(
             return made_before(out, tokenizer, plan, offload)
         if evidence is None:
             check_saving(model, tokenizer, format, gguf_type, like)
+            if propagation and texts is not None and not offload:
+                check_carried(model, tokenizer, propagation, texts)
             method = "" if plan is not None else options.get("method", "networks")
             if plan is None:
                 _check_cut(model, format, compensate, options)

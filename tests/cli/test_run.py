@@ -101,15 +101,17 @@ def test_what_would_fail_at_its_time_is_refused_at_once(
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "prune"])
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
 def test_a_share_of_errors_that_blocks_do_not_take_is_refused_at_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, places: Path, family: str
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, places: Path, family: str,
+    command: str,
+) -> None:  # fmt: skip
     tiny(family).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    code, _, err = call(monkeypatch, capsys, "run", tmp_path / "model", "--text", places / "text.txt", "--out",
+    code, _, err = call(monkeypatch, capsys, command, tmp_path / "model", "--text", places / "text.txt", "--out",
                         tmp_path / "out", "--method", "flap", "--propagation", 0.5)  # fmt: skip
-    assert (code, "propagation=0.5: the " in err) == (2, True), err
+    assert (code, "propagation=0.5: the " in err, "what flap would remove" in err) == (2, True, False), err
     assert not (tmp_path / "out").exists()
 
 
