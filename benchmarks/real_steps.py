@@ -107,11 +107,13 @@ def page(found: dict[str, Any]) -> str:
         f"`python benchmarks/real_steps.py`; {found['machine']}. {found['tokens']:,} tokens in runs of "
         f"{found['run']:,}, K = {K}, {RATIO:.0%} of the MLP neurons. Peak memory is that of the whole process, which "
         "holds the model and the text too (ICA: the runs only). In forward passes: processor seconds over those of a "
-        "forward pass over the same tokens with its losses.", "",
-        "| step | seconds | processor seconds | in forward passes | peak, GB |", "|---|---|---|---|---|",
+        "forward pass over the same tokens with its losses, in the same process just before. Steps were measured on "
+        "several days, and the machine was not as fast on all of them: compare in forward passes.", "",
+        "| step | seconds | processor seconds | a forward pass | in forward passes | peak, GB |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in found["rows"].items():
-        passes = f"{row['passes']:.1f}" if "passes" in row else ""
+        passes = f"{row['forward_s']:.0f} | {row['passes']:.1f}" if "passes" in row else " | "
         lines.append(f"| {name} | {row['seconds']:.0f} | {row['processor_s']:.0f} | {passes} | {row['peak_GB']:.1f} |")
     ours = found["rows"].get("group ICA")
     for name in ("CanICA, 1 start", "CanICA, 10 starts"):
