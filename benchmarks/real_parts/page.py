@@ -35,13 +35,15 @@ def grid(found: pd.DataFrame) -> list[str]:
              "|---|" + "---|" * len(tests)]  # fmt: skip
     cells = found.groupby(["label", "test"])
     mean = cells["perplexity"].mean().unstack("test")
-    best = mean[list(TESTS)].min()
+    tuned = mean.index.str.contains("LoRA")  # trained on: beside each other only
+    best = {kind: mean.loc[tuned == kind, list(TESTS)].min() for kind in (False, True)}
     for label in sorted(mean.index, key=lambda name: ORDER.get(re.sub(r" \(.*", "", name), len(ORDER))):
         shown = []
         for test in TESTS:
             here = cells.get_group((label, test))
             value = f"{mean.loc[label, test]:.1f}"
-            value = f"**{value}**" if mean.loc[label, test] <= BEST * best[test] else value
+            known = best["LoRA" in label][test]
+            value = f"**{value}**" if mean.loc[label, test] <= BEST * known else value
             if len(here) > 1:
                 value += f" [{here['perplexity'].min():.1f}, {here['perplexity'].max():.1f}]"
             shown.append(f"{value} ({here['bits_a_byte'].mean():.3f})")
@@ -66,11 +68,12 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "was not measured.", "",
         f"Perplexity a token of {setting['test_tokens']:,} tokens of each text in windows of 512 (in brackets bits a "
         "byte), mean over draws of calibration text where there are more [lowest, highest]; bold: at most 1.02 times "
-        f"the best row. Dense: {', '.join(whole)}" + (f"; PIQA {100 * right:.1f}% right" if right else "") + ".", "",
+        "the best row (of those that LoRA trained, or of the others). "
+        f"Dense: {', '.join(whole)}" + (f"; PIQA {100 * right:.1f}% right" if right else "") + ".", "",
         "Repaired by least squares where nothing else is said. *ends kept*: the first 3 and last 2 layers are not cut. "
         "*own text beside*: half as many windows as the text has, written by the model, are calibrated on too (*as "
         "much*, *twice as much*: so many). A machine in brackets: of that one, with another draw of own text "
-        "(`python benchmarks/real.py --only LABEL --ratios 0.3 --draws 1 --tokens 4096 --sizes`). LoRA: steps of 8 "
+        "(`python benchmarks/real.py --only LABEL --ratios R --draws N --tokens 4096 --sizes`). LoRA: steps of 8 "
         "windows, of 256 windows of the text that is calibrated on.", "",
     ]  # fmt: skip
     if rows:
