@@ -69,7 +69,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "was not measured.", "",
         f"Perplexity a token of {setting['test_tokens']:,} tokens of each text in windows of 512 (in brackets bits a "
         "byte), mean over draws of calibration text where there are more [lowest, highest]; bold: at most 1.02 times "
-        "the best row (of those that LoRA trained, or of the others). "
+        "the best row with neurons removed (of those that LoRA trained, or of the others). "
         f"Dense: {', '.join(whole)}" + (f"; PIQA {100 * right:.1f}% right" if right else "") + ".", "",
         "Repaired by least squares where nothing else is said. *ends kept*: the first 3 and last 2 layers are not cut. "
         "*own text beside*: half as many windows as the text has, written by the model, are calibrated on too (*as "
