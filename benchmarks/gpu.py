@@ -5,7 +5,7 @@ failed, and what lay on which device then; the next step that can go on without 
 Group ICA: 8 drawn runs of 4,096 tokens x 352,256 neurons. Model: a Llama of 32 x 11,008 with random weights in
 bfloat16: 128 texts of 2,048 tokens are scanned (in groups, of which two are kept: all of them are 185 GB), networks
 found in what is kept, a plan, repair and saving on 128 windows. Then SmolLM2's quick rows (`benchmarks/real.py`).
-``--tiny`` is the same in small, on any machine: it shows that the steps run. ``--only WORDS`` picks steps.
+``--tiny`` is the same in small, on any machine: it shows that the steps run. ``--only REGEX`` picks steps.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the same in small, on the CPU if there is no GPU")
     parser.add_argument("--texts", type=int, help="texts of 2,048 tokens; default 128")
     parser.add_argument("--device", default="", help="default: CUDA")
-    parser.add_argument("--only", default="", help="steps whose name holds one of these words (commas between)")
+    parser.add_argument("--only", default="", help="steps whose name this regular expression finds")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of SmolLM2 and the texts")
     parser.add_argument("--folder", type=Path, default=Path("gpu-out"), help="for scans and models; removed at the end")
     parser.add_argument("--out", type=Path, help="where rows go; default benchmarks/results/gpu.json")
@@ -274,9 +275,8 @@ def main() -> None:
     ]  # fmt: skip
     if not args.tiny:
         steps.append(("SmolLM2", [], lambda: bench.real(args.data)))
-    words = [word for word in args.only.split(",") if word]
     for name, needs, run in steps:
-        if not words or any(word in name for word in words):
+        if re.search(args.only, name):
             bench.step(name, needs, run)
     shutil.rmtree(args.folder / "small", ignore_errors=True)
     for folder in args.folder.glob("scan-*"):
