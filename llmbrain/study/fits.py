@@ -14,7 +14,8 @@ from llmbrain.checkpoints import FORMATS
 from llmbrain.checkpoints.gguf_reading import is_gguf
 from llmbrain.checkpoints.gguf_writing import GGUF_TYPES, check_tokenizer, demands, holds_lone_mlps
 from llmbrain.checkpoints.shapes import text_config
-from llmbrain.hooks.text import as_windows, window_length
+from llmbrain.hooks.probe import ordinary_ids
+from llmbrain.hooks.text import window_length
 from llmbrain.pruning.allocate.blocks import WHOLE_LAYERS
 from llmbrain.pruning.allocate.budget import Budget
 from llmbrain.pruning.allocate.search import ALLOCATIONS
@@ -64,7 +65,7 @@ def check_asked(
             "use another method, such as 'flap'"
         )
     if how.propagation:
-        check_carried(model, tokenizer, how.propagation, texts)
+        check_carried(model, how.propagation)
     check_cut(
         model, format=how.format, method=how.method, ratio=how.ratio, allocation=how.allocation, protect=how.protect,
         multiple_of=how.multiple_of, head_ratio=how.head_ratio, forget=how.forget, compensate=how.compensate,
@@ -107,13 +108,11 @@ def check_cut(
     check_bias(model, format, compensate, heads=bool(head_ratio))
 
 
-def check_carried(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, propagation: float, texts: Sequence[str]
-) -> None:
-    """Whether the blocks of a model allow what was asked for; seen on a few tokens."""
+def check_carried(model: nn.Module, propagation: float) -> None:
+    """Whether the blocks of a model allow what was asked for; seen on a few tokens, drawn."""
     if has_experts(model):
         raise InputError(f"propagation={propagation}: the repair of experts does not know it, use 0")
-    windows = as_windows(model, tokenizer, texts, min(PROBE, window_length(model)), 1)
+    windows = ordinary_ids(model, min(PROBE, window_length(model)))[None]
     propagation_of(model, anatomy(model), windows, propagation, compensate="least-squares", sequential=True)
 
 

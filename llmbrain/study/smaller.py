@@ -343,8 +343,8 @@ def cut(
             return made_before(out, tokenizer, plan, offload)
         if evidence is None:
             check_saving(model, tokenizer, format, gguf_type, like)
-            if propagation and texts is not None and not offload:
-                check_carried(model, tokenizer, propagation, texts)
+            if propagation and not offload:
+                check_carried(model, propagation)
             method = "" if plan is not None else options.get("method", "networks")
             if plan is None:
                 _check_cut(model, format, compensate, options)

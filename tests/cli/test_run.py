@@ -101,7 +101,7 @@ def test_what_would_fail_at_its_time_is_refused_at_once(
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["run", "prune"])
+@pytest.mark.parametrize("command", ["run", "prune", "prune --study"])
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
 def test_a_share_of_errors_that_blocks_do_not_take_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, places: Path, family: str,
@@ -109,8 +109,13 @@ def test_a_share_of_errors_that_blocks_do_not_take_is_refused_at_once(
 ) -> None:  # fmt: skip
     tiny(family).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    code, _, err = call(monkeypatch, capsys, command, tmp_path / "model", "--text", places / "text.txt", "--out",
-                        tmp_path / "out", "--method", "flap", "--propagation", 0.5)  # fmt: skip
+    name, of, read = command.split()[0], "--text", places / "text.txt"
+    if "--study" in command:
+        study = tmp_path / "study"
+        assert call(monkeypatch, capsys, "scan", tmp_path / "model", of, read, "--out", study)[0] == 0
+        of, read = "--study", study
+    code, _, err = call(monkeypatch, capsys, name, tmp_path / "model", of, read, "--out", tmp_path / "out", "--method",
+                        "flap", "--propagation", 0.5)  # fmt: skip
     assert (code, "propagation=0.5: the " in err, "what flap would remove" in err) == (2, True, False), err
     assert not (tmp_path / "out").exists()
 
