@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "real.jsonl", help="rows; the page goes beside it")
-    parser.add_argument("--shared", type=Path, help="folder to keep own text, networks and scores in")
+    parser.add_argument("--shared", type=Path, help="folder to keep own text, networks and scores in, by model")
     parser.add_argument("--page", action="store_true", help="only write the page of rows that are there")
     args = parser.parse_args()
     known: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, path: Path, known: list[dict[str, Any]]) -
     if not known:
         keep({"command": f"python {' '.join(sys.argv)}", "test_tokens": args.test_tokens})
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args.data, path, args.test_tokens, args.shared or Path(folder))
+        bench = Bench(args.data, path, args.test_tokens, (args.shared or Path(folder)) / path.stem)
         share_out(
             bench, todo, device=args.device, processes=args.processes, seconds=args.seconds, keep=keep, piqa=piqa,
             dense=not any("dense" in r for r in known),

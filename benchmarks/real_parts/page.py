@@ -74,7 +74,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         "Repaired by least squares where nothing else is said. *ends kept*: the first 3 and last 2 layers are not cut. "
         "*own text beside*: half as many windows as the text has, written by the model, are calibrated on too (*as "
         "much*, *twice as much*: so many). A machine in brackets: of that one, with another draw of own text "
-        "(`python benchmarks/real.py --only LABEL --ratios R --draws N --tokens 4096 --sizes`). LoRA: steps of 8 "
+        "(`python benchmarks/real.py --only LABEL --ratios R --draws N --tokens T --sizes`). LoRA: steps of 8 "
         "windows, of 256 windows of the text that is calibrated on.", "",
     ]  # fmt: skip
     if rows:
