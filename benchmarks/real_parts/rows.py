@@ -75,6 +75,7 @@ ROWS = (
     replace(DEFAULT, label="the same, tokens balanced by phase-randomized networks", networks="null", balance=0.5),
     replace(DEFAULT, label="the same by FLAP", method="flap", networks=None),
     replace(DEFAULT, label="the same with random neurons", method="random", networks=None),
+    replace(DEFAULT, label="the same, cut only", compensate=None, propagation=0.0, draws=False, sizes=False),
     replace(DEFAULT, label=f"the same, then {LORA}", tune=10, draws=False, sizes=False),
     replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then {LORA}", tune=10, quick=False, draws=False, sizes=False),
     Row(f"nothing removed, {LORA}", "nothing", compensate=None, tune=10),
@@ -117,6 +118,7 @@ ROWS = (
     _uniform("Wanda-sp, uniform, cut only", "wanda-sp", None),
     _uniform("magnitude, uniform, cut only", "magnitude", None),
     _uniform("random, uniform, cut only", "random", None),
+    _uniform("OBS, uniform, cut only", "obs", None),
     _uniform("OBS with gradients, uniform, cut only", "obs-gradient", None),
     replace(UNIFORM, label="ours, uniform, cut only", compensate=None, quick=False, draws=False, sizes=False),
 )  # fmt: skip
