@@ -71,6 +71,7 @@ PUBLISHED = Row("published rule", "published", quick=True, draws=True)
 ROWS = (
     DEFAULT,
     replace(DEFAULT, label="the same without networks", method="obs-gradient", networks=None),
+    replace(DEFAULT, label="the same with phase-randomized networks", networks="null", draws=False, sizes=False),
     replace(DEFAULT, label="the same, tokens balanced by networks", balance=0.5),
     replace(DEFAULT, label="the same, tokens balanced by phase-randomized networks", networks="null", balance=0.5),
     replace(DEFAULT, label="the same by FLAP", method="flap", networks=None),
