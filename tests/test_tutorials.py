@@ -76,5 +76,8 @@ def test_tutorial_runs(script, tmp_path):
     shutil.rmtree(kept)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(place.iterdir()), "a tutorial left files behind"
+    for line in done.stdout.splitlines():
+        if line.startswith("not run: "):  # a real model's tutorial, where its file or llama.cpp is absent
+            pytest.skip(line)
     n_checked = int(done.stdout.rpartition("checked ")[2])
     assert (n_checked > 0) == (script.stem.split("_")[1] in WRITING)
