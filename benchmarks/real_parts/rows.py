@@ -77,6 +77,8 @@ ROWS = (
     replace(DEFAULT, label="the same by FLAP", method="flap", networks=None),
     replace(DEFAULT, label="the same with random neurons", method="random", networks=None),
     replace(DEFAULT, label="the same, cut only", compensate=None, propagation=0.0, draws=False, sizes=False),
+    replace(DEFAULT, label="the same by FLAP, cut only", method="flap", networks=None, compensate=None, propagation=0.0,
+            draws=False, sizes=False),
     replace(DEFAULT, label=f"the same, then {LORA}", tune=10, draws=False, sizes=False),
     replace(FLAP_ENDS, label=f"FLAP, uniform, {ENDS}, then {LORA}", tune=10, quick=False, draws=False, sizes=False),
     Row(f"nothing removed, {LORA}", "nothing", compensate=None, tune=10),
