@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ WINDOW = 512
 K = 32
 SCANNED = 8192  # tokens from which networks are found
 AT_ONCE = 4  # windows in a forward pass of a test on a GPU; one by one is faster on a CPU
+MASSIVE = 1000.0  # times the median size of a layer's neurons
 TUNED = 256  # windows that LoRA trains on
 
 
@@ -227,7 +229,27 @@ class Bench:
             return planner.plan(ratio, allocation=list(widths))
         n = len(anatomy(self.model).layers)
         protect = None if row.method == "published" else [0, 1, 2, n - 2, n - 1] if row.ends else []
-        return planner.plan(ratio, allocation=row.allocation, protect=protect)
+        plan = planner.plan(ratio, allocation=row.allocation, protect=protect)
+        return self._spared(plan, row.spare, draw) if row.spare else plan
+
+    def _spared(self, plan: Any, spare: str, draw: int) -> Any:
+        """The plan without its neurons of massive activation, or without as many others of the same layers."""
+        rng, kept = np.random.default_rng(draw), list(plan.kept)
+        for i, loud in enumerate(self._massive()):
+            gone = np.setdiff1d(np.arange(plan.widths_before[i]), kept[i])
+            back = np.intersect1d(gone, loud)
+            if spare == "others":
+                back = rng.choice(np.setdiff1d(gone, loud), len(back), replace=False)
+            kept[i] = np.union1d(kept[i], back)
+        return replace(plan, kept=tuple(kept))
+
+    def _massive(self) -> list[np.ndarray[Any, Any]]:
+        """Neurons of each layer that reach `MASSIVE` times its median size somewhere in four windows."""
+        body = anatomy(self.model)
+        runs = signals_of_windows(self.model, body, self.every[:4], ("neuron",))
+        size = np.abs(np.concatenate([run.data() for run in runs]))
+        layers = np.split(size, np.cumsum(body.widths)[:-1], axis=1)
+        return [np.flatnonzero(layer.max(0) > MASSIVE * np.median(layer)) for layer in layers]
 
     def rows(self, task: Task, piqa: Callable[[Task, float], bool]) -> Iterator[dict[str, Any]]:
         """Rows of a task, as they are done."""

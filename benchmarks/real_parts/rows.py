@@ -26,6 +26,9 @@ class Row:
         How much tokens that networks leave unexplained count more (``token_balance``; by default 0 with deep models).
     propagation : float
         Share of the error of earlier layers that a repair takes on (by default .5 with deep models).
+    spare : str
+        Of the neurons that are chosen, those of massive activation (``"massive"``: over 1,000 times the median of their
+        layer) stay, or as many others of the same layers (``"others"``), the control of that.
     tune : int
         Steps of LoRA afterwards, on 256 windows of the calibration text.
     quick : bool
@@ -46,6 +49,7 @@ class Row:
     own: str = ""
     balance: float = 0.5
     propagation: float = 0.0
+    spare: str = ""
     tune: int = 0
     quick: bool = False
     draws: bool = False
@@ -76,6 +80,11 @@ ROWS = (
     replace(DEFAULT, label="the same, tokens balanced by phase-randomized networks", networks="null", balance=0.5),
     replace(DEFAULT, label="the same by FLAP", method="flap", networks=None),
     replace(DEFAULT, label="the same with random neurons", method="random", networks=None),
+    replace(DEFAULT, label="the same, widths by measured sensitivity", allocation="sensitivity", draws=False,
+            sizes=False),
+    replace(DEFAULT, label="the same, widths by measured sensitivity, ends too", allocation="sensitivity", ends=False,
+            draws=False, sizes=False),
+    replace(DEFAULT, label="the same, widths searched", allocation="search", draws=False, sizes=False),
     replace(DEFAULT, label="the same, cut only", compensate=None, propagation=0.0, draws=False, sizes=False),
     replace(DEFAULT, label="the same by FLAP, cut only", method="flap", networks=None, compensate=None, propagation=0.0,
             draws=False, sizes=False),
@@ -99,6 +108,8 @@ ROWS = (
     Row("FLAP, global", "flap", "global", quick=True, draws=True),
     FLAP,
     Row("random, uniform", "random", "uniform", quick=True, draws=True),
+    Row("random, uniform, massive neurons kept", "random", "uniform", spare="massive", draws=True),
+    Row("random, uniform, as many others kept", "random", "uniform", spare="others", draws=True),
     Row(f"random, uniform, {ENDS}", "random", "uniform", ends=True, draws=True),
     replace(OBS, label=f"OBS with gradients, uniform, {ENDS}", ends=True, quick=True, draws=True, sizes=True),
     replace(OBS, label="OBS with gradients, global", allocation="global", quick=True, draws=True),
@@ -108,6 +119,7 @@ ROWS = (
     replace(UNIFORM, label="ours, uniform, own text only", own="only", quick=False),
     replace(UNIFORM, label=f"OBS with gradients, global, {ENDS}, own text beside", allocation="global", quick=False,
             draws=False, sizes=False),
+    replace(FLAP, label="FLAP, widths by measured sensitivity", allocation="sensitivity", quick=False, draws=False),
     replace(FLAP_ENDS, label=f"FLAP, global, {ENDS}", allocation="global", quick=False, draws=False, sizes=False),
     replace(FLAP_ENDS, label=f"FLAP, global, {ENDS}, own text beside", allocation="global", quick=False, draws=False,
             own="beside"),
